@@ -1,0 +1,33 @@
+"""Ordinary backpropagation of the whole sequence: the oracle and the baseline.
+
+Shares nothing with the cache, the chunk attention or the tiled loss, so that it can check them.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .chunks import IGNORE, check_batch
+from .model import Llama
+
+
+def full(
+    model: Llama, input_ids: Tensor, labels: Tensor, *, num_targets: float | None = None, recompute: bool = False
+) -> Tensor:
+    """Add the gradient of the mean loss to `.grad`; return the loss, detached.
+
+    The paper's naive parallel training, or gradient checkpointing with `recompute=True`.
+
+    input_ids, labels: int64 (B, T); labels as Hugging Face has them (same positions, -100 ignored).
+    num_targets: divides the summed loss instead of the count of valid targets, for gradient accumulation.
+    Raises InputError for a batch that does not fit the model.
+    """
+    targets, divisor = check_batch(model, input_ids, labels, num_targets)
+    hidden, _ = model.run(input_ids, recompute=recompute)
+    logits = model.lm_head(hidden).flatten(0, 1)  # (B*T, V)
+    if logits.dtype.itemsize < 4:
+        logits = logits.float()
+    loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum") / divisor
+    loss.backward()
+    return loss.detach()
