@@ -1,0 +1,141 @@
+"""Which chunks SpaCO keeps, and by which factors their losses and relays are multiplied.
+
+A chain is a path of the gradient from a chunk's loss back through the caches of earlier chunks
+(eq. 3); it survives when all of its chunks are kept. It is multiplied by the loss factor of the
+chunk where it starts and by the relay factor of every further one. An estimate is unbiased when,
+for every chain, the probability to survive times these factors is 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations, product
+from typing import NamedTuple
+
+import torch
+
+from .errors import InputError
+
+
+class Weight(NamedTuple):
+    """The factors of one kept chunk: on its own loss, and on what later chunks sent back to it."""
+
+    loss: float
+    relay: float
+
+
+Draw = list[Weight | None]  # one entry for each chunk, first chunk first; None: skipped
+
+
+@dataclass(frozen=True)
+class Bernoulli:
+    """Keep each chunk by its own coin, with factor 1/rate on loss and relay: exactly unbiased.
+
+    Independent coins make a chain through p chunks survive with the product of their p rates,
+    and the p factors undo just that. (The paper draws t of k without replacement, section 3.3,
+    where the chances do not multiply.)
+
+    rate: in (0, 1], one number or one per chunk. Raises InputError.
+    """
+
+    rate: float | Sequence[float]
+
+    def __post_init__(self) -> None:
+        for rate in self._given():
+            if not 0 < rate <= 1:
+                raise InputError(f"the Bernoulli rate is {rate}, but must be above 0 and at most 1")
+
+    def _given(self) -> Sequence[float]:
+        return [self.rate] if isinstance(self.rate, int | float) else self.rate
+
+    def rates(self, num_chunks: int) -> Sequence[float]:
+        """One rate for each chunk."""
+        rates = self._given()
+        if isinstance(self.rate, int | float):
+            return [rates[0]] * num_chunks
+        if len(rates) != num_chunks:
+            raise InputError(f"Bernoulli has {len(rates)} rates, but there are {num_chunks} chunks")
+        return rates
+
+    def __call__(self, num_chunks: int, generator: torch.Generator | None = None) -> Draw:
+        coins = torch.rand(num_chunks, generator=generator, dtype=torch.float64).tolist()
+        rates = self.rates(num_chunks)
+        return [Weight(1 / rate, 1 / rate) if coin < rate else None for coin, rate in zip(coins, rates, strict=True)]
+
+    def outcomes(self, num_chunks: int) -> Iterator[tuple[float, Draw]]:
+        """All (probability, entries) pairs: 2^num_chunks, or fewer where a rate is 1."""
+        rates = self.rates(num_chunks)
+        for coins in product((False, True), repeat=num_chunks):
+            probability = 1.0
+            for keep, rate in zip(coins, rates, strict=True):
+                probability *= rate if keep else 1 - rate
+            if probability > 0:
+                yield (
+                    probability,
+                    [Weight(1 / r, 1 / r) if keep else None for keep, r in zip(coins, rates, strict=True)],
+                )
+
+
+class _Subset:
+    """Keep exactly t of the k chunks, every subset equally likely."""
+
+    budget: int
+
+    def __post_init__(self) -> None:
+        if self.budget < 1:
+            raise InputError(f"the budget is {self.budget}, but at least 1 chunk must be kept")
+
+    def weight(self, t: int, k: int) -> Weight:
+        """The factors of every kept chunk when t of k are kept."""
+        raise NotImplementedError
+
+    def _draw(self, kept: Sequence[int], num_chunks: int) -> Draw:
+        weight = self.weight(len(kept), num_chunks)
+        return [weight if i in kept else None for i in range(num_chunks)]
+
+    def __call__(self, num_chunks: int, generator: torch.Generator | None = None) -> Draw:
+        order = torch.randperm(num_chunks, generator=generator).tolist()
+        return self._draw(order[: self.budget], num_chunks)
+
+    def outcomes(self, num_chunks: int) -> Iterator[tuple[float, Draw]]:
+        """All (probability, entries) pairs: every subset of the budget's size."""
+        subsets = list(combinations(range(num_chunks), min(self.budget, num_chunks)))
+        for kept in subsets:
+            yield 1 / len(subsets), self._draw(kept, num_chunks)
+
+
+@dataclass(frozen=True)
+class FixedBudget(_Subset):
+    """Keep exactly `budget` = t of k chunks: the same cost at every step, and a small bias.
+
+    A chain through p chunks survives with t(t-1)…(t-p+1) / (k(k-1)…(k-p+1)). The factors k/t on
+    the loss and (k-1)/(t-1) on each relay make chains through one and two chunks exactly right;
+    longer ones are shrunk. A budget above the number of chunks keeps all. Raises InputError below 1.
+    """
+
+    budget: int
+
+    def weight(self, t: int, k: int) -> Weight:
+        return Weight(k / t, (k - 1) / (t - 1) if t > 1 else 1.0)  # with t = 1 no relay is ever used
+
+
+@dataclass(frozen=True)
+class PaperBudget(_Subset):
+    """Keep exactly `budget` = t of k chunks with the factor k/t, as published (Algorithm 2, eq. 9).
+
+    Biased from chains through two chunks on, because the draws are not independent. The loss is
+    scaled too, which Algorithm 2 as printed leaves out. cap: the most that the relay's factor may be
+    (the paper advises 2). A budget above the number of chunks keeps all. Raises InputError.
+    """
+
+    budget: int
+    cap: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cap is not None and not self.cap > 0:
+            raise InputError(f"the cap is {self.cap}, but must be above 0")
+
+    def weight(self, t: int, k: int) -> Weight:
+        return Weight(k / t, k / t if self.cap is None else min(k / t, self.cap))

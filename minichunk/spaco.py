@@ -1,0 +1,69 @@
+"""SpaCO: backpropagate through a random few of the chunks (Algorithm 2)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .chunks import check_batch, cut
+from .errors import InputError
+from .model import Llama
+from .samplers import Bernoulli, Weight
+from .seco import fill, new_cache, rebuild
+
+QUARTER = Bernoulli(1 / 4)
+Sampler = Callable[[int, torch.Generator | None], Sequence[Weight | None]]
+
+
+def spaco(
+    model: Llama,
+    input_ids: Tensor,
+    labels: Tensor,
+    chunk_size: int,
+    *,
+    sampler: Sampler = QUARTER,
+    generator: torch.Generator | None = None,
+    fill_size: int | None = None,
+    num_targets: float | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """Add an estimate of the gradient of the mean loss to `.grad`; return an estimate of the loss.
+
+    Sparse Chunk-wise Optimization, Algorithm 2 of arXiv 2505.16710, with the factors that its
+    sampler gives. `Bernoulli` makes both estimates exactly unbiased; see samplers.py.
+
+    sampler: called as `sampler(num_chunks, generator)`; returns for each chunk None (skip) or a Weight.
+    generator: a CPU generator for the sampler; None: PyTorch's default one.
+    The other arguments are those of `seco`.
+
+    A draw that keeps nothing leaves `.grad` as it was and returns 0.
+    Raises InputError for a batch, a size or a sampler's answer that does not fit.
+    """
+    targets, divisor = check_batch(model, input_ids, labels, num_targets)
+    chunks = cut(input_ids.shape[1], chunk_size)
+    weights = check_weights(sampler(len(chunks), generator), len(chunks))
+    kept = [(chunk, weight) for chunk, weight in zip(chunks, weights, strict=True) if weight is not None]
+    total = torch.zeros_like(targets, dtype=torch.float32).sum()
+    if not kept:
+        return total
+    cache = new_cache(model, input_ids, kept=[chunk for chunk, _ in kept])
+    fill(model, input_ids, [chunk for chunk in chunks if chunk.stop <= kept[-1][0].start], cache, fill_size)
+    for chunk, weight in reversed(kept):
+        loss, written, received = rebuild(model, input_ids, targets, chunk, cache, recompute)
+        loss = weight.loss * loss / divisor
+        torch.autograd.backward([loss, *written], [None, *(weight.relay * g for g in received)])
+        total = total + loss.detach()
+    return total
+
+
+def check_weights(weights: Sequence[Weight | None], num_chunks: int) -> Sequence[Weight | None]:
+    """Return a sampler's answer; raises InputError if it is not one finite Weight or None per chunk."""
+    if len(weights) != num_chunks:
+        raise InputError(f"the sampler returned {len(weights)} entries, but there are {num_chunks} chunks")
+    for i, weight in enumerate(weights):
+        if weight is not None and not (math.isfinite(weight.loss) and math.isfinite(weight.relay)):
+            raise InputError(f"the sampler gave chunk {i} {weight}, but both factors must be finite numbers")
+    return weights
