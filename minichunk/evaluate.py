@@ -1,0 +1,70 @@
+"""Loss by position: how well a model predicts, near the start of a document and far into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+from .cache import Cache
+from .chunks import IGNORE, cut, shift
+from .data import Document, collate
+from .loss import token_losses
+from .model import Llama
+
+
+@dataclass(frozen=True)
+class Span:
+    """Mean loss in nats per token of the targets predicted at positions `start` to `stop`."""
+
+    start: int
+    stop: int
+    loss: float
+
+
+@torch.no_grad()
+def loss_by_position(
+    model: Llama,
+    documents: Sequence[Document],
+    chunk_size: int,
+    spans: Sequence[tuple[int, int]],
+    on_document: Callable[[], object] = lambda: None,
+) -> list[Span]:
+    """Mean loss over the documents for each span of positions; spans without a target are left out.
+
+    Runs chunk by chunk over the cache, so that a length that can be trained can be evaluated.
+    on_document: called after each document (a progress bar).
+    """
+    length = max(len(document) for document in documents)
+    sums = torch.zeros(length, dtype=torch.float64)
+    counts = torch.zeros(length, dtype=torch.float64)
+    like = model.model.norm.weight
+    was_training = model.training
+    model.eval()
+    for document in documents:
+        input_ids, labels = collate([document], like.device)
+        targets = shift(labels)
+        cache = Cache(model.config, 1, len(document), like)
+        for chunk in cut(len(document), chunk_size):
+            rows = slice(chunk.start, chunk.stop)
+            hidden, written = model.run(input_ids[:, rows], cache, [chunk])
+            cache.write(chunk.start, written)
+            sums[rows] += token_losses(hidden, model.lm_head.weight, targets[:, rows])[0].double().cpu()
+        counts[: len(document)] += (targets[0] != IGNORE).double().cpu()
+        on_document()
+    model.train(was_training)
+    totals = [(start, stop, sums[start:stop].sum(), counts[start:stop].sum()) for start, stop in spans]
+    return [Span(start, stop, (total / count).item()) for start, stop, total, count in totals if count > 0]
+
+
+def spans_for(context: int, length: int) -> list[tuple[int, int]]:
+    """The old context, then doublings beyond it, up to `length`; halvings where all is inside it."""
+    if length <= context:
+        edges = [0, *(length >> shift_ for shift_ in (3, 2, 1) if length >> shift_ > 0), length]
+    else:
+        edges = [0, context]
+        while edges[-1] < length:
+            edges.append(min(edges[-1] * 2, length))
+    return list(pairwise(edges))
