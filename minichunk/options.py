@@ -1,0 +1,123 @@
+"""What a training run is told: one dataclass, checked before anything is read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from .chunks import cut
+from .errors import InputError
+from .lora import PROJECTIONS
+from .samplers import Bernoulli, FixedBudget, PaperBudget
+from .spaco import Sampler
+
+SHIPPED_MODEL = Path(__file__).parent / "assets" / "austen-llama"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+METHODS = ("seco", "spaco", "full")
+SAMPLERS = ("bernoulli", "fixed", "paper")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of `minichunk train`; `minichunk train --help` says what each means. None: chosen for the case."""
+
+    model: str | None = None
+    data: tuple[str, ...] = ()
+    val_data: tuple[str, ...] = ()
+    val_fraction: float = 0.1
+    eval_documents: int = 8
+    method: Literal["seco", "spaco", "full"] = "seco"
+    seq_len: int = 2048
+    chunk_size: int = 256
+    fill_size: int | None = None
+    budget: int | None = None
+    sampler: Literal["bernoulli", "fixed", "paper"] = "bernoulli"
+    cap: float | None = None
+    recompute: bool = False
+    steps: int = 60
+    batch_size: int = 1
+    accumulate: int = 1
+    lr: float | None = None
+    warmup: int | None = None
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = PROJECTIONS
+    dropout: float = 0.0
+    dtype: str | None = None
+    device: str | None = None
+    seed: int = 0
+    save_every: int = 20
+    output: str | None = None
+
+    def resolved(self) -> TrainOptions:
+        """Check every value and fill in those that are None. Raises InputError."""
+        self._check()
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise InputError(f"--device {device}: PyTorch sees no CUDA device here; use --device cpu")
+        num_chunks = len(cut(self.seq_len, self.chunk_size))
+        return replace(
+            self,
+            model=self.model or str(SHIPPED_MODEL),
+            device=device,
+            dtype=self.dtype or ("bfloat16" if device.startswith("cuda") else "float32"),
+            lr=self.lr if self.lr is not None else self._default_lr(),
+            warmup=self.warmup if self.warmup is not None else self.steps // 10,
+            budget=self.budget or (max(1, num_chunks // 4) if self.method == "spaco" else None),
+        )
+
+    def _default_lr(self) -> float:
+        if self.rank == 0:
+            return 2e-5
+        return 4e-3 if self.model is None else 3e-4  # a model of 3 million parameters takes larger steps
+
+    def _check(self) -> None:
+        choices = {"method": METHODS, "sampler": SAMPLERS, "dtype": (None, *DTYPES)}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                names = ", ".join(str(a) for a in allowed if a)
+                raise InputError(f"--{name} is {getattr(self, name)!r}, but must be one of {names}")
+        least = {
+            "seq_len": 2, "chunk_size": 1, "fill_size": self.chunk_size, "budget": 1, "steps": 1, "batch_size": 1,
+            "accumulate": 1, "rank": 0, "save_every": 1, "eval_documents": 0, "warmup": 0, "seed": 0,
+        }  # fmt: skip
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and value < bound:
+                raise InputError(f"--{name.replace('_', '-')} is {value}, but must be at least {bound}")
+        for name, value in (("lr", self.lr), ("cap", self.cap), ("alpha", self.alpha)):
+            if value is not None and not 0 < value < float("inf"):
+                raise InputError(f"--{name} is {value}, but must be a number above 0")
+        for name, value in (("weight-decay", self.weight_decay), ("clip", self.clip)):
+            if not 0 <= value < float("inf"):
+                raise InputError(f"--{name} is {value}, but must be a number of at least 0")
+        for name, value in (("dropout", self.dropout), ("val-fraction", self.val_fraction)):
+            if not 0 <= value < 1:
+                raise InputError(f"--{name} is {value}, but must be at least 0 and below 1")
+        if self.method != "spaco" and (self.budget is not None or self.cap is not None):
+            raise InputError(f"--budget and --cap belong to --method spaco, not to {self.method}")
+        if self.cap is not None and self.sampler != "paper":
+            raise InputError("--cap belongs to --sampler paper")
+
+    def make_sampler(self) -> Sampler:
+        """The sampler of `--sampler` and `--budget`; Bernoulli keeps `budget` chunks on average."""
+        budget = self.budget
+        assert budget is not None
+        if self.sampler == "fixed":
+            return FixedBudget(budget)
+        if self.sampler == "paper":
+            return PaperBudget(budget, self.cap)
+        return lambda num_chunks, generator: Bernoulli(min(1, budget / num_chunks))(num_chunks, generator)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainOptions:
+        arguments: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+        return cls(**arguments)
