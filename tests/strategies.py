@@ -1,0 +1,104 @@
+"""Hypothesis strategies: tiny models of every supported kind, and batches for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import minichunk as mc
+from minichunk.chunks import IGNORE, shift
+from minichunk.config import Llama3Rope
+
+VOCAB = 23
+
+
+def build(config: mc.LlamaConfig, seed: int) -> mc.Llama:
+    """A float64 model whose attention is far from uniform, and whose gradient is well conditioned."""
+    torch.manual_seed(seed)
+    model = mc.Llama(config).double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_norm, is_embedding = "norm" in name, "embed" in name
+            parameter.copy_(torch.randn_like(parameter) * (1.0 if is_embedding else 0.25) + is_norm)
+    return model
+
+
+def tiny(layers: int = 2, **changes: object) -> mc.LlamaConfig:
+    """A fixed tiny config for tests that do not vary it."""
+    fields = {
+        "vocab_size": VOCAB, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": layers,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4,
+    }  # fmt: skip
+    return mc.LlamaConfig(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> mc.LlamaConfig:
+    groups, per_group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    rope = draw(st.none() | st.just(Llama3Rope(4.0, 1.0, 2.0, 16)))
+    return mc.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=draw(st.integers(4, 12)),
+        intermediate_size=draw(st.integers(3, 10)),
+        num_hidden_layers=draw(st.integers(1, 4)),
+        num_attention_heads=groups * per_group,
+        num_key_value_heads=groups,
+        head_dim=2 * draw(st.integers(1, 4)),
+        rms_norm_eps=1e-3,  # a tiny head may be near zero, and its norm's derivative should not be huge
+        rope_theta=draw(st.sampled_from([100.0, 10000.0])),
+        rope_scaling=rope,
+        tie_word_embeddings=draw(st.booleans()),
+        attention_bias=draw(st.booleans()),
+        attention_out_bias=draw(st.booleans()),
+        mlp_bias=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
+    )
+
+
+@st.composite
+def models(draw: st.DrawFn, lora: bool = True) -> mc.Llama:
+    model = build(draw(configs()), draw(st.integers(0, 2**31)))
+    kind = draw(st.sampled_from(["all", "lora", "dropout"])) if lora else "all"
+    if kind != "all":
+        from minichunk.lora import PROJECTIONS
+
+        targets = draw(st.lists(st.sampled_from(PROJECTIONS), min_size=1, max_size=7, unique=True))
+        dropout = 0.3 if kind == "dropout" else 0.0
+        mc.add_lora(model, draw(st.integers(1, 3)), 4, targets, dropout)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:  # zero at first, which would hide the gradient of A
+                    parameter.copy_(torch.randn_like(parameter))
+    return model
+
+
+@dataclass
+class Batch:
+    input_ids: Tensor
+    labels: Tensor
+
+    @property
+    def num_targets(self) -> int:
+        return int((shift(self.labels) != IGNORE).sum())
+
+
+@st.composite
+def batches(draw: st.DrawFn, max_length: int = 14) -> Batch:
+    B, T = draw(st.integers(1, 3)), draw(st.integers(2, max_length))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    input_ids = torch.randint(VOCAB, (B, T), generator=generator)
+    labels = input_ids.clone()
+    masking = draw(st.sampled_from(["none", "some", "span", "all but one"]))
+    if masking == "some":
+        labels[torch.rand(B, T, generator=generator) < 0.4] = IGNORE
+    elif masking == "span":  # whole chunks without a target, as a prompt has
+        start = draw(st.integers(0, T - 1))
+        labels[:, start : start + draw(st.integers(1, T))] = IGNORE
+    elif masking == "all but one":
+        labels[:] = IGNORE
+    row, position = draw(st.integers(0, B - 1)), draw(st.integers(1, T - 1))
+    labels[row, position] = input_ids[row, position]  # at least one target
+    return Batch(input_ids, labels)

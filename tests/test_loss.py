@@ -1,0 +1,50 @@
+"""The tiled loss against F.cross_entropy on all logits at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minichunk import loss as loss_module
+from minichunk.loss import summed_loss, token_losses
+
+
+@pytest.fixture(params=[1, 3 * 29, 1 << 23], ids=["a row at a time", "three rows", "all at once"])
+def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "_TILE_ELEMENTS", request.param)
+
+
+@pytest.mark.usefixtures("tile")
+@pytest.mark.parametrize("frozen", ["", "hidden", "weight"])
+def test_loss_and_gradients(frozen: str) -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=frozen != "hidden")
+    weight = torch.randn(29, 7, dtype=torch.float64, requires_grad=frozen != "weight")
+    targets = torch.randint(29, (2, 5))
+    targets[0, 1:3] = -100
+    inputs = [x for x in (hidden, weight) if x.requires_grad]
+    each = F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), reduction="none")
+    expected = torch.autograd.grad(3 * each.sum(), inputs)
+    got = summed_loss(hidden, weight, targets)
+    torch.testing.assert_close(got, each.sum(), rtol=1e-13, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(3 * got, inputs), expected, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(token_losses(hidden, weight, targets), each.view(2, 5).detach(), rtol=1e-13, atol=0)
+
+
+def test_no_targets_no_gradient() -> None:
+    hidden = torch.randn(1, 4, 3, requires_grad=True)
+    loss = summed_loss(hidden, torch.randn(5, 3), torch.full((1, 4), -100))
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert hidden.grad is not None
+    assert not hidden.grad.any()
+
+
+def test_logits_of_a_chunk_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "_TILE_ELEMENTS", 4 * 100)
+    rows = []
+    original = loss_module._token_losses
+    monkeypatch.setattr(loss_module, "_token_losses", lambda h, w, t: rows.append(len(h)) or original(h, w, t))
+    summed_loss(torch.randn(1, 10, 3, requires_grad=True), torch.randn(100, 3), torch.randint(100, (1, 10)))
+    assert rows == [4, 4, 2]

@@ -1,0 +1,117 @@
+"""What the methods keep: one chunk of activations, and gradients for the kept chunks alone."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+import minichunk as mc
+from minichunk import attention
+from minichunk.cache import Cache
+from minichunk.chunks import cut
+from minichunk.seco import fill, new_cache, rebuild
+
+from .strategies import build, tiny
+
+
+def saved_bytes_per_chunk(model: mc.Llama, length: int, chunk_size: int) -> list[int]:
+    """Bytes that autograd saves in the rebuild of each chunk, first chunk first, without parameters and batch."""
+    ids = torch.randint(23, (1, length))
+    targets = torch.roll(ids, -1, 1)
+    chunks = cut(length, chunk_size)
+    cache = new_cache(model, ids, chunks)
+    fill(model, ids, chunks[:-1], cache)
+    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), ids, targets)}
+    totals = []
+    for chunk in chunks:
+        storages: dict[int, int] = {}
+
+        def pack(x: Tensor, storages: dict[int, int] = storages) -> Tensor:
+            if x.untyped_storage().data_ptr() not in own:
+                storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            # The graph stays alive until the count is done, so that no address is used twice.
+            graph = rebuild(model, ids, targets, chunk, cache)
+        totals.append(sum(storages.values()))
+        del graph
+    return totals
+
+
+def concatenating(q: Tensor, k: Tensor, v: Tensor, memory: object, start: int) -> Tensor:
+    """The textbook way: concatenate the past in every layer, and attend with a mask."""
+    past_k, past_v = memory.past(start)  # type: ignore[attr-defined]
+    k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+    mask = torch.arange(k.shape[2]) <= torch.arange(start, k.shape[2])[:, None]
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+def test_saved_bytes_do_not_grow_with_the_past() -> None:
+    model = build(tiny(), seed=0)
+    totals = saved_bytes_per_chunk(model, length=64, chunk_size=8)
+    assert totals[0] > 0
+    # The merge with a past is the only difference, and it saves nothing.
+    assert set(totals) == {totals[0]}
+    assert saved_bytes_per_chunk(model, length=128, chunk_size=8)[-1] == totals[0]
+
+
+def test_a_concatenated_past_would_be_noticed() -> None:
+    with mock.patch("minichunk.model.attend", concatenating):
+        totals = saved_bytes_per_chunk(build(tiny(), seed=0), length=64, chunk_size=8)
+    assert totals == sorted(set(totals))  # every chunk saves more than the one before
+
+
+@pytest.mark.parametrize(("kept", "rows"), [([0, 1, 2, 3, 4], 12), ([1, 3], 3), ([0, 1, 4], 6), ([4], 0), ([2], 0)])
+def test_gradient_space_for_kept_chunks_alone(kept: list[int], rows: int) -> None:
+    """Every kept chunk but the last, which nothing is sent back to; keys up to the last kept one."""
+    seen: list[Cache] = []
+    model = build(tiny(), seed=0)
+    ids = torch.randint(23, (1, 14))
+    entries = [mc.Weight(1, 1) if i in kept else None for i in range(5)]
+    original = Cache.__init__
+
+    def spy(self: Cache, *arguments: object, **keywords: object) -> None:
+        original(self, *arguments, **keywords)  # type: ignore[arg-type]
+        seen.append(self)
+
+    with mock.patch.object(Cache, "__init__", spy):
+        mc.spaco(model, ids, ids, 3, sampler=lambda *_: entries)
+    for layer in seen[0].layers:
+        assert layer.key_grads.shape[2] == layer.value_grads.shape[2] == rows
+        assert layer.keys.shape[2] == 3 * kept[-1]
+
+
+def test_the_fill_does_only_what_the_cache_needs() -> None:
+    """Not the last kept chunk, not the LM head, not the last layer beyond its keys and values."""
+    model = build(tiny(layers=3), seed=0)
+    ids = torch.randint(23, (1, 15))
+    calls: list[tuple[str, int]] = []
+
+    def note(name: str) -> object:
+        return lambda module, inputs, _: None if torch.is_grad_enabled() else calls.append((name, inputs[0].shape[1]))
+
+    for i, layer in enumerate(model.model.layers):
+        layer.self_attn.k_proj.register_forward_hook(note(f"k{i}"))
+        layer.self_attn.o_proj.register_forward_hook(note(f"o{i}"))
+    model.model.norm.register_forward_hook(note("norm"))
+    entries = [None, mc.Weight(1, 1), None, mc.Weight(1, 1), None]
+    mc.spaco(model, ids, ids, 3, sampler=lambda *_: entries, fill_size=7)
+    assert calls == [(name, n) for n in (6, 3) for name in ("k0", "o0", "k1", "o1", "k2")]
+
+
+def test_no_gradient_is_sent_to_a_past_that_needs_none() -> None:
+    """With LoRA on o alone, the first layer's keys and values do not depend on a trained parameter."""
+    model = build(tiny(), seed=0)
+    mc.add_lora(model, 2, 4, ["o_proj"])
+    ids = torch.randint(23, (1, 12))
+    layers: list[int] = []
+    original = attention.LayerCache.add_grads
+    with mock.patch.object(
+        attention.LayerCache, "add_grads", lambda self, *a: layers.append(id(self)) or original(self, *a)
+    ):
+        mc.seco(model, ids, ids, 4)
+    assert len(set(layers)) == 1  # the second layer's

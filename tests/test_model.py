@@ -1,0 +1,96 @@
+"""The model against transformers, for every supported architecture; and its config."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import minichunk as mc
+
+from .gradients import check_gradients, take_gradients
+from .strategies import build
+
+BASE: dict[str, Any] = {
+    "vocab_size": 23, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 3,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "llama, tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "llama, biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
+    "llama 3.1": {"model_type": "llama", "rope_theta": 500000.0, "rope_scaling": LLAMA3},
+    "llama, one head group": {"model_type": "llama", "num_key_value_heads": 1, "head_dim": 8},
+    "mistral": {"model_type": "mistral", "sliding_window": None},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "head_dim": 8},
+    "qwen3, biases": {"model_type": "qwen3", "head_dim": 8, "attention_bias": True},
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_parity_with_transformers(name: str, tmp_path: Path) -> None:
+    """Our checkpoint in their model and theirs in ours: same logits, loss and gradients, in float64."""
+    transformers = pytest.importorskip("transformers")
+    ours = build(mc.LlamaConfig.from_dict({**BASE, **ARCHITECTURES[name]}), seed=0)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float64)
+    ids = torch.randint(23, (2, 50), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[0, 5:9] = -100
+    # Their norms and rotary tables work in float32, whatever the model's dtype.
+    torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    loss = theirs(input_ids=ids, labels=labels).loss
+    loss.backward()
+    expected = {n: p.grad for n, p in theirs.named_parameters()}
+    torch.testing.assert_close(mc.seco(ours, ids, labels, 7), loss.detach().double(), rtol=1e-6, atol=0)
+    check_gradients(take_gradients(ours), expected, rtol=1e-5, whole=1e-6)
+
+    theirs.save_pretrained(tmp_path / "theirs")
+    again = mc.Llama.from_pretrained(tmp_path / "theirs")
+    assert again.config == ours.config
+    torch.testing.assert_close(again(ids), ours(ids), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
+        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window = 4096 is not supported"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9}, "sliding_window = 9"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.rope_type 'linear'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "rope_scaling.low_freq_factor"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"attention_dropout": 0.1}, "attention_dropout"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"num_key_value_heads": 4}, r"num_attention_heads \(6\) must be a multiple of num_key_value_heads \(4\)"),
+        ({"head_dim": 5}, "head_dim is 5"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"vocab_size": None}, "vocab_size is missing"),
+    ],
+)
+def test_unsupported_configs_name_the_field(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(mc.InputError, match=words):
+        mc.LlamaConfig.from_dict({**BASE, **change})
+
+
+def test_the_two_layouts_of_rope_are_the_same() -> None:
+    old = {**BASE, "rope_theta": 500000.0, "rope_scaling": LLAMA3}
+    new = {**BASE, "rope_parameters": {"rope_theta": 500000.0, **LLAMA3}}
+    older = {**BASE, "rope_theta": 500000.0, "rope_scaling": {**LLAMA3, "type": "llama3"}}
+    assert mc.LlamaConfig.from_dict(old) == mc.LlamaConfig.from_dict(new) == mc.LlamaConfig.from_dict(older)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_config_survives_the_round_trip(name: str) -> None:
+    config = mc.LlamaConfig.from_dict({**BASE, **ARCHITECTURES[name], "eos_token_id": [1, 2]})
+    assert mc.LlamaConfig.from_dict(config.to_dict()) == config

@@ -1,0 +1,186 @@
+"""Checkpoint directories: every kind that is read, and every way in which one can be wrong."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import minichunk as mc
+from minichunk import weights
+from minichunk.files import open_tensors
+
+from .strategies import build, tiny
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    build(tiny(), seed=0).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def shard(directory: Path) -> dict[str, str]:
+    """Turn a checkpoint into two shards with an index; returns the index's weight_map."""
+    tensors = load_file(directory / "model.safetensors")
+    names = sorted(tensors)
+    weight_map = {name: f"model-{1 + (i % 2)}-of-2.safetensors" for i, name in enumerate(names)}
+    for file in set(weight_map.values()):
+        save_file({n: tensors[n] for n in names if weight_map[n] == file}, directory / file)
+    (directory / "model.safetensors").unlink()
+    write_index(directory, weight_map)
+    return weight_map
+
+
+def write_index(directory: Path, weight_map: object) -> None:
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def change_tensors(directory: Path, **changes: torch.Tensor | None) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    for name, value in changes.items():
+        if value is None:
+            del tensors[name]
+        else:
+            tensors[name] = value
+    save_file(tensors, directory / "model.safetensors")
+
+
+def test_one_file_and_shards_are_the_same(checkpoint: Path) -> None:
+    expected = build(tiny(), seed=0).state_dict()
+    one = mc.Llama.from_pretrained(checkpoint).state_dict()
+    shard(checkpoint)
+    two = mc.Llama.from_pretrained(checkpoint).state_dict()
+    for name, value in expected.items():
+        assert torch.equal(one[name], value)
+        assert torch.equal(two[name], value)
+
+
+def test_tied_embeddings_stay_one_parameter(tmp_path: Path) -> None:
+    build(tiny(tie_word_embeddings=True), seed=0).save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    model = mc.Llama.from_pretrained(tmp_path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_dtype(checkpoint: Path) -> None:
+    assert {p.dtype for p in mc.Llama.from_pretrained(checkpoint).parameters()} == {torch.float64}
+    model = mc.Llama.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+NORM = "model.norm.weight"
+
+
+def truncate(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def garbage(directory: Path) -> None:
+    (directory / "model.safetensors").write_bytes(b"\xff" * 64)
+
+
+def pickled(directory: Path) -> None:
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+
+
+def absolute_index(directory: Path) -> None:
+    write_index(directory, {**shard(directory), NORM: str(directory / "model-1-of-2.safetensors")})
+
+
+def index_above(directory: Path) -> None:
+    write_index(directory, {**shard(directory), NORM: "../model-1-of-2.safetensors"})
+
+
+def index_of_a_missing_file(directory: Path) -> None:
+    write_index(directory, {**shard(directory), NORM: "model-3-of-2.safetensors"})
+
+
+def index_of_the_wrong_file(directory: Path) -> None:
+    weight_map = shard(directory)
+    other = {"model-1-of-2.safetensors": "model-2-of-2.safetensors"}
+    write_index(directory, {**weight_map, NORM: other.get(weight_map[NORM], "model-1-of-2.safetensors")})
+
+
+def broken_config(directory: Path) -> None:
+    (directory / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (truncate, "model.safetensors is not a whole safetensors file"),
+        (garbage, "model.safetensors is not a whole safetensors file"),
+        (pickled, "pytorch_model.bin is pickled.*save_pretrained"),
+        (absolute_index, "index.json puts model.norm.weight into.*a file name alone"),
+        (index_above, "index.json puts model.norm.weight into.*a file name alone"),
+        (index_of_a_missing_file, "model-3-of-2.safetensors is missing"),
+        (index_of_the_wrong_file, "lacks the tensor model.norm.weight"),
+        (broken_config, "config.json is not JSON"),
+        (lambda d: (d / "config.json").unlink(), "config.json is missing"),
+        (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor"),
+        (lambda d: change_tensors(d, **{NORM: None}), "the tensor model.norm.weight is missing"),
+        (
+            lambda d: change_tensors(d, **{NORM: torch.ones(9)}),
+            r"model.norm.weight has the shape \[9\].*makes it \[8\]",
+        ),
+        (lambda d: change_tensors(d, extra=torch.ones(9)), "has the tensor extra"),
+        (lambda d: change_tensors(d, **{NORM: torch.ones(8, dtype=torch.int8)}), "must be floating point"),
+        (lambda d: write_index(d, []), "lacks the object weight_map"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(checkpoint: Path, damage: object, words: str) -> None:
+    damage(checkpoint)  # type: ignore[operator]
+    with pytest.raises(mc.InputError, match=words) as error:
+        mc.Llama.from_pretrained(checkpoint)
+    assert str(checkpoint) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_no_such_directory(tmp_path: Path) -> None:
+    with pytest.raises(mc.InputError, match="is not a directory"):
+        mc.Llama.from_pretrained(tmp_path / "nowhere")
+
+
+def test_an_unmerged_adapter_is_refused(tmp_path: Path) -> None:
+    model = build(tiny(), seed=0)
+    mc.add_lora(model)
+    with pytest.raises(mc.InputError, match=r"merge_lora\(model\)"):
+        model.save_pretrained(tmp_path)
+    mc.merge_lora(model)
+    model.save_pretrained(tmp_path)
+    assert set(mc.Llama.from_pretrained(tmp_path).state_dict()) == set(build(tiny(), 0).state_dict())
+
+
+def test_loading_holds_one_tensor_at_a_time(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read in the file's dtype is gone when the next tensor is read."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+
+    class Spy:
+        def __init__(self, file: Any) -> None:
+            self.keys, self.get_slice, self.file = file.keys, file.get_slice, file
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            nonlocal most
+            most = max(most, sum(ref() is not None for ref in alive))
+            tensor = self.file.get_tensor(name)
+            alive.append(weakref.ref(tensor))
+            return tensor
+
+    @contextmanager
+    def opened(*arguments: Any) -> Iterator[Spy]:
+        with open_tensors(*arguments) as file:
+            yield Spy(file)
+
+    monkeypatch.setattr(weights, "open_tensors", opened)
+    mc.Llama.from_pretrained(checkpoint, dtype=torch.float32)
+    assert len(alive) > 10
+    assert most <= 1  # the one that the loop's variable still names
