@@ -4,22 +4,29 @@ A chunk's queries see the whole past and, causally, the chunk itself. These are 
 attentions whose results can be merged by their log-sum-exp, so that the past stays a view of the
 cache. Backward, a kernel that is given the *merged* output and log-sum-exp returns the exact
 gradients of its piece: it recomputes the probabilities as exp(scores - lse), and the merged lse
-makes them those of the whole softmax.
+makes them those of the whole softmax. For the same reason the past may be cut into blocks.
+
+Every query sees all of the past. So there, the H/G query heads that share a key head can be
+*folded* into one head with H/G times the rows: the same numbers in memory, and fewer, larger products.
 
 Shapes: q (B, H, C, D); k, v (B, G, C or past, D); out (B, H, C, D); lse (B, H, C).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .cache import LayerCache
+if TYPE_CHECKING:
+    from .cache import LayerCache
 
 aten = torch.ops.aten
+BLOCK = 2048  # positions of the past whose gradients are computed at a time: bounds what is in flight
 
 
 class Kernel(Protocol):
@@ -40,9 +47,9 @@ class Plain:
     def scores(self, q: Tensor, k: Tensor, causal: bool) -> Tensor:
         B, H, C, D = q.shape
         G = k.shape[1]
-        # H/G query heads share a key head; sums over scores in at least float32, as the fast kernels do.
-        q = q.reshape(B, G, H // G, C, D)
-        s = (q @ k.unsqueeze(2).mT).to(torch.promote_types(q.dtype, torch.float32)) / D**0.5
+        # H/G query heads share a key head. Scores in at least float32, as in the fast kernels.
+        wide = torch.promote_types(q.dtype, torch.float32)
+        s = q.reshape(B, G, H // G, C, D).to(wide) @ k.unsqueeze(2).to(wide).mT / D**0.5
         if causal:
             s = s.masked_fill(torch.ones(C, C, dtype=torch.bool, device=q.device).triu(1), -torch.inf)
         return s  # (B, G, H/G, C, past)
@@ -77,15 +84,21 @@ class FlashCPU:
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal)
+        # The kernel gives whole heads to the cores, and few heads leave cores idle: cut the past into
+        # pieces, as if they were other sequences of the batch, which share their queries.
+        pieces = 1 if causal or q.shape[0] > 1 or k.shape[2] % 4 else 4
+        if pieces > 1:
+            k, v = (x[0].unflatten(1, (pieces, -1)).transpose(0, 1) for x in (k, v))  # (pieces, G, past/pieces, D)
+            grad, q, out, lse = (x.expand(pieces, *x.shape[1:]) for x in (grad, q, out, lse))
+        dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal)
+        if pieces > 1:
+            dq = dq.sum(0, keepdim=True)
+            dk, dv = (x.transpose(0, 1).flatten(1, 2)[None] for x in (dk, dv))
+        return dq, dk, dv
 
 
 class FlashCUDA:
     """PyTorch's flash kernel for CUDA: bfloat16 and float16, heads before positions."""
-
-    def __init__(self) -> None:
-        # Dropout's random state, which the backward call wants and with dropout 0 does not read.
-        self.state = torch.empty(2, dtype=torch.uint64), torch.empty((), dtype=torch.uint64)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -98,16 +111,34 @@ class FlashCUDA:
     ) -> tuple[Tensor, Tensor, Tensor]:
         grad, q, k, v, out = (x.transpose(1, 2) for x in (grad, q, k, v, out))
         lengths = (None, None, q.shape[1], k.shape[1])
-        state = (x.to(q.device) for x in self.state)
-        grads = aten._flash_attention_backward(grad, q, k, v, out, lse, *lengths, 0.0, causal, *state)
+        # Dropout's random state, which the call wants and with dropout 0 does not read.
+        state = torch.empty(2, dtype=torch.uint64, device=q.device)
+        grads = aten._flash_attention_backward(grad, q, k, v, out, lse, *lengths, 0.0, causal, state, state[0])
         return tuple(x.transpose(1, 2) for x in grads)
+
+
+_chosen: Kernel | None = None
+
+
+@contextmanager
+def use_kernel(kernel: Kernel) -> Iterator[None]:
+    """Within the block, use this kernel whatever the device (for tests and for forecasts)."""
+    global _chosen
+    previous, _chosen = _chosen, kernel
+    try:
+        yield
+    finally:
+        _chosen = previous
 
 
 def pick_kernel(q: Tensor) -> Kernel:
     """The fastest kernel that computes q's dtype on q's device."""
+    if _chosen is not None:
+        return _chosen
     if q.device.type == "cpu" and q.dtype != torch.float16:
         return FlashCPU()
-    if q.device.type == "cuda" and q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
+    fits_flash = q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    if q.device.type == "cuda" and fits_flash and torch.cuda.get_device_capability(q.device) >= (8, 0):
         return FlashCUDA()
     return Plain()
 
@@ -120,9 +151,13 @@ def _rows(x: Tensor) -> Tensor:
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Attention to two sets of keys from the attention to each."""
     lse = torch.logaddexp(lse_a, lse_b)
-    weight_a = (lse_a - lse).exp()[..., None].to(out_a.dtype)
-    weight_b = (lse_b - lse).exp()[..., None].to(out_b.dtype)
-    return out_a * weight_a + out_b * weight_b, lse
+    weight_a, weight_b = (lse_a - lse).exp()[..., None], (lse_b - lse).exp()[..., None]
+    return (out_a * weight_a + out_b * weight_b).to(out_a.dtype), lse
+
+
+def fold(x: Tensor, G: int) -> Tensor:
+    """(B, H, C, ·) to (B, G, H/G * C, ·): the query heads of each key head one after the other."""
+    return x.reshape(x.shape[0], G, -1, *x.shape[3:])
 
 
 @dataclass
@@ -140,8 +175,9 @@ class _ChunkAttention(torch.autograd.Function):
         q, k, v = _rows(q), _rows(k), _rows(v)
         out, lse = past.kernel.forward(q, k, v, causal=True)
         if past.start > 0:
-            out_past, lse_past = past.kernel.forward(q, *past.memory.past(past.start), causal=False)
-            out, lse = merge(out, lse, out_past, lse_past)
+            keys, values = past.memory.past(0, past.start)
+            out_past, lse_past = past.kernel.forward(fold(q, k.shape[1]), keys, values, causal=False)
+            out, lse = merge(out, lse, out_past.reshape(out.shape), lse_past.reshape(lse.shape))
         ctx.save_for_backward(q, k, v, out, lse)  # one chunk, however long the past
         ctx.past = past
         return out
@@ -152,13 +188,15 @@ class _ChunkAttention(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         past: _Past = ctx.past
         dq, dk, dv = past.kernel.backward(grad, q, k, v, out, lse, causal=True)
-        if past.start > 0:
-            before = past.memory.past(past.start)
-            dq_past, dk_past, dv_past = past.kernel.backward(grad, q, *before, out, lse, causal=False)
-            dq = dq + dq_past
-            # The same projections made the past's keys and values: they need gradients if ours do.
-            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-                past.memory.add_grads(past.start, dk_past, dv_past)
+        # The same projections made the past's keys and values: they need gradients if ours do.
+        sends_back = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        grad, q, out, lse = (fold(x, k.shape[1]) for x in (grad, q, out, lse))
+        for start in range(0, past.start, BLOCK):
+            keys, values = past.memory.past(start, min(start + BLOCK, past.start))
+            dq_past, dk_past, dv_past = past.kernel.backward(grad, q, keys, values, out, lse, causal=False)
+            dq = dq + dq_past.reshape(dq.shape)
+            if sends_back:
+                past.memory.add_grads(start, dk_past, dv_past)
         return dq, dk, dv, None
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .attention import attend
 from .chunks import Chunk
 from .config import LlamaConfig
 
@@ -40,17 +41,23 @@ class LayerCache:
         self.key_grads = like.new_zeros((B, G, room, D), dtype=grad_dtype)
         self.value_grads = like.new_zeros((B, G, room, D), dtype=grad_dtype)
 
-    def past(self, start: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of all positions before `start`: views (B, G, start, D)."""
-        return self.keys[:, :, :start], self.values[:, :, :start]
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+        """Attention of the chunk at `start`, (B, H, C, D), to itself and to all positions before it."""
+        return attend(q, k, v, self, start)
+
+    def past(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the positions from `start` to `stop`: views (B, G, stop - start, D)."""
+        return self.keys[:, :, start:stop], self.values[:, :, start:stop]
 
     def add_grads(self, start: int, key_grads: Tensor, value_grads: Tensor) -> None:
-        """Add the gradients (B, G, start, D) that a chunk at `start` sends back to its past."""
+        """Add the gradients (B, G, n, D) that a later chunk sends back to the n positions from `start`."""
+        end = start + key_grads.shape[2]
         for first, stop, offset in self.slots:
-            n = min(stop, start) - first
-            if n > 0:
-                self.key_grads[:, :, offset : offset + n] += key_grads[:, :, first : first + n]
-                self.value_grads[:, :, offset : offset + n] += value_grads[:, :, first : first + n]
+            low, high = max(first, start), min(stop, end)
+            if low < high:
+                slot, sent = slice(offset + low - first, offset + high - first), slice(low - start, high - start)
+                self.key_grads[:, :, slot] += key_grads[:, :, sent]
+                self.value_grads[:, :, slot] += value_grads[:, :, sent]
 
     def received(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """The gradients sent back to one kept chunk's keys and values: views (B, G, C, D)."""

@@ -31,6 +31,12 @@ def cut(length: int, chunk_size: int) -> list[Chunk]:
     return [Chunk(start, min(start + chunk_size, length)) for start in range(0, length, chunk_size)]
 
 
+def check_fill_size(fill_size: int | None, chunk_size: int) -> None:
+    """Raise InputError unless at least one chunk fits into a pass of the fill."""
+    if fill_size is not None and fill_size < chunk_size:
+        raise InputError(f"fill_size is {fill_size}, but must be at least the chunk size, {chunk_size}")
+
+
 def shift(labels: Tensor) -> Tensor:
     """Targets (B, T): what position t has to predict is the label of t + 1, and nothing at the end.
 
@@ -48,8 +54,10 @@ def check_batch(
     half-precision parameters be summed in float32. Raises InputError.
     """
     for name, tensor in (("input_ids", input_ids), ("labels", labels)):
-        if tensor.ndim != 2 or tensor.dtype != torch.int64:
-            raise InputError(f"{name} is {tensor.dtype} of shape {list(tensor.shape)}, but must be int64 [B, T]")
+        if tensor.ndim != 2 or tensor.dtype != torch.int64 or tensor.shape[0] == 0:
+            raise InputError(
+                f"{name} is {tensor.dtype} of shape {list(tensor.shape)}, but must be int64 [B, T], B >= 1"
+            )
     if labels.shape != input_ids.shape:
         raise InputError(f"labels has shape {list(labels.shape)}, but input_ids has {list(input_ids.shape)}")
     if input_ids.shape[1] < 2:
@@ -59,21 +67,19 @@ def check_batch(
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise InputError("no parameter of the model requires a gradient: nothing to train")
-    for parameter in trainable:
-        # A sum over many chunks in half precision would lose the small terms.
-        if parameter.dtype.itemsize < 4 and parameter.grad is None and hasattr(parameter, "grad_dtype"):
-            parameter.grad_dtype = torch.float32
 
     targets = shift(labels)
     if not isinstance(input_ids, FakeTensor):  # fake tensors (memory forecasts) hold no values to check
         _check_ids("input_ids", input_ids, model.config.vocab_size)
         _check_ids("labels", labels.where(labels != IGNORE, 0), model.config.vocab_size)
-    if num_targets is not None:
-        return targets, num_targets
-    count = (targets != IGNORE).sum()
-    if not isinstance(count, FakeTensor) and count == 0:
+    divisor = (targets != IGNORE).sum() if num_targets is None else num_targets
+    if not isinstance(divisor, FakeTensor) and divisor == 0:
         raise InputError(f"labels has no valid target: after the shift every label is {IGNORE}")
-    return targets, count
+    for parameter in trainable:
+        # A sum over many chunks in half precision would lose the small terms.
+        if parameter.dtype.itemsize < 4 and parameter.grad is None and hasattr(parameter, "grad_dtype"):
+            parameter.grad_dtype = torch.float32
+    return targets, divisor
 
 
 def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:

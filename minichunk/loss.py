@@ -36,7 +36,6 @@ class _SummedLoss(torch.autograd.Function):
             if dweight is not None:
                 dweight += dlogits.T @ h
         ctx.save_for_backward(dhidden, dweight)
-        ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
@@ -44,7 +43,7 @@ class _SummedLoss(torch.autograd.Function):
         (grad,) = grads
         dhidden, dweight = ctx.saved_tensors
         return (
-            None if dhidden is None else dhidden * grad.to(dhidden.dtype),
+            None if dhidden is None else (dhidden * grad[None]).to(dhidden.dtype),
             None if dweight is None else dweight * grad,
             None,
         )

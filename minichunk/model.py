@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import attend
 from .cache import Cache, LayerCache
 from .chunks import Chunk
 from .config import LlamaConfig
@@ -94,7 +93,7 @@ class Attention(nn.Module):
         if memory is None:  # the whole sequence at once: ordinary attention, nothing of ours
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
-            y = attend(q, k, v, memory, start)
+            y = memory.attend(q, k, v, start)
         y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H*D)
         return self.o_proj(y), (k, v)
 
@@ -164,7 +163,7 @@ class Llama(nn.Module):
     ) -> Llama:
         """Load a Hugging Face checkpoint directory (`config.json` and safetensors).
 
-        dtype: of the parameters; None keeps what the files hold. Raises InputError.
+        dtype: of all parameters; None takes that of the first tensor in the files. Raises InputError.
         """
         from .weights import load_pretrained
 
@@ -196,7 +195,7 @@ class Llama(nn.Module):
         written: list[Tensor] = []
         for i, layer in enumerate(self.model.layers):
             memory = cache.layers[i] if cache is not None else None
-            if recompute and torch.is_grad_enabled():
+            if recompute:
                 # On top of a cache dropout draws its masks from seeds: no generator's state to replay.
                 x, kv = checkpoint(layer, x, rope, memory, start, use_reentrant=False, preserve_rng_state=cache is None)
             else:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from .cache import Cache
-from .chunks import Chunk, check_batch, cut
-from .errors import InputError
+from .chunks import Chunk, check_batch, check_fill_size, cut
 from .loss import summed_loss
 from .model import Llama
 
@@ -23,6 +22,7 @@ def seco(
     fill_size: int | None = None,
     num_targets: float | None = None,
     recompute: bool = False,
+    cache_grad_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Add the exact gradient of the mean loss to `.grad`; return the loss, detached.
 
@@ -33,13 +33,15 @@ def seco(
     fill_size: tokens per forward pass of the fill, rounded down to whole chunks; None: one chunk.
     num_targets: divides the summed loss instead of the count of valid targets, for gradient accumulation.
     recompute: within a chunk, keep only the layers' inputs and run each layer again for its backward.
+    cache_grad_dtype: of the sum of gradients sent back to keys and values; None: float32, or the model's if wider.
     Raises InputError for a batch or a size that does not fit.
     """
     targets, divisor = check_batch(model, input_ids, labels, num_targets)
+    check_fill_size(fill_size, chunk_size)
     chunks = cut(input_ids.shape[1], chunk_size)
-    cache = new_cache(model, input_ids, kept=chunks)
+    cache = new_cache(model, input_ids, chunks, cache_grad_dtype)
     fill(model, input_ids, chunks[:-1], cache, fill_size)  # lines 1-3; line 5 starts with the last chunk
-    total = torch.zeros_like(targets, dtype=torch.float32).sum()
+    total = torch.zeros((), device=input_ids.device)
     for chunk in reversed(chunks):  # line 4
         loss, written, received = rebuild(model, input_ids, targets, chunk, cache, recompute)  # lines 5, 6
         torch.autograd.backward([loss / divisor, *written], [None, *received])  # line 7
@@ -47,11 +49,11 @@ def seco(
     return total
 
 
-def new_cache(model: Llama, input_ids: Tensor, kept: Sequence[Chunk]) -> Cache:
+def new_cache(model: Llama, input_ids: Tensor, kept: Sequence[Chunk], grad_dtype: torch.dtype | None = None) -> Cache:
     """A cache for all that lies before the last kept chunk, with gradients for the other kept ones."""
     seed = None if model.dropout_masks is None else int(torch.randint(2**62, ()))
     like, (*others, last) = model.model.norm.weight, kept
-    return Cache(model.config, input_ids.shape[0], last.start, like, others, dropout_seed=seed)
+    return Cache(model.config, input_ids.shape[0], last.start, like, others, grad_dtype, seed)
 
 
 def fill(model: Llama, input_ids: Tensor, chunks: Sequence[Chunk], cache: Cache, fill_size: int | None = None) -> None:
@@ -59,10 +61,7 @@ def fill(model: Llama, input_ids: Tensor, chunks: Sequence[Chunk], cache: Cache,
 
     fill_size: as many whole chunks as fit in it run at a time; what ends up in the cache is the same.
     """
-    size = chunks[0].stop - chunks[0].start if chunks else 0
-    if fill_size is not None and fill_size < size:
-        raise InputError(f"fill_size is {fill_size}, but must be at least the chunk size, {size}")
-    group = (fill_size or size) // size if size else 1
+    group = 1 if fill_size is None or not chunks else fill_size // (chunks[0].stop - chunks[0].start)
     for i in range(0, len(chunks), group):
         run = chunks[i : i + group]
         ids = input_ids[:, run[0].start : run[-1].stop]
