@@ -9,22 +9,19 @@ import torch
 
 from .errors import InputError
 from .files import open_tensors, read_json, write_json, write_tensors
-from .lora import PROJECTIONS, LoraLinear, adapters, add_lora
+from .lora import PROJECTIONS, adapters, add_lora
 from .model import Llama
 from .weights import make_directory
 
 _PREFIX = "base_model.model."  # PEFT's wrapping of the base model's names
-# Variants of LoRA that change what an adapter computes, and the value that switches each off.
-_VARIANTS: dict[str, Any] = {
-    "use_dora": False,
-    "use_rslora": False,
-    "bias": "none",
-    "modules_to_save": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "lora_bias": False,
-    "fan_in_fan_out": False,
-}
+# What adapter_config.json may say beyond rank, alpha, dropout and targets without changing what an
+# adapter computes; whatever else is set to something is a variant of LoRA that we do not have.
+_NEUTRAL = {
+    "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules",
+    "inference_mode", "revision", "auto_mapping", "peft_version", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "megatron_config", "qalora_group_size", "megatron_core", "runtime_config", "ensure_weight_tying",
+}  # fmt: skip
+_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {"init_lora_weights": (True, False, "gaussian"), "bias": ("none",)}
 
 
 def save_adapter(model: Llama, directory: str | Path, base_model: str | Path = "") -> None:
@@ -47,7 +44,7 @@ def save_adapter(model: Llama, directory: str | Path, base_model: str | Path = "
         "lora_dropout": first.dropout,
         "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
         "inference_mode": True,
-        **_VARIANTS,
+        "bias": "none",
     }
     tensors = {}
     for name, layer in layers.items():
@@ -65,36 +62,59 @@ def load_adapter(model: Llama, directory: str | Path) -> None:
     """
     directory = Path(directory)
     config_path, path = directory / "adapter_config.json", directory / "adapter_model.safetensors"
-    config = read_json(config_path)
-    if config.get("peft_type") != "LORA":
-        raise InputError(f"{config_path}: peft_type is {config.get('peft_type')!r}, but must be 'LORA'")
-    for field, off in _VARIANTS.items():
-        if config.get(field) not in (off, None, [], {}):
-            raise InputError(f"{config_path}: {field} = {config[field]!r} is not supported; it must be {off!r}")
-    for field in ("r", "lora_alpha"):
-        if not isinstance(config.get(field), int | float):
-            raise InputError(f"{config_path}: {field} is {config.get(field)!r}, but must be a number")
+    rank, alpha, dropout = _read_config(config_path)
+    if not path.is_file() and (directory / "adapter_model.bin").is_file():
+        raise InputError(
+            f"{directory / 'adapter_model.bin'} is pickled, and unpickling runs whatever code the file holds; convert "
+            "it where you trust it: load it with PEFT and save_pretrained(NEW_DIR)"
+        )
     with open_tensors(path) as file:
         tensors = {name.removeprefix(_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    targets = sorted({name.removesuffix(f".lora_{x}.weight").rpartition(".")[2] for name in tensors for x in "AB"}
-                     & set(PROJECTIONS))  # fmt: skip
+    names = {name.removesuffix(f".lora_{x}.weight") for name in tensors for x in "AB"}
+    targets = sorted({name.rpartition(".")[2] for name in names} & set(PROJECTIONS))
     if not targets:
         raise InputError(f"{path} has no LoRA weights of {', '.join(PROJECTIONS)}")
+    _check_shapes(model, targets, rank, tensors, path)
     if not adapters(model):
-        add_lora(model, int(config["r"]), config["lora_alpha"], targets, float(config.get("lora_dropout") or 0.0))
-    _copy_in(adapters(model), tensors, path)
+        add_lora(model, rank, alpha, targets, dropout)
+    with torch.no_grad():
+        for name, layer in adapters(model).items():
+            layer.scale = alpha / rank
+            layer.lora_A.weight.copy_(tensors[f"{name}.lora_A.weight"])
+            layer.lora_B.weight.copy_(tensors[f"{name}.lora_B.weight"])
 
 
-@torch.no_grad()
-def _copy_in(layers: dict[str, LoraLinear], tensors: dict[str, torch.Tensor], path: Path) -> None:
-    parameters = {f"{name}.lora_{x}.weight": getattr(layer, f"lora_{x}").weight
-                  for name, layer in layers.items() for x in "AB"}  # fmt: skip
-    if parameters.keys() != tensors.keys():
-        odd = sorted(parameters.keys() ^ tensors.keys())[0]
-        raise InputError(f"{path} {'lacks' if odd in parameters else 'has'} {odd}, unlike the model's adapter")
-    for name, parameter in parameters.items():
-        if tensors[name].shape != parameter.shape:
-            shape, expected = list(tensors[name].shape), list(parameter.shape)
-            raise InputError(f"{path}: {name} has the shape {shape}, but the model's adapter has {expected}")
-    for name, parameter in parameters.items():
-        parameter.copy_(tensors[name])
+def _read_config(path: Path) -> tuple[int, float, float]:
+    """Rank, alpha and dropout of an adapter_config.json."""
+    config = read_json(path)
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"{path}: peft_type is {config.get('peft_type')!r}, but must be 'LORA'")
+    for field, value in config.items():
+        if field not in _NEUTRAL and value and value not in _NEUTRAL_VALUES.get(field, ()):
+            raise InputError(f"{path}: {field} = {value!r} is not supported; train the adapter without it")
+    rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout") or 0.0
+    if not isinstance(rank, int) or rank < 1:
+        raise InputError(f"{path}: r is {rank!r}, but must be a whole number of at least 1")
+    if not isinstance(alpha, int | float) or not alpha > 0:
+        raise InputError(f"{path}: lora_alpha is {alpha!r}, but must be a number above 0")
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise InputError(f"{path}: lora_dropout is {dropout!r}, but must be a number from 0 up to, not including, 1")
+    return rank, alpha, dropout
+
+
+def _check_shapes(model: Llama, targets: list[str], rank: int, tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Raise InputError unless the tensors are those of the model's adapter, or of one it would get."""
+    expected: dict[str, list[int]] = {}
+    present = adapters(model)
+    for name, module in model.named_modules():
+        if name in present or (not present and name.rpartition(".")[2] in targets):
+            assert isinstance(module, torch.nn.Linear)
+            own = present[name].lora_A.out_features if present else rank
+            expected[f"{name}.lora_A.weight"] = [own, module.in_features]
+            expected[f"{name}.lora_B.weight"] = [module.out_features, own]
+    if expected.keys() != tensors.keys():
+        odd = sorted(expected.keys() ^ tensors.keys())[0]
+        raise InputError(f"{path} {'lacks' if odd in expected else 'has'} {odd}, unlike the model's adapter")
+    for name, tensor in tensors.items():
+        if list(tensor.shape) != expected[name]:
+            raise InputError(f"{path}: {name} has the shape {list(tensor.shape)}, but the model needs {expected[name]}")

@@ -59,7 +59,7 @@ class LlamaConfig:
     def __post_init__(self) -> None:
         for name in (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"config: {name} is {value!r}, but must be a whole number of at least 1")
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
@@ -77,7 +77,7 @@ class LlamaConfig:
         """
         c = dict(hugging_face_config)
         model_type = c.get("model_type", "llama")
-        if model_type not in _FAMILIES:
+        if not isinstance(model_type, str) or model_type not in _FAMILIES:
             raise InputError(
                 f"config: model_type {model_type!r} is not supported; supported are {', '.join(sorted(_FAMILIES))}"
             )
@@ -85,18 +85,23 @@ class LlamaConfig:
         missing = [name for name in _REQUIRED if c.get(name) is None]
         if missing:
             raise InputError(f"config: the field {missing[0]} is missing")
+        for name in _REQUIRED:
+            _number(c, name)
         _refuse_what_we_do_not_compute(c)
         theta, scaling = _rope(c)
         bias = bool(c.get("attention_bias", False))
         heads = c["num_attention_heads"]
         head_dim = c.get("head_dim") or family.get("head_dim") or c["hidden_size"] // heads
-        eos = c.get("eos_token_id")
+        ends = c.get("eos_token_id")
+        ends = tuple(ends) if isinstance(ends, list) else ends
+        if not all(isinstance(end, int) for end in (ends if isinstance(ends, tuple) else (ends or 0,))):
+            raise InputError(f"config: eos_token_id is {ends!r}, but must be a token id, a list of them, or null")
         return cls(
             **{name: c[name] for name in _REQUIRED},
             num_key_value_heads=c.get("num_key_value_heads") or heads,
             head_dim=head_dim,
             max_position_embeddings=c.get("max_position_embeddings", 2048),
-            rms_norm_eps=float(c.get("rms_norm_eps", 1e-6)),
+            rms_norm_eps=_number(c, "rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
             tie_word_embeddings=bool(c.get("tie_word_embeddings", False)),
@@ -106,7 +111,7 @@ class LlamaConfig:
             qk_norm=family.get("qk_norm", False),
             model_type=model_type,
             bos_token_id=c.get("bos_token_id"),
-            eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
+            eos_token_id=ends,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -149,10 +154,12 @@ def _refuse_what_we_do_not_compute(c: dict[str, Any]) -> None:
         refuse("attention_dropout", "0")
     if c.get("partial_rotary_factor", 1.0) != 1.0:
         refuse("partial_rotary_factor", "1.0")
-    uses_window = c.get("use_sliding_window", c.get("model_type") == "mistral")
-    if uses_window and c.get("sliding_window") is not None:
+    if c.get("model_type") == "mistral":  # transformers takes an absent window as one of 4096
+        c.setdefault("sliding_window", 4096)
+    if c.get("use_sliding_window", c.get("model_type") == "mistral") and c.get("sliding_window") is not None:
         refuse("sliding_window", "null: every layer here attends to the whole past")
-    if any(kind != "full_attention" for kind in c.get("layer_types") or ()):
+    kinds = c.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         refuse("layer_types", "'full_attention' for every layer")
 
 
@@ -160,7 +167,9 @@ def _rope(c: dict[str, Any]) -> tuple[float, Llama3Rope | None]:
     # transformers 5 keeps rope_theta and the scaling together in rope_parameters.
     field = "rope_parameters" if c.get("rope_parameters") else "rope_scaling"
     rope = c.get(field) or {}
-    theta = float(rope.get("rope_theta") or c.get("rope_theta") or 10000.0)
+    if not isinstance(rope, dict):
+        raise InputError(f"config: {field} is {rope!r}, but must be an object or null")
+    theta = _number(rope, "rope_theta", _number(c, "rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
@@ -168,8 +177,15 @@ def _rope(c: dict[str, Any]) -> tuple[float, Llama3Rope | None]:
         raise InputError(f"config: {field}.rope_type {kind!r} is not supported; supported are 'default' and 'llama3'")
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     for name in names:
-        if not isinstance(rope.get(name), int | float):
-            raise InputError(f"config: {field}.{name} is {rope.get(name)!r}, but rope type llama3 needs a number there")
+        _number(rope, name, where=f"{field}.")
     if rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise InputError(f"config: {field}.high_freq_factor must be larger than {field}.low_freq_factor")
     return theta, Llama3Rope(*(rope[name] for name in names))
+
+
+def _number(c: dict[str, Any], name: str, default: float | None = None, where: str = "") -> float:
+    """A field that must be a finite number above 0; absent: the default, if there is one."""
+    value = c.get(name, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise InputError(f"config: {where}{name} is {value!r}, but must be a number above 0")
+    return float(value)

@@ -37,9 +37,12 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     if not path.is_file():
         raise InputError(f"{path} is missing: a checkpoint directory needs the tokenizer of its model")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise InputError(f"{path} is not a tokenizer.json that the tokenizers library reads: {error}") from None
+    tokenizer.no_truncation()  # the file may ask for either, from how its model was trained
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def read_documents(
@@ -71,16 +74,14 @@ def read_documents(
 def _records(path: Path) -> Iterator[tuple[str, list[tuple[str, bool]]]]:
     """Yield (name, parts) of each document; a part is its text and whether it is to be predicted."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; --data takes text or JSONL files") from None
-    except IsADirectoryError:
-        raise InputError(f"{path} is a directory; name the files in it") from None
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); --data takes text or JSONL files") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from None
     if not text.strip():
         raise InputError(f"{path} is empty")
-    if path.suffix not in (".jsonl", ".ndjson"):
+    if path.suffix.lower() not in (".jsonl", ".ndjson"):
         yield str(path), [(text, True)]
         return
     # Not splitlines(): JSON strings may hold the other line separators of Unicode.
@@ -90,12 +91,14 @@ def _records(path: Path) -> Iterator[tuple[str, list[tuple[str, bool]]]]:
         name = f"{path}, line {number}"
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"{name}: not JSON: {error}") from None
         fields = ("text",) if isinstance(record, dict) and "text" in record else ("prompt", "completion")
         for field in fields:
             if not isinstance(record, dict) or not isinstance(record.get(field), str):
                 raise InputError(f"{name}: must be an object with the string 'text', or 'prompt' and 'completion'")
+            if any("\ud800" <= character <= "\udfff" for character in record[field]):
+                raise InputError(f"{name}: {field!r} has half of a surrogate pair, which is not text: mend or drop it")
         yield name, [(record[field], field != "prompt") for field in fields]
 
 

@@ -48,7 +48,8 @@ def load_pretrained(directory: str | Path, dtype: torch.dtype | None, device: st
                 tensor = file.get_tensor(name)
                 if not tensor.is_floating_point():
                     raise InputError(f"{path}: {name} is {tensor.dtype}, but must be floating point (unquantized)")
-                _assign(model, name, tensor.to(dtype or tensor.dtype))
+                dtype = dtype or tensor.dtype  # one for all: the cache has the model's
+                _assign(model, name, tensor.to(dtype))
                 found.add(name)
     missing = [name for name in wanted if name not in found]
     if missing:
@@ -65,6 +66,8 @@ def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 
 def _find_tensors(directory: Path) -> dict[Path, list[str]]:
     """The checkpoint's files and the tensors in each; [] stands for all of a file's."""
+    if (directory / "model.safetensors").is_file():
+        return {directory / "model.safetensors": []}
     if (directory / _INDEX).is_file():
         weight_map = read_json(directory / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
@@ -75,8 +78,6 @@ def _find_tensors(directory: Path) -> dict[Path, list[str]]:
                 raise InputError(f"{directory / _INDEX} puts {name} into {file!r}; it must be a file name alone")
             by_file[directory / file].append(name)
         return by_file
-    if (directory / "model.safetensors").is_file():
-        return {directory / "model.safetensors": []}
     pickled = sorted([*directory.glob("*.bin"), *directory.glob("*.pth"), *directory.glob("*.pt")])
     if pickled:
         raise InputError(
@@ -93,9 +94,15 @@ def save_pretrained(model: Llama, directory: str | Path) -> None:
             "the model has an unmerged LoRA adapter: call merge_lora(model) first to fold it in, "
             "or save_adapter(model, directory) to save it alone"
         )
+    if LlamaConfig.from_dict(model.config.to_dict()) != model.config:
+        raise InputError(
+            f"no config.json describes this model: a {model.config.model_type} implies other biases or q/k norms "
+            "than its config has; choose the model_type that has them"
+        )
     directory = make_directory(directory)
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     write_tensors(directory / "model.safetensors", tensors, {"format": "pt"})
+    (directory / _INDEX).unlink(missing_ok=True)  # of a sharded checkpoint that was here before
     dtype = str(model.model.norm.weight.dtype).removeprefix("torch.")
     write_json(directory / "config.json", {**model.config.to_dict(), "torch_dtype": dtype})
 
