@@ -68,11 +68,16 @@ class Run:
             file.write(json.dumps(metrics) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All steps' metrics; a last line that a kill cut short is left out."""
+        """The steps' metrics, up to the first line that is not whole."""
         if not self.metrics.exists():
             return []
-        lines = self.metrics.read_text(encoding="utf-8").split("\n")[:-1]
-        return [json.loads(line) for line in lines]
+        metrics = []
+        for line in self.metrics.read_bytes().split(b"\n")[:-1]:
+            try:
+                metrics.append(json.loads(line))
+            except ValueError:  # a power cut may leave anything behind the last line that reached the disk
+                break
+        return metrics
 
     def save(self, trainer: Trainer) -> None:
         write_tensors(self.checkpoint, trainer.state(), {"step": str(trainer.step)})

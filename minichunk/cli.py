@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from .errors import InputError
 
@@ -25,8 +26,15 @@ DIR is a Hugging Face checkpoint: config.json, tokenizer.json and safetensors. J
 """
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as for every other mistake; `--help` shows the rest."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="minichunk", description="Chunk-wise training of language models on long contexts (SeCO and SpaCO)."
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -44,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_train(commands: argparse._SubParsersAction[Parser]) -> None:
     # Absent options stay absent, so that the defaults live in TrainOptions alone.
     train = commands.add_parser(
         "train",
@@ -96,7 +104,7 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     run.add_argument("--resume", action="store_true", help="continue the run in --output (default: the newest)")
 
 
-def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def _add_generate(commands: argparse._SubParsersAction[Parser]) -> None:
     generate = commands.add_parser(
         "generate",
         help="read what a model writes",
@@ -137,12 +145,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 2 for a user's mistake, 1 for a training that failed, 130 after Ctrl-C."""
-    arguments = build_parser().parse_args(argv)
     from .train import Interrupted
     from .trainer import NonFiniteLoss
 
     try:
-        run(arguments)
+        run(build_parser().parse_args(argv))
     except InputError as error:
         print(f"minichunk: {error}", file=sys.stderr)
         return 2

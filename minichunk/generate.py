@@ -82,8 +82,9 @@ def continue_text(
     """`minichunk generate`: the prompt and its continuation as text. Raises InputError."""
     from .adapter import load_adapter
     from .data import load_tokenizer
-    from .options import SHIPPED_MODEL
+    from .options import SHIPPED_MODEL, check_device
 
+    device = check_device(device)
     directory = model or SHIPPED_MODEL
     tokenizer = load_tokenizer(directory)
     ids = tokenizer.encode(prompt).ids

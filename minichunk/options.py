@@ -20,6 +20,17 @@ METHODS = ("seco", "spaco", "full")
 SAMPLERS = ("bernoulli", "fixed", "paper")
 
 
+def check_device(name: str | None) -> str:
+    """The device of `--device`; None: CUDA where there is one. Raises InputError for one that is not there."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        return "cuda" if count else "cpu"
+    here = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
+    if name not in here:
+        raise InputError(f"--device is {name!r}, but PyTorch sees only {', '.join(here)} here")
+    return name
+
+
 @dataclass(frozen=True)
 class TrainOptions:
     """Options of `minichunk train`; `minichunk train --help` says what each means. None: chosen for the case."""
@@ -57,9 +68,7 @@ class TrainOptions:
     def resolved(self) -> TrainOptions:
         """Check every value and fill in those that are None. Raises InputError."""
         self._check()
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        if device.startswith("cuda") and not torch.cuda.is_available():
-            raise InputError(f"--device {device}: PyTorch sees no CUDA device here; use --device cpu")
+        device = check_device(self.device)
         num_chunks = len(cut(self.seq_len, self.chunk_size))
         return replace(
             self,
@@ -99,8 +108,11 @@ class TrainOptions:
         for name, value in (("dropout", self.dropout), ("val-fraction", self.val_fraction)):
             if not 0 <= value < 1:
                 raise InputError(f"--{name} is {value}, but must be at least 0 and below 1")
-        if self.method != "spaco" and (self.budget is not None or self.cap is not None):
-            raise InputError(f"--budget and --cap belong to --method spaco, not to {self.method}")
+        given = self.budget is not None or self.cap is not None or self.sampler != "bernoulli"
+        if self.method != "spaco" and given:
+            raise InputError(f"--budget, --sampler and --cap belong to --method spaco, not to {self.method}")
+        if self.seed >= 2**32:
+            raise InputError(f"--seed is {self.seed}, but must be below 2^32")
         if self.cap is not None and self.sampler != "paper":
             raise InputError("--cap belongs to --sampler paper")
 
@@ -120,4 +132,10 @@ class TrainOptions:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainOptions:
         arguments: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
-        return cls(**arguments)
+        options = cls(**arguments)
+        for name, default in cls().to_dict().items():
+            value = getattr(options, name)
+            wanted = (int, float) if isinstance(default, float) else type(default)
+            if default is not None and not isinstance(value, list | tuple) and not isinstance(value, wanted):
+                raise TypeError(f"{name} is {value!r}")
+        return options

@@ -43,16 +43,16 @@ class Bernoulli:
 
     def __post_init__(self) -> None:
         for rate in self._given():
-            if not 0 < rate <= 1:
+            if not isinstance(rate, int | float) or not 0 < rate <= 1:
                 raise InputError(f"the Bernoulli rate is {rate}, but must be above 0 and at most 1")
 
     def _given(self) -> Sequence[float]:
-        return [self.rate] if isinstance(self.rate, int | float) else self.rate
+        return self.rate if isinstance(self.rate, Sequence) else [self.rate]
 
     def rates(self, num_chunks: int) -> Sequence[float]:
         """One rate for each chunk."""
         rates = self._given()
-        if isinstance(self.rate, int | float):
+        if not isinstance(self.rate, Sequence):
             return [rates[0]] * num_chunks
         if len(rates) != num_chunks:
             raise InputError(f"Bernoulli has {len(rates)} rates, but there are {num_chunks} chunks")
@@ -83,8 +83,8 @@ class _Subset:
     budget: int
 
     def __post_init__(self) -> None:
-        if self.budget < 1:
-            raise InputError(f"the budget is {self.budget}, but at least 1 chunk must be kept")
+        if not isinstance(self.budget, int) or self.budget < 1:
+            raise InputError(f"the budget is {self.budget!r}, but must be a whole number of at least 1 chunk")
 
     def weight(self, t: int, k: int) -> Weight:
         """The factors of every kept chunk when t of k are kept."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .chunks import check_batch, cut
+from .chunks import check_batch, check_fill_size, cut
 from .errors import InputError
 from .model import Llama
 from .samplers import Bernoulli, Weight
@@ -29,6 +29,7 @@ def spaco(
     fill_size: int | None = None,
     num_targets: float | None = None,
     recompute: bool = False,
+    cache_grad_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Add an estimate of the gradient of the mean loss to `.grad`; return an estimate of the loss.
 
@@ -43,13 +44,14 @@ def spaco(
     Raises InputError for a batch, a size or a sampler's answer that does not fit.
     """
     targets, divisor = check_batch(model, input_ids, labels, num_targets)
+    check_fill_size(fill_size, chunk_size)
     chunks = cut(input_ids.shape[1], chunk_size)
     weights = check_weights(sampler(len(chunks), generator), len(chunks))
     kept = [(chunk, weight) for chunk, weight in zip(chunks, weights, strict=True) if weight is not None]
-    total = torch.zeros_like(targets, dtype=torch.float32).sum()
+    total = torch.zeros((), device=input_ids.device)
     if not kept:
         return total
-    cache = new_cache(model, input_ids, kept=[chunk for chunk, _ in kept])
+    cache = new_cache(model, input_ids, [chunk for chunk, _ in kept], cache_grad_dtype)
     fill(model, input_ids, [chunk for chunk in chunks if chunk.stop <= kept[-1][0].start], cache, fill_size)
     for chunk, weight in reversed(kept):
         loss, written, received = rebuild(model, input_ids, targets, chunk, cache, recompute)
@@ -61,9 +63,14 @@ def spaco(
 
 def check_weights(weights: Sequence[Weight | None], num_chunks: int) -> Sequence[Weight | None]:
     """Return a sampler's answer; raises InputError if it is not one finite Weight or None per chunk."""
-    if len(weights) != num_chunks:
-        raise InputError(f"the sampler returned {len(weights)} entries, but there are {num_chunks} chunks")
+    if not isinstance(weights, Sequence) or len(weights) != num_chunks:
+        found = f"{len(weights)} entries" if isinstance(weights, Sequence) else repr(weights)
+        raise InputError(f"the sampler returned {found}, but there are {num_chunks} chunks")
     for i, weight in enumerate(weights):
-        if weight is not None and not (math.isfinite(weight.loss) and math.isfinite(weight.relay)):
-            raise InputError(f"the sampler gave chunk {i} {weight}, but both factors must be finite numbers")
+        if weight is None:
+            continue
+        if not isinstance(weight, Weight) or not all(isinstance(x, int | float) and math.isfinite(x) for x in weight):
+            raise InputError(
+                f"the sampler gave chunk {i} {weight!r}; it must be None or a Weight of two numbers that must be finite"
+            )
     return weights

@@ -49,6 +49,7 @@ def train(options: TrainOptions, resume: bool = False, say: Callable[[str], obje
     if resume:
         run = Run.existing(options.output)
         options, stored = run.read_info()
+        options = options.resolved()
         before = [Span(**span) for span in stored]
     else:
         options = options.resolved()
@@ -61,8 +62,8 @@ def train(options: TrainOptions, resume: bool = False, say: Callable[[str], obje
     total = sum(p.numel() for p in model.parameters())
     say(f"model   {options.model}: {total:,} parameters, {trainable:,} of them trained, {options.dtype}")
     say(f"data    {line}")
-    num_chunks = len(cut(options.seq_len, options.chunk_size))
-    say(f"method  {options.method}, {options.seq_len:,} tokens in {num_chunks} chunks")
+    num_chunks = 1 if options.method == "full" else len(cut(options.seq_len, options.chunk_size))
+    say(f"method  {options.method}, {options.seq_len:,} tokens in {num_chunks} chunk{'s' if num_chunks > 1 else ''}")
 
     evaluate = partial(_evaluate, model, validation, options)
     if before is None:
@@ -81,7 +82,10 @@ def train(options: TrainOptions, resume: bool = False, say: Callable[[str], obje
         run.restore(trainer)
         say(f"resume  {run.directory} after step {trainer.step} of {options.steps}")
     _run_steps(trainer, run, options)
-    after = evaluate("loss by position after")
+    try:
+        after = evaluate("loss by position after")
+    except KeyboardInterrupt:
+        raise Interrupted(_how_to_resume(trainer, run)) from None
     written = _write_results(model, run, options, before, after)
 
     context = model.config.max_position_embeddings
@@ -170,9 +174,11 @@ def _run_steps(trainer: Trainer, run: Run, options: TrainOptions) -> None:
             if interrupted or trainer.step % options.save_every == 0 or trainer.step == options.steps:
                 run.save(trainer)
             if interrupted:
-                raise Interrupted(
-                    f"saved after step {trainer.step}; go on with: minichunk train --output {run.directory} --resume"
-                )
+                raise Interrupted(_how_to_resume(trainer, run))
+
+
+def _how_to_resume(trainer: Trainer, run: Run) -> str:
+    return f"saved after step {trainer.step}; go on with: minichunk train --output {run.directory} --resume"
 
 
 @contextmanager
@@ -207,8 +213,10 @@ def _write_results(model: Llama, run: Run, options: TrainOptions, before: list[S
         directory = run.directory / "model"
         model.config = replace(model.config, max_position_embeddings=max(context, options.seq_len))
         model.save_pretrained(directory)
-        shutil.copy(Path(_known(options.model)) / "tokenizer.json", directory)
-        written += [directory / "model.safetensors", directory / "config.json", directory / "tokenizer.json"]
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+            if (path := Path(_known(options.model)) / name).is_file():
+                shutil.copy(path, directory)
+        written += sorted(directory.iterdir())
     path = run.directory / "loss_by_position.json"
     write_json(path, {"before": [asdict(s) for s in before], "after": [asdict(s) for s in after], "context": context})
     plot = run.directory / "loss.png"
