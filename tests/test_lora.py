@@ -82,6 +82,7 @@ def test_masks_are_those_of_the_chunk_the_module_and_the_seed() -> None:
     whole = draw(1, "a", Chunk(0, 4), Chunk(4, 6))
     assert torch.equal(whole[:, 4:], draw(1, "a", Chunk(4, 6)))
     assert torch.equal(whole[:, :4], draw(1, "a", Chunk(0, 4)))
+    assert not torch.equal(whole[:, :2], whole[:, 4:])
     assert not torch.equal(whole, draw(2, "a", Chunk(0, 4), Chunk(4, 6)))
     assert not torch.equal(whole, draw(1, "b", Chunk(0, 4), Chunk(4, 6)))
     assert set(whole.unique().tolist()) == {0.0, 2.0}
@@ -126,6 +127,10 @@ def test_a_second_adapter_is_refused() -> None:
     ("field", "value", "words"),
     [
         ("use_dora", True, "use_dora = True is not supported"),
+        ("init_lora_weights", "pissa", "init_lora_weights = 'pissa'"),
+        ("alora_invocation_tokens", [1], "alora_invocation_tokens"),
+        ("r", 2.5, "r is 2.5"),
+        ("lora_dropout", "x", "lora_dropout is 'x'"),
         ("rank_pattern", {"q_proj": 2}, "rank_pattern"),
         ("bias", "all", "bias = 'all'"),
         ("peft_type", "IA3", "peft_type is 'IA3'"),
@@ -136,7 +141,25 @@ def test_unsupported_adapters_are_refused(tmp_path: Path, field: str, value: obj
     mc.save_adapter(with_adapter(), tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    model = build(tiny(), 0)
     with pytest.raises(mc.InputError, match=words):
+        mc.load_adapter(model, tmp_path)
+    assert all(p.requires_grad for p in model.parameters())  # a refusal leaves the model as it was
+
+
+def test_the_alpha_is_that_of_the_file(tmp_path: Path) -> None:
+    mc.save_adapter(with_adapter(), tmp_path)
+    other = build(tiny(), 0)
+    mc.add_lora(other, 3, 99, ALL)
+    mc.load_adapter(other, tmp_path)
+    ids = torch.arange(9)[None]
+    torch.testing.assert_close(other(ids), with_adapter()(ids), rtol=1e-6, atol=1e-6)
+
+
+def test_a_pickled_adapter_is_refused(tmp_path: Path) -> None:
+    mc.save_adapter(with_adapter(), tmp_path)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(mc.InputError, match=r"adapter_model\.bin is pickled"):
         mc.load_adapter(build(tiny(), 0), tmp_path)
 
 
@@ -144,7 +167,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     mc.save_adapter(with_adapter(), tmp_path)
     with pytest.raises(mc.InputError, match=r"has model\.layers\.1"):
         mc.load_adapter(build(tiny(layers=1), 0), tmp_path)
-    with pytest.raises(mc.InputError, match=r"has the shape \[3, 8\], but the model's adapter has \[3, 12\]"):
+    with pytest.raises(mc.InputError, match=r"has the shape .*, but the model needs \[12, 3\]"):
         mc.load_adapter(build(tiny(hidden_size=12), 0), tmp_path)
     with pytest.raises(mc.InputError, match="no adapter to save"):
         mc.save_adapter(build(tiny(), 0), tmp_path)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 import minichunk as mc
-from minichunk import attention
-from minichunk.cache import Cache
+from minichunk.baselines import ConcatenatingCache, concatenating
+from minichunk.cache import Cache, LayerCache
 from minichunk.chunks import cut
 from minichunk.seco import fill, new_cache, rebuild
 
+from .gradients import check_gradients, take_gradients
 from .strategies import build, tiny
 
 
@@ -42,14 +43,6 @@ def saved_bytes_per_chunk(model: mc.Llama, length: int, chunk_size: int) -> list
     return totals
 
 
-def concatenating(q: Tensor, k: Tensor, v: Tensor, memory: object, start: int) -> Tensor:
-    """The textbook way: concatenate the past in every layer, and attend with a mask."""
-    past_k, past_v = memory.past(start)  # type: ignore[attr-defined]
-    k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
-    mask = torch.arange(k.shape[2]) <= torch.arange(start, k.shape[2])[:, None]
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-
-
 def test_saved_bytes_do_not_grow_with_the_past() -> None:
     model = build(tiny(), seed=0)
     totals = saved_bytes_per_chunk(model, length=64, chunk_size=8)
@@ -60,7 +53,10 @@ def test_saved_bytes_do_not_grow_with_the_past() -> None:
 
 
 def test_a_concatenated_past_would_be_noticed() -> None:
-    with mock.patch("minichunk.model.attend", concatenating):
+    def new_cache(model: mc.Llama, *_: object) -> ConcatenatingCache:
+        return ConcatenatingCache(model.config.num_hidden_layers)
+
+    with mock.patch(f"{__name__}.new_cache", new_cache):
         totals = saved_bytes_per_chunk(build(tiny(), seed=0), length=64, chunk_size=8)
     assert totals == sorted(set(totals))  # every chunk saves more than the one before
 
@@ -104,14 +100,25 @@ def test_the_fill_does_only_what_the_cache_needs() -> None:
 
 
 def test_no_gradient_is_sent_to_a_past_that_needs_none() -> None:
-    """With LoRA on o alone, the first layer's keys and values do not depend on a trained parameter."""
+    """With LoRA on q alone, the first layer's keys and values do not depend on a trained parameter."""
     model = build(tiny(), seed=0)
-    mc.add_lora(model, 2, 4, ["o_proj"])
+    mc.add_lora(model, 2, 4, ["q_proj"])
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
     ids = torch.randint(23, (1, 12))
     layers: list[int] = []
-    original = attention.LayerCache.add_grads
-    with mock.patch.object(
-        attention.LayerCache, "add_grads", lambda self, *a: layers.append(id(self)) or original(self, *a)
-    ):
+    original = LayerCache.add_grads
+    with mock.patch.object(LayerCache, "add_grads", lambda self, *a: layers.append(id(self)) or original(self, *a)):
         mc.seco(model, ids, ids, 4)
     assert len(set(layers)) == 1  # the second layer's
+
+
+@pytest.mark.parametrize("entries", [None, [None, mc.Weight(2, 3), None, mc.Weight(4, 5), mc.Weight(1, 1)]])
+def test_the_textbook_baseline_computes_the_same(entries: list[mc.Weight | None] | None) -> None:
+    model = build(tiny(), seed=0)
+    ids = torch.randint(23, (2, 14))
+    expected_loss = mc.spaco(model, ids, ids, 3, sampler=lambda *_: entries or [mc.Weight(1, 1)] * 5)
+    expected = take_gradients(model)
+    torch.testing.assert_close(concatenating(model, ids, ids, 3, entries).double(), expected_loss, rtol=1e-6, atol=0)
+    check_gradients(take_gradients(model), expected)

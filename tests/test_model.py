@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,16 @@ def test_parity_with_transformers(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(mc.seco(ours, ids, labels, 7), loss.detach().double(), rtol=1e-6, atol=0)
     check_gradients(take_gradients(ours), expected, rtol=1e-5, whole=1e-6)
 
-    theirs.save_pretrained(tmp_path / "theirs")
-    again = mc.Llama.from_pretrained(tmp_path / "theirs")
-    assert again.config == ours.config
-    torch.testing.assert_close(again(ids), ours(ids), rtol=0, atol=0)
+    # Their files, whole and in shards; config.json in the layout of transformers 5 and in the older one.
+    for name, keywords in (("theirs", {}), ("sharded", {"max_shard_size": "8KB"})):
+        theirs.save_pretrained(tmp_path / name, **keywords)
+        again = mc.Llama.from_pretrained(tmp_path / name)
+        assert again.config == ours.config
+        torch.testing.assert_close(again(ids), ours(ids), rtol=0, atol=0)
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
+    assert "rope_theta" in json.loads((tmp_path / "ours/config.json").read_text())
+    new = json.loads((tmp_path / "sharded/config.json").read_text())
+    assert "rope_parameters" in new or int(transformers.__version__[0]) < 5
 
 
 @pytest.mark.parametrize(
@@ -76,6 +83,16 @@ def test_parity_with_transformers(name: str, tmp_path: Path) -> None:
         ({"head_dim": 5}, "head_dim is 5"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"vocab_size": None}, "vocab_size is missing"),
+        ({"model_type": "mistral"}, "sliding_window = 4096 is not supported"),
+        ({"model_type": ["llama"]}, "model_type"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({"hidden_size": "8"}, "hidden_size is '8'"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is None"),
+        ({"rope_theta": "x"}, "rope_theta is 'x'"),
+        ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'"),
+        ({"rope_scaling": {**LLAMA3, "factor": 0}}, "rope_scaling.factor is 0"),
+        ({"layer_types": 5}, "layer_types"),
+        ({"eos_token_id": "x"}, "eos_token_id is 'x'"),
     ],
 )
 def test_unsupported_configs_name_the_field(change: dict[str, Any], words: str) -> None:

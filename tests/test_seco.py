@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minichunk as mc
+from minichunk.cache import LayerCache
 from minichunk.chunks import Chunk, cut
 from minichunk.lora import DropoutMasks
 
 from .gradients import check_gradients, oracle, take_gradients
 from .strategies import Batch, batches, build, models, tiny
+
+spaco_module = sys.modules["minichunk.spaco"]  # the attribute of that name is the function
 
 
 def full_with_masks(model: mc.Llama, batch: Batch, seed: int, chunks: list[Chunk], **keywords: object) -> torch.Tensor:
@@ -93,17 +99,83 @@ def test_full_with_recompute_is_the_same() -> None:
     check_gradients(take_gradients(model), expected)
 
 
-def test_a_detached_cache_would_be_noticed() -> None:
-    """Without the relay the gradient is far off: the equality above is not won by default."""
-    model = build(tiny(), seed=2)
+def no_relay(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("minichunk.cache.Cache.received", lambda *_: [])
+
+
+def wrong_order(patch: pytest.MonkeyPatch) -> None:
+    """First chunk first: nothing has been sent back yet when a chunk asks."""
+    patch.setattr(spaco_module, "reversed", iter, raising=False)
+
+
+def forgotten_relay_factor(patch: pytest.MonkeyPatch) -> None:
+    original = spaco_module.check_weights
+    patch.setattr(
+        spaco_module, "check_weights", lambda *a: [mc.Weight(w.loss, 1.0) if w else None for w in original(*a)]
+    )
+
+
+def forgotten_loss_factor(patch: pytest.MonkeyPatch) -> None:
+    original = spaco_module.check_weights
+    patch.setattr(
+        spaco_module, "check_weights", lambda *a: [mc.Weight(1.0, w.relay) if w else None for w in original(*a)]
+    )
+
+
+def top_left_mask(patch: pytest.MonkeyPatch) -> None:
+    """What `is_causal=True` means with fewer queries than keys: query i sees the keys up to i, not start + i."""
+
+    def attend(self: LayerCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int) -> torch.Tensor:
+        past_k, past_v = self.past(0, start)
+        k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    patch.setattr(LayerCache, "attend", attend)
+
+
+def shuffled_dropout(patch: pytest.MonkeyPatch) -> None:
+    """A rebuild that draws other masks than the fill."""
+    original, calls = DropoutMasks.select, iter(range(10**6))
+    patch.setattr(
+        DropoutMasks, "select", lambda self, seed, chunks: original(self, seed and seed + next(calls), chunks)
+    )
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [None, no_relay, wrong_order, forgotten_relay_factor, forgotten_loss_factor, top_left_mask, shuffled_dropout],
+)
+def test_negative_controls(break_it: Callable[[pytest.MonkeyPatch], None] | None) -> None:
+    """Each of these mistakes makes the comparison with the oracle fail, by far; without one it holds."""
+    model = build(tiny(layers=3), seed=2)
+    mc.add_lora(model, 2, 4, ("q_proj", "k_proj", "v_proj", "down_proj"), dropout=0.2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
     ids = torch.randint(23, (1, 12))
-    mc.full(model, ids, ids)
-    expected = take_gradients(model)
+    entries = [mc.Weight(1.5, 0.5), None, mc.Weight(0.7, 2.0), mc.Weight(2.0, 3.0)]
+    chunks = cut(12, 3)
+    torch.manual_seed(5)
+    seed = int(torch.randint(2**62, ()))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minichunk.cache.Cache.received", lambda *_: [])
-        mc.seco(model, ids, ids, 4)
-    with pytest.raises(AssertionError, match="gradient of"):
-        check_gradients(take_gradients(model), expected, rtol=1e-3)
+        select = DropoutMasks.select
+        patch.setattr(DropoutMasks, "select", lambda self, *_: select(self, seed, chunks))
+        assert model.dropout_masks is not None
+        model.dropout_masks.select(None, ())
+        oracle(model, ids, ids, chunks, entries)
+    expected = take_gradients(model)
+    torch.manual_seed(5)
+    with pytest.MonkeyPatch.context() as patch:
+        if break_it is not None:
+            break_it(patch)
+        mc.spaco(model, ids, ids, 3, sampler=lambda *_: entries)
+    got = take_gradients(model)
+    if break_it is None:
+        check_gradients(got, expected)
+    else:
+        with pytest.raises(AssertionError, match="gradient of"):
+            check_gradients(got, expected, rtol=1e-2)
 
 
 def test_gradients_are_added_to_those_there() -> None:
@@ -159,6 +231,8 @@ def test_same_seed_same_bits() -> None:
         ({"input_ids": torch.tensor([[1.0, 2.0]])}, "must be int64"),
         ({"chunk_size": 0}, "chunk_size is 0"),
         ({"chunk_size": 1, "fill_size": 0}, "fill_size is 0"),
+        ({"chunk_size": 9, "fill_size": 8}, "fill_size is 8, but must be at least the chunk size, 9"),
+        ({"input_ids": torch.zeros(0, 2, dtype=torch.int64)}, "must be int64"),
         ({"num_targets": 0}, "num_targets is 0"),
     ],
 )

@@ -19,6 +19,7 @@ import minichunk as mc
 from minichunk import train as train_module
 from minichunk.checkpoint import Run
 from minichunk.evaluate import loss_by_position, spans_for
+from minichunk.files import write_text
 from minichunk.options import TrainOptions
 from minichunk.train import Interrupted, load_data, load_model, make_gradient, train
 from minichunk.trainer import NonFiniteLoss, Schedule, Trainer
@@ -278,12 +279,48 @@ def test_a_kill_while_writing_leaves_a_whole_file(tmp_path: Path) -> None:
     assert x[0] >= 4
 
 
+def test_a_file_is_replaced_and_not_written_over(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with path.open() as reader:
+        write_text(path, "new")
+        assert reader.read() == "old"
+    assert path.read_text() == "new"
+
+
 def test_a_metrics_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.append_metrics({"step": 1})
-    with run.metrics.open("a") as file:
-        file.write('{"step": 2, "lo')
-    assert run.read_metrics() == [{"step": 1}]
+    for tail in (b'{"step": 2, "lo', b"\0\0\0\n", b"{\n\xff\n"):
+        run = Run(tmp_path)
+        run.metrics.unlink(missing_ok=True)
+        run.append_metrics({"step": 1})
+        with run.metrics.open("ab") as file:
+            file.write(tail)
+        assert run.read_metrics() == [{"step": 1}]
+
+
+def test_a_damaged_run_file_is_named(options: TrainOptions) -> None:
+    directory = train(replace(options, steps=1), say=quiet)
+    info = json.loads((directory / "run.json").read_text())
+    for name, value in (("steps", "1"), ("unknown", 1)):
+        broken = {**info, "options": {**info["options"], name: value}}
+        (directory / "run.json").write_text(json.dumps(broken))
+        with pytest.raises(mc.InputError, match=r"run.json is not of this version"):
+            train(TrainOptions(output=str(directory)), resume=True, say=quiet)
+
+
+def test_ctrl_c_in_the_last_evaluation_says_how_to_resume(
+    options: TrainOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = train_module.loss_by_position
+
+    def interrupted(*arguments: Any) -> Any:
+        if (Path(options.output or "") / "checkpoint.safetensors").exists():
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(train_module, "loss_by_position", interrupted)
+    with pytest.raises(Interrupted, match=r"after step 6; go on with: minichunk train --output .* --resume"):
+        train(options, say=quiet)
 
 
 def test_loss_by_position_is_the_mean_of_the_token_losses(options: TrainOptions) -> None:
@@ -315,3 +352,19 @@ def test_the_default_data_are_the_shipped_novels() -> None:
     assert {piece.name.split(",")[0].rpartition("/")[2] for piece in validation} == {"northangerabbey.txt"}
     assert len(validation) == 2
     assert "all tokens kept" in line
+
+
+def test_every_step_has_randomness_of_its_own() -> None:
+    seeds: list[tuple[int, int]] = []
+
+    def gradient(model: mc.Llama, ids: torch.Tensor, labels: torch.Tensor, n: int, generator: torch.Generator) -> Any:
+        seeds.append((torch.initial_seed(), generator.initial_seed()))
+        return torch.zeros(())
+
+    model = mc.Llama(mc.LlamaConfig(11, 8, 8, 1, 2, 2, 4))
+    documents = [train_module.Document("a", torch.arange(3), torch.arange(3))]
+    for seed in (0, 1):
+        trainer = Trainer(model, documents, gradient, Schedule(3, 1.0), seed=seed)
+        for _ in range(3):
+            trainer.run_step()
+    assert len(set(seeds)) == 6

@@ -109,6 +109,11 @@ def index_of_the_wrong_file(directory: Path) -> None:
     write_index(directory, {**weight_map, NORM: other.get(weight_map[NORM], "model-1-of-2.safetensors")})
 
 
+def index_without_a_map(directory: Path) -> None:
+    shard(directory)
+    write_index(directory, [])
+
+
 def broken_config(directory: Path) -> None:
     (directory / "config.json").write_text("{")
 
@@ -133,7 +138,7 @@ def broken_config(directory: Path) -> None:
         ),
         (lambda d: change_tensors(d, extra=torch.ones(9)), "has the tensor extra"),
         (lambda d: change_tensors(d, **{NORM: torch.ones(8, dtype=torch.int8)}), "must be floating point"),
-        (lambda d: write_index(d, []), "lacks the object weight_map"),
+        (index_without_a_map, "lacks the object weight_map"),
     ],
 )
 def test_a_damaged_checkpoint_is_named(checkpoint: Path, damage: object, words: str) -> None:
@@ -142,6 +147,28 @@ def test_a_damaged_checkpoint_is_named(checkpoint: Path, damage: object, words: 
         mc.Llama.from_pretrained(checkpoint)
     assert str(checkpoint) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_saving_over_shards_leaves_the_new_weights(checkpoint: Path) -> None:
+    shard(checkpoint)
+    model = mc.Llama.from_pretrained(checkpoint)
+    torch.nn.init.constant_(model.model.norm.weight, 7.0)
+    model.save_pretrained(checkpoint)
+    assert not (checkpoint / "model.safetensors.index.json").exists()
+    assert (mc.Llama.from_pretrained(checkpoint).model.norm.weight == 7).all()
+
+
+def test_mixed_dtypes_become_one(checkpoint: Path) -> None:
+    change_tensors(checkpoint, **{NORM: torch.ones(8, dtype=torch.float32)})
+    model = mc.Llama.from_pretrained(checkpoint)
+    assert len({p.dtype for p in model.parameters()}) == 1
+    ids = torch.arange(9)[None]
+    mc.seco(model, ids, ids, 4)
+
+
+def test_a_model_that_no_config_describes_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(mc.InputError, match=r"no config\.json describes this model"):
+        build(tiny(qk_norm=True), seed=0).save_pretrained(tmp_path)
 
 
 def test_no_such_directory(tmp_path: Path) -> None:

@@ -1,0 +1,84 @@
+"""What minichunk is measured against: the textbook way to do SeCO, and transformers' Llama.
+
+Nothing else uses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .chunks import Chunk, check_batch, cut
+from .model import Llama
+from .samplers import Weight
+from .seco import fill, rebuild
+
+
+class ConcatenatingLayer:
+    """Keys and values as a list of one leaf per chunk, concatenated whenever they are needed."""
+
+    def __init__(self) -> None:
+        self.chunks: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+        past = [pair for first, pair in sorted(self.chunks.items()) if first < start]
+        k = torch.cat([*(keys for keys, _ in past), k], dim=2)
+        v = torch.cat([*(values for _, values in past), v], dim=2)
+        if start == 0:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        positions = torch.arange(k.shape[2], device=q.device)
+        mask = positions <= positions[start:, None]  # bottom-right causal
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+class ConcatenatingCache:
+    """What `seco` asks of a cache, answered with autograd's own means."""
+
+    dropout_seed = None
+
+    def __init__(self, num_layers: int) -> None:
+        self.layers = [ConcatenatingLayer() for _ in range(num_layers)]
+
+    def write(self, start: int, written: Sequence[Tensor]) -> None:
+        for layer, keys, values in zip(self.layers, written[::2], written[1::2], strict=True):
+            layer.chunks[start] = (keys.detach().requires_grad_(), values.detach().requires_grad_())
+
+    def received(self, chunk: Chunk, written: Sequence[Tensor]) -> list[Tensor]:
+        leaves = [leaf for layer in self.layers for leaf in layer.chunks.get(chunk.start, ())]
+        return [leaf.grad for leaf in leaves if leaf.grad is not None]  # [] for the last chunk
+
+
+def concatenating(
+    model: Llama, input_ids: Tensor, labels: Tensor, chunk_size: int, entries: Sequence[Weight | None] | None = None
+) -> Tensor:
+    """SeCO (or SpaCO with the given entries) as one would first write it: `torch.cat` of the past in every layer."""
+    targets, divisor = check_batch(model, input_ids, labels, None)
+    chunks = cut(input_ids.shape[1], chunk_size)
+    weights = entries or [Weight(1.0, 1.0)] * len(chunks)
+    kept = [(chunk, weight) for chunk, weight in zip(chunks, weights, strict=True) if weight is not None]
+    cache: Any = ConcatenatingCache(model.config.num_hidden_layers)
+    fill(model, input_ids, [chunk for chunk in chunks if chunk.stop <= kept[-1][0].start], cache)
+    total = torch.zeros((), device=input_ids.device)
+    for chunk, weight in reversed(kept):
+        loss, written, received = rebuild(model, input_ids, targets, chunk, cache)
+        loss = weight.loss * loss / divisor
+        torch.autograd.backward([loss, *written], [None, *(weight.relay * g for g in received)])
+        total = total + loss.detach()
+    return total
+
+
+def transformers_llama(model: Llama) -> Any:
+    """transformers' Llama with the same weights and gradient checkpointing, as its users would run it."""
+    from transformers import AutoConfig, AutoModelForCausalLM  # type: ignore[import-not-found,unused-ignore]
+
+    config = AutoConfig.for_model(**model.config.to_dict())
+    weight = model.model.norm.weight
+    with torch.device(weight.device):
+        theirs = AutoModelForCausalLM.from_config(config, dtype=weight.dtype, attn_implementation="sdpa")
+    theirs.load_state_dict(model.state_dict())
+    theirs.gradient_checkpointing_enable()
+    return theirs.train()
