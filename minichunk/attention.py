@@ -197,6 +197,7 @@ class _ChunkAttention(torch.autograd.Function):
             dq = dq + dq_past.reshape(dq.shape)
             if sends_back:
                 past.memory.add_grads(start, dk_past, dv_past)
+            del dq_past, dk_past, dv_past  # or they would live on beside the next block's
         return dq, dk, dv, None
 
 

@@ -46,6 +46,7 @@ def seco(
         loss, written, received = rebuild(model, input_ids, targets, chunk, cache, recompute)  # lines 5, 6
         torch.autograd.backward([loss / divisor, *written], [None, *received])  # line 7
         total = total + loss.detach() / divisor
+        del loss, written, received  # or they would live on beside the next chunk's
     return total
 
 

@@ -56,8 +56,10 @@ def spaco(
     for chunk, weight in reversed(kept):
         loss, written, received = rebuild(model, input_ids, targets, chunk, cache, recompute)
         loss = weight.loss * loss / divisor
-        torch.autograd.backward([loss, *written], [None, *(weight.relay * g for g in received)])
+        received = [weight.relay * g for g in received]
+        torch.autograd.backward([loss, *written], [None, *received])
         total = total + loss.detach()
+        del loss, written, received  # or they would live on beside the next chunk's
     return total
 
 
