@@ -26,7 +26,7 @@ def human_bytes(count: float) -> str:
     """Bytes in words: '1.5 GiB'."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
-            return f"{count:.3g} {unit}"
+            return f"{count:.0f} {unit}" if count >= 100 else f"{count:.3g} {unit}"
         count /= 1024
     return f"{count:.2f} GiB"
 

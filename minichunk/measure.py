@@ -1,0 +1,145 @@
+"""One measurement of `minichunk bench`, in a process of its own so that its peak memory is its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .baselines import concatenating, transformers_llama
+from .cache import Cache
+from .chunks import cut, shift
+from .full import full
+from .lora import add_lora
+from .loss import token_losses
+from .model import Llama
+from .report import peak_memory
+from .samplers import FixedBudget
+from .seco import seco
+from .shapes import shape
+from .spaco import spaco
+
+METHODS = (
+    "full", "full-recompute", "transformers", "seco", "spaco", "forward", "concatenating-seco", "concatenating-spaco",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one process measures: a single step of `method`, after a warm-up on two short chunks."""
+
+    method: str
+    tokens: int
+    chunk_size: int
+    budget: int | None = None  # spaco: chunks kept
+    model: str = "llama-47m"
+    dtype: str = "float32"
+    device: str = "cpu"
+    rank: int = 0  # of LoRA on q and v; 0 trains all parameters
+    recompute: bool = False
+    memory_cap: int | None = None  # bytes of device memory, on CUDA
+    seed: int = 0
+
+    @property
+    def label(self) -> str:
+        kept = "" if self.budget is None else f" {self.budget} of {len(cut(self.tokens, self.chunk_size))}"
+        return self.method + kept
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Seconds of one step and the peak memory in bytes, or {'out_of_memory': true}."""
+    device = torch.device(case.device)
+    if case.memory_cap is not None and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, case.memory_cap / total), device)
+    try:
+        model = _build(case)
+        run = _method(case, model)
+        ids = torch.randint(shape(case.model).vocab_size, (1, case.tokens), generator=torch.Generator().manual_seed(0))
+        ids = ids.to(device)
+        warm_up = ids[:, : min(case.tokens, 2 * min(case.chunk_size, 64))]
+        run(warm_up)
+        model.zero_grad(set_to_none=True)
+        _synchronize(device)
+        before = peak_memory(device)
+        began = time.perf_counter()
+        loss = run(ids)
+        _synchronize(device)
+        seconds = time.perf_counter() - began
+    except torch.OutOfMemoryError:
+        return {"out_of_memory": True}
+    return {"seconds": seconds, "peak_bytes": peak_memory(device), "start_bytes": before, "loss": float(loss)}
+
+
+def _build(case: Case) -> Llama:
+    torch.manual_seed(0)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[case.dtype]
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # so that no wider copy of the weights is ever made
+    try:
+        with torch.device(case.device):
+            model = Llama(shape(case.model))
+    finally:
+        torch.set_default_dtype(previous)
+    if case.rank:
+        add_lora(model, case.rank)
+    return model
+
+
+def _method(case: Case, model: Llama) -> Any:
+    size, recompute = case.chunk_size, case.recompute
+    if case.method == "transformers":
+        theirs = transformers_llama(model)
+        model.requires_grad_(False).to("meta")  # one copy of the weights is enough
+
+        def peer(ids: Tensor) -> Tensor:
+            loss = theirs(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+            return loss.detach()
+
+        return peer
+
+    def entries(ids: Tensor) -> Any:
+        num_chunks = len(cut(ids.shape[1], size))
+        generator = torch.Generator().manual_seed(case.seed)
+        return FixedBudget(case.budget or num_chunks)(num_chunks, generator)
+
+    methods = {
+        "full": lambda ids: full(model, ids, ids),
+        "full-recompute": lambda ids: full(model, ids, ids, recompute=True),
+        "seco": lambda ids: seco(model, ids, ids, size, recompute=recompute),
+        "spaco": lambda ids: spaco(model, ids, ids, size, sampler=lambda *_: entries(ids), recompute=recompute),
+        "forward": lambda ids: _forward(model, ids, size),
+        "concatenating-seco": lambda ids: concatenating(model, ids, ids, size),
+        "concatenating-spaco": lambda ids: concatenating(model, ids, ids, size, entries(ids)),
+    }
+    return methods[case.method]
+
+
+@torch.no_grad()
+def _forward(model: Llama, ids: Tensor, chunk_size: int) -> Tensor:
+    """Inference: the loss of every chunk, over the cache."""
+    cache = Cache(model.config, ids.shape[0], ids.shape[1], model.model.norm.weight)
+    targets = shift(ids)
+    total = torch.zeros((), device=ids.device)
+    for chunk in cut(ids.shape[1], chunk_size):
+        rows = slice(chunk.start, chunk.stop)
+        hidden, written = model.run(ids[:, rows], cache, [chunk])
+        cache.write(chunk.start, written)
+        total += token_losses(hidden, model.lm_head.weight, targets[:, rows]).sum()
+    return total / (ids.shape[1] - 1)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+if __name__ == "__main__":  # python -m minichunk.measure '{"method": "seco", …}', as bench.py calls it
+    case = Case(**json.loads(sys.argv[1]))
+    print(json.dumps({"case": asdict(case), **measure(case)}))

@@ -1,0 +1,31 @@
+"""Named model shapes, for measurements and forecasts that need no weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .config import LlamaConfig
+from .errors import InputError
+from .files import read_json
+
+_FIELDS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "rope_theta", "tie_word_embeddings",
+)  # fmt: skip
+_SHAPES: dict[str, tuple[Any, ...]] = {
+    "llama-47m": (576, 1536, 12, 9, 3, 64, 8192, 10000.0, True),
+    "llama-3.2-1b": (2048, 8192, 16, 32, 8, 64, 128256, 500000.0, True),
+    "llama-3.2-3b": (3072, 8192, 28, 24, 8, 128, 128256, 500000.0, True),
+    "llama-3-8b": (4096, 14336, 32, 32, 8, 128, 128256, 500000.0, False),
+}
+NAMES = tuple(_SHAPES)
+
+
+def shape(name: str) -> LlamaConfig:
+    """The config of a named shape, or of a checkpoint directory (its config.json alone). Raises InputError."""
+    if name in _SHAPES:
+        return LlamaConfig(**dict(zip(_FIELDS, _SHAPES[name], strict=True)), max_position_embeddings=8192)
+    if (Path(name) / "config.json").is_file():
+        return LlamaConfig.from_dict(read_json(Path(name) / "config.json"))
+    raise InputError(f"--model {name!r} is neither a directory with a config.json nor one of {', '.join(NAMES)}")

@@ -1,0 +1,91 @@
+"""The bench: every method runs in its process, and what is written can be drawn again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from minichunk import bench as bench_module
+from minichunk.bench import PRESETS, Result, bench, plot, read_results, table
+from minichunk.cli import main
+from minichunk.measure import METHODS, Case, measure
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about its checkpointing
+def test_all_methods_compute_the_same_loss(model_directory: Path) -> None:
+    losses = {}
+    for method in METHODS:
+        if method == "transformers":
+            pytest.importorskip("transformers")
+        budget = 4 if "spaco" in method else None
+        sample = measure(Case(method, 32, 8, budget, model=str(model_directory)))
+        assert sample["seconds"] > 0
+        assert sample["peak_bytes"] > 0
+        losses[method] = sample["loss"]
+    # With every chunk kept SpaCO is SeCO; all have the same weights and tokens.
+    assert all(loss == pytest.approx(losses["full"], rel=1e-5) for loss in losses.values()), losses
+
+
+def test_bench_writes_results_that_can_be_read_and_drawn(model_directory: Path, tmp_path: Path) -> None:
+    cases = [Case("full", 16, 8, model=str(model_directory)), Case("seco", 16, 8, model=str(model_directory))]
+    path = tmp_path / "results.json"
+    bench(cases, 1, path, quiet=True)
+    written = json.loads(path.read_text())
+    assert {"command", "machine", "results"} <= written.keys()
+    assert written["machine"]["torch"]
+    results = read_results(path)
+    assert [r.case for r in results] == cases
+    assert all(r.median("seconds") for r in results)
+    assert plot(results, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_table_shows_medians_ratios_and_failures() -> None:
+    results = [
+        Result(Case("full", 1024, 512), [{"seconds": 2.0, "peak_bytes": 2**30}]),
+        Result(Case("seco", 1024, 512), [{"seconds": s, "peak_bytes": 2**29} for s in (3.0, 1.0, 2.0)]),
+        Result(Case("spaco", 1024, 512, budget=1), [{"out_of_memory": True}]),
+        Result(Case("forward", 1024, 512), [{"error": "x"}]),
+    ]
+    text = table(results)
+    assert "| 1,024 | 512 | seco | 2.00 (1.00 to 3.00) | 1.00 | 512 MiB |" in text
+    assert "| 1,024 | 512 | spaco 1 of 2 | out of memory |  | out of memory |" in text
+    assert "| 1,024 | 512 | forward | failed |  | failed |" in text
+
+
+def test_a_failed_measurement_is_a_sample(tmp_path: Path) -> None:
+    (result,) = bench([Case("seco", 16, 8, model="nowhere")], 1, tmp_path / "r.json", quiet=True)
+    assert "nowhere" in result.samples[0]["error"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_measurable(preset: str) -> None:
+    cases = PRESETS[preset][0]()
+    assert len(set(cases)) == len(cases)
+    for case in cases:
+        assert case.method in METHODS
+        assert (case.budget is not None) == ("spaco" in case.method)
+        assert case.tokens % case.chunk_size == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--repeats", "0"], "--repeats is 0"),
+        (["--preset", "cpu", "--device", "cuda"], "--preset cpu does not run on --device cuda"),
+        (["--redraw", "nowhere.json"], "nowhere.json is missing"),
+    ],
+)
+def test_mistakes(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_redraw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = [Result(Case("full", 1024, 512), [{"seconds": 2.0, "peak_bytes": 2**30}])]
+    bench_module._write(results, tmp_path / "r.json")
+    assert main(["bench", "--redraw", str(tmp_path / "r.json")]) == 0
+    assert "| 1,024 |  | full | 2.00 | 1.00 | 1.00 GiB |" in capsys.readouterr().out
+    assert (tmp_path / "r.png").is_file()
