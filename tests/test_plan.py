@@ -1,0 +1,128 @@
+"""The forecast is the memory of the real step, counted the same way."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import minichunk as mc
+from minichunk.cli import main
+from minichunk.count import CountBytes
+from minichunk.plan import Setting, _build, _optimizer_states, forecast, parse_bytes, step_memory
+from minichunk.shapes import shape
+
+from .strategies import tiny
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("shape")
+    config = tiny(layers=4, vocab_size=512, hidden_size=64, intermediate_size=128, head_dim=16)
+    (path / "config.json").write_text(json.dumps(config.to_dict()))
+    return str(path)
+
+
+def whole_step(setting: Setting, tokens: int) -> int:
+    """Peak bytes of a whole real step on the CPU, through the public functions."""
+    with CountBytes() as count:
+        model = _build(shape(setting.model), setting)
+        states = _optimizer_states(model)
+        ids = torch.zeros(1, tokens, dtype=torch.int64)
+        entries = [None] * (-(-tokens // setting.chunk_size) - setting.budget) + [mc.Weight(1.0, 2.0)] * setting.budget
+        keywords = {"recompute": setting.recompute, "cache_grad_dtype": setting.cache_grad_dtype}
+        if setting.method == "seco":
+            mc.seco(model, ids, ids, setting.chunk_size, **keywords)  # type: ignore[arg-type]
+        elif setting.method == "spaco":
+            mc.spaco(model, ids, ids, setting.chunk_size, sampler=lambda *_: entries, **keywords)  # type: ignore[arg-type]
+        else:
+            mc.full(model, ids, ids, recompute=setting.method == "full-recompute")
+    assert states
+    return count.peak
+
+
+@pytest.mark.parametrize("method", ["seco", "spaco", "full", "full-recompute"])
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_forecast_is_the_peak_of_a_real_step(
+    directory: str, method: str, recompute: bool, dtype: torch.dtype, rank: int
+) -> None:
+    setting = Setting(directory, method, 64, 3, rank, dtype=dtype, recompute=recompute, device="cpu")
+    assert step_memory(setting, 1024).peak == pytest.approx(whole_step(setting, 1024), rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["seco", "spaco"])
+def test_growth_is_linear(directory: str, method: str) -> None:
+    setting = Setting(directory, method, 128, 3)
+    line = forecast(setting)
+    for tokens in (5120, 9728):
+        assert line.at(tokens).peak == pytest.approx(step_memory(setting, tokens).peak, rel=1e-3)
+    # Keys and values of 4 layers, 2 heads of 16, in bfloat16; SeCO also has their gradients in float32.
+    cache = 4 * 2 * 2 * 16 * 2
+    assert line.cache_per_token == cache
+    assert line.per_token == pytest.approx(cache * (3 if method == "seco" else 1), rel=0.05)
+
+
+def test_an_8b_llama_on_24_gib() -> None:
+    """LoRA of rank 8 on q and v, bfloat16, chunks of 512, 1 GiB reserve; the paper reaches 16,000 tokens."""
+    available = 23 * 2**30
+    seco = forecast(Setting(cache_grad_dtype=torch.bfloat16))
+    assert seco.per_token == pytest.approx(256 * 1024, rel=0.001)
+    assert seco.longest(available, 512) >= 30_000
+    assert seco.at_base.chunk < 0.5 * 2**30
+    assert forecast(Setting(method="spaco")).longest(available, 512) >= 55_000
+
+
+def test_counting_forgets_what_is_freed() -> None:
+    with CountBytes() as count:
+        a = torch.zeros(1000)
+        b = a[10:]
+        torch.zeros(500) + 1
+        del a
+        c = torch.zeros(100)
+        count.settle()
+    assert (count.live, count.peak) == (4400, 8000)
+    assert len(b) + len(c) == 1090
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("24GiB", 24 * 2**30), ("80 GB", 80 * 10**9), ("512", 512), ("1.5 MiB", 3 * 2**19)]
+)
+def test_amounts_of_memory(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "24 apples", "-1GiB", "1..5GiB"])
+def test_wrong_amounts_of_memory(text: str) -> None:
+    with pytest.raises(mc.InputError, match="not an amount of memory"):
+        parse_bytes(text)
+
+
+def test_the_command(directory: str, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ["plan", "--model", directory, "--memory", "64MiB", "--reserve", "1MiB", "--chunk-size", "64"]
+    assert main([*common, "--method", "spaco", "--budget", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["peak_bytes"] <= 63 * 2**20
+    assert found["max_tokens"] % 64 == 0
+    assert found["max_tokens"] > found["methods"]["seco"]["max_tokens"] > 0
+    assert sum(found["breakdown"].values()) == found["peak_bytes"] < found["peak_bytes_all_kept"]
+    assert main([*common, "--seq-len", "100000"]) == 0
+    assert "does NOT fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "nowhere"], "--model 'nowhere' is neither a directory with a config.json nor one of llama-47m"),
+        (["--memory", "much"], "'much' is not an amount of memory"),
+        (["--method", "naive"], "--method is 'naive'"),
+        (["--dtype", "int8"], "--dtype is 'int8'"),
+        (["--chunk-size", "0"], "--chunk-size is 0"),
+        (["--targets", "q"], "LoRA targets are ['q']"),
+    ],
+)
+def test_mistakes(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *arguments]) == 2
+    assert words in capsys.readouterr().err
