@@ -15,13 +15,13 @@ from .baselines import concatenating, transformers_llama
 from .cache import Cache
 from .chunks import cut, shift
 from .full import full
-from .lora import add_lora
 from .loss import token_losses
 from .model import Llama
+from .options import DTYPES
 from .report import peak_memory
 from .samplers import FixedBudget
 from .seco import seco
-from .shapes import shape
+from .shapes import random_model, shape
 from .spaco import spaco
 
 METHODS = (
@@ -58,7 +58,8 @@ def measure(case: Case) -> dict[str, Any]:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, case.memory_cap / total), device)
     try:
-        model = _build(case)
+        torch.manual_seed(0)
+        model = random_model(case.model, DTYPES[case.dtype], case.rank, device=case.device)
         run = _method(case, model)
         ids = torch.randint(shape(case.model).vocab_size, (1, case.tokens), generator=torch.Generator().manual_seed(0))
         ids = ids.to(device)
@@ -74,21 +75,6 @@ def measure(case: Case) -> dict[str, Any]:
     except torch.OutOfMemoryError:
         return {"out_of_memory": True}
     return {"seconds": seconds, "peak_bytes": peak_memory(device), "start_bytes": before, "loss": float(loss)}
-
-
-def _build(case: Case) -> Llama:
-    torch.manual_seed(0)
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[case.dtype]
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # so that no wider copy of the weights is ever made
-    try:
-        with torch.device(case.device):
-            model = Llama(shape(case.model))
-    finally:
-        torch.set_default_dtype(previous)
-    if case.rank:
-        add_lora(model, case.rank)
-    return model
 
 
 def _method(case: Case, model: Llama) -> Any:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from .config import LlamaConfig
 from .errors import InputError
 from .files import read_json
+from .lora import add_lora
+from .model import Llama
 
 _FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -29,3 +34,19 @@ def shape(name: str) -> LlamaConfig:
     if (Path(name) / "config.json").is_file():
         return LlamaConfig.from_dict(read_json(Path(name) / "config.json"))
     raise InputError(f"--model {name!r} is neither a directory with a config.json nor one of {', '.join(NAMES)}")
+
+
+def random_model(
+    name: str, dtype: torch.dtype, rank: int = 0, targets: Sequence[str] = ("q_proj", "v_proj"), device: str = "cpu"
+) -> Llama:
+    """A model of this shape with random weights, and LoRA of `rank` unless that is 0. Raises InputError."""
+    config, previous = shape(name), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # so that no wider copy of the weights is ever made
+    try:
+        with torch.device(device):
+            model = Llama(config)
+    finally:
+        torch.set_default_dtype(previous)
+    if rank:
+        add_lora(model, rank, 2 * rank, targets)
+    return model

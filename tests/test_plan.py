@@ -10,8 +10,9 @@ import torch
 import minichunk as mc
 from minichunk.cli import main
 from minichunk.count import CountBytes
-from minichunk.plan import Setting, _build, _optimizer_states, forecast, parse_bytes, step_memory
-from minichunk.shapes import shape
+from minichunk.forecast import Setting, forecast, optimizer_states, step_memory
+from minichunk.plan import parse_bytes
+from minichunk.shapes import random_model
 
 from .strategies import tiny
 
@@ -27,8 +28,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> str:
 def whole_step(setting: Setting, tokens: int) -> int:
     """Peak bytes of a whole real step on the CPU, through the public functions."""
     with CountBytes() as count:
-        model = _build(shape(setting.model), setting)
-        states = _optimizer_states(model)
+        model = random_model(setting.model, setting.dtype, setting.rank, setting.targets)
+        states = optimizer_states(model)
         ids = torch.zeros(1, tokens, dtype=torch.int64)
         entries = [None] * (-(-tokens // setting.chunk_size) - setting.budget) + [mc.Weight(1.0, 2.0)] * setting.budget
         keywords = {"recompute": setting.recompute, "cache_grad_dtype": setting.cache_grad_dtype}
