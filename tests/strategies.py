@@ -71,7 +71,7 @@ def models(draw: st.DrawFn, lora: bool = True) -> mc.Llama:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:  # zero at first, which would hide the gradient of A
-                    parameter.copy_(torch.randn_like(parameter))
+                    parameter.copy_(torch.randn_like(parameter) * 0.1)  # small: the gradient stays well conditioned
     return model
 
 
