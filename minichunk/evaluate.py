@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 
 from .cache import Cache
-from .chunks import IGNORE, cut, shift
+from .chunks import IGNORE, shift
 from .data import Document, collate
 from .loss import token_losses
 from .model import Llama
@@ -47,10 +47,7 @@ def loss_by_position(
         input_ids, labels = collate([document], like.device)
         targets = shift(labels)
         cache = Cache(model.config, 1, len(document), like)
-        for chunk in cut(len(document), chunk_size):
-            rows = slice(chunk.start, chunk.stop)
-            hidden, written = model.run(input_ids[:, rows], cache, [chunk])
-            cache.write(chunk.start, written)
+        for rows, hidden in model.run_chunks(input_ids, cache, chunk_size):
             sums[rows] += token_losses(hidden, model.lm_head.weight, targets[:, rows])[0].double().cpu()
         counts[: len(document)] += (targets[0] != IGNORE).double().cpu()
         on_document()

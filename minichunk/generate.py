@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .cache import Cache
-from .chunks import Chunk, cut
+from .chunks import Chunk
 from .errors import InputError
 from .model import Llama
 
@@ -41,9 +41,8 @@ def generate(
     was_training = model.training
     model.eval()
     cache = Cache(config, B, T + max_new_tokens, model.model.norm.weight)
-    for chunk in cut(T, chunk_size):
-        hidden, written = model.run(input_ids[:, chunk.start : chunk.stop], cache, [chunk])
-        cache.write(chunk.start, written)
+    for _, hidden in model.run_chunks(input_ids, cache, chunk_size):  # noqa: B007 (the last one is what counts)
+        pass
     done = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
     for position in range(T, T + max_new_tokens):
         logits = model.lm_head(hidden[:, -1])  # (B, V)

@@ -113,10 +113,7 @@ def _forward(model: Llama, ids: Tensor, chunk_size: int) -> Tensor:
     cache = Cache(model.config, ids.shape[0], ids.shape[1], model.model.norm.weight)
     targets = shift(ids)
     total = torch.zeros((), device=ids.device)
-    for chunk in cut(ids.shape[1], chunk_size):
-        rows = slice(chunk.start, chunk.stop)
-        hidden, written = model.run(ids[:, rows], cache, [chunk])
-        cache.write(chunk.start, written)
+    for rows, hidden in model.run_chunks(ids, cache, chunk_size):
         total += token_losses(hidden, model.lm_head.weight, targets[:, rows]).sum()
     return total / (ids.shape[1] - 1)
 

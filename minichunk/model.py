@@ -7,7 +7,7 @@ E hidden size, V vocabulary. Parameter names are Hugging Face's.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .cache import Cache, LayerCache
-from .chunks import Chunk
+from .chunks import Chunk, cut
 from .config import LlamaConfig
 from .lora import DropoutMasks
 
@@ -218,6 +218,18 @@ class Llama(nn.Module):
         assert isinstance(last, Layer)
         written += last.self_attn.keys_values(last.input_layernorm(x), rope)
         return written
+
+    @torch.no_grad()
+    def run_chunks(self, input_ids: Tensor, cache: Cache, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
+        """Inference from position 0, chunk by chunk, writing the cache.
+
+        Yields each chunk's positions and its normalized output (B, C, E).
+        """
+        for chunk in cut(input_ids.shape[1], chunk_size):
+            rows = slice(chunk.start, chunk.stop)
+            hidden, written = self.run(input_ids[:, rows], cache, [chunk])
+            cache.write(chunk.start, written)
+            yield rows, hidden
 
     def _begin(
         self, input_ids: Tensor, cache: Cache | None, chunks: Sequence[Chunk]
