@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,46 +16,19 @@ import torch
 from tqdm import tqdm
 
 from .errors import InputError
-from .files import replacing, write_json
+from .files import write_json
 from .measure import METHODS, Case
-from .report import human_bytes
-
-GIB = 1 << 30
-
-
-@dataclass
-class Result:
-    """All samples of one case; a sample is what `measure` returned."""
-
-    case: Case
-    samples: list[dict[str, Any]]
-
-    def values(self, key: str) -> list[float]:
-        return [sample[key] for sample in self.samples if key in sample]
-
-    def median(self, key: str) -> float | None:
-        values = self.values(key)
-        return statistics.median(values) if values else None
-
-    def cell(self, key: str, show: Callable[[float], str]) -> str:
-        """Median and range, or why there is none."""
-        values = self.values(key)
-        if not values:
-            return "out of memory" if any(s.get("out_of_memory") for s in self.samples) else "failed"
-        text = show(statistics.median(values))
-        return text if min(values) == max(values) else f"{text} ({show(min(values))} to {show(max(values))})"
+from .results import GIB, Result, plot, ratios, read_results, table
 
 
 def cpu_cases() -> list[Case]:
     """Up to 4,096 tokens of the 47M model in float32."""
     cases = []
     for tokens in (1024, 2048, 4096):
-        common = Case("full", tokens, 512)
-        cases += [replace(common, method=m) for m in METHODS if "spaco" not in m]
-        cases += [
-            replace(common, method="spaco", budget=tokens // 512 // part) for part in (4, 2) if tokens // 512 >= part
-        ]
-    return [*cases, Case("seco", 4096, 256)]
+        methods = [m for m in METHODS if "concatenating" not in m or (m == "concatenating-seco" and tokens == 4096)]
+        cases += [Case(method, tokens, 512) for method in methods if method != "spaco"]
+        cases += [Case("spaco", tokens, 512, budget=tokens // 512 // part) for part in (4, 2) if tokens // 512 >= part]
+    return cases + [Case("seco", 2048, chunk_size) for chunk_size in (64, 128, 256, 1024)]
 
 
 def target_cases() -> list[Case]:
@@ -77,8 +49,8 @@ def cuda_cases() -> list[Case]:
 
 
 PRESETS: dict[str, tuple[Callable[[], list[Case]], int]] = {
-    "cpu": (cpu_cases, 1),
-    "targets": (lambda: [*cpu_cases(), *target_cases()], 1),
+    "cpu": (cpu_cases, 2),
+    "targets": (lambda: [*cpu_cases(), *target_cases()], 2),
     "cuda": (cuda_cases, 1),
 }
 
@@ -134,65 +106,6 @@ def machine() -> dict[str, Any]:
     return found
 
 
-def read_results(path: Path) -> list[Result]:
-    """Read a results file. Raises InputError."""
-    from .files import read_json
-
-    try:
-        return [Result(Case(**row["case"]), row["samples"]) for row in read_json(path)["results"]]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path} is not a results file of minichunk bench: {error}") from None
-
-
-def table(results: Sequence[Result]) -> str:
-    """A Markdown table: a row per case, shortest sequences first; ratios to `full` at the same length."""
-    lines = ["| tokens | chunk | method | seconds per step | / full | peak memory |", "|---:|---:|---|---:|---:|---:|"]
-    full = {r.case.tokens: r.median("seconds") for r in results if r.case.method == "full"}
-    for r in sorted(results, key=lambda r: r.case.tokens):
-        seconds, whole = r.median("seconds"), full.get(r.case.tokens)
-        ratio = f"{seconds / whole:.2f}" if seconds and whole else ""
-        chunk = f"{r.case.chunk_size:,}" if r.case.method not in ("full", "full-recompute", "transformers") else ""
-        cells = [f"{r.case.tokens:,}", chunk, r.case.label, r.cell("seconds", lambda x: f"{x:.2f}"), ratio]
-        lines.append("| " + " | ".join([*cells, r.cell("peak_bytes", human_bytes)]) + " |")
-    return "\n".join(lines)
-
-
-def plot(results: Sequence[Result], path: Path) -> bool:
-    """Draw time per step and peak memory against length; False if matplotlib is not installed."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2)
-    chunk_size = results[0].case.chunk_size
-    lines: dict[str, list[Result]] = {}
-    for r in sorted(results, key=lambda r: r.case.tokens):
-        if r.case.chunk_size == chunk_size and r.median("seconds") is not None:
-            part = (
-                "" if r.case.budget is None else f", 1 of {r.case.tokens // r.case.chunk_size // r.case.budget} chunks"
-            )
-            lines.setdefault(r.case.method + part, []).append(r)
-    for axes, key, scale, unit in ((panels[0], "seconds", 1, "seconds"), (panels[1], "peak_bytes", GIB, "GiB")):
-        for name, points in lines.items():
-            axes.plot([r.case.tokens for r in points], [(r.median(key) or 0) / scale for r in points], "o-", label=name)
-        ticks = sorted({r.case.tokens for r in results})
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
-        axes.set_xticks(ticks, [f"{tokens:,}" for tokens in ticks])
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.set(xlabel="tokens", ylabel=unit)
-        axes.grid(alpha=0.3)
-    panels[0].set_title("Time per step")
-    panels[1].set_title("Peak memory of the process")
-    panels[1].legend(fontsize=8, loc="upper left")
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    return True
-
-
 def run_bench(
     preset: str | None, device: str | None, repeats: int | None, output: Path | None, redraw: Path | None, json: bool
 ) -> None:
@@ -216,4 +129,6 @@ def run_bench(
         print(path.read_text(), end="")
         return
     print(table(results))
+    if compared := ratios(results):
+        print(f"\n{compared}")
     print(f"\nwritten  {path}" + (f" and {path.with_suffix('.png')}" if drawn else ""))

@@ -19,7 +19,7 @@ from .loss import token_losses
 from .model import Llama
 from .options import DTYPES
 from .report import peak_memory
-from .samplers import FixedBudget
+from .samplers import FixedBudget, Weight
 from .seco import seco
 from .shapes import random_model, shape
 from .spaco import spaco
@@ -74,7 +74,10 @@ def measure(case: Case) -> dict[str, Any]:
         seconds = time.perf_counter() - began
     except torch.OutOfMemoryError:
         return {"out_of_memory": True}
-    return {"seconds": seconds, "peak_bytes": peak_memory(device), "start_bytes": before, "loss": float(loss)}
+    sample = {"seconds": seconds, "peak_bytes": peak_memory(device), "start_bytes": before, "loss": float(loss)}
+    if case.method in ("seco", "spaco"):
+        sample["cache_bytes"] = _cache_bytes(case, model)
+    return sample
 
 
 def _method(case: Case, model: Llama) -> Any:
@@ -91,9 +94,7 @@ def _method(case: Case, model: Llama) -> Any:
         return peer
 
     def entries(ids: Tensor) -> Any:
-        num_chunks = len(cut(ids.shape[1], size))
-        generator = torch.Generator().manual_seed(case.seed)
-        return FixedBudget(case.budget or num_chunks)(num_chunks, generator)
+        return _entries(case, ids.shape[1])
 
     methods = {
         "full": lambda ids: full(model, ids, ids),
@@ -105,6 +106,19 @@ def _method(case: Case, model: Llama) -> Any:
         "concatenating-spaco": lambda ids: concatenating(model, ids, ids, size, entries(ids)),
     }
     return methods[case.method]
+
+
+def _entries(case: Case, tokens: int) -> list[Weight | None]:
+    """Which chunks SpaCO keeps, the same ones for every method; SeCO's are all of them."""
+    num_chunks = len(cut(tokens, case.chunk_size))
+    return FixedBudget(case.budget or num_chunks)(num_chunks, torch.Generator().manual_seed(case.seed))
+
+
+def _cache_bytes(case: Case, model: Llama) -> int:
+    """Of the keys and values before the last chunk that is kept."""
+    kept = [i for i, weight in enumerate(_entries(case, case.tokens)) if weight is not None]
+    c, bytes_each = model.config, model.model.norm.weight.element_size()
+    return kept[-1] * case.chunk_size * c.num_hidden_layers * 2 * c.num_key_value_heads * c.head_dim * bytes_each
 
 
 @torch.no_grad()

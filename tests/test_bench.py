@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from minichunk import bench as bench_module
-from minichunk.bench import PRESETS, Result, bench, plot, read_results, table
+from minichunk.bench import PRESETS, bench
 from minichunk.cli import main
 from minichunk.measure import METHODS, Case, measure
+from minichunk.results import Result, plot, ratios, read_results, table
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about its checkpointing
@@ -53,6 +54,23 @@ def test_the_table_shows_medians_ratios_and_failures() -> None:
     assert "| 1,024 | 512 | seco | 2.00 (1.00 to 3.00) | 1.00 | 512 MiB |" in text
     assert "| 1,024 | 512 | spaco 1 of 2 | out of memory |  | out of memory |" in text
     assert "| 1,024 | 512 | forward | failed |  | failed |" in text
+
+
+def test_ratios_compare_the_same_round_and_growth_is_in_units_of_the_cache() -> None:
+    def samples(*seconds: float, peak: int = 0, cache: int = 0) -> list[dict[str, float]]:
+        return [{"seconds": s, "peak_bytes": peak, "cache_bytes": cache} for s in seconds]
+
+    results = [
+        Result(Case("seco", 16384, 512), samples(6.0, 14.0, peak=900, cache=300)),
+        Result(Case("concatenating-seco", 16384, 512), samples(10.0, 20.0)),
+        Result(Case("seco", 8192, 512), samples(1.0, peak=500, cache=100)),
+        Result(Case("spaco", 16384, 512, budget=4), [{"out_of_memory": True}]),
+    ]
+    assert ratios(results).splitlines()[2:] == [
+        "| time, seco / concatenating-seco, 16,384 tokens | 0.65 (0.60 to 0.70) |",
+        "| growth of the peak / growth of the cache, seco, 8,192 to 16,384 tokens | 2.00 |",
+    ]
+    assert ratios(results[1:2]) == ""
 
 
 def test_a_failed_measurement_is_a_sample(tmp_path: Path) -> None:
