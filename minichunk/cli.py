@@ -79,7 +79,14 @@ def _add_train(commands: argparse._SubParsersAction[Parser]) -> None:
                                                              "average (default: a quarter)")  # fmt: skip
     how.add_argument("--sampler", help="spaco: bernoulli (unbiased), fixed or paper (default: bernoulli)")
     how.add_argument("--cap", type=float, metavar="X", help="spaco with paper: the most the relay factor may be")
-    how.add_argument("--recompute", action="store_true", help="run each layer again in its backward, to save memory")
+    how.add_argument(
+        "--recompute",
+        action=argparse.BooleanOptionalAction,
+        help="run each layer again in its backward, to save memory (default: for models of a billion "
+        "parameters or more)",
+    )
+    how.add_argument("--cache-grad-dtype", help="of the gradients summed for the cache (default: float32, or wider "
+                                                "with a wider model)")  # fmt: skip
     loop = train.add_argument_group("training")
     loop.add_argument("--steps", type=int, metavar="N", help="optimizer steps (default: 60)")
     loop.add_argument("--batch-size", type=int, metavar="B", help="pieces at a time (default: 1)")
@@ -101,6 +108,7 @@ def _add_train(commands: argparse._SubParsersAction[Parser]) -> None:
     run.add_argument("--dtype", help="float32, bfloat16 or float64 (default: bfloat16 on CUDA, else float32)")
     run.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     run.add_argument("--seed", type=int, metavar="N", help="of adapter, order, dropout and sampler (default: 0)")
+    run.add_argument("--deterministic", action="store_true", help="the same bits in every run on CUDA too, if slower")
     run.add_argument("--save-every", type=int, metavar="N", help="steps between checkpoints (default: 20)")
     run.add_argument("--output", metavar="DIR", help="where to write (default: the next free runs/N)")
     run.add_argument("--resume", action="store_true", help="continue the run in --output (default: the newest)")

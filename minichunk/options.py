@@ -47,7 +47,9 @@ class TrainOptions:
     budget: int | None = None
     sampler: Literal["bernoulli", "fixed", "paper"] = "bernoulli"
     cap: float | None = None
-    recompute: bool = False
+    recompute: bool | None = None
+    cache_grad_dtype: str | None = None
+    deterministic: bool = False
     steps: int = 60
     batch_size: int = 1
     accumulate: int = 1
@@ -87,10 +89,11 @@ class TrainOptions:
 
     def _check(self) -> None:
         choices = {"method": METHODS, "sampler": SAMPLERS, "dtype": (None, *DTYPES)}
+        choices["cache_grad_dtype"] = (None, *DTYPES)
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 names = ", ".join(str(a) for a in allowed if a)
-                raise InputError(f"--{name} is {getattr(self, name)!r}, but must be one of {names}")
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}, but must be one of {names}")
         least = {
             "seq_len": 2, "chunk_size": 1, "fill_size": self.chunk_size, "budget": 1, "steps": 1, "batch_size": 1,
             "accumulate": 1, "rank": 0, "save_every": 1, "eval_documents": 0, "warmup": 0, "seed": 0,

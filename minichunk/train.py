@@ -30,9 +30,10 @@ from .pretrain import EXTENDED_ON, MEASURED_ON, novel
 from .report import human_bytes, loss_table, peak_memory, plot_run
 from .seco import seco
 from .spaco import spaco
-from .trainer import NonFiniteLoss, Schedule, Trainer
+from .trainer import NonFiniteLoss, Schedule, Trainer, deterministic_kernels
 
 T = TypeVar("T")
+LARGE = 10**9  # parameters from which on a chunk's activations are recomputed unless told otherwise
 
 
 class Interrupted(Exception):
@@ -53,13 +54,18 @@ def train(options: TrainOptions, resume: bool = False, say: Callable[[str], obje
         before = [Span(**span) for span in stored]
     else:
         options = options.resolved()
+    with deterministic_kernels(options.deterministic):
+        return _train(options, run if resume else None, before, say)
+
+
+def _train(options: TrainOptions, resumed: Run | None, before: list[Span] | None, say: Callable[[str], object]) -> Path:
     model, tokenizer = load_model(options)
     training, validation, line = load_data(options, model, tokenizer)
-    if not resume:
-        run = Run.new(options.output)
-    options = replace(options, output=str(run.directory))
+    run = resumed or Run.new(options.output)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
+    recompute = options.recompute if options.recompute is not None else total >= LARGE
+    options = replace(options, output=str(run.directory), recompute=recompute)
     say(f"model   {options.model}: {total:,} parameters, {trainable:,} of them trained, {options.dtype}")
     say(f"data    {line}")
     num_chunks = 1 if options.method == "full" else len(cut(options.seq_len, options.chunk_size))
@@ -78,7 +84,7 @@ def train(options: TrainOptions, resume: bool = False, say: Callable[[str], obje
         options.accumulate,
         options.seed,
     )
-    if resume:
+    if resumed:
         run.restore(trainer)
         say(f"resume  {run.directory} after step {trainer.step} of {options.steps}")
     _run_steps(trainer, run, options)
@@ -139,7 +145,8 @@ def make_gradient(options: TrainOptions) -> Callable[[Llama, Tensor, Tensor, int
         arguments: dict[str, Any] = {"num_targets": num_targets, "recompute": options.recompute}
         if options.method == "full":
             return full(model, input_ids, labels, **arguments)
-        arguments |= {"chunk_size": options.chunk_size, "fill_size": options.fill_size}
+        grad_dtype = DTYPES[options.cache_grad_dtype] if options.cache_grad_dtype else None
+        arguments |= {"chunk_size": options.chunk_size, "fill_size": options.fill_size, "cache_grad_dtype": grad_dtype}
         if options.method == "seco":
             return seco(model, input_ids, labels, **arguments)
         return spaco(model, input_ids, labels, sampler=options.make_sampler(), generator=generator, **arguments)

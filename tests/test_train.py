@@ -22,7 +22,7 @@ from minichunk.evaluate import loss_by_position, spans_for
 from minichunk.files import write_text
 from minichunk.options import TrainOptions
 from minichunk.train import Interrupted, load_data, load_model, make_gradient, train
-from minichunk.trainer import NonFiniteLoss, Schedule, Trainer
+from minichunk.trainer import NonFiniteLoss, Schedule, Trainer, deterministic_kernels
 
 from .gradients import check_gradients, take_gradients
 
@@ -44,6 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
     "all parameters": {"rank": 0, "weight_decay": 0.1},
     "all parameters, bfloat16": {"rank": 0, "dtype": "bfloat16"},
     "bfloat16 adapter": {"dtype": "bfloat16", "recompute": True, "fill_size": 16},
+    "bfloat16 sums, deterministic": {"dtype": "bfloat16", "cache_grad_dtype": "bfloat16", "deterministic": True},
 }
 
 
@@ -98,6 +99,24 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert whole[0].keys() == resumed[0].keys()
     for name, tensor in whole[0].items():
         assert torch.equal(tensor, resumed[0][name]), name
+
+
+def test_large_models_recompute_unless_told_otherwise(
+    options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module, "LARGE", 1)
+    for recompute in (None, False):
+        directory = train(
+            replace(options, steps=1, recompute=recompute, output=str(tmp_path / str(recompute))), say=quiet
+        )
+        stored = json.loads((directory / "run.json").read_text())["options"]["recompute"]
+        assert stored is (recompute is None)
+
+
+def test_deterministic_means_deterministic_kernels() -> None:
+    with deterministic_kernels(True):
+        assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_resume_before_the_first_save_starts_over(

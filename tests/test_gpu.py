@@ -1,0 +1,103 @@
+"""What only a GPU can show: its kernels against the plain ones, and its memory against the forecast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import minichunk as mc
+from minichunk.attention import FlashCUDA, Plain, attend
+from minichunk.cache import LayerCache
+from minichunk.chunks import Chunk
+from minichunk.forecast import Setting, step_memory
+from minichunk.model import Llama
+from minichunk.shapes import random_model
+
+from .strategies import tiny
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("past", [0, 96])
+def test_cuda_kernel_equals_the_plain_one(past: int) -> None:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
+    q, grad = torch.randn(2, 6, 64, 64, **shape), torch.randn(2, 6, 64, 64, **shape)
+    k, v = torch.randn(2, 2, 64, 64, **shape), torch.randn(2, 2, 64, 64, **shape)
+    results = []
+    for kernel in (FlashCUDA(), Plain()):
+        memory = LayerCache((2, 2, past, 64), [Chunk(0, past)] if past else [], q, torch.float32)
+        memory.keys.copy_(torch.linspace(-1, 1, past, device="cuda")[:, None].expand(2, 2, past, 64))
+        memory.values.copy_(memory.keys)
+        inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = attend(*inputs, memory, past, kernel)
+        results.append([out.detach(), *torch.autograd.grad(out, inputs, grad), memory.key_grads, memory.value_grads])
+    for got, expected in zip(*results, strict=True):
+        assert float((got - expected).float().norm()) <= 2e-2 * float(expected.float().norm()) + 1e-6
+
+
+def gradient(method: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """By one method, of a model and a text that do not depend on method and dtype; in float64 on the CPU."""
+    torch.manual_seed(0)
+    config = tiny(layers=3, hidden_size=256, intermediate_size=512, num_attention_heads=8, head_dim=32, vocab_size=512)
+    model = Llama(config).to("cuda", torch.bfloat16).to(dtype)  # the same weights, whatever the dtype
+    ids = torch.randint(512, (1, 1000), generator=torch.Generator().manual_seed(0)).cuda()
+    if method == "full":
+        mc.full(model, ids, ids)
+    else:
+        mc.seco(model, ids, ids, 128)
+    return {name: p.grad.double().cpu() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Of the whole gradients, relative to b."""
+    difference = sum(float((a[name] - b[name]).square().sum()) for name in b)
+    return (difference / sum(float(x.square().sum()) for x in b.values())) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_seco_is_as_exact_as_full(dtype: torch.dtype) -> None:
+    """The bound is what rounding does to `full` itself; half as much again for another order of sums."""
+    exact = gradient("full", torch.float64)
+    assert distance(gradient("seco", dtype), exact) <= 1.5 * distance(gradient("full", dtype), exact)
+
+
+def test_seco_in_float64_equals_full() -> None:
+    assert distance(gradient("seco", torch.float64), gradient("full", torch.float64)) < 1e-12
+
+
+@pytest.mark.parametrize("method", ["seco", "spaco"])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_peak_memory_is_the_forecast(method: str, recompute: bool) -> None:
+    setting = Setting("llama-3.2-1b", method, 512, budget=3, rank=8, recompute=recompute)
+    tokens = 8192
+    entries = [None] * (tokens // 512 - 3) + [mc.Weight(1.0, 1.0)] * 3
+    model = random_model(setting.model, setting.dtype, setting.rank, device="cuda")
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device="cuda")
+    arguments: dict[str, Any] = {"chunk_size": 512, "recompute": recompute}
+    if method == "spaco":
+        arguments["sampler"] = lambda *_: entries
+    step = mc.seco if method == "seco" else mc.spaco
+    step(
+        model, ids[:, :1024], ids[:, :1024], **(arguments | ({"sampler": mc.Bernoulli(1)} if method == "spaco" else {}))
+    )
+    model.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    step(model, ids, ids, **arguments)
+    forecast = step_memory(setting, tokens)
+    states = 2 * sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
+    assert torch.cuda.max_memory_allocated() == pytest.approx(forecast.peak - states, rel=0.05)
+
+
+def test_deterministic_runs_repeat_every_bit() -> None:
+    from minichunk.trainer import deterministic_kernels
+
+    with deterministic_kernels(True):
+        first, second = gradient("seco", torch.bfloat16), gradient("seco", torch.bfloat16)
+    assert all(torch.equal(first[name], second[name]) for name in first)
