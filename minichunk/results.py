@@ -35,8 +35,8 @@ class Result:
         values = self.values(key)
         if not values:
             return "out of memory" if any(s.get("out_of_memory") for s in self.samples) else "failed"
-        text = show(statistics.median(values))
-        return text if min(values) == max(values) else f"{text} ({show(min(values))} to {show(max(values))})"
+        low, middle, high = show(min(values)), show(statistics.median(values)), show(max(values))
+        return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def read_results(path: Path) -> list[Result]:
