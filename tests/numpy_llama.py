@@ -1,0 +1,254 @@
+"""SeCO and SpaCO in NumPy, forward and backward by hand: an oracle that shares nothing with PyTorch.
+
+Written from the golden files' page, as a port would be. Shapes: B batch, C chunk, P past, H heads,
+G key-value heads, D head size, E hidden size, V vocabulary. Gradients are named d + the name of
+what they are the gradient of; everything is float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray
+IGNORE = -100
+
+
+# Each forward returns its result and what its backward needs; each backward takes that and the
+# gradient of the result.
+
+
+def linear(x: Array, w: Array, b: Array | None) -> Array:
+    return x @ w.T if b is None else x @ w.T + b  # (.., in) -> (.., out)
+
+
+def rms_norm(x: Array, w: Array, eps: float) -> tuple[Array, Any]:
+    r = 1 / np.sqrt((x * x).mean(-1, keepdims=True) + eps)
+    return x * r * w, (x, w, r)
+
+
+def rms_norm_backward(dy: Array, saved: Any) -> tuple[Array, Array]:
+    """dx and dw."""
+    x, w, r = saved
+    g = dy * w
+    # r depends on x: dr/dx = -r^3 x / E
+    dx = r * g - x * r**3 * (g * x).mean(-1, keepdims=True)
+    return dx, (dy * x * r).reshape(-1, x.shape[-1]).sum(0)
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    a, b = np.split(x, 2, axis=-1)  # dimension i is paired with i + D/2
+    return np.concatenate((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def rotate_backward(dy: Array, cos: Array, sin: Array) -> Array:
+    return rotate(dy, cos, -sin)  # a rotation's transpose is the rotation back
+
+
+def attention(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
+    """q (B, H, C, D) at the end of k, v (B, G, P + C, D)."""
+    shared = q.shape[1] // k.shape[1]
+    k, v = (np.repeat(t, shared, axis=1) for t in (k, v))  # query head h uses key head h // shared
+    C, S = q.shape[2], k.shape[2]
+    seen = np.arange(S)[None, :] <= np.arange(S - C, S)[:, None]  # bottom-right causal
+    s = np.where(seen, q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1]), -np.inf)
+    p = np.exp(s - s.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    return p @ v, (q, k, v, p, shared)
+
+
+def attention_backward(do: Array, saved: Any) -> tuple[Array, Array, Array]:
+    """dq, and dk and dv of the past and the chunk."""
+    q, k, v, p, shared = saved
+    dv = p.swapaxes(-1, -2) @ do
+    dp = do @ v.swapaxes(-1, -2)
+    ds = p * (dp - (dp * p).sum(-1, keepdims=True)) / math.sqrt(q.shape[-1])
+    dk = ds.swapaxes(-1, -2) @ q
+
+    def per_group(t: Array) -> Array:  # the query heads that share a key head add up
+        B, H, S, D = t.shape
+        return t.reshape(B, H // shared, shared, S, D).sum(2)
+
+    return ds @ k, per_group(dk), per_group(dv)
+
+
+def rope_tables(config: dict[str, Any], T: int) -> tuple[Array, Array]:
+    """cos and sin (T, D/2); angles and results are float32 numbers."""
+    D = config["head_dim"]
+    f = (config["rope_theta"] ** -(np.arange(0, D, 2) / D)).astype(np.float32)
+    if rule := config.get("rope_scaling"):
+        turns = rule["original_max_position_embeddings"] * f / np.float32(2 * math.pi)
+        low, high = rule["low_freq_factor"], rule["high_freq_factor"]
+        keep = np.clip((turns - np.float32(low)) / np.float32(high - low), 0, 1)
+        f = keep * f + (1 - keep) * f / np.float32(rule["factor"])
+    angles = np.outer(np.arange(T, dtype=np.float32), f).astype(np.float64)
+    return tuple(t(angles).astype(np.float32).astype(np.float64) for t in (np.cos, np.sin))
+
+
+class Llama:
+    """Runs one chunk forward, keeping a tape, and backward along it.
+
+    weights: parameters by Hugging Face's names. rope: cos and sin of all positions.
+    """
+
+    def __init__(self, config: dict[str, Any], weights: dict[str, Array], rope: tuple[Array, Array]) -> None:
+        self.config, self.w, self.rope = config, weights, rope
+        self.eps, self.layers = config["rms_norm_eps"], range(config["num_hidden_layers"])
+        self.head = "model.embed_tokens" if config["tie_word_embeddings"] else "lm_head"
+        self.grad: dict[str, Array] = defaultdict(float)  # type: ignore[arg-type]
+
+    def heads(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:2], -1, self.config["head_dim"]).swapaxes(1, 2)  # (B, C, H*D) -> (B, H, C, D)
+
+    def project(self, name: str, x: Array) -> Array:
+        return linear(x, self.w[f"{name}.weight"], self.w.get(f"{name}.bias"))
+
+    def project_backward(self, name: str, x: Array, dy: Array) -> Array:
+        """Adds to the gradients of weight and bias, returns dx."""
+        rows = dy.reshape(-1, dy.shape[-1])
+        self.grad[f"{name}.weight"] = self.grad[f"{name}.weight"] + rows.T @ x.reshape(-1, x.shape[-1])
+        if f"{name}.bias" in self.w:
+            self.grad[f"{name}.bias"] = self.grad[f"{name}.bias"] + rows.sum(0)
+        return dy @ self.w[f"{name}.weight"]
+
+    def norm(self, name: str, x: Array) -> tuple[Array, Any]:
+        return rms_norm(x, self.w[f"{name}.weight"], self.eps)
+
+    def norm_backward(self, name: str, dy: Array, saved: Any) -> Array:
+        dx, dw = rms_norm_backward(dy, saved)
+        self.grad[f"{name}.weight"] = self.grad[f"{name}.weight"] + dw
+        return dx
+
+    def head_rotation(self, name: str, x: Array, start: int) -> tuple[Array, Any]:
+        """Queries or keys: split into heads, normalized where the model does that, rotated."""
+        x, saved = self.heads(x), None
+        if f"{name}_norm.weight" in self.w:
+            x, saved = self.norm(f"{name}_norm", x)
+        cos, sin = (t[start : start + x.shape[2]] for t in self.rope)
+        return rotate(x, cos, sin), (saved, cos, sin)
+
+    def head_rotation_backward(self, name: str, dy: Array, saved: Any) -> Array:
+        norm, cos, sin = saved
+        dx = rotate_backward(dy, cos, sin)
+        if norm is not None:
+            dx = self.norm_backward(f"{name}_norm", dx, norm)
+        return join(dx)
+
+    def forward(self, ids: Array, start: int, past: list[tuple[Array, Array]]) -> tuple[list[Any], list[Any], Array]:
+        """past: keys and values of each layer. Returns the tape, what each layer wrote, and the logits."""
+        x, tape, written = self.w["model.embed_tokens.weight"][ids], [], []
+        for i in self.layers:
+            name = f"model.layers.{i}.self_attn"
+            h, norm_1 = self.norm(f"model.layers.{i}.input_layernorm", x)
+            q, q_saved = self.head_rotation(f"{name}.q", self.project(f"{name}.q_proj", h), start)
+            k, k_saved = self.head_rotation(f"{name}.k", self.project(f"{name}.k_proj", h), start)
+            v = self.heads(self.project(f"{name}.v_proj", h))
+            written.append((k, v))
+            keys, values = (np.concatenate(pair, 2) for pair in zip(past[i], (k, v), strict=True))
+            o, attended = attention(q, keys, values)
+            o = join(o)
+            x = x + self.project(f"{name}.o_proj", o)
+            h2, norm_2 = self.norm(f"model.layers.{i}.post_attention_layernorm", x)
+            gate = self.project(f"model.layers.{i}.mlp.gate_proj", h2)
+            up = self.project(f"model.layers.{i}.mlp.up_proj", h2)
+            sigmoid = 1 / (1 + np.exp(-gate))
+            x = x + self.project(f"model.layers.{i}.mlp.down_proj", gate * sigmoid * up)
+            tape.append((h, norm_1, q_saved, k_saved, attended, o, h2, norm_2, gate, up, sigmoid))
+        y, final = self.norm("model.norm", x)
+        return [ids, *tape, (y, final)], written, y @ self.w[f"{self.head}.weight"].T
+
+    def backward(
+        self, tape: list[Any], dlogits: Array, relayed: list[tuple[Array, Array]] | None
+    ) -> list[tuple[Array, Array]]:
+        """Adds to `grad`. relayed: the gradients of what each layer wrote, from later chunks.
+
+        Returns the gradients of each layer's past keys and values.
+        """
+        ids, *layers, (y, final) = tape
+        sent: list[Any] = [None] * len(self.layers)
+        head = f"{self.head}.weight"
+        self.grad[head] = self.grad[head] + np.einsum("bcv,bce->ve", dlogits, y)
+        dx = self.norm_backward("model.norm", dlogits @ self.w[head], final)
+        for i in reversed(self.layers):
+            h, norm_1, q_saved, k_saved, attended, o, h2, norm_2, gate, up, sigmoid = layers[i]
+            name, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
+            silu = gate * sigmoid
+            da = self.project_backward(f"{mlp}.down_proj", silu * up, dx)
+            dh2 = self.project_backward(f"{mlp}.up_proj", h2, da * silu)
+            dgate = da * up * (sigmoid + silu * (1 - sigmoid))
+            dh2 = dh2 + self.project_backward(f"{mlp}.gate_proj", h2, dgate)
+            dx = dx + self.norm_backward(f"model.layers.{i}.post_attention_layernorm", dh2, norm_2)
+
+            do = self.project_backward(f"{name}.o_proj", o, dx)
+            dq, dk, dv = attention_backward(self.heads(do), attended)
+            P = dk.shape[2] - ids.shape[1]
+            sent[i] = (dk[:, :, :P], dv[:, :, :P])
+            dk, dv = dk[:, :, P:], dv[:, :, P:]
+            if relayed is not None:
+                dk, dv = dk + relayed[i][0], dv + relayed[i][1]
+            dh = self.project_backward(f"{name}.q_proj", h, self.head_rotation_backward(f"{name}.q", dq, q_saved))
+            dh = dh + self.project_backward(f"{name}.k_proj", h, self.head_rotation_backward(f"{name}.k", dk, k_saved))
+            dh = dh + self.project_backward(f"{name}.v_proj", h, join(dv))
+            dx = dx + self.norm_backward(f"model.layers.{i}.input_layernorm", dh, norm_1)
+        embedding = np.zeros_like(self.w["model.embed_tokens.weight"])
+        np.add.at(embedding, ids, dx)
+        self.grad["model.embed_tokens.weight"] = self.grad["model.embed_tokens.weight"] + embedding
+        return sent
+
+
+def join(x: Array) -> Array:
+    return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1)  # (B, H, C, D) -> (B, C, H*D)
+
+
+def loss_and_gradient(logits: Array, targets: Array, divisor: float) -> tuple[float, Array]:
+    """Summed cross-entropy of the valid targets over `divisor`, and its gradient."""
+    shifted = logits - logits.max(-1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    valid = targets != IGNORE
+    one_hot = np.eye(logits.shape[-1])[np.where(valid, targets, 0)] * valid[..., None]
+    loss = float(-(one_hot * log_p).sum() / divisor)
+    return loss, (np.exp(log_p) * valid[..., None] - one_hot) / divisor
+
+
+def spaco(
+    model: Llama, ids: Array, labels: Array, chunk_size: int, weights: list[tuple[float, float] | None]
+) -> dict[str, Any]:
+    """Algorithm 2; with all weights (1, 1) it is Algorithm 1. Adds to `model.grad`.
+
+    Returns what the golden files hold, by the same names, without their prefix.
+    """
+    B, T = ids.shape
+    targets = np.concatenate((labels[:, 1:], np.full((B, 1), IGNORE)), 1)  # shifted once, before cutting
+    divisor = float((targets != IGNORE).sum())
+    cuts = [(start, min(start + chunk_size, T)) for start in range(0, T, chunk_size)]
+    shape = (B, model.config["num_key_value_heads"], 0, model.config["head_dim"])
+    past = [[(np.zeros(shape), np.zeros(shape)) for _ in model.layers]]  # before chunk 0, 1, …
+    for start, stop in cuts:  # fill
+        _, written, _ = model.forward(ids[:, start:stop], start, past[-1])
+        past.append([tuple(np.concatenate(p, 2) for p in zip(*kv, strict=True)) for kv in zip(past[-1], written)])  # type: ignore[misc] # noqa: B905
+
+    received = [[np.zeros((*shape[:2], T, shape[3])) for _ in range(2)] for _ in model.layers]
+    out: dict[str, Any] = {"loss": 0.0}
+    for i in reversed(range(len(cuts))):
+        if (weight := weights[i]) is None:
+            continue
+        start, stop = cuts[i]
+        tape, written, logits = model.forward(ids[:, start:stop], start, past[i])  # rebuild
+        loss, dlogits = loss_and_gradient(logits, targets[:, start:stop], divisor)
+        relayed = [tuple(weight[1] * g[:, :, start:stop] for g in layer) for layer in received]  # relay
+        sent = model.backward(tape, weight[0] * dlogits, relayed)  # type: ignore[arg-type]
+        for layer, grads in zip(received, sent, strict=True):
+            for total, grad in zip(layer, grads, strict=True):
+                total[:, :, :start] += grad
+        for n in model.layers:
+            out |= {f"chunk.{i}.layer.{n}.{x}": t for x, t in zip(("keys", "values"), written[n], strict=True)}
+            out |= {
+                f"chunk.{i}.layer.{n}.{x}": t for x, t in zip(("key_grads", "value_grads"), relayed[n], strict=True)
+            }
+        out[f"chunk.{i}.loss"] = weight[0] * loss
+        out["loss"] += weight[0] * loss
+        out |= {f"chunk.{i}.grad.{name}": np.array(grad) for name, grad in model.grad.items()}
+    return out
