@@ -1,0 +1,244 @@
+"""The exercises: solutions pass their checks, skeletons fail them, and typical mistakes are named in words."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tutorials.exercises.checks import EXERCISES
+from tutorials.exercises.diagnose import Exercise, compare, explain, load
+
+ROOT = Path(__file__).parent.parent
+SKELETONS = ROOT / "tutorials" / "exercises"
+SOLUTIONS = SKELETONS / "solutions"
+BY_NAME = {exercise.name: exercise for exercise in EXERCISES}
+each_exercise = pytest.mark.parametrize("exercise", EXERCISES, ids=list(BY_NAME))
+
+# (exercise, what stands in the solution, what a student wrote instead, words that have to come)
+MISTAKES = [
+    ("attention", ".triu(P + 1)", ".triu(1)", "top left"),
+    ("attention", ".triu(P + 1)", ".triu(P)", "does not see its own position"),
+    ("attention", ".masked_fill(future, -torch.inf)", "", "no causal mask"),
+    ("attention", ".masked_fill(future, -torch.inf)", ".mul(~future)", "exp(0) is 1"),
+    ("attention", " / D**0.5", "", "not divided by sqrt(D)"),
+    ("attention", ".repeat_interleave(H // G, dim=1)", ".repeat(1, H // G, 1, 1)", "tiled (0 1 0 1)"),
+    ("attention", "past_k, k], dim=2)", "past_k.detach(), k], dim=2)", "gradient of past_k is None"),
+    ("attention", "scores = ", "k *= 1.5; scores = ", "one of its inputs in place"),
+    ("merge", "(lse_a - lse).exp()[..., None], (lse_b - lse).exp()", "lse_a.exp()[..., None], lse_b.exp()",
+     "does not subtract the merged lse"),
+    ("merge", "torch.logaddexp(lse_a, lse_b)", "lse_a + lse_b", "do their logarithms?"),
+    ("merge", "torch.logaddexp(lse_a, lse_b)", "(lse_a.exp() + lse_b.exp()).log()", "exp(800) is infinite"),
+    ("merge", "(q @ k.mT / D**0.5 - lse[..., None]).exp()", "(q @ k.mT / D**0.5).softmax(-1)", "piece's own softmax"),
+    ("merge", "(grad @ v.mT - delta)", "(grad @ v.mT)", "delta is missing"),
+    ("merge", "(grad * out).sum", "(grad * piece(q, k, v)[0]).sum", "from the piece's own output"),
+    ("merge", "- delta) / D**0.5", "- delta)", "but their gradient is not"),
+    ("merge", "piece_backward(grad, q, k, v, out, lse)\n", "piece_backward(grad, q, k, v, *piece(q, k, v))\n",
+     "its own output and log-sum-exp instead of the merged ones"),
+    ("merge", "dq = dq + dq_piece", "dq = dq_piece", "the share of piece 3 only"),
+    ("loss", "F.pad(labels[:, 1:], (0, 1), value=IGNORE)", "labels", "cut, but not shifted"),
+    ("loss", "return list(targets.split(chunk_size, dim=1))",
+     "return [F.pad(part[:, 1:], (0, 1), value=IGNORE) for part in labels.split(chunk_size, dim=1)]",
+     "the last position of every chunk lost its target"),
+    ("loss", 'reduction="sum"', 'reduction="mean"', "the sum of the tiles' means"),
+    ("loss", "F.cross_entropy(logits, t, ", "F.cross_entropy(logits, t.clamp(min=0), ",
+     "as if their target was token 0"),
+    ("loss", "range(0, len(hidden), tile)", "range(0, len(hidden) - tile + 1, tile)", "does not divide N"),
+    ("loss", "dlogits[t == IGNORE] = 0", "pass", "rows with the label -100 have a gradient"),
+    ("loss", "dweight += ", "dweight = ", "dweight is that of the last tile only"),
+    ("loss", "logits = h @ weight.T", "logits = (hidden @ weight.T)[rows]", "the logits of the whole chunk at once"),
+    ("loss", "return grad * dhidden, grad * dweight, None, None", "return dhidden, dweight, None, None",
+     "ignores the gradient that it is given"),
+    ("loss", "grad * dhidden, grad * dweight, None, None", "grad * dhidden, grad * dweight",
+     "one gradient for each argument"),
+    ("relay", "backward([loss, memory], [None, memories[j].grad])", "backward(loss)",
+     "missing what later chunks sent back"),
+    ("relay", "reversed(range(len(chunks)))", "range(len(chunks))", "walk goes forward"),
+    ("relay", "with torch.no_grad():", "with torch.enable_grad():", "What switches them off?"),
+    ("relay", "m.requires_grad_()", "pass", "does not require a gradient: nothing can be sent back"),
+    ("relay", "memories[:j], weights)", "memories[: j + 1], weights)", "Which slice of the memories"),
+    ("relay", "        torch.autograd.backward(",
+     "        for m in memories[:j]:\n            m.grad.zero_()\n        torch.autograd.backward(",
+     "only what the very next chunk sent back"),
+    ("relay", "        torch.autograd.backward(",
+     "        if j == 1:\n            memories[j].grad.zero_()\n        torch.autograd.backward(",
+     "The gradient of chunk 2 is missing all that later chunks sent back: did you relay before calling backward?"),
+    ("relay", "        torch.autograd.backward(",
+     "        if j == 2:\n            memories[j].grad.zero_()\n        torch.autograd.backward(",
+     "The gradient of chunk 3 is missing what chunk 4 sent back: did you relay before calling backward?"),
+    ("relay", "torch.autograd.backward([loss, memory], [None, memories[j].grad])",
+     "loss.backward(); memory.backward(memories[j].grad)", "Can both go into one call"),
+    ("relay", "[None, memories[j].grad]", "[None, None]", "Which gradient belongs to the chunk's memory"),
+    ("relay", "    total = torch.zeros(())", "    torch.set_grad_enabled(False); total = torch.zeros(())",
+     "What ran under torch.no_grad(), or was detached"),
+    ("relay", "total + loss.detach()", "total + loss", "has a graph behind it"),
+    ("relay", "total = total + loss.detach()", "total = loss.detach()", "that of chunk 1 alone"),
+    ("seco", "torch.autograd.backward([loss, *written], [None, *received])", "loss.backward()",
+     "as if the cache were constant"),
+    ("seco", "        loss = loss / divisor\n", "", "not divided by the number of targets"),
+    ("seco", "        loss = loss / divisor\n", "        loss = loss / len(chunks)\n",
+     "number of chunks, not of targets"),
+    ("seco", "        loss = loss / divisor\n",
+     "        loss = loss / (targets[:, chunk.start : chunk.stop] >= 0).sum()\n",
+     "sum of the chunks' means"),
+    ("seco", "[None, *received]", "[None, *(g / divisor for g in received)]", "a loss that was divided already"),
+    ("seco", "[None, *received]", "[None, *(g * (chunk.start != 3) for g in received)]",
+     "The gradient of chunk 2 is missing all that later chunks sent back: did you relay before calling backward?"),
+    ("seco", "in reversed(chunks)", "in chunks", "walk goes forward"),
+    ("seco", "in reversed(chunks)", "in chunks[:0:-1]", "Chunk 1 is never rebuilt"),
+    ("seco", "chunks[:-1], cache", "chunks, cache", "The fill writes chunk 4"),
+    ("seco", "    fill(model, input_ids, chunks[:-1], cache)", "    pass", "chunk 1 had not been filled"),
+    ("seco", "weight.loss * loss", "loss", "Algorithm 2 as printed"),
+    ("seco", "weight.relay * g", "weight.loss * g", "scaled by weight.loss, but it has a factor of its own"),
+    ("seco", "weight.relay * g", "g", "What was received is not scaled"),
+    ("seco", "weight.relay * g", "weight.loss * weight.relay * g", "scaled by both factors"),
+    ("seco", "fill(model, input_ids, before_last, cache)", "fill(model, input_ids, [c for c, _ in kept[:-1]], cache)",
+     "chunk 2 had not been filled"),
+    ("seco", "[chunk for chunk, _ in kept]", "[chunk for chunk in chunks if chunk <= kept[-1][0]]",
+     "new_cache was told of chunks that are skipped"),
+    ("seco", "reversed(kept)", "[(c, w or Weight(1, 1)) for c, w in zip(chunks, entries)][3::-1]",
+     "Chunk 2 is to be skipped"),
+    ("seco", "    if not kept:\n        return total\n", "", "when the sampler keeps no chunk"),
+    ("samplers", "product = first.loss", "product = first.loss * first.relay", "nothing is relayed in it"),
+    ("samplers", "0.0 if entry is None", "1.0 if entry is None", "A skipped chunk was left out of the product"),
+    ("samplers", "(budget - i) / (num_chunks - i)", "budget / num_chunks", "as the paper assumes"),
+    ("samplers", "Weight(1 / rate, 1 / rate)", "Weight(1.0, 1.0)", "nothing makes up for the skipped chunks"),
+    ("samplers", "Weight(1 / rate, 1 / rate)", "Weight(1.0, 1 / rate)", "Algorithm 2 as printed"),
+    ("samplers", "coin < rate", "coin > rate", "with probability 1 - rate"),
+    ("samplers", "torch.rand(len(rates), generator=generator)", "torch.rand(len(rates))", "Is `generator` passed on"),
+    ("samplers", "torch.rand(len(rates), generator=generator)",
+     "torch.rand(len(rates), generator=torch.Generator().manual_seed(1))", "the same draw"),
+    ("samplers", "torch.rand(len(rates), generator=generator).tolist()",
+     "torch.rand(1, generator=generator).tolist() * len(rates)", "Does each chunk have its own coin?"),
+    ("samplers", "(k - 1) / (t - 1) if t > 1 else 1.0", "k / t", "The relay factor is k / t, as published"),
+    ("samplers", " if t > 1 else 1.0", "", "divides by zero"),
+    ("samplers", "torch.randperm(k, generator=generator)[:t]", "torch.arange(t)", "the same draw"),
+    ("samplers", "min(budget, num_chunks)", "budget", "A budget above the number of chunks"),
+    ("lora", "new_zeros(base.out_features, rank)", "new_ones(base.out_features, rank)", "B does not start at zero"),
+    ("lora", "nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)",
+     "nn.init.zeros_(self.lora_A); nn.init.ones_(self.lora_B)", "A starts at zero instead of B"),
+    ("lora", "nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)", "nn.init.zeros_(self.lora_A)", "both start at zero"),
+    ("lora", "self.scale = alpha / rank", "self.scale = 1.0", "The adapter is not scaled"),
+    ("lora", "self.scale = alpha / rank", "self.scale = rank / alpha", "upside down"),
+    ("lora", "base.requires_grad_(False)", "base", "The base is not frozen"),
+    ("lora", "    model.requires_grad_(False)\n", "", "is not frozen: it still requires a gradient"),
+    ("lora", "copy.deepcopy(self.base)", "self.base", "counts twice"),
+    ("lora", "child in targets", "name in targets", "add_lora has not replaced model.layers.0.self_attn.q_proj"),
+    ("lora", "        linear = copy.deepcopy(self.base)",
+     "        torch.set_grad_enabled(True)\n        linear = nn.Linear(5, 4)",
+     "need torch.no_grad()"),
+]  # fmt: skip
+
+
+# The same, but as right as the solution.
+OTHER_WAYS = [
+    ("attention", "scores.masked_fill(future, -torch.inf).softmax(-1) @ values",
+     "torch.nn.functional.scaled_dot_product_attention(q, keys, values, attn_mask=~future)"),
+    ("attention", "scores.masked_fill(future, -torch.inf)", "(scores + torch.where(future, -torch.inf, 0.0))"),
+    ("merge", "share_a, share_b = (lse_a - lse).exp()[..., None], (lse_b - lse).exp()[..., None]",
+     "share_a, share_b = (lse_a - lse_b).sigmoid()[..., None], (lse_b - lse_a).sigmoid()[..., None]"),
+    ("merge", "torch.logaddexp(lse_a, lse_b)", "torch.stack([lse_a, lse_b]).logsumexp(0)"),
+    ("loss", "        dlogits = logits.softmax(-1) - F.one_hot(t.clamp(min=0), len(weight))\n"
+     "        dlogits[t == IGNORE] = 0",
+     "        with torch.enable_grad():\n            leaf = logits.detach().requires_grad_()\n"
+     "            F.cross_entropy(leaf, t, ignore_index=IGNORE, reduction='sum').backward()\n"
+     "        dlogits = leaf.grad"),
+    ("loss", "return list(targets.split(chunk_size, dim=1))", "return targets.split(chunk_size, dim=1)"),
+    ("relay", "torch.autograd.backward([loss, memory], [None, memories[j].grad])",
+     "(loss + (memory * memories[j].grad).sum()).backward()"),
+    ("relay", "memories.append(f(x, memories, weights)[1])",
+     "memories.append(f(x, tuple(memories), weights)[1].clone())"),
+    ("seco", "torch.autograd.backward([loss, *written], [None, *received])",
+     "sum([(m * g).sum() for m, g in zip(written, received)], loss).backward()"),
+    ("seco", "torch.zeros(())", "0.0"),
+    ("samplers", "torch.rand(len(rates), generator=generator)",
+     "(1 - torch.bernoulli(torch.tensor(rates), generator=generator))"),
+    ("samplers", "torch.randperm(k, generator=generator)[:t]",
+     "torch.multinomial(torch.ones(k), t, generator=generator)"),
+    ("samplers", "return 0.0", "return 0"),
+    ("lora", "        linear = copy.deepcopy(self.base)  # a copy: the base itself stays what it was\n",
+     "        linear = nn.Linear(self.base.in_features, self.base.out_features, dtype=self.base.weight.dtype)\n"
+     "        linear.weight.copy_(self.base.weight)\n        linear.bias = self.base.bias\n"),
+    ("lora", "self.scale * (x @ self.lora_A.T @ self.lora_B.T)", "x @ (self.scale * self.lora_B @ self.lora_A).T"),
+]  # fmt: skip
+
+
+@each_exercise
+def test_the_solution_passes(exercise):
+    assert explain(exercise, SOLUTIONS) == ""
+
+
+@each_exercise
+def test_the_skeleton_is_not_done_yet_and_offers_what_the_solution_has(exercise):
+    words = explain(exercise, SKELETONS)
+    assert "is not done yet. Wanted is" in words
+
+    def signatures(directory):
+        module = load(directory / exercise.file)
+        own = [x for x in vars(module).items() if inspect.isroutine(x[1]) or inspect.isclass(x[1])]
+        return {name: str(inspect.signature(x)) for name, x in own if x.__module__ == module.__name__}
+
+    assert signatures(SKELETONS) == signatures(SOLUTIONS)
+    assert str(exercise.number) in words and exercise.file in words
+
+
+@pytest.mark.parametrize(("name", "right", "wrong", "words"), MISTAKES)
+def test_a_typical_mistake_is_named(name, right, wrong, words, tmp_path):
+    assert words in _explain_edited(BY_NAME[name], right, wrong, tmp_path)
+
+
+def _explain_edited(exercise: Exercise, old: str, new: str, directory: Path) -> str:
+    solution = (SOLUTIONS / exercise.file).read_text()
+    edited = solution.replace(old, new)
+    assert edited != solution
+    (directory / exercise.file).write_text(edited)
+    return explain(exercise, directory)
+
+
+@pytest.mark.parametrize(("name", "right", "other"), OTHER_WAYS)
+def test_another_right_way_passes(name, right, other, tmp_path):
+    assert _explain_edited(BY_NAME[name], right, other, tmp_path) == ""
+
+
+def test_an_unknown_mistake_is_shown_by_its_place_and_values(tmp_path):
+    found = _explain_edited(BY_NAME["attention"], "keys.mT /", "keys.mT.sin() /", tmp_path)
+    assert "differs first at batch 0, head 0, position 0, channel 0: got " in found
+
+
+def test_an_exception_is_shown_with_its_line_and_without_a_traceback(tmp_path):
+    found = _explain_edited(BY_NAME["relay"], "total = total + loss.detach()", "total = totl + loss", tmp_path)
+    assert "stopped with NameError: name 'totl'" in found and ": total = totl + loss" in found
+    found = _explain_edited(BY_NAME["relay"], "for x in chunks:", "for x in chunks", tmp_path)
+    assert "not valid Python" in found and "in line" in found
+
+
+@pytest.mark.parametrize(
+    ("got", "words"),
+    [
+        (None, "has the function a return?"),
+        (torch.ones(2, 3), "is a tensor of shape [2, 3], but must be a tensor of shape [3]"),
+        (torch.ones(3), "where did the dtype"),
+        (torch.tensor([1.0, torch.nan, 3.0]).double(), "is nan at index (1,)"),
+        (torch.tensor([2.0, 4.0, 6.0]).double(), "exactly 2 times"),
+        (torch.zeros(3).double(), "all zero"),
+        (torch.tensor([1.0, 2.0, 4.0]).double(), "first at index (2,): got 4, expected 3"),
+    ],
+)
+def test_every_difference_has_its_words(got, words):
+    with pytest.raises(AssertionError) as raised:
+        compare({"x": got}, {"x": torch.tensor([1.0, 2.0, 3.0]).double()})
+    assert words in str(raised.value)
+
+
+def test_a_student_sees_words_and_no_traceback():
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tutorials/exercises", "-k", "merge or relay"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "Exercise 4, relay (e4_relay.py) is not done yet" in run.stdout
+    assert "Traceback" not in run.stdout and "diagnose.py" not in run.stdout and "2 failed" in run.stdout
+    run = subprocess.run([*command, "--solutions"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and "2 passed" in run.stdout, run.stdout

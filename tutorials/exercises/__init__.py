@@ -1,0 +1,1 @@
+"""Exercises: write chunk-wise training yourself, and be told in words what is wrong. See README.md."""

@@ -1,0 +1,107 @@
+"""What is known about mistakes in exercise 1, attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..diagnose import Mistakes, Values, compare, require
+from .common import random
+
+# Everything that a choice may be, the right one first, and what is to be said about a wrong one.
+MASK = {
+    "right": "",
+    "top left": (
+        "The causal mask is aligned top left, as with is_causal=True: the chunk's first query sees only the very "
+        "first position of the past. How many positions stand before that query?"
+    ),
+    "no mask": "There is no causal mask: a query sees the later positions of its own chunk. What may it see of it?",
+    "not itself": "A query does not see its own position: the mask is off by one. What does triu(0) mark, and triu(1)?",
+    "next": "A query sees the position after its own: the mask is off by one. It would know the answer, would it not?",
+    "no past": "The queries see their own chunk only. Where do past_k and past_v come in?",
+    "afterwards": (
+        "Masked after the softmax: what is left no longer sums to 1. "
+        "What must a masked score be before the softmax, so that its probability is 0?"
+    ),
+    "zero score": "Masked scores are 0, but exp(0) is 1. What must a score be so that its exponential is 0?",
+}
+SCALE = {
+    "right": "",
+    "none": "The scores are not divided by sqrt(D). What is the variance of a sum of D products?",
+    "by D": "The scores are divided by D, not by its square root.",
+}
+HEADS = {
+    "right": "",
+    "tiled": (
+        "The key heads are tiled (0 1 0 1), but neighbouring query heads share one (0 0 1 1). "
+        "Which function repeats each entry in place?"
+    ),
+}
+ORDER = {
+    "right": "",
+    "chunk first": "The chunk's keys and values stand before those of the past. In which order does the mask count?",
+}
+
+
+def _attention(
+    inputs: Sequence[Tensor], mask: str = "right", scale: str = "right", heads: str = "right", order: str = "right"
+) -> Tensor:
+    q, k, v, past_k, past_v = inputs
+    H, C, D = q.shape[1:]
+    G, P = past_k.shape[1:3]
+    pairs = [(past_k, k), (past_v, v)] if order == "right" else [(k, past_k), (v, past_v)]
+    keys, values = (torch.cat(pair, dim=2) for pair in pairs)
+    if heads == "right":
+        keys, values = (x.repeat_interleave(H // G, dim=1) for x in (keys, values))
+    else:
+        keys, values = (x.repeat(1, H // G, 1, 1) for x in (keys, values))
+    scores = q @ keys.mT / {"right": D**0.5, "none": 1, "by D": D}[scale]
+    every = torch.ones(C, P + C, dtype=torch.bool)
+    if mask == "afterwards":
+        return (scores.softmax(-1) * every.tril(P)) @ values
+    if mask == "zero score":
+        return (scores * every.tril(P)).softmax(-1) @ values
+    visible = {
+        "right": every.tril(P),
+        "top left": every.tril(),
+        "no mask": every,
+        "not itself": every.tril(P - 1),
+        "next": every.tril(P + 1),
+        "no past": every.tril(P) & (torch.arange(P + C) >= P),
+    }[mask]
+    return scores.masked_fill(~visible, -torch.inf).softmax(-1) @ values
+
+
+def _attention_mistakes(name: str, inputs: Sequence[Tensor]) -> Mistakes:
+    choices = list(product(MASK, SCALE, HEADS, ORDER))
+    for chosen in sorted(choices, key=lambda chosen: -chosen.count("right")):  # single mistakes first
+        words = [table[choice] for table, choice in zip((MASK, SCALE, HEADS, ORDER), chosen, strict=True)]
+        yield "\n".join(filter(None, words)), {name: _attention(inputs, *chosen)}
+
+
+def check_attention(module: ModuleType) -> None:
+    """attend: the output for long, empty and short pasts, then the gradients of all inputs."""
+    for P, C, H, G in ((4, 3, 4, 2), (0, 3, 4, 2), (5, 1, 2, 2)):
+        D = 6
+        inputs = random(P, (2, H, C, D), *[(2, G, C, D)] * 2, *[(2, G, P, D)] * 2)
+        copies = [x.clone() for x in inputs]
+        name = f"the output (P = {P}, C = {C}, H = {H}, G = {G})"
+        got = module.attend(*copies)
+        mistakes = _attention_mistakes(name, inputs)
+        compare({name: got}, {name: _attention(inputs)}, mistakes, "batch head position channel")
+        same = all(torch.equal(a, b) for a, b in zip(inputs, copies, strict=True))
+        require(same, "attend changed one of its inputs in place. Others still need them.")
+
+    names = ("q", "k", "v", "past_k", "past_v")
+    results: list[Values] = []
+    for attend in (module.attend, lambda *args: _attention(args)):
+        leaves = [x.clone().requires_grad_() for x in random(0, (2, 4, 3, 6), *[(2, 2, 3, 6)] * 2, *[(2, 2, 4, 6)] * 2)]
+        attend(*leaves).square().sum().backward()
+        results.append({f"the gradient of {name}": x.grad for name, x in zip(names, leaves, strict=True)})
+    for name, grad in results[0].items():
+        require(grad is not None, f"{name} is None: did a detach or a no_grad cut it off?")
+    compare(results[0], results[1], axes="batch head position channel")

@@ -1,0 +1,149 @@
+"""What is known about mistakes in exercise 2, the merge."""
+
+from __future__ import annotations
+
+from itertools import product
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..diagnose import Mistakes, Values, compare, require, take, within
+from .common import random
+
+
+def check_merge(module: ModuleType) -> None:
+    """merge, piece_backward and attend_backward, on three pieces of the keys."""
+    q, grad, *kv = random(0, *[(2, 3, 4, 6)] * 2, *[(2, 3, 5, 6)] * 2, *[(2, 3, 3, 6)] * 2, *[(2, 3, 2, 6)] * 2)
+    pieces = list(zip(kv[::2], kv[1::2], strict=True))
+    _check_merging(module, q, pieces)
+    _check_piece_backward(module, grad, q, pieces)
+    _check_attend_backward(module, grad, q, pieces)
+
+
+def _piece(q: Tensor, *pieces: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attention to some pieces at once, by concatenation."""
+    k, v = (torch.cat(tensors, dim=2) for tensors in zip(*pieces, strict=True))
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+
+@within("merge")
+def _check_merging(module: ModuleType, q: Tensor, pieces: list[tuple[Tensor, Tensor]]) -> None:
+    (out_a, lse_a), (out_b, lse_b) = (_piece(q, piece) for piece in pieces[:2])
+    out, lse = _piece(q, *pieces[:2])
+    got_out, got_lse = take(module.merge(out_a, lse_a, out_b, lse_b), "out", "lse")
+
+    name = "the merged log-sum-exp"
+    known = {
+        "the sum of both. The sums of exponentials add up; do their logarithms?": lse_a + lse_b,
+        "the larger of both. What happened to the other piece's exponentials?": torch.maximum(lse_a, lse_b),
+        "exp(lse_a) + exp(lse_b), without a logarithm.": lse_a.exp() + lse_b.exp(),
+        "that of piece a. What does the next merge need to know?": lse_a,
+        "that of piece b. What does the next merge need to know?": lse_b,
+    }
+    mistakes = ((f"The merged log-sum-exp is {words}", {name: wrong}) for words, wrong in known.items())
+    compare({name: got_lse}, {name: lse}, mistakes, "batch head position")
+
+    name = "the merged output"
+    weight_a, weight_b = lse_a.exp()[..., None], lse_b.exp()[..., None]
+    known = {
+        "the average of both, with equal shares": (out_a + out_b) / 2,
+        "the sum of both, without shares": out_a + out_b,
+        "weighted by exp(lse), which does not subtract the merged lse": weight_a * out_a + weight_b * out_b,
+        "made with the shares swapped": (weight_b * out_a + weight_a * out_b) / (weight_a + weight_b),
+        "weighted by the log-sum-exps, not by their exponentials": (
+            (lse_a[..., None] * out_a + lse_b[..., None] * out_b) / (lse_a + lse_b)[..., None]
+        ),
+    }
+    question = "If piece a has the weight exp(lse_a) in the whole, which share of the whole is that?"
+    mistakes = ((f"The merged output is {words}. {question}", {name: wrong}) for words, wrong in known.items())
+    compare({name: got_out}, {name: out}, mistakes, "batch head position channel")
+
+    for shift in (800.0, -800.0):
+        got_out, got_lse = take(module.merge(out_a, lse_a + shift, out_b, lse_b + shift), "out", "lse")
+        finite = bool(torch.isfinite(got_out).all() and torch.isfinite(got_lse).all())
+        require(
+            finite and torch.allclose(got_out, out),
+            f"merge is right for small scores, but not for log-sum-exps around {shift:g}: exp(800) is infinite and "
+            "exp(-800) is 0. What can be subtracted before taking exp?",
+        )
+
+
+def _piece_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, softmax: str, delta: str, scale: str
+) -> Values:
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    own_p = scores.softmax(-1)
+    p = own_p if softmax == "own" else (scores - lse[..., None]).exp()
+    whose = {"right": out, "own": own_p @ v, "none": torch.zeros_like(out)}[delta]
+    ds = p * (grad @ v.mT - (grad * whose).sum(-1, keepdim=True))
+    if scale == "right":
+        ds = ds / q.shape[-1] ** 0.5
+    return {"dq": ds @ k, "dk": ds.mT @ q, "dv": p.mT @ grad}
+
+
+SOFTMAX = {
+    "right": "",
+    "own": (
+        "The probabilities are those of the piece's own softmax: they sum to 1 over this piece alone, as with the "
+        "piece's own log-sum-exp instead of the merged one. What do they have to sum to 1 over?"
+    ),
+}
+DELTA = {
+    "right": "",
+    "own": (
+        "delta is made from the piece's own output instead of the merged one. "
+        "delta sums p · dp over the keys of all pieces: which output knows of all of them?"
+    ),
+    "none": "delta is missing. Raising one score lowers all other probabilities: where does ds say so?",
+}
+ROOT = {"right": "", "none": "The scores are divided by sqrt(D), but their gradient is not."}
+
+
+@within("piece_backward")
+def _check_piece_backward(module: ModuleType, grad: Tensor, q: Tensor, pieces: list[tuple[Tensor, Tensor]]) -> None:
+    out, lse = _piece(q, *pieces)
+    for k, v in pieces:
+        args = (grad, q, k, v, out, lse)
+        got = dict(zip(("dq", "dk", "dv"), take(module.piece_backward(*args), "dq", "dk", "dv"), strict=True))
+
+        def mistakes(args: tuple[Tensor, ...] = args) -> Mistakes:
+            for chosen in sorted(product(SOFTMAX, DELTA, ROOT), key=lambda chosen: -chosen.count("right")):
+                words = [table[choice] for table, choice in zip((SOFTMAX, DELTA, ROOT), chosen, strict=True)]
+                yield "\n".join(filter(None, words)), _piece_backward(*args, *chosen)
+
+        expected = _piece_backward(*args, "right", "right", "right")
+        compare(got, expected, mistakes(), "batch head position channel")
+
+
+@within("attend_backward")
+def _check_attend_backward(module: ModuleType, grad: Tensor, q: Tensor, pieces: list[tuple[Tensor, Tensor]]) -> None:
+    leaves = [x.clone().requires_grad_() for x in (q, *(x for piece in pieces for x in piece))]
+    _piece(leaves[0], *zip(leaves[1::2], leaves[2::2], strict=True))[0].backward(grad)
+    names = ["dq", *(f"{name} of piece {i}" for i in range(1, len(pieces) + 1) for name in ("dk", "dv"))]
+    expected = {name: x.grad for name, x in zip(names, leaves, strict=True)}
+
+    out, lse = _piece(q, *pieces)
+    dq, sent_back = take(module.attend_backward(grad, q, pieces, out, lse), "dq", "a list with (dk, dv) for each piece")
+    require(isinstance(sent_back, list | tuple), "The second result has to be a list, with (dk, dv) for each piece.")
+    pairs = [take(pair, "dk", "dv") for pair in sent_back]
+    require(len(pairs) == len(pieces), f"{len(pairs)} pairs (dk, dv) came back, but there are {len(pieces)} pieces.")
+    got = dict(zip(names, [dq, *(x for pair in pairs for x in pair)], strict=True))
+
+    def mistakes() -> Mistakes:
+        parts = [_piece_backward(grad, q, k, v, out, lse, "right", "right", "right")["dq"] for k, v in pieces]
+        for i, part in enumerate(parts, 1):
+            words = f"dq holds the share of piece {i} only. The queries look at all pieces: which shares add up?"
+            yield words, {**expected, "dq": part}
+        words = "dq is the mean over the pieces. Each piece's share is whole already: what do they add up to?"
+        yield words, {**expected, "dq": expected["dq"] / len(parts)}
+        own = [_piece_backward(grad, q, k, v, out, lse, "own", "own", "right") for k, v in pieces]
+        wrong = {f"{name} of piece {i}": part[name] for i, part in enumerate(own, 1) for name in ("dk", "dv")}
+        yield (
+            "Every piece was given its own output and log-sum-exp instead of the merged ones: its keys do not know "
+            "that there are others. Which out and lse belong to the whole?",
+            {**wrong, "dq": torch.stack([part["dq"] for part in own]).sum(0)},
+        )
+
+    compare(got, expected, mistakes(), "batch head position channel")

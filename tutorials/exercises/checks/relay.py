@@ -1,0 +1,153 @@
+"""What is known about mistakes in exercise 4, the relay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .. import toy
+from ..diagnose import Mistakes, Values, close, compare, require
+from .common import RELAY, Edges, all_edges, check_loss_value, check_walk, random
+
+
+def _toy() -> tuple[list[Tensor], Tensor]:
+    *chunks, weights = random(3, (3, 4), (2, 4), (3, 4), (1, 4), (3, 4, 4))
+    return chunks, 0.5 * weights
+
+
+def _toy_gradient(edges: Edges, memory_gradient: float = 0.0) -> Values:
+    """The gradient by plain autograd, where only `edges` hand anything on.
+
+    memory_gradient: what every entry of every memory receives beside.
+    """
+    chunks, weights = _toy()
+    weights.requires_grad_()
+    memories: list[Tensor] = []
+    total = torch.zeros(())
+    for j, chunk in enumerate(chunks):
+        seen = [m if (i, j) in edges else m.detach() for i, m in enumerate(memories)]
+        loss, memory = toy.f(chunk, seen, weights)
+        total = total + loss + memory_gradient * memory.sum()
+        memories.append(memory)
+    (grad,) = torch.autograd.grad(total, weights)
+    return {"the gradient of the weights": grad}
+
+
+def _toy_gradient_of_short_chains() -> Values:
+    """Chains through one and two chunks only: a memory passes a gradient on to the weights, not to other memories."""
+    chunks, weights = _toy()
+    weights.requires_grad_()
+    values: list[Tensor] = []
+    memories: list[Tensor] = []
+    total = torch.zeros(())
+    for chunk in chunks:
+        total = total + toy.f(chunk, memories, weights)[0]
+        memories.append(toy.f(chunk, values, weights)[1])
+        values.append(memories[-1].detach())
+    (grad,) = torch.autograd.grad(total, weights)
+    return {"the gradient of the weights": grad}
+
+
+def _relay_mistakes(k: int) -> Mistakes:
+    edges = all_edges(k)
+    yield (
+        "The gradient of every chunk is missing what later chunks sent back, as if the memories were constants: "
+        f"{RELAY} What have later chunks left in the .grad of m'_j, and to whom does it belong?",
+        _toy_gradient(set()),
+    )
+    yield (
+        "Every chunk receives only what the very next chunk sent back. All later chunks have looked at it: "
+        "do their gradients add up, or does each replace the last?",
+        _toy_gradient({(i, j) for i, j in edges if j == i + 1}),
+    )
+    yield (
+        "Chains through three chunks and more are missing: what chunk 3 sends to m_2 has to go on, from m_2 to m'_1. "
+        "Does the backward of m_j reach the earlier memories, or the weights only?",
+        _toy_gradient_of_short_chains(),
+    )
+    for i, j in sorted(edges):
+        words = f"The gradient of chunk {i + 1} is missing what chunk {j + 1} sent back: {RELAY}"
+        yield words, _toy_gradient(edges - {(i, j)})
+    for i in range(k):
+        words = f"The gradient of chunk {i + 1} is missing all that later chunks sent back: {RELAY}"
+        yield words, _toy_gradient({edge for edge in edges if edge[0] != i})
+    yield (
+        "The memories were given ones as their gradient, as in m_j.sum(). What have later chunks sent back to m'_j?",
+        _toy_gradient(set(), 1.0),
+    )
+
+
+class _ToySpy:
+    """f, which also sees how it is called."""
+
+    def __init__(self, chunks: Sequence[Tensor]) -> None:
+        self.chunks = chunks
+        self.filled: list[int] = []
+        self.rebuilt: list[int] = []
+
+    def __call__(self, chunk: Tensor, memories: Sequence[Tensor], weights: Tensor) -> tuple[Tensor, Tensor]:
+        j = next((j for j, x in enumerate(self.chunks) if torch.equal(x, chunk)), None)
+        if j is None:
+            raise AssertionError("f was called with a chunk that is none of x_1, …, x_k.")
+        require(
+            len(memories) == j,
+            f"Chunk {j + 1} was run with {len(memories)} memories, but there are {j} chunks before it. "
+            "Which slice of the memories is m'_1, …, m'_{j-1}?",
+        )
+        if not torch.is_grad_enabled():
+            self.filled.append(j)
+            return toy.f(chunk, memories, weights)
+        require(
+            bool(self.filled),
+            f"Chunk {j + 1} is the first to run, and with gradients: if the fill keeps graphs, all k of them are in "
+            "memory. What switches them off?",
+        )
+        self.rebuilt.append(j)
+        for i, m in enumerate(memories):
+            require(
+                m.grad_fn is None,
+                f"When chunk {j + 1} is rebuilt, m'_{i + 1} has a graph behind it: backward would run through chunk "
+                f"{i + 1} as well. Where is the fill's result, a leaf?",
+            )
+            require(
+                m.requires_grad,
+                f"When chunk {j + 1} is rebuilt, m'_{i + 1} does not require a gradient: nothing can be sent back to "
+                "it. Who has to say so, and when?",
+            )
+        return toy.f(chunk, memories, weights)
+
+
+def check_relay(module: ModuleType) -> None:
+    """seco on the toy model: how f is called, then the gradient, then the loss."""
+    chunks, weights = _toy()
+    k = len(chunks)
+    weights.requires_grad_()
+    spy = _ToySpy(chunks)
+    total = module.seco(spy, chunks, weights)
+    require(
+        spy.filled in (list(range(k)), list(range(k - 1))),
+        f"The fill ran the chunks {[i + 1 for i in spy.filled]}; it has to run them in order, each once.",
+    )
+    check_walk(spy.rebuilt, list(range(k)))
+    require(weights.grad is not None, "weights.grad is None: nothing has been backpropagated to the weights.")
+    name = "the gradient of the weights"
+    right = _toy_gradient(all_edges(k))
+    compare({name: weights.grad}, right, _relay_mistakes(k), "matrix row column")
+    with torch.no_grad():
+        memories: list[Tensor] = []
+        losses = []
+        for chunk in chunks:
+            loss, memory = toy.f(chunk, memories, weights)
+            losses.append(loss)
+            memories.append(memory)
+    check_loss_value(total, torch.stack(losses))
+
+    module.seco(toy.f, chunks, weights)
+    assert weights.grad is not None
+    require(
+        close(weights.grad, 2 * right[name]),
+        "A second step must add its gradient to weights.grad, as backward() does. Is it overwritten?",
+    )

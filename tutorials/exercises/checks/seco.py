@@ -1,0 +1,281 @@
+"""What is known about mistakes in exercise 5, SeCO and SpaCO."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import minichunk as mc
+from minichunk.cache import Cache
+from minichunk.chunks import Chunk, check_batch, cut
+from minichunk.seco import fill, new_cache, rebuild
+
+from ..diagnose import Mistakes, Values, close, compare, require, within
+from .common import CHUNK_SIZE, IGNORE, RELAY, all_edges, batch, check_loss_value, check_walk, tiny_llama
+
+
+def _gradients(model: mc.Llama) -> Values:
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    require(bool(found), "No parameter of the model has received a gradient.")
+    return {
+        f"the gradient of {name}": torch.zeros_like(p) if p.grad is None else p.grad
+        for name, p in model.named_parameters()
+    }
+
+
+def _walk(input_ids: Tensor, labels: Tensor, kept: list[int], loss_factor: Tensor, relay_factor: Tensor) -> Values:
+    """The gradient when chunk j's loss is multiplied by loss_factor[j], and what j sends to i by relay_factor[i, j]."""
+    model = tiny_llama()
+    targets, _ = check_batch(model, input_ids, labels, None)
+    chunks = cut(input_ids.shape[1], CHUNK_SIZE)
+    cache = new_cache(model, input_ids, [chunks[i] for i in kept])
+    fill(model, input_ids, chunks[: kept[-1]], cache)
+    relayed: dict[int, list[Tensor]] = {}
+    for j in reversed(kept):
+        loss, written, _ = rebuild(model, input_ids, targets, chunks[j], cache)
+        torch.autograd.backward([loss * loss_factor[j], *written], [None, *relayed.get(j, [])])
+        for i in kept[: kept.index(j)]:
+            sent = [relay_factor[i, j] * g for layer in cache.layers for g in layer.received(chunks[i])]
+            relayed[i] = [a + b for a, b in zip(relayed[i], sent, strict=True)] if i in relayed else sent
+        for layer in cache.layers:
+            layer.key_grads.zero_()
+            layer.value_grads.zero_()
+    return _gradients(model)
+
+
+class _Spy:
+    """Sees which chunks of a model are filled and rebuilt, and objects where a loop goes astray."""
+
+    def __init__(self, model: mc.Llama, chunks: list[Chunk], last: int) -> None:
+        self.chunks, self.last = chunks, last
+        self.filled: set[int] = set()
+        self.rebuilt: list[int] = []
+        self.cache: Cache | None = None
+        run, write = model.run, model.write
+
+        def spied_run(
+            input_ids: Tensor, cache: Cache, chunks: Sequence[Chunk], recompute: bool = False
+        ) -> tuple[Tensor, list[Tensor]]:
+            self._see_rebuild(chunks[0], cache)
+            return run(input_ids, cache, chunks, recompute)
+
+        def spied_write(input_ids: Tensor, cache: Cache, chunks: Sequence[Chunk]) -> list[Tensor]:
+            self._see_fill(chunks)
+            return write(input_ids, cache, chunks)
+
+        model.run, model.write = spied_run, spied_write  # type: ignore[method-assign]
+
+    def _number(self, chunk: Chunk) -> int:
+        require(chunk in self.chunks, f"{chunk} is none of the chunks that cut(length, chunk_size) makes.")
+        return self.chunks.index(chunk)
+
+    def _see_fill(self, chunks: Sequence[Chunk]) -> None:
+        for i in map(self._number, chunks):
+            require(
+                i < self.last,
+                f"The fill writes chunk {i + 1}, for which the cache has no room: it holds what lies before the last "
+                f"chunk to be rebuilt, chunk {self.last + 1}. Does anybody look at chunk {i + 1}?",
+            )
+            self.filled.add(i)
+
+    def _see_rebuild(self, chunk: Chunk, cache: Cache) -> None:
+        j = self._number(chunk)
+        for i in sorted({*range(j)} - self.filled):
+            raise AssertionError(
+                f"Chunk {j + 1} was rebuilt, but chunk {i + 1} had not been filled: chunk {j + 1} looks at keys and "
+                "values that nobody wrote. Which chunks must the fill write, skipped ones included?"
+            )
+        self.rebuilt.append(j)
+        self.cache = cache
+
+
+def _chunk_losses(input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed loss and number of targets of each chunk, by ordinary inference."""
+    model = tiny_llama()
+    targets, _ = check_batch(model, input_ids, labels, None)
+    with torch.no_grad():
+        logits = model(input_ids)
+    losses = F.cross_entropy(logits.mT, targets, ignore_index=IGNORE, reduction="none").sum(0)
+    counts = (targets != IGNORE).sum(0)
+    return tuple(torch.stack([part.sum() for part in x.split(CHUNK_SIZE)]) for x in (losses, counts))
+
+
+def check_seco(module: ModuleType) -> None:
+    """seco against ordinary backpropagation, then spaco for some draws."""
+    _check_seco(module)
+    _check_spaco(module)
+
+
+def _seco_mistakes(input_ids: Tensor, labels: Tensor, counts: Tensor) -> Mistakes:
+    k, n, positions = len(counts), int(counts.sum()), input_ids.numel()
+    every, loss, relay = list(range(k)), torch.full((k,), 1 / n, dtype=torch.float64), torch.ones(k, k).double()
+
+    def walk(loss: Tensor, relay: Tensor) -> Values:
+        return _walk(input_ids, labels, every, loss, relay)
+
+    undivided, per_chunk = torch.ones_like(loss), 1 / counts.double()
+    yield (
+        "The gradient of every chunk is missing what later chunks sent back, as if the cache were constant (truncated "
+        f"backpropagation): {RELAY} To which tensors do the gradients in `received` belong?",
+        walk(loss, 0 * relay),
+    )
+    yield (
+        f"The loss is not divided by the number of targets: the gradient is {n} times too large. "
+        "What has check_batch returned beside the targets?",
+        walk(undivided, relay),
+    )
+    yield (
+        "The gradient is that of the sum of the chunks' means. A chunk with few targets would weigh as much as one "
+        "with many: by which number are all to be divided?",
+        walk(per_chunk, relay),
+    )
+    yield (
+        "The gradient is that of the mean of the chunks' means. A chunk with few targets would weigh as much as one "
+        "with many: by which number are all to be divided?",
+        walk(per_chunk / k, relay),
+    )
+    yield "The loss is divided by the number of chunks, not of targets.", walk(undivided / k, relay)
+    yield (
+        f"The loss is divided by the number of positions, {positions}. How many of them have a target?",
+        walk(undivided / positions, relay),
+    )
+    yield (
+        "What was received is divided by the number of targets, too, but it came from a loss that was divided already. "
+        "Which of the two has to be divided?",
+        walk(loss, relay / n),
+    )
+    yield (
+        "What was received is divided by the number of targets, but the loss is not. Which of the two has to be?",
+        walk(undivided, relay / n),
+    )
+    for i, j in sorted(all_edges(k)):
+        cut_off = relay.clone()
+        cut_off[i, j] = 0
+        words = f"The gradient of chunk {i + 1} is missing what chunk {j + 1} sent back: {RELAY}"
+        yield words, walk(loss, cut_off)
+    for i in range(k):
+        cut_off = relay.clone()
+        cut_off[i] = 0
+        words = f"The gradient of chunk {i + 1} is missing all that later chunks sent back: {RELAY}"
+        yield words, walk(loss, cut_off)
+    yield (
+        "Every chunk receives only what the very next chunk sent back. Does the cache's sum of gradients survive?",
+        walk(loss, relay.triu(1).tril(1)),
+    )
+
+
+@within("seco")
+def _check_seco(module: ModuleType) -> None:
+    input_ids, labels = batch(11)  # chunks of 3, 3, 3 and 2
+    losses, counts = _chunk_losses(input_ids, labels)
+    chunks = cut(11, CHUNK_SIZE)
+    model, oracle = tiny_llama(), tiny_llama()
+    mc.full(oracle, input_ids, labels)
+    spy = _Spy(model, chunks, len(chunks) - 1)
+    total = module.seco(model, input_ids, labels, CHUNK_SIZE)
+    check_walk(spy.rebuilt, list(range(len(chunks))))
+    compare(_gradients(model), _gradients(oracle), _seco_mistakes(input_ids, labels, counts))
+    name = "the returned loss"
+    n = counts.sum()
+    mistakes = [
+        ("The returned loss is the sum over all targets, not divided by their number.", {name: losses.sum()}),
+        ("The returned loss is the mean of the chunks' means, not of all targets.", {name: (losses / counts).mean()}),
+        (
+            "The returned loss is the sum of the chunks' means, not the mean of all targets.",
+            {name: (losses / counts).sum()},
+        ),
+    ]
+    check_loss_value(total, losses / n, mistakes)
+
+    right = _gradients(oracle)
+    module.seco(model, input_ids, labels, CHUNK_SIZE)
+    added = all(close(grad, 2 * right[name]) for name, grad in _gradients(model).items())
+    require(added, "A second step must add its gradient to .grad, for gradient accumulation. Is it overwritten?")
+
+
+def _spaco_mistakes(input_ids: Tensor, labels: Tensor, entries: Sequence[mc.Weight | None], n: int) -> Mistakes:
+    k = len(entries)
+    kept = [i for i, entry in enumerate(entries) if entry is not None]
+    loss, relay = (torch.tensor([0.0 if e is None else e[which] for e in entries]).double() for which in (0, 1))
+    ones, matrix = torch.ones(k).double(), torch.ones(k, k).double()
+    receiver, by_loss = relay[:, None] * matrix, loss[:, None] * matrix
+
+    def walk(loss: Tensor, relay: Tensor) -> Values:
+        return _walk(input_ids, labels, kept, loss / n, relay)
+
+    yield (
+        "The loss is not scaled, as in Algorithm 2 as printed: a chain through one chunk survives only sometimes, too. "
+        "Where does weight.loss go?",
+        walk(ones, receiver),
+    )
+    yield (
+        "What was received is scaled by weight.loss, but it has a factor of its own. Which one is it?",
+        walk(loss, by_loss),
+    )
+    yield "What was received is not scaled. Where does weight.relay go?", walk(loss, matrix)
+    yield (
+        "What was received is scaled by both factors. The loss factor of the chunk where a chain starts is in it "
+        "already: which factor is this hop's own?",
+        walk(loss, receiver * by_loss),
+    )
+    yield "Neither the loss nor what was received is scaled. What are the entries' two factors for?", walk(ones, matrix)
+    yield (
+        "The gradient of every kept chunk is missing what later chunks sent back: " + RELAY,
+        walk(loss, 0 * matrix),
+    )
+    yield "The two factors are swapped: weight.relay is on the loss, weight.loss on the relay.", walk(relay, by_loss)
+    yield (
+        "What is sent back is scaled by the relay factor of the chunk that sends it. Whose factor has to be on it: the "
+        "sender's or the receiver's?",
+        walk(loss, relay[None, :] * matrix),
+    )
+    yield (
+        "The loss is not divided by the number of targets of the whole batch.",
+        walk(loss * n, receiver),
+    )
+    yield (
+        "The loss is multiplied by weight.loss and by weight.relay. The relay's factor is for what was received.",
+        walk(loss * relay, receiver),
+    )
+
+
+@within("spaco")
+def _check_spaco(module: ModuleType) -> None:
+    input_ids, labels = batch(15)
+    losses, counts = _chunk_losses(input_ids, labels)
+    chunks, n = cut(15, CHUNK_SIZE), int(counts.sum())
+    entries = [mc.Weight(2.0, 3.0), None, mc.Weight(1.5, 2.5), mc.Weight(4.0, 1.25), None]
+    kept = [0, 2, 3]
+    model, oracle = tiny_llama(), tiny_llama()
+    mc.spaco(oracle, input_ids, labels, CHUNK_SIZE, sampler=lambda num_chunks, generator: entries)
+    spy = _Spy(model, chunks, kept[-1])
+    total = module.spaco(model, input_ids, labels, CHUNK_SIZE, entries)
+    check_walk(spy.rebuilt, kept)
+    assert spy.cache is not None
+    require(
+        spy.cache.kept <= {chunks[i] for i in kept},
+        "new_cache was told of chunks that are skipped: it has set memory aside for gradients that nobody will fetch. "
+        "Which chunks will be rebuilt?",
+    )
+    compare(_gradients(model), _gradients(oracle), _spaco_mistakes(input_ids, labels, entries, n))
+    factors = torch.tensor([entry.loss for entry in entries if entry is not None]).double()
+    unscaled = {"the returned loss": losses[kept].sum() / n}
+    words = "The returned loss is not scaled by weight.loss: on average it would be too small."
+    check_loss_value(total, factors * losses[kept] / n, [(words, unscaled)])
+
+    model = tiny_llama()
+    try:
+        total = module.spaco(model, input_ids, labels, CHUNK_SIZE, [None] * len(chunks))
+    except (IndexError, ValueError) as error:
+        raise AssertionError(
+            f"It stops with {type(error).__name__}, {error}, when the sampler keeps no chunk at all, which happens "
+            "with coins. What is there to do then?"
+        ) from error
+    nothing = isinstance(total, Tensor | float | int) and float(total) == 0
+    require(nothing, f"When no chunk is kept, the returned loss has to be 0, but it is {total}.")
+    touched = any(p.grad is not None and p.grad.any() for p in model.parameters())
+    require(not touched, "When no chunk is kept, the gradients must stay as they were.")
