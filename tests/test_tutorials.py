@@ -1,0 +1,54 @@
+"""Every tutorial runs, and prints what its rendered file says."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+
+TUTORIALS = Path(__file__).parents[1] / "tutorials"
+SOURCES = sorted(TUTORIALS.glob("[0-9][0-9]_*.py"))
+
+
+def load_render():
+    spec = importlib.util.spec_from_file_location("render", TUTORIALS / "render.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore")  # of libraries, which a reader may see
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_a_tutorial_prints_what_its_rendering_says(path: Path, tmp_path: Path) -> None:
+    rendered = load_render().render(path, tmp_path)
+    assert rendered == path.with_suffix(".md").read_text(encoding="utf-8")
+    figures = {figure.name for figure in tmp_path.iterdir()}
+    assert figures == {figure.name for figure in (TUTORIALS / "figures").glob(f"{path.stem}-*.png")}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_a_tutorial_is_short_and_ends_with_exercises(path: Path) -> None:
+    text = path.read_text()
+    assert 100 <= len(text.splitlines()) <= 250
+    assert "\n# ## Exercises\n" in text
+    assert "PLACEHOLDER" not in text
+
+
+def test_the_seventh_port_is_at_most_60_lines() -> None:
+    text = (TUTORIALS / "07_porting.py").read_text()
+    port = text[text.index("def run_chunk") : text.index("# %% [markdown]\n# ## The check")]
+    assert len(port.rstrip().splitlines()) <= 60
+
+
+def test_without_the_model_the_sixth_says_how_to_get_it(tmp_path: Path) -> None:
+    path = tmp_path / "tutorials" / "06_a_real_model.py"
+    path.parent.mkdir()
+    shutil.copy(TUTORIALS / path.name, path)
+    rendered = load_render().render(path, tmp_path)
+    assert rendered.endswith(
+        "*The model is not here. Get it with `minichunk get smollm2 smollm2`, then run this again.*\n"
+    )

@@ -1,0 +1,214 @@
+# %% [markdown]
+# # 3. Where the memory goes
+#
+# Three ways to the same gradient: ordinary backpropagation (`full`), ordinary backpropagation that keeps only the
+# layers' inputs and runs each layer again (`recompute`), and SeCO. They differ in what is alive when. This tutorial
+# draws that, predicts the bytes with pencil and paper, measures them, and ends with the line that tells when SeCO wins.
+
+# %%
+import matplotlib.pyplot as plt
+import torch
+
+import minichunk as mc
+from minichunk.count import CountBytes
+from minichunk.forecast import Setting, forecast
+
+torch.manual_seed(0)
+config = mc.LlamaConfig(
+    vocab_size=512, hidden_size=128, intermediate_size=384, num_hidden_layers=6,
+    num_attention_heads=8, num_key_value_heads=2, head_dim=16,
+)  # fmt: skip
+model = mc.Llama(config)
+print(f"{sum(p.numel() for p in model.parameters()):,} parameters in float32")
+
+# %% [markdown]
+# ## The schedule
+#
+# First as a drawing, for four chunks. Time runs to the right, and a box is something that is alive.
+#
+# - `full` builds the graph of every chunk and can drop them only on the way back.
+# - SeCO fills the cache, then builds and drops one graph at a time. The cache stays, and so do its gradients.
+
+
+# %%
+def draw(panel, boxes, steps, title):
+    for row, begin, end, color in boxes:
+        panel.barh(row, end - begin, left=begin, color=color, edgecolor="white", height=0.8)
+    panel.set(title=title, xticks=[i + 0.5 for i in range(len(steps))], yticks=range(4))
+    panel.set_xticklabels(steps, fontsize=8)
+    panel.set_yticklabels([f"chunk {i + 1}" for i in range(4)])
+    panel.set_xlim(0, 8)
+
+
+GRAPH, CACHE, GRADS = "tab:red", "tab:blue", "tab:green"
+figure, axes = plt.subplots(2, 1, figsize=(9, 4.6), layout="constrained", sharey=True)
+forward = [f"forward {i}" for i in range(1, 5)]
+backward = [f"backward {i}" for i in range(4, 0, -1)]
+draw(axes[0], [(i, i, 8 - i, GRAPH) for i in range(4)], forward + backward, "full: every graph waits for its way back")
+boxes = []
+for i in range(3):
+    boxes += [(i - 0.2, i, 8 - i, CACHE), (i + 0.2, 4, 8 - i, GRADS)]
+draw(axes[1], boxes, [*(f"fill {i}" for i in range(1, 4)), "", *(f"rebuild {i}" for i in range(4, 0, -1))],
+     "SeCO: one graph at a time, between a cache and its gradients")  # fmt: skip
+for i in range(4):
+    axes[1].barh(i, 1, left=7 - i, color=GRAPH, edgecolor="white", height=0.8, alpha=0.9)
+handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (GRAPH, CACHE, GRADS)]
+figure.legend(
+    handles, ["graph of a chunk", "its keys and values", "their gradients"], loc="outside lower center", ncols=3
+)
+figure.suptitle("What is alive when")
+plt.show()
+
+# %% [markdown]
+# (minichunk allocates the cache and its gradients as one buffer at the start, which is why memory below jumps once
+# instead of climbing. The last chunk has neither, because nobody reads them.)
+#
+# ## The same, measured
+#
+# `CountBytes` watches every operation and counts the storages that are alive. Here it also writes down the sum after
+# each operation. Weights and their gradients are subtracted: every method has them, at any length.
+
+
+# %%
+class Timeline(CountBytes):
+    """Live bytes after every operation."""
+
+    def __init__(self, *always):
+        super().__init__()
+        self.add(*always)
+        self.always, self.points = self.live, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        self.settle()
+        self.points.append(self.live - self.always)
+        return result
+
+
+def timeline(step, tokens):
+    ids = torch.randint(config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with Timeline(*model.parameters(), *(p.grad for p in model.parameters())) as line:
+        step(ids)
+    return line.points
+
+
+T, C = 1024, 128
+methods = {
+    "full": lambda ids: mc.full(model, ids, ids),
+    "recompute": lambda ids: mc.full(model, ids, ids, recompute=True),
+    "seco": lambda ids: mc.seco(model, ids, ids, C),
+}
+lines = {name: timeline(step, T) for name, step in methods.items()}
+figure, axes = plt.subplots(figsize=(8, 3.6))
+for name, points in lines.items():
+    axes.plot([i / len(points) for i in range(len(points))], [p / 2**20 for p in points], label=name, lw=1)
+axes.set(xlabel="operations, from the first to the last", ylabel="MiB alive", xlim=(0, 1), ylim=0)
+axes.set_title(f"A training step of {T:,} tokens: a mountain, a hill with teeth, and a low saw")
+axes.legend()
+plt.show()
+
+# %% [markdown]
+# ## Predicted with pencil and paper
+#
+# Count, for one layer and one token, the numbers that the backward pass needs (E hidden size, F intermediate size,
+# H query heads, G key-value heads, D head size):
+#
+# | saved for | numbers |
+# |---|---|
+# | two norms: input, normalized input, 1/rms | 2 (2 E + 1) |
+# | q, k, v projections: their common input | E |
+# | attention: q, k, v, output and log-sum-exp | H D + 2 G D + H D + H |
+# | o projection: its input, the heads joined | H D where joining copies |
+# | MLP: input, gate, silu(gate), up, their product | E + 4 F |
+#
+# For the whole model: the logits, their log-softmax, and the gradients of both, 4 V per token, where the loss is not
+# tiled. And the backward pass of an MLP has four gradients of its inner size beside what was saved: 4 F for the tokens
+# and the layer at work.
+
+# %%
+E, F = config.hidden_size, config.intermediate_size
+H, G, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+L, V = config.num_hidden_layers, config.vocab_size
+layer_numbers = 2 * (2 * E + 1) + E + (2 * H * D + 2 * G * D + H) + H * D + (E + 4 * F)
+activations = 4 * L * layer_numbers  # bytes per token
+logits = 4 * 4 * V
+at_work = 4 * 4 * F
+cache = 4 * L * 2 * G * D
+
+predicted = {
+    "full": T * (activations + logits),
+    "recompute": T * (4 * L * E + 4 * layer_numbers + at_work),  # the layers' inputs, and one layer whole
+    "seco": (T - C) * 2 * cache + C * (activations + at_work),
+}
+print("method      predicted     measured   measured / predicted")
+for name, points in lines.items():
+    ratio = max(points) / predicted[name]
+    print(f"{name:10} {predicted[name] / 2**20:6.0f} MiB   {max(points) / 2**20:6.0f} MiB   {ratio:.1f}")
+
+# %% [markdown]
+# Pencil and paper come within a tenth. Whoever can predict the bytes knows where they are: most are the MLP's, which is
+# why some people tile it; and in a real model with a large vocabulary the logits, which is why everybody should.
+#
+# ## The line that tells when SeCO wins
+#
+# All three are straight lines in T. Their slopes are what matters for long texts:
+
+# %%
+slopes = {}
+for name, step in methods.items():
+    a, b = (max(timeline(step, n)) for n in (512, 1024))
+    slopes[name] = (b - a) / 512
+print("method     bytes per token   in units of the cache")
+for name, slope in slopes.items():
+    print(f"{name:10} {slope:15,.0f}   {slope / cache:8.1f}")
+
+# %% [markdown]
+# SeCO grows by two caches per token: the keys and values, and their gradients. It pays for that with one chunk of
+# activations that is there at any length. So it wins as soon as
+#
+# $$T \cdot (a - 2c) > C \cdot a$$
+#
+# with $a$ the bytes of activations per token and $c$ those of the cache: for $2c \ll a$ that is $T > C$, as soon as
+# there is more than one chunk. Against `recompute`, whose slope is small too, look at $2c$ against one layer input for
+# each layer: with grouped queries $2c = 4 L G D$ numbers and the inputs are $L E = L H D$. Where $H > 4G$, as in most
+# models of today, SeCO's slope is lower even than that, before the logits are counted.
+
+# %%
+ratio = slopes["full"] / slopes["seco"]
+print(f"here: full grows {ratio:.0f} times as fast as SeCO, recompute {slopes['recompute'] / slopes['seco']:.1f} times")
+
+# %% [markdown]
+# ## A real one, without owning it
+#
+# `minichunk plan` does this for any model, with the real code under fake tensors that have shapes but no memory. An 8B
+# Llama in bfloat16 with LoRA, chunks of 512, sums of the cache's gradients in bfloat16:
+
+# %%
+setting = {"model": "llama-3-8b", "cache_grad_dtype": torch.bfloat16}
+forecasts = {m: forecast(Setting(method=m, **setting)) for m in ("full", "full-recompute", "seco", "spaco")}
+figure, axes = plt.subplots(figsize=(7, 3.8))
+lengths = range(2048, 65537, 512)
+for name, line in forecasts.items():
+    axes.plot(lengths, [line.at(n).peak / 2**30 for n in lengths], label=name)
+axes.axhline(23, color="gray", ls="--")
+axes.text(64000, 23.4, "24 GiB less 1", ha="right", color="gray")
+axes.set(xlabel="tokens", ylabel="GiB", ylim=(14, 48), title="An 8B Llama with LoRA: only the chunked methods stay low")
+axes.legend()
+axes.grid(alpha=0.3)
+plt.show()
+for name, line in forecasts.items():
+    print(f"{name:15} longest within 23 GiB: {line.longest(23 * 2**30, 512):6,} tokens")
+
+# %% [markdown]
+# SpaCO needs gradients only for the chunks that it keeps (8 here), so its slope is one cache instead of two.
+#
+# ## Exercises
+#
+# 1. `mc.seco(..., recompute=True)` combines both ideas. Add it to the timeline. Which part of the saw goes away? For
+#    which chunk sizes is it worth its time?
+# 2. Predict SeCO's peak for C = 64 and C = 1,024, then measure. Where is the best chunk size, and what besides memory
+#    speaks against a small one?
+# 3. Full logits are 2 V numbers per token. Compute their share for Llama-3-8B (V = 128,256). Then read `loss.py`.
+# 4. How does the picture change without grouped queries (G = H)? At which H / G does SeCO's slope cross `recompute`'s?

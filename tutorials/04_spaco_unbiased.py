@@ -1,0 +1,229 @@
+# %% [markdown]
+# # 4. SpaCO and unbiasedness
+#
+# SeCO spends most of its time on rebuilding chunks. SpaCO rebuilds only a random few of them and multiplies what it
+# finds by factors, so that the *expected* gradient is right. That word, expected, can be checked without statistics:
+# with 5 chunks there are 32 subsets, and we can run them all. This tutorial does, for the estimator as published, for
+# a fixed budget with better factors, and for independent coins. Only the last is exactly unbiased.
+#
+# ## Chains
+#
+# By the chain rule the gradient is a sum over *chains* (eq. 3 of the paper): from a chunk's loss straight to the
+# parameters, or through the cache of one earlier chunk, or of two, and so on. A chain survives when every chunk that
+# it visits is rebuilt. Keep t of k chunks without replacement, and a chain through p chunks survives with probability
+#
+# $$\frac{t}{k} \cdot \frac{t-1}{k-1} \cdots \frac{t-p+1}{k-p+1}$$
+#
+# The paper takes it for $(t/k)^p$ and so gives each hop the factor $k/t$. That would be right for independent coins.
+# Drawn without replacement, one chunk kept makes the next less likely:
+
+# %%
+from math import comb
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from tokenizers import Tokenizer
+
+import minichunk as mc
+
+k = 5
+print("weight that a chain through p chunks gets on average (1 is right), 5 chunks:")
+print("t   p=1   p=2   p=3   p=4   p=5")
+for t in range(1, k + 1):
+    survival = [comb(k - p, t - p) / comb(k, t) if p <= t else 0.0 for p in range(1, k + 1)]
+    print(f"{t}" + "".join(f"{s * (k / t) ** p:6.2f}" for p, s in enumerate(survival, start=1)))
+
+# %% [markdown]
+# Direct chains (p = 1) are right. All others are too light, the longer the worse, and with t = 1 nothing but the
+# direct ones is left.
+#
+# ## How much does it matter? On a trained model
+#
+# Long chains would not matter if they were weak. So measure, on the shipped model and real text: 5 chunks of 24 tokens,
+# the gradient of all query and value projections.
+
+# %%
+ASSETS = Path(mc.__file__).parent / "assets"
+model = mc.Llama.from_pretrained(ASSETS / "austen-llama", dtype=torch.float64)
+tokenizer = Tokenizer.from_file(str(ASSETS / "austen-llama" / "tokenizer.json"))
+text = (ASSETS / "austen" / "persuasion.txt").read_text()
+for name, parameter in model.named_parameters():
+    parameter.requires_grad_("q_proj" in name or "v_proj" in name)
+C = 24
+tokens = torch.tensor(tokenizer.encode(text[5000:15000]).ids)
+ids = tokens[None, : k * C]
+
+
+def gradient(run):
+    """All trained parameters' gradients after `run()`, as one long vector."""
+    model.zero_grad(set_to_none=True)
+    run()
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters() if p.requires_grad]
+    return torch.cat([grad.flatten() for grad in grads])
+
+
+def spaco(entries, ids=ids):
+    return gradient(lambda: mc.spaco(model, ids, ids, C, sampler=lambda *_: entries))
+
+
+exact = gradient(lambda: mc.full(model, ids, ids))
+
+# %% [markdown]
+# How strong are chains of each length? Multiply every relay by $r$, and a chain through $p$ chunks is multiplied by
+# $r^{p-1}$. So the gradient is a polynomial in $r$, and five values of $r$ give its five coefficients.
+
+# %%
+r = torch.linspace(-1, 1, k, dtype=torch.float64)
+values = torch.stack([spaco([mc.Weight(1.0, x)] * k) for x in r.tolist()])
+by_length = torch.linalg.solve(torch.vander(r, k, increasing=True), values)
+print("chunks visited:      " + "".join(f"{p:8}" for p in range(1, k + 1)))
+print("norm / whole norm:   " + "".join(f"{float(part.norm() / exact.norm()):8.4f}" for part in by_length))
+assert float((by_length.sum(0) - exact).norm() / exact.norm()) < 1e-10
+
+# %% [markdown]
+# ## Run all subsets
+#
+# An estimate depends only on which chunks are kept and on the two factors, so 31 subsets and a few pairs of factors
+# are all there is. Each sampler can list its `outcomes`: every draw with its probability.
+
+# %%
+memory = {}
+
+
+def moments(sampler):
+    """Relative bias of the expected gradient, and root-mean-square distance of a single estimate."""
+    mean, square = torch.zeros_like(exact), 0.0
+    for probability, entries in sampler.outcomes(k):
+        key = tuple(entries)
+        if key not in memory:
+            memory[key] = spaco(entries)
+        mean += probability * memory[key]
+        square += probability * float((memory[key] - exact).norm() ** 2)
+    return float((mean - exact).norm() / exact.norm()), square**0.5 / float(exact.norm())
+
+
+table = {}
+for t in range(1, k):
+    for name, sampler in (
+        ("paper", mc.PaperBudget(t)),
+        ("fixed", mc.FixedBudget(t)),
+        ("bernoulli", mc.Bernoulli(t / k)),
+    ):
+        table[name, t] = moments(sampler)
+print("         paper           fixed           bernoulli")
+print("t of 5   bias    rms     bias    rms     bias    rms")
+for t in range(1, k):
+    cells = [f"{'0' if table[n, t][0] < 1e-12 else f'{table[n, t][0]:.3f}':8}{table[n, t][1]:<8.2f}"
+             for n in ("paper", "fixed", "bernoulli")]  # fmt: skip
+    print(f"{t}        " + "".join(cells).rstrip())
+assert all(table["bernoulli", t][0] < 1e-12 for t in range(1, k))
+
+# %% [markdown]
+# - **Bernoulli** (each chunk by its own coin, factor 1/rate on loss and relay) is unbiased to the last digit. The p
+#   coins of a chain are independent, and p factors of 1/rate undo exactly their product. The price: the number of
+#   chunks kept varies, and a draw that keeps many has large factors.
+# - **PaperBudget**, as published: biased, and heavily so for small budgets.
+# - **FixedBudget**, same draws, but k/t on the loss and (k-1)/(t-1) on each relay. Chains through one and two chunks
+#   are then exactly right, and those are most of the gradient. What is left comes from chains through three or more.
+#   Every step costs the same, which is its advantage over coins. (At t = 1 no relay is ever used: both are the same.)
+#
+# Let us believe the first formula only after comparing it with what was measured: the bias predicted from the chains'
+# strengths and weights, against the bias of all subsets.
+
+
+# %%
+def predicted_bias(t, loss, relay):
+    weights = [comb(k - p, t - p) / comb(k, t) * loss * relay ** (p - 1) if p <= t else 0.0 for p in range(1, k + 1)]
+    return float(sum((w - 1) * part for w, part in zip(weights, by_length, strict=True)).norm() / exact.norm())
+
+
+for t in (2, 3):
+    assert abs(predicted_bias(t, k / t, k / t) - table["paper", t][0]) < 1e-9
+    assert abs(predicted_bias(t, k / t, (k - 1) / (t - 1)) - table["fixed", t][0]) < 1e-9
+print("predicted = enumerated for t = 2, 3")
+
+# %% [markdown]
+# ## Bias against noise at equal cost
+
+# %%
+figure, axes = plt.subplots(figsize=(6.4, 4))
+for name, marker in (("paper", "s"), ("fixed", "^"), ("bernoulli", "o")):
+    points = [table[name, t] for t in range(1, k)]
+    axes.plot([p[1] for p in points], [p[0] for p in points], marker + "-", label=name)
+    for t, (bias, rms) in enumerate(points, start=1):
+        axes.annotate(f"t={t}", (rms, bias), textcoords="offset points", xytext=(4, 4), fontsize=7)
+axes.set(xlabel="rms distance of one estimate from the exact gradient", ylabel="bias of the expected gradient")
+axes.set_title("Published: less noise, paid for with bias. Bernoulli: none")
+axes.legend()
+axes.grid(alpha=0.3)
+plt.show()
+
+# %% [markdown]
+# A relative rms of 1 means that the error is as large as the gradient itself. That sounds useless, but a gradient of
+# *one document* is an estimate too, of the gradient over all documents. How different are the exact gradients of
+# different passages?
+
+# %%
+others = [gradient(lambda n=n: mc.full(model, tokens[None, n * 150 : n * 150 + k * C], tokens[None, n * 150 : n * 150 + k * C]))
+          for n in range(12)]  # fmt: skip
+mean = torch.stack(others).mean(0)
+spread = (torch.stack([(g - mean).norm() ** 2 for g in others]).sum() / (len(others) - 1)).sqrt()
+size = torch.stack([g.norm() for g in others]).mean()
+print(f"between passages: rms deviation {float(spread / size):.2f} of a passage's own gradient norm")
+print(f"Bernoulli(3/5) adds {table['bernoulli', 3][1]:.2f}, FixedBudget(3) {table['fixed', 3][1]:.2f}")
+
+# %% [markdown]
+# So the text itself brings a deviation of about the same size, and averaging over steps takes care of both. Noise
+# averages away; bias does not.
+#
+# ## When is a cap worth it?
+#
+# The paper advises to cap the factor at 2. A cap on the relay shrinks the noise of chains through several chunks, and
+# makes the bias larger. Both, for t = 1 and 2 of 5, where the factors are 5 and 2.5:
+
+# %%
+print("t   cap     bias    rms")
+for t in (1, 2):
+    for cap in (1.0, 1.5, 2.0, None):
+        bias, rms = moments(mc.PaperBudget(t, cap))
+        print(f"{t}   {cap or 'none':<5}   {bias:.3f}   {rms:.2f}")
+
+# %% [markdown]
+# With t = 1 a cap changes nothing: there never is a later chunk that could have sent something. With t = 2 it trades a
+# little noise for more bias. It is worth it where single steps are so noisy that training diverges; a smaller learning
+# rate or a larger batch does the same without the bias.
+#
+# ## Other rates
+#
+# Unbiasedness asks only that a kept chunk's factor is 1 over its own rate. So the rates may differ: the same cost on
+# average, spent elsewhere. The last chunk sends but never receives, the first one receives most.
+
+
+# %%
+def rates(first, last, t=3):
+    return [first, *[(t - first - last) / (k - 2)] * (k - 2), last]
+
+
+for label, rate in (
+    ("all the same", [3 / k] * k), ("last less", rates(0.65, 0.4)), ("first more", rates(0.8, 0.55)),
+    ("first less", rates(0.45, 0.6)), ("first always", rates(1.0, 0.4)),
+):  # fmt: skip
+    bias, rms = moments(mc.Bernoulli(rate))
+    assert bias < 1e-12
+    print(f"{label:13} 3 of 5 on average: bias 0, rms {rms:.2f}")
+
+# %% [markdown]
+# Here there is little to gain, and "always keep the first chunk" costs more elsewhere than it saves. On a model with
+# strong attention sinks (every token looks at the first one) it is different: there the first chunk's gradient is
+# several times any other's.
+#
+# ## Exercises
+#
+# 1. Prove that Bernoulli is unbiased: follow one chain through $p$ chunks and multiply probabilities and factors.
+# 2. Show that the factors of `FixedBudget` make chains through one and two chunks right. Why can no pair of factors
+#    make three right as well?
+# 3. Write a sampler of your own that always keeps at least one chunk, and enumerate its bias. (`sampler(num_chunks,
+#    generator)` returns a `Weight` or None for each chunk.)
+# 4. Search for the rates with the smallest rms at 3 of 5 on average. How much is there to gain?
+# 5. Write the samplers and their factors: `tutorials/exercises/`, exercise 6.

@@ -1,0 +1,98 @@
+"""The README's two drawn figures: `python tutorials/readme_figures.py` writes figures/seco.png and memory.png."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("agg")
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.patches import FancyBboxPatch
+
+from minichunk.forecast import Setting, forecast
+
+FIGURES = Path(__file__).parent / "figures"
+GRAPH, CACHE, GRADS, EMPTY = "#d95f4b", "#4878b0", "#4a9c5d", "#e6e6e6"
+COLUMNS = 4
+
+
+def box(axes: Axes, x: float, y: float, width: float, height: float, color: str, text: str) -> None:
+    """A rounded box with a word in it."""
+    shape = FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.04", color=color, lw=0)
+    axes.add_patch(shape)
+    ink = "#555555" if color == EMPTY else "white"
+    axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", color=ink, fontsize=9)
+
+
+def arrow(axes: Axes, start: tuple[float, float], end: tuple[float, float], color: str, bend: float = 0.0) -> None:
+    """From here to there, bent by a part of its length."""
+    style = {"arrowstyle": "-|>", "color": color, "lw": 1.6, "connectionstyle": f"arc3,rad={bend}"}
+    axes.annotate("", xy=end, xytext=start, arrowprops=style)
+
+
+def draw_seco() -> None:
+    """One row per step: which chunk runs, what is in memory, which way the gradients go."""
+    figure, axes = plt.subplots(figsize=(10.5, 5.2))
+    rows = [
+        ("fill, without gradients", None),
+        ("rebuild chunk 4", 3),
+        ("rebuild chunk 3", 2),
+        ("rebuild chunk 2", 1),
+        ("rebuild chunk 1", 0),
+    ]
+    for r, (title, at) in enumerate(rows):
+        y = (len(rows) - r) * 1.5
+        axes.text(-0.25, y + 0.45, title, ha="right", va="center", fontsize=11)
+        for i in range(COLUMNS):
+            x = i * 2.4
+            if at is None:
+                last = i == COLUMNS - 1
+                box(axes, x, y + 0.5, 2.0, 0.4, EMPTY, "not needed" if last else f"chunk {i + 1} forward")
+                box(axes, x, y, 2.0, 0.4, EMPTY if last else CACHE, "" if last else "keys, values")
+                if i < COLUMNS - 2:
+                    arrow(axes, (x + 2.0, y + 0.2), (x + 2.4, y + 0.6), CACHE)
+            elif i == at:
+                box(axes, x, y + 0.5, 2.0, 0.4, GRAPH, f"graph of chunk {i + 1}")
+                if i < COLUMNS - 1:
+                    box(axes, x, y, 2.0, 0.4, GRADS, "relayed gradient")
+                    arrow(axes, (x + 1.0, y + 0.36), (x + 1.0, y + 0.56), "black")
+            elif i < at:
+                box(axes, x, y + 0.04, 0.98, 0.4, CACHE, "k and v")
+                box(axes, x + 1.02, y + 0.04, 0.98, 0.4, GRADS, "+ grads")
+        if at:
+            for i in range(at):
+                arrow(axes, (at * 2.4 + 0.1, y + 0.9), (i * 2.4 + 1.5, y + 0.46), GRADS, bend=0.12)
+    axes.set_xlim(-3.6, COLUMNS * 2.4)
+    axes.set_ylim(1.2, len(rows) * 1.5 + 1.6)
+    axes.axis("off")
+    axes.set_title("SeCO: the exact gradient with one chunk's graph in memory", fontsize=13)
+    figure.savefig(FIGURES / "seco.png", dpi=110, facecolor="white", bbox_inches="tight")
+
+
+def draw_memory() -> None:
+    """Peak memory of a training step of an 8B Llama against the length, by forecast."""
+    figure, axes = plt.subplots(figsize=(8, 4.2))
+    lengths = [512 * n for n in range(4, 129)]
+    for method, label in (
+        ("full", "full"),
+        ("full-recompute", "full, layers recomputed"),
+        ("seco", "SeCO"),
+        ("spaco", "SpaCO, 8 chunks kept"),
+    ):
+        line = forecast(Setting(method=method, cache_grad_dtype=torch.bfloat16))
+        axes.plot(lengths, [line.at(tokens).peak / 2**30 for tokens in lengths], label=label, lw=2)
+    axes.axhline(24, color="gray", ls="--", lw=1)
+    axes.text(65536, 24.3, "a 24 GiB card", ha="right", color="gray")
+    axes.set(xlabel="tokens", ylabel="GiB", ylim=(14, 48), xlim=(0, 66000))
+    axes.set_title("An 8B Llama with LoRA: what a training step needs")
+    axes.legend(loc="upper right")
+    axes.grid(alpha=0.3)
+    figure.savefig(FIGURES / "memory.png", dpi=110, facecolor="white", bbox_inches="tight")
+
+
+if __name__ == "__main__":
+    draw_seco()
+    draw_memory()
