@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .cache import LayerCache
+    from .cache import LayerMemory
 
 aten = torch.ops.aten
 BLOCK = 2048  # positions of the past whose gradients are computed at a time: bounds what is in flight
@@ -149,10 +149,10 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention to two sets of keys from the attention to each."""
+    """Attention to two sets of keys from the attention to each, in the log-sum-exps' dtype if that is wider."""
     lse = torch.logaddexp(lse_a, lse_b)
     weight_a, weight_b = (lse_a - lse).exp()[..., None], (lse_b - lse).exp()[..., None]
-    return (out_a * weight_a + out_b * weight_b).to(out_a.dtype), lse
+    return out_a * weight_a + out_b * weight_b, lse
 
 
 def fold(x: Tensor, G: int) -> Tensor:
@@ -164,7 +164,7 @@ def fold(x: Tensor, G: int) -> Tensor:
 class _Past:
     """What a chunk's attention holds by reference instead of saving: the cache and its place in it."""
 
-    memory: LayerCache
+    memory: LayerMemory
     start: int
     kernel: Kernel
 
@@ -174,10 +174,10 @@ class _ChunkAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, past: _Past) -> Tensor:
         q, k, v = _rows(q), _rows(k), _rows(v)
         out, lse = past.kernel.forward(q, k, v, causal=True)
-        if past.start > 0:
-            keys, values = past.memory.past(0, past.start)
+        for _, keys, values in past.memory.pieces(past.start, max(1, past.start)):  # in one piece, if it can be had
             out_past, lse_past = past.kernel.forward(fold(q, k.shape[1]), keys, values, causal=False)
             out, lse = merge(out, lse, out_past.reshape(out.shape), lse_past.reshape(lse.shape))
+        out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse)  # one chunk, however long the past
         ctx.past = past
         return out
@@ -191,8 +191,7 @@ class _ChunkAttention(torch.autograd.Function):
         # The same projections made the past's keys and values: they need gradients if ours do.
         sends_back = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         grad, q, out, lse = (fold(x, k.shape[1]) for x in (grad, q, out, lse))
-        for start in range(0, past.start, BLOCK):
-            keys, values = past.memory.past(start, min(start + BLOCK, past.start))
+        for start, keys, values in past.memory.pieces(past.start, BLOCK):
             dq_past, dk_past, dv_past = past.kernel.backward(grad, q, keys, values, out, lse, causal=False)
             dq = dq + dq_past.reshape(dq.shape)
             if sends_back:
@@ -201,7 +200,7 @@ class _ChunkAttention(torch.autograd.Function):
         return dq, dk, dv, None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, memory: LayerCache, start: int, kernel: Kernel | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, memory: LayerMemory, start: int, kernel: Kernel | None = None) -> Tensor:
     """Attention of the chunk at `start` to itself, causally, and to everything before it.
 
     q: (B, H, C, D). k, v: (B, G, C, D), the chunk's own. Returns (B, H, C, D).

@@ -6,7 +6,8 @@ gradients that later chunks send back are added in place, so that the past is ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,28 @@ from torch import Tensor
 from .attention import attend
 from .chunks import Chunk
 from .config import LlamaConfig
+
+
+class LayerMemory(Protocol):
+    """What a layer's memory is asked; attention.py and Cache ask nothing else."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+        """Attention of the chunk at `start`, (B, H, C, D), to itself and to all positions before it."""
+
+    def write(self, start: int, keys: Tensor, values: Tensor) -> None:
+        """Store the keys and values (B, G, C, D) of the chunk at `start`."""
+
+    def pieces(self, stop: int, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield (start, keys, values) of the positions up to `stop`, in pieces of at most `size`: (B, G, n, D)."""
+
+    def add_grads(self, start: int, key_grads: Tensor, value_grads: Tensor) -> None:
+        """Add the gradients (B, G, n, D) that a later chunk sends back to the n positions from `start`."""
+
+    def received(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """The gradients sent back to one kept chunk's keys and values: (B, G, C, D)."""
+
+    def buffers(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What it consists of, for counting: tensors of keys and values, and tensors of gradients."""
 
 
 class LayerCache:
@@ -42,15 +65,19 @@ class LayerCache:
         self.value_grads = like.new_zeros((B, G, room, D), dtype=grad_dtype)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
-        """Attention of the chunk at `start`, (B, H, C, D), to itself and to all positions before it."""
         return attend(q, k, v, self, start)
 
-    def past(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the positions from `start` to `stop`: views (B, G, stop - start, D)."""
-        return self.keys[:, :, start:stop], self.values[:, :, start:stop]
+    def write(self, start: int, keys: Tensor, values: Tensor) -> None:
+        rows = slice(start, start + keys.shape[2])
+        self.keys[:, :, rows] = keys
+        self.values[:, :, rows] = values
+
+    def pieces(self, stop: int, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        for start in range(0, stop, size):
+            rows = slice(start, min(start + size, stop))
+            yield start, self.keys[:, :, rows], self.values[:, :, rows]
 
     def add_grads(self, start: int, key_grads: Tensor, value_grads: Tensor) -> None:
-        """Add the gradients (B, G, n, D) that a later chunk sends back to the n positions from `start`."""
         end = start + key_grads.shape[2]
         for first, stop, offset in self.slots:
             low, high = max(first, start), min(stop, end)
@@ -60,10 +87,12 @@ class LayerCache:
                 self.value_grads[:, :, slot] += value_grads[:, :, sent]
 
     def received(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """The gradients sent back to one kept chunk's keys and values: views (B, G, C, D)."""
         first, _, offset = next(slot for slot in self.slots if slot[0] <= chunk.start < slot[1])
         rows = slice(offset + chunk.start - first, offset + chunk.stop - first)
         return self.key_grads[:, :, rows], self.value_grads[:, :, rows]
+
+    def buffers(self) -> tuple[list[Tensor], list[Tensor]]:
+        return [self.keys, self.values], [self.key_grads, self.value_grads]
 
 
 class Cache:
@@ -73,6 +102,7 @@ class Cache:
     kept: the chunks that will receive gradients, first to last.
     like: a tensor with the model's dtype and device.
     grad_dtype: of the gradients' sum; None: float32, or the model's dtype where that is wider.
+    offload: keep all of it in host memory, see offload.py.
     dropout_seed: from which a rebuild draws the same dropout masks as the fill; None: ordinary dropout.
     """
 
@@ -85,19 +115,26 @@ class Cache:
         kept: Sequence[Chunk] = (),
         grad_dtype: torch.dtype | None = None,
         dropout_seed: int | None = None,
+        offload: bool = False,
     ) -> None:
-        shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
+        G, D, num_layers = config.num_key_value_heads, config.head_dim, config.num_hidden_layers
         grad_dtype = grad_dtype or torch.promote_types(like.dtype, torch.float32)
-        self.layers = [LayerCache(shape, kept, like, grad_dtype) for _ in range(config.num_hidden_layers)]
+        self.layers: list[LayerMemory]
+        if offload:
+            from .offload import OffloadedLayer, Stage
+
+            stage = Stage((2, batch, G, D), like, grad_dtype)
+            self.layers = [OffloadedLayer(stage, capacity, kept) for _ in range(num_layers)]
+        else:
+            shape = (batch, G, capacity, D)
+            self.layers = [LayerCache(shape, kept, like, grad_dtype) for _ in range(num_layers)]
         self.kept = set(kept)
         self.dropout_seed = dropout_seed
 
     def write(self, start: int, written: Sequence[Tensor]) -> None:
         """Store what a chunk at `start` wrote: keys and values of each layer in turn."""
         for layer, keys, values in zip(self.layers, written[::2], written[1::2], strict=True):
-            stop = start + keys.shape[2]
-            layer.keys[:, :, start:stop] = keys
-            layer.values[:, :, start:stop] = values
+            layer.write(start, keys, values)
 
     def received(self, chunk: Chunk, written: Sequence[Tensor]) -> list[Tensor]:
         """What later chunks sent back to `written`, in its order and dtype; [] where nothing can have been."""

@@ -94,6 +94,7 @@ def _add_train(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     how.add_argument("--cache-grad-dtype", help="of the gradients summed for the cache (default: float32, or wider "
                                                 "with a wider model)")  # fmt: skip
+    how.add_argument("--offload", action="store_true", help="keep the cache and its gradients in host memory")
     loop = train.add_argument_group("training")
     loop.add_argument("--steps", type=int, metavar="N", help="optimizer steps (default: 60)")
     loop.add_argument("--batch-size", type=int, metavar="B", help="pieces at a time (default: 1)")
@@ -179,6 +180,8 @@ def _add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
     plan.add_argument("--dtype", default="bfloat16", help="of the model (default: bfloat16)")
     plan.add_argument("--cache-grad-dtype", help="of the cache's gradients (default: float32)")
     plan.add_argument("--no-recompute", action="store_true", help="keep a chunk's activations instead of recomputing")
+    plan.add_argument("--offload", action="store_true", help="keep the cache and its gradients in host memory")
+    plan.add_argument("--host-memory", default="64GiB", help="for --offload (default: 64GiB)")
     plan.add_argument("--device", default="cuda", choices=["cpu", "cuda"], help="whose kernels (default: cuda)")
     plan.add_argument("--json", action="store_true", help="print one JSON object")
 

@@ -37,6 +37,13 @@ class CountBytes(TorchDispatchMode):
             self.settle()
             self.peak = max(self.peak, self.live + workspace)
 
+    def leave_out(self, *tensors: Tensor) -> None:
+        """Count these tensors' storages no longer: they stand for memory elsewhere."""
+        for tensor in tensors:
+            reference, size = self._storages[tensor.untyped_storage()._cdata]
+            self.live -= size
+            self._storages[tensor.untyped_storage()._cdata] = (reference, 0)
+
     def settle(self) -> None:
         """Stop counting what is gone."""
         for key in [key for key, (reference, _) in self._storages.items() if reference.expired()]:

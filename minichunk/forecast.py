@@ -35,11 +35,12 @@ class Setting:
     cache_grad_dtype: torch.dtype | None = None
     recompute: bool = True
     device: str = "cuda"
+    offload: bool = False
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak of one training step, and what they consist of."""
+    """Bytes on the device at the peak of one training step, what they consist of, and bytes in host memory."""
 
     peak: int
     weights: int
@@ -47,6 +48,7 @@ class Memory:
     cache: int
     cache_gradients: int
     chunk: int
+    host: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Forecast:
     per_token: float
     cache_per_token: float
     cache_gradients_per_token: float
+    host_per_token: float = 0.0
 
     def at(self, tokens: int) -> Memory:
         more = max(0, tokens - self.base)
@@ -66,14 +69,23 @@ class Forecast:
         grads = m.cache_gradients + round(more * self.cache_gradients_per_token)
         peak = m.peak + round(more * self.per_token)
         rest = peak - m.weights - m.adapter_and_optimizer - cache - grads
-        return Memory(peak, m.weights, m.adapter_and_optimizer, cache, grads, rest)
+        host = m.host + round(more * self.host_per_token)
+        return Memory(peak, m.weights, m.adapter_and_optimizer, cache, grads, rest, host)
 
-    def longest(self, available: int, chunk_size: int) -> int:
-        """Tokens, in whole chunks, of which the peak fits into `available` bytes; 0 if even the base does not."""
-        if self.at_base.peak > available:
-            return 0
-        tokens = self.base + int((available - self.at_base.peak) / self.per_token)
-        return tokens // chunk_size * chunk_size
+    def longest(self, available: int, chunk_size: int, host: int | None = None) -> int:
+        """Tokens, in whole chunks, that fit into `available` bytes on the device and `host` bytes (None: any number).
+
+        0 if even the base does not fit.
+        """
+        more = [self._room(available - self.at_base.peak, self.per_token)]
+        if host is not None:
+            more.append(self._room(host - self.at_base.host, self.host_per_token))
+        tokens = self.base + min(more)
+        return int(tokens // chunk_size * chunk_size) if min(more) >= 0 else 0
+
+    @staticmethod
+    def _room(bytes_left: int, per_token: float) -> float:
+        return bytes_left if bytes_left < 0 else bytes_left / per_token if per_token > 0 else float("inf")
 
 
 def step_memory(setting: Setting, tokens: int) -> Memory:
@@ -91,10 +103,10 @@ def step_memory(setting: Setting, tokens: int) -> Memory:
         adapter = sum(p.numel() * p.element_size() for p in trained) + sum(s.numel() * 4 for s in states)
         adapter += sum(p.numel() * max(4, p.element_size()) for p in trained)  # their gradients
         ids = torch.zeros(1, tokens, dtype=torch.int64)
-        _step(model, ids, setting)
-        cache, grads = _cache_bytes(model, ids, setting)
-    rest = count.peak - weights - adapter - cache - grads
-    return Memory(count.peak, weights, adapter, cache, grads, rest)
+        cache, grads = _step(model, ids, setting, count)
+    if setting.offload:
+        return Memory(count.peak, weights, adapter, 0, 0, count.peak - weights - adapter, cache + grads)
+    return Memory(count.peak, weights, adapter, cache, grads, count.peak - weights - adapter - cache - grads)
 
 
 def optimizer_states(model: Llama) -> list[Tensor]:
@@ -110,19 +122,27 @@ def _kept(setting: Setting, tokens: int) -> list[Chunk]:
     return chunks[-setting.budget :] if setting.method == "spaco" else chunks
 
 
-def _step(model: Llama, ids: Tensor, setting: Setting) -> None:
-    """The heaviest part of a training step; seco.py and spaco.py call the same functions.
+def _step(model: Llama, ids: Tensor, setting: Setting, count: CountBytes) -> tuple[int, int]:
+    """The heaviest part of a training step; returns the bytes of the cache and of its gradients.
+
+    seco.py and spaco.py call the same functions.
 
     The last chunk sends gradients back, the one before it also receives some, and the further ones do
     the same on a shorter past: three are enough.
     """
-    count = float(ids.numel())
+    num_targets = float(ids.numel())
     if setting.method in ("full", "full-recompute"):
-        full(model, ids, ids, recompute=setting.method == "full-recompute", num_targets=count)
-        return
-    targets, divisor = check_batch(model, ids, ids, count)
+        full(model, ids, ids, recompute=setting.method == "full-recompute", num_targets=num_targets)
+        return 0, 0
+    targets, divisor = check_batch(model, ids, ids, num_targets)
     chunks, kept = cut(ids.shape[1], setting.chunk_size), _kept(setting, ids.shape[1])
-    cache = new_cache(model, ids, kept, setting.cache_grad_dtype)
+    peak_before = count.peak
+    cache = new_cache(model, ids, kept, setting.cache_grad_dtype, setting.offload)
+    buffers = [layer.buffers() for layer in cache.layers]
+    if setting.offload:
+        # Host memory, which only fake tensors place on the device.
+        count.leave_out(*(x for pair in buffers for part in pair for x in part))
+        count.peak = max(peak_before, count.live)
     fill(model, ids, chunks[-2:-1], cache)
     for chunk in kept[:-4:-1]:
         loss, written, received = rebuild(model, ids, targets, chunk, cache, setting.recompute)
@@ -130,16 +150,9 @@ def _step(model: Llama, ids: Tensor, setting: Setting) -> None:
             received = [1.0 * g for g in received]
         torch.autograd.backward([loss / divisor, *written], [None, *received])
         del loss, written, received
-
-
-def _cache_bytes(model: Llama, ids: Tensor, setting: Setting) -> tuple[int, int]:
-    """Bytes of the cache and of its gradients, of a cache made as the step makes it."""
-    if setting.method in ("full", "full-recompute"):
-        return 0, 0
-    layers = new_cache(model, ids, _kept(setting, ids.shape[1]), setting.cache_grad_dtype).layers
-    cache = sum(x.numel() * x.element_size() for layer in layers for x in (layer.keys, layer.values))
-    grads = sum(x.numel() * x.element_size() for layer in layers for x in (layer.key_grads, layer.value_grads))
-    return cache, grads
+    both = ([x for pair in buffers for x in pair[i]] for i in (0, 1))
+    cache_bytes, grad_bytes = (sum(x.numel() * x.element_size() for x in part) for part in both)
+    return cache_bytes, grad_bytes
 
 
 def forecast(setting: Setting) -> Forecast:
@@ -160,4 +173,5 @@ def forecast(setting: Setting) -> Forecast:
         (second.peak - first.peak) / more,
         (second.cache - first.cache) / more,
         (second.cache_gradients - first.cache_gradients) / more,
+        (second.host - first.host) / more,
     )

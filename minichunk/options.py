@@ -49,6 +49,7 @@ class TrainOptions:
     cap: float | None = None
     recompute: bool | None = None
     cache_grad_dtype: str | None = None
+    offload: bool = False
     deterministic: bool = False
     steps: int = 60
     batch_size: int = 1
@@ -114,6 +115,9 @@ class TrainOptions:
         given = self.budget is not None or self.cap is not None or self.sampler != "bernoulli"
         if self.method != "spaco" and given:
             raise InputError(f"--budget, --sampler and --cap belong to --method spaco, not to {self.method}")
+        chunked = [name for name in ("fill_size", "cache_grad_dtype", "offload") if getattr(self, name)]
+        if self.method == "full" and chunked:
+            raise InputError(f"--{chunked[0].replace('_', '-')} belongs to --method seco and spaco, not to full")
         if self.seed >= 2**32:
             raise InputError(f"--seed is {self.seed}, but must be below 2^32")
         if self.cap is not None and self.sampler != "paper":

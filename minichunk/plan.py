@@ -28,11 +28,11 @@ def parse_bytes(text: str) -> int:
         raise InputError(f"{text!r} is not an amount of memory; write it like 24GiB, 80GB or 512MiB") from None
 
 
-def plan(setting: Setting, memory: int, seq_len: int | None, reserve: int) -> dict[str, Any]:
+def plan(setting: Setting, memory: int, seq_len: int | None, reserve: int, host: int) -> dict[str, Any]:
     """The forecast of the setting's method and of the others, as one JSON object. Raises InputError."""
     available = memory - reserve
     forecasts = {m: forecast(replace(setting, method=m)) for m in dict.fromkeys([setting.method, *METHODS])}
-    longest = {m: found.longest(available, setting.chunk_size) for m, found in forecasts.items()}
+    longest = {m: found.longest(available, setting.chunk_size, host) for m, found in forecasts.items()}
     length = seq_len or longest[setting.method] or forecasts[setting.method].base
     at = forecasts[setting.method].at(length)
     return {
@@ -42,10 +42,14 @@ def plan(setting: Setting, memory: int, seq_len: int | None, reserve: int) -> di
         "reserve_bytes": reserve,
         "seq_len": length,
         "peak_bytes": at.peak,
-        "fits": at.peak <= available,
+        "host_bytes": at.host,
+        "fits": at.peak <= available and at.host <= host,
         "max_tokens": longest[setting.method],
-        "breakdown": {name: value for name, value in asdict(at).items() if name != "peak"},
-        "methods": {m: {"max_tokens": longest[m], "bytes_per_token": f.per_token} for m, f in forecasts.items()},
+        "breakdown": {name: value for name, value in asdict(at).items() if name not in ("peak", "host")},
+        "methods": {
+            m: {"max_tokens": longest[m], "bytes_per_token": f.per_token, "host_bytes_per_token": f.host_per_token}
+            for m, f in forecasts.items()
+        },
         "peak_bytes_all_kept": forecasts["seco"].at(length).peak if setting.method == "spaco" else at.peak,
         "left_out": LEFT_OUT,
     }
@@ -65,6 +69,8 @@ def run_plan(
     cache_grad_dtype: str | None,
     no_recompute: bool,
     device: str,
+    offload: bool,
+    host_memory: str,
     json: bool,
 ) -> None:
     """`minichunk plan`: print the forecast. Raises InputError."""
@@ -82,8 +88,9 @@ def run_plan(
     setting = Setting(
         model, method, chunk_size, budget, rank, tuple(targets), DTYPES[dtype],
         DTYPES[cache_grad_dtype] if cache_grad_dtype else None, not no_recompute, device=device,
+        offload=offload,
     )  # fmt: skip
-    found = plan(setting, parse_bytes(memory), seq_len, parse_bytes(reserve))
+    found = plan(setting, parse_bytes(memory), seq_len, parse_bytes(reserve), parse_bytes(host_memory))
     print(dumps(found, indent=2) if json else describe(found))
 
 
@@ -97,9 +104,13 @@ def describe(found: dict[str, Any]) -> str:
         "",
     ]
     lines += [f"  {name.replace('_', ' '):22} {human_bytes(n):>10}" for name, n in found["breakdown"].items()]
+    if found["host_bytes"]:
+        lines.append(f"  {'in host memory':22} {human_bytes(found['host_bytes']):>10}")
     lines += ["", "  method           longest   grows per token"]
     for method, row in found["methods"].items():
-        lines.append(f"  {method:14} {row['max_tokens']:>9,}   {human_bytes(row['bytes_per_token'])}")
+        host = row["host_bytes_per_token"]
+        beside = f", and {human_bytes(host)} in host memory" if host else ""
+        lines.append(f"  {method:14} {row['max_tokens']:>9,}   {human_bytes(row['bytes_per_token'])}{beside}")
     if found["method"] == "spaco":
         lines += ["", f"  with every chunk kept, as a random draw may: {human_bytes(found['peak_bytes_all_kept'])}"]
     return "\n".join([*lines, "", f"not counted: {found['left_out']}"])

@@ -23,6 +23,7 @@ def seco(
     num_targets: float | None = None,
     recompute: bool = False,
     cache_grad_dtype: torch.dtype | None = None,
+    offload: bool = False,
 ) -> Tensor:
     """Add the exact gradient of the mean loss to `.grad`; return the loss, detached.
 
@@ -34,12 +35,13 @@ def seco(
     num_targets: divides the summed loss instead of the count of valid targets, for gradient accumulation.
     recompute: within a chunk, keep only the layers' inputs and run each layer again for its backward.
     cache_grad_dtype: of the sum of gradients sent back to keys and values; None: float32, or the model's if wider.
+    offload: keep keys, values and their gradients in host memory; the device holds two blocks of them at a time.
     Raises InputError for a batch or a size that does not fit.
     """
     targets, divisor = check_batch(model, input_ids, labels, num_targets)
     check_fill_size(fill_size, chunk_size)
     chunks = cut(input_ids.shape[1], chunk_size)
-    cache = new_cache(model, input_ids, chunks, cache_grad_dtype)
+    cache = new_cache(model, input_ids, chunks, cache_grad_dtype, offload)
     fill(model, input_ids, chunks[:-1], cache, fill_size)  # lines 1-3; line 5 starts with the last chunk
     total = torch.zeros((), device=input_ids.device)
     for chunk in reversed(chunks):  # line 4
@@ -50,11 +52,17 @@ def seco(
     return total
 
 
-def new_cache(model: Llama, input_ids: Tensor, kept: Sequence[Chunk], grad_dtype: torch.dtype | None = None) -> Cache:
+def new_cache(
+    model: Llama,
+    input_ids: Tensor,
+    kept: Sequence[Chunk],
+    grad_dtype: torch.dtype | None = None,
+    offload: bool = False,
+) -> Cache:
     """A cache for all that lies before the last kept chunk, with gradients for the other kept ones."""
     seed = None if model.dropout_masks is None else int(torch.randint(2**62, ()))
     like, (*others, last) = model.model.norm.weight, kept
-    return Cache(model.config, input_ids.shape[0], last.start, like, others, grad_dtype, seed)
+    return Cache(model.config, input_ids.shape[0], last.start, like, others, grad_dtype, seed, offload)
 
 
 def fill(model: Llama, input_ids: Tensor, chunks: Sequence[Chunk], cache: Cache, fill_size: int | None = None) -> None:

@@ -30,6 +30,7 @@ def spaco(
     num_targets: float | None = None,
     recompute: bool = False,
     cache_grad_dtype: torch.dtype | None = None,
+    offload: bool = False,
 ) -> Tensor:
     """Add an estimate of the gradient of the mean loss to `.grad`; return an estimate of the loss.
 
@@ -51,7 +52,7 @@ def spaco(
     total = torch.zeros((), device=input_ids.device)
     if not kept:
         return total
-    cache = new_cache(model, input_ids, [chunk for chunk, _ in kept], cache_grad_dtype)
+    cache = new_cache(model, input_ids, [chunk for chunk, _ in kept], cache_grad_dtype, offload)
     fill(model, input_ids, [chunk for chunk in chunks if chunk.stop <= kept[-1][0].start], cache, fill_size)
     for chunk, weight in reversed(kept):
         loss, written, received = rebuild(model, input_ids, targets, chunk, cache, recompute)

@@ -147,6 +147,7 @@ def make_gradient(options: TrainOptions) -> Callable[[Llama, Tensor, Tensor, int
             return full(model, input_ids, labels, **arguments)
         grad_dtype = DTYPES[options.cache_grad_dtype] if options.cache_grad_dtype else None
         arguments |= {"chunk_size": options.chunk_size, "fill_size": options.fill_size, "cache_grad_dtype": grad_dtype}
+        arguments["offload"] = options.offload
         if options.method == "seco":
             return seco(model, input_ids, labels, **arguments)
         return spaco(model, input_ids, labels, sampler=options.make_sampler(), generator=generator, **arguments)

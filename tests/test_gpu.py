@@ -41,7 +41,7 @@ def test_cuda_kernel_equals_the_plain_one(past: int) -> None:
         assert float((got - expected).float().norm()) <= 2e-2 * float(expected.float().norm()) + 1e-6
 
 
-def gradient(method: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def gradient(method: str, dtype: torch.dtype, offload: bool = False) -> dict[str, torch.Tensor]:
     """By one method, of a model and a text that do not depend on method and dtype; in float64 on the CPU."""
     torch.manual_seed(0)
     config = tiny(layers=3, hidden_size=256, intermediate_size=512, num_attention_heads=8, head_dim=32, vocab_size=512)
@@ -50,7 +50,7 @@ def gradient(method: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     if method == "full":
         mc.full(model, ids, ids)
     else:
-        mc.seco(model, ids, ids, 128)
+        mc.seco(model, ids, ids, 128, offload=offload)
     return {name: p.grad.double().cpu() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -60,26 +60,29 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return (difference / sum(float(x.square().sum()) for x in b.values())) ** 0.5
 
 
+@pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_seco_is_as_exact_as_full(dtype: torch.dtype) -> None:
+def test_seco_is_as_exact_as_full(dtype: torch.dtype, offload: bool) -> None:
     """The bound is what rounding does to `full` itself; half as much again for another order of sums."""
     exact = gradient("full", torch.float64)
-    assert distance(gradient("seco", dtype), exact) <= 1.5 * distance(gradient("full", dtype), exact)
+    assert distance(gradient("seco", dtype, offload), exact) <= 1.5 * distance(gradient("full", dtype), exact)
 
 
-def test_seco_in_float64_equals_full() -> None:
-    assert distance(gradient("seco", torch.float64), gradient("full", torch.float64)) < 1e-12
+@pytest.mark.parametrize("offload", [False, True])
+def test_seco_in_float64_equals_full(offload: bool) -> None:
+    """With offload, every copy beside the computation has come in time: a race would show here."""
+    assert distance(gradient("seco", torch.float64, offload), gradient("full", torch.float64)) < 1e-12
 
 
 @pytest.mark.parametrize("method", ["seco", "spaco"])
-@pytest.mark.parametrize("recompute", [True, False])
-def test_peak_memory_is_the_forecast(method: str, recompute: bool) -> None:
-    setting = Setting("llama-3.2-1b", method, 512, budget=3, rank=8, recompute=recompute)
+@pytest.mark.parametrize(("recompute", "offload"), [(True, False), (False, False), (True, True)])
+def test_peak_memory_is_the_forecast(method: str, recompute: bool, offload: bool) -> None:
+    setting = Setting("llama-3.2-1b", method, 512, budget=3, rank=8, recompute=recompute, offload=offload)
     tokens = 8192
     entries = [None] * (tokens // 512 - 3) + [mc.Weight(1.0, 1.0)] * 3
     model = random_model(setting.model, setting.dtype, setting.rank, device="cuda")
     ids = torch.zeros(1, tokens, dtype=torch.int64, device="cuda")
-    arguments: dict[str, Any] = {"chunk_size": 512, "recompute": recompute}
+    arguments: dict[str, Any] = {"chunk_size": 512, "recompute": recompute, "offload": offload}
     if method == "spaco":
         arguments["sampler"] = lambda *_: entries
     step = mc.seco if method == "seco" else mc.spaco

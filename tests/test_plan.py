@@ -33,6 +33,7 @@ def whole_step(setting: Setting, tokens: int) -> int:
         ids = torch.zeros(1, tokens, dtype=torch.int64)
         entries = [None] * (-(-tokens // setting.chunk_size) - setting.budget) + [mc.Weight(1.0, 2.0)] * setting.budget
         keywords = {"recompute": setting.recompute, "cache_grad_dtype": setting.cache_grad_dtype}
+        keywords["offload"] = setting.offload
         if setting.method == "seco":
             mc.seco(model, ids, ids, setting.chunk_size, **keywords)  # type: ignore[arg-type]
         elif setting.method == "spaco":
@@ -52,6 +53,15 @@ def test_forecast_is_the_peak_of_a_real_step(
 ) -> None:
     setting = Setting(directory, method, 64, 3, rank, dtype=dtype, recompute=recompute, device="cpu")
     assert step_memory(setting, 1024).peak == pytest.approx(whole_step(setting, 1024), rel=0.02)
+
+
+@pytest.mark.parametrize("method", ["seco", "spaco"])
+def test_forecast_of_offload_is_device_and_host_together(directory: str, method: str) -> None:
+    """On the CPU both are one memory, in which the host's part stays from the beginning to the end."""
+    setting = Setting(directory, method, 64, 3, 4, dtype=torch.bfloat16, device="cpu", offload=True)
+    found = step_memory(setting, 4096)
+    assert found.peak + found.host == pytest.approx(whole_step(setting, 4096), rel=0.02)
+    assert found.host > 0.2 * found.peak
 
 
 @pytest.mark.parametrize("method", ["seco", "spaco"])

@@ -126,7 +126,7 @@ def top_left_mask(patch: pytest.MonkeyPatch) -> None:
     """What `is_causal=True` means with fewer queries than keys: query i sees the keys up to i, not start + i."""
 
     def attend(self: LayerCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int) -> torch.Tensor:
-        past_k, past_v = self.past(0, start)
+        past_k, past_v = self.keys[:, :, :start], self.values[:, :, :start]
         k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 

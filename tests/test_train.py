@@ -45,6 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     "all parameters, bfloat16": {"rank": 0, "dtype": "bfloat16"},
     "bfloat16 adapter": {"dtype": "bfloat16", "recompute": True, "fill_size": 16},
     "bfloat16 sums, deterministic": {"dtype": "bfloat16", "cache_grad_dtype": "bfloat16", "deterministic": True},
+    "offload": {"offload": True, "dropout": 0.1},
 }
 
 

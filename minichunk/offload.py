@@ -1,0 +1,188 @@
+"""The cache in host memory: on the device are two blocks of it, whatever the length.
+
+The algorithm does not change; this is another cache behind the same questions. Keys and values
+come to the device block by block, the next one while the one before is at work, and gradients go
+back behind the computation. On CUDA the host memory is pinned and the copies run on streams of
+their own; on the CPU the same code copies from memory to memory.
+
+Rows are positions: a block is (positions, 2, B, G, D), keys and values together, so that any run of
+positions is one piece of memory and one copy.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .attention import BLOCK, attend
+from .chunks import Chunk
+
+
+class Lane:
+    """A CUDA stream beside the main one. On the CPU everything is in order anyway."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self) -> AbstractContextManager[Any]:
+        """What is issued within the block runs in this lane."""
+        return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+
+    def holds(self, tensor: Tensor) -> None:
+        """What is issued here reads a tensor of the main stream: its memory is not to be used again before."""
+        if self.stream is not None:
+            tensor.record_stream(self.stream)
+
+    def follow_main(self) -> None:
+        """Go on only after all that was issued on the main stream."""
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+
+    def lead_main(self) -> None:
+        """The main stream goes on only after all that was issued here."""
+        if self.stream is not None:
+            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+
+
+class Slot:
+    """A device buffer that one lane fills and another empties, and the events that keep them apart."""
+
+    def __init__(self, shape: Sequence[int], like: Tensor) -> None:
+        self.buffer = like.new_empty(shape)
+        self.events = [torch.cuda.Event(), torch.cuda.Event()] if like.is_cuda else None
+
+    def mark(self, which: int) -> None:
+        """Note, in the current lane, that the buffer is 0: filled, 1: free again."""
+        if self.events is not None:
+            self.events[which].record()
+
+    def wait(self, which: int) -> None:
+        """Let the current lane wait until the buffer is 0: filled, 1: free again."""
+        if self.events is not None:
+            self.events[which].wait()
+
+
+FILLED, FREE = 0, 1
+
+
+class Stage:
+    """What the layers share on the device: two blocks of the past, two of gradients to go back, and the lanes."""
+
+    def __init__(self, row: tuple[int, ...], like: Tensor, grad_dtype: torch.dtype) -> None:
+        self.row, self.like, self.grad_dtype = row, like, grad_dtype  # row: (2, B, G, D)
+        self.arrivals = [Slot((BLOCK, *row), like) for _ in range(2)]
+        self.departures = [Slot((BLOCK, *row), like) for _ in range(2)]
+        self.sums = like.new_empty((BLOCK, *row), dtype=grad_dtype)
+        self.bring, self.send = Lane(like.device), Lane(like.device)
+        self.turn = self.departure = 0
+
+    def next_arrival(self) -> Slot:
+        self.turn += 1
+        return self.arrivals[self.turn % 2]
+
+    def next_departure(self) -> Slot:
+        self.departure += 1
+        return self.departures[self.departure % 2]
+
+    def host(self, rows: int, dtype: torch.dtype, zero: bool = False) -> Tensor:
+        """A block (rows, 2, B, G, D) in host memory, pinned where the device is a GPU."""
+        make = torch.zeros if zero else torch.empty
+        return make((rows, *self.row), dtype=dtype, pin_memory=self.like.is_cuda)
+
+
+class OffloadedLayer:
+    """One layer's keys, values and gradients of the kept chunks, in host memory; a cache.LayerMemory.
+
+    capacity, kept: as in cache.Cache.
+    """
+
+    def __init__(self, stage: Stage, capacity: int, kept: Sequence[Chunk]) -> None:
+        self.stage = stage
+        sizes = [min(BLOCK, capacity - start) for start in range(0, capacity, BLOCK)]
+        self.blocks = [stage.host(size, stage.like.dtype) for size in sizes]
+        self.kept = list(kept)
+        self.starts = [chunk.start for chunk in kept]
+        self.grads = [stage.host(stop - start, stage.grad_dtype, zero=True) for start, stop in kept]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+        return attend(q, k, v, self, start)
+
+    def write(self, start: int, keys: Tensor, values: Tensor) -> None:
+        rows = torch.stack((keys, values)).permute(3, 0, 1, 2, 4).contiguous()  # (C, 2, B, G, D)
+        bring, stop = self.stage.bring, start + len(rows)
+        bring.follow_main()
+        with bring():
+            for low in range(start // BLOCK * BLOCK, stop, BLOCK):
+                first, last = max(low, start), min(low + BLOCK, stop)
+                block = self.blocks[low // BLOCK]
+                block[first - low : last - low].copy_(rows[first - start : last - start], non_blocking=True)
+            bring.holds(rows)
+
+    def pieces(self, stop: int, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """In pieces of BLOCK, whatever `size` is; a piece is gone when the next but one is asked for."""
+        if stop == 0:
+            return
+        slot = self._bring(0, stop)
+        for start in range(0, stop, BLOCK):
+            end = min(start + BLOCK, stop)
+            following = self._bring(end, stop) if end < stop else slot
+            slot.wait(FILLED)
+            keys, values = slot.buffer[: end - start].permute(1, 2, 3, 0, 4)  # (B, G, n, D) each
+            yield start, keys, values
+            slot.mark(FREE)
+            slot = following
+
+    def _bring(self, start: int, stop: int) -> Slot:
+        """Start to copy the block at `start`, as far as `stop`, to the device."""
+        slot, n = self.stage.next_arrival(), min(BLOCK, stop - start)
+        with self.stage.bring():
+            slot.wait(FREE)
+            slot.buffer[:n].copy_(self.blocks[start // BLOCK][:n], non_blocking=True)
+            slot.mark(FILLED)
+        return slot
+
+    def add_grads(self, start: int, key_grads: Tensor, value_grads: Tensor) -> None:
+        end = start + key_grads.shape[2]
+        for i in range(max(0, bisect_right(self.starts, start) - 1), len(self.kept)):
+            first, stop = self.kept[i]
+            if first >= end:
+                break
+            low, high = max(first, start), min(stop, end)
+            if low < high:
+                sent = slice(low - start, high - start)
+                self._send(self.grads[i][low - first : high - first], key_grads[:, :, sent], value_grads[:, :, sent])
+
+    def _send(self, total: Tensor, key_grads: Tensor, value_grads: Tensor) -> None:
+        """Start to add gradients (B, G, n, D) to rows in host memory."""
+        for low in range(0, len(total), BLOCK):  # a chunk may be longer than a block
+            rows, slot = total[low : low + BLOCK], self.stage.next_departure()
+            n, part = len(rows), slice(low, low + len(rows))
+            slot.wait(FREE)
+            slot.buffer[:n, 0] = key_grads[:, :, part].permute(2, 0, 1, 3)
+            slot.buffer[:n, 1] = value_grads[:, :, part].permute(2, 0, 1, 3)
+            slot.mark(FILLED)
+            with self.stage.send():
+                slot.wait(FILLED)
+                sums = self.stage.sums[:n]
+                sums.copy_(rows, non_blocking=True)
+                sums += slot.buffer[:n]
+                slot.mark(FREE)
+                rows.copy_(sums, non_blocking=True)
+
+    def received(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        total, send = self.grads[self.starts.index(chunk.start)], self.stage.send
+        with send():  # after all that was sent before
+            here = total.to(self.stage.like.device, non_blocking=True, copy=True)
+        send.lead_main()
+        if here.is_cuda:
+            here.record_stream(torch.cuda.current_stream(here.device))
+        keys, values = here.permute(1, 2, 3, 0, 4)
+        return keys, values
+
+    def buffers(self) -> tuple[list[Tensor], list[Tensor]]:
+        return self.blocks, self.grads
