@@ -15,6 +15,7 @@ from .count import CountBytes
 from .errors import InputError
 from .full import full
 from .model import Llama
+from .quantize import check_bitsandbytes
 from .seco import fill, new_cache, rebuild
 from .shapes import random_model
 
@@ -36,6 +37,7 @@ class Setting:
     recompute: bool = True
     device: str = "cuda"
     offload: bool = False
+    load_in_4bit: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,17 @@ def step_memory(setting: Setting, tokens: int) -> Memory:
             # Fake CPU tensors stand for CUDA ones: the flash operators' shapes are the same.
             stack.enter_context(use_kernel(FlashCUDA()))
         count = stack.enter_context(CountBytes())
-        model = random_model(setting.model, setting.dtype, setting.rank, setting.targets)
+        if setting.load_in_4bit:
+            check_bitsandbytes()
+        model = random_model(
+            setting.model, setting.dtype, setting.rank, setting.targets, load_in_4bit=setting.load_in_4bit
+        )
+        count.settle()
+        count.peak = count.live  # quantizing a whole model took more; loading it does not
         states = optimizer_states(model)
         trained = [p for p in model.parameters() if p.requires_grad]
-        weights = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+        frozen = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]
+        weights = sum(x.numel() * x.element_size() for x in frozen)
         adapter = sum(p.numel() * p.element_size() for p in trained) + sum(s.numel() * 4 for s in states)
         adapter += sum(p.numel() * max(4, p.element_size()) for p in trained)  # their gradients
         ids = torch.zeros(1, tokens, dtype=torch.int64)

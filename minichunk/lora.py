@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .chunks import Chunk
 from .errors import InputError
+from .quantize import Linear4bit
 
 if TYPE_CHECKING:
     from .model import Llama
@@ -49,25 +50,32 @@ class DropoutMasks:
 class LoraLinear(nn.Linear):
     """y = x Wᵀ + b + scale · dropout(x) Aᵀ Bᵀ with W and b frozen, A (rank, in), B (out, rank).
 
-    Takes W and b over from a linear layer, under their names. A and B are float32, or wider.
+    Takes W and b over from a linear layer, under their names, or a 4-bit layer whole, as `base`.
+    A and B are float32, or wider.
     """
 
+    base: Linear4bit | None
+
     def __init__(
-        self, base: nn.Linear, name: str, rank: int, alpha: float, dropout: float, masks: DropoutMasks
+        self, base: nn.Linear | Linear4bit, name: str, rank: int, alpha: float, dropout: float, masks: DropoutMasks
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
+        if isinstance(base, Linear4bit):
+            self.base, like = base, base.scales
+        else:
+            self.base, like = None, base.weight
+            self.weight, self.bias = base.weight, base.bias
         self.name, self.dropout, self.masks = name, dropout, masks
         self.scale = alpha / rank
-        wide = {"dtype": torch.promote_types(base.weight.dtype, torch.float32), "device": base.weight.device}
+        wide = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, **wide)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False, **wide)
         nn.init.kaiming_uniform_(self.lora_A.weight, a=5**0.5)  # as the LoRA paper's code: starts at B A = 0
         nn.init.zeros_(self.lora_B.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        y = F.linear(x, self.weight, self.bias) if self.base is None else self.base(x)
         if self.dropout > 0 and self.training:
             x = x * self.masks.draw(x, self.name, self.dropout)
         # The adapter's few columns are computed in the model's dtype; its weights stay wide.
@@ -114,7 +122,7 @@ def add_lora(
     for name, module in list(model.named_modules()):
         parent_name, _, child = name.rpartition(".")
         if child in targets:
-            assert isinstance(module, nn.Linear)
+            assert isinstance(module, nn.Linear | Linear4bit)
             layer = LoraLinear(module, name, rank, alpha, dropout, masks)
             setattr(model.get_submodule(parent_name), child, layer)
     if dropout > 0:
@@ -123,7 +131,15 @@ def add_lora(
 
 @torch.no_grad()
 def merge_lora(model: Llama) -> None:
-    """Fold every adapter into its weight and take the adapters out; all parameters become trainable."""
+    """Fold every adapter into its weight and take the adapters out; all parameters become trainable.
+
+    Raises InputError for a 4-bit base, whose 16 levels would swallow the update.
+    """
+    if any(isinstance(module, Linear4bit) for module in model.modules()):
+        raise InputError(
+            "a 4-bit base cannot take an adapter in: save_adapter(model, directory), load the model without "
+            "load_in_4bit, load the adapter into that and merge it there"
+        )
     for name, layer in adapters(model).items():
         parent_name, _, child = name.rpartition(".")
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")

@@ -160,15 +160,20 @@ class Llama(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, directory: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+        cls,
+        directory: str | Path,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        load_in_4bit: bool = False,
     ) -> Llama:
         """Load a Hugging Face checkpoint directory (`config.json` and safetensors).
 
-        dtype: of all parameters; None takes that of the first tensor in the files. Raises InputError.
+        dtype: of all parameters; None takes that of the first tensor in the files.
+        load_in_4bit: store the linear layers' weights in 4 bits, for LoRA; see quantize.py. Raises InputError.
         """
         from .weights import load_pretrained
 
-        return load_pretrained(directory, dtype, device)
+        return load_pretrained(directory, dtype, device, load_in_4bit)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `config.json` and `model.safetensors`. Raises InputError for an unmerged adapter."""

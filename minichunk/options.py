@@ -62,6 +62,7 @@ class TrainOptions:
     alpha: float = 16.0
     targets: tuple[str, ...] = PROJECTIONS
     dropout: float = 0.0
+    load_in_4bit: bool = False
     dtype: str | None = None
     device: str | None = None
     seed: int = 0
@@ -118,6 +119,8 @@ class TrainOptions:
         chunked = [name for name in ("fill_size", "cache_grad_dtype", "offload") if getattr(self, name)]
         if self.method == "full" and chunked:
             raise InputError(f"--{chunked[0].replace('_', '-')} belongs to --method seco and spaco, not to full")
+        if self.load_in_4bit and self.rank == 0:
+            raise InputError("--load-in-4bit freezes the base: it needs an adapter, --rank of at least 1")
         if self.seed >= 2**32:
             raise InputError(f"--seed is {self.seed}, but must be below 2^32")
         if self.cap is not None and self.sampler != "paper":

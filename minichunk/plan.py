@@ -71,6 +71,7 @@ def run_plan(
     device: str,
     offload: bool,
     host_memory: str,
+    load_in_4bit: bool,
     json: bool,
 ) -> None:
     """`minichunk plan`: print the forecast. Raises InputError."""
@@ -85,10 +86,12 @@ def run_plan(
     ):
         if number is not None and number < least:
             raise InputError(f"--{name} is {number}, but must be at least {least}")
+    if load_in_4bit and rank == 0:
+        raise InputError("--load-in-4bit freezes the base: it needs an adapter, --rank of at least 1")
     setting = Setting(
         model, method, chunk_size, budget, rank, tuple(targets), DTYPES[dtype],
         DTYPES[cache_grad_dtype] if cache_grad_dtype else None, not no_recompute, device=device,
-        offload=offload,
+        offload=offload, load_in_4bit=load_in_4bit,
     )  # fmt: skip
     found = plan(setting, parse_bytes(memory), seq_len, parse_bytes(reserve), parse_bytes(host_memory))
     print(dumps(found, indent=2) if json else describe(found))

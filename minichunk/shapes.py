@@ -13,6 +13,7 @@ from .errors import InputError
 from .files import read_json
 from .lora import add_lora
 from .model import Llama
+from .quantize import quantize
 
 _FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -23,6 +24,8 @@ _SHAPES: dict[str, tuple[Any, ...]] = {
     "llama-3.2-1b": (2048, 8192, 16, 32, 8, 64, 128256, 500000.0, True),
     "llama-3.2-3b": (3072, 8192, 28, 24, 8, 128, 128256, 500000.0, True),
     "llama-3-8b": (4096, 14336, 32, 32, 8, 128, 128256, 500000.0, False),
+    "qwen2.5-14b": (5120, 13824, 48, 40, 8, 128, 152064, 1000000.0, False),
+    "qwen2.5-32b": (5120, 27648, 64, 40, 8, 128, 152064, 1000000.0, False),
 }
 NAMES = tuple(_SHAPES)
 
@@ -30,14 +33,22 @@ NAMES = tuple(_SHAPES)
 def shape(name: str) -> LlamaConfig:
     """The config of a named shape, or of a checkpoint directory (its config.json alone). Raises InputError."""
     if name in _SHAPES:
-        return LlamaConfig(**dict(zip(_FIELDS, _SHAPES[name], strict=True)), max_position_embeddings=8192)
+        fields = dict(zip(_FIELDS, _SHAPES[name], strict=True))
+        if name.startswith("qwen2"):
+            fields |= {"model_type": "qwen2", "attention_bias": True}
+        return LlamaConfig(**fields, max_position_embeddings=8192)
     if (Path(name) / "config.json").is_file():
         return LlamaConfig.from_dict(read_json(Path(name) / "config.json"))
     raise InputError(f"--model {name!r} is neither a directory with a config.json nor one of {', '.join(NAMES)}")
 
 
 def random_model(
-    name: str, dtype: torch.dtype, rank: int = 0, targets: Sequence[str] = ("q_proj", "v_proj"), device: str = "cpu"
+    name: str,
+    dtype: torch.dtype,
+    rank: int = 0,
+    targets: Sequence[str] = ("q_proj", "v_proj"),
+    device: str = "cpu",
+    load_in_4bit: bool = False,
 ) -> Llama:
     """A model of this shape with random weights, and LoRA of `rank` unless that is 0. Raises InputError."""
     config, previous = shape(name), torch.get_default_dtype()
@@ -47,6 +58,8 @@ def random_model(
             model = Llama(config)
     finally:
         torch.set_default_dtype(previous)
+    if load_in_4bit:
+        quantize(model)
     if rank:
         add_lora(model, rank, 2 * rank, targets)
     return model

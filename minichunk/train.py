@@ -108,7 +108,8 @@ def load_model(options: TrainOptions) -> tuple[Llama, Tokenizer]:
     directory = _known(options.model)
     tokenizer = load_tokenizer(directory)
     torch.manual_seed(options.seed)  # the adapter's initial weights
-    model = Llama.from_pretrained(directory, DTYPES[_known(options.dtype)], _known(options.device))
+    dtype, device = DTYPES[_known(options.dtype)], _known(options.device)
+    model = Llama.from_pretrained(directory, dtype, device, options.load_in_4bit)
     if options.rank:
         add_lora(model, options.rank, options.alpha, options.targets, options.dropout)
     return model, tokenizer

@@ -14,12 +14,17 @@ from .errors import InputError
 from .files import open_tensors, read_json, write_json, write_tensors
 from .lora import adapters
 from .model import Llama
+from .quantize import Linear4bit, check_bitsandbytes
 
 _INDEX = "model.safetensors.index.json"
 
 
-def load_pretrained(directory: str | Path, dtype: torch.dtype | None, device: str | torch.device) -> Llama:
+def load_pretrained(
+    directory: str | Path, dtype: torch.dtype | None, device: str | torch.device, load_in_4bit: bool = False
+) -> Llama:
     """See `Llama.from_pretrained`. Tensor by tensor onto the device: the host holds one at a time."""
+    if load_in_4bit:
+        check_bitsandbytes()
     directory = Path(directory)
     if not directory.is_dir():
         raise InputError(f"{directory} is not a directory with a Hugging Face checkpoint")
@@ -49,7 +54,7 @@ def load_pretrained(directory: str | Path, dtype: torch.dtype | None, device: st
                 if not tensor.is_floating_point():
                     raise InputError(f"{path}: {name} is {tensor.dtype}, but must be floating point (unquantized)")
                 dtype = dtype or tensor.dtype  # one for all: the cache has the model's
-                _assign(model, name, tensor.to(dtype))
+                _assign(model, name, tensor.to(dtype), load_in_4bit)
                 found.add(name)
     missing = [name for name in wanted if name not in found]
     if missing:
@@ -59,9 +64,14 @@ def load_pretrained(directory: str | Path, dtype: torch.dtype | None, device: st
     return model
 
 
-def _assign(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, nn.Parameter(tensor))
+def _assign(model: nn.Module, name: str, tensor: torch.Tensor, load_in_4bit: bool) -> None:
+    module_name, _, child = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    if load_in_4bit and child == "weight" and isinstance(module, nn.Linear) and module_name.startswith("model.layers."):
+        parent, _, own_name = module_name.rpartition(".")
+        setattr(model.get_submodule(parent), own_name, Linear4bit(tensor, module.bias))
+    else:
+        setattr(module, child, nn.Parameter(tensor, requires_grad=not isinstance(module, Linear4bit)))
 
 
 def _find_tensors(directory: Path) -> dict[Path, list[str]]:
@@ -94,6 +104,8 @@ def save_pretrained(model: Llama, directory: str | Path) -> None:
             "the model has an unmerged LoRA adapter: call merge_lora(model) first to fold it in, "
             "or save_adapter(model, directory) to save it alone"
         )
+    if any(isinstance(module, Linear4bit) for module in model.modules()):
+        raise InputError("a model in 4 bits is not written: load it without load_in_4bit first")
     if LlamaConfig.from_dict(model.config.to_dict()) != model.config:
         raise InputError(
             f"no config.json describes this model: a {model.config.model_type} implies other biases or q/k norms "

@@ -46,6 +46,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16 adapter": {"dtype": "bfloat16", "recompute": True, "fill_size": 16},
     "bfloat16 sums, deterministic": {"dtype": "bfloat16", "cache_grad_dtype": "bfloat16", "deterministic": True},
     "offload": {"offload": True, "dropout": 0.1},
+    "4 bits": {"load_in_4bit": True, "dtype": "bfloat16"},
 }
 
 
