@@ -22,7 +22,8 @@ model's context from 256 to 2,048 tokens with LoRA and SeCO, in under two minute
   minichunk train --output runs/1 --resume
 
 DIR is a Hugging Face checkpoint: config.json, tokenizer.json and safetensors. JSONL lines hold
-{"text": …}, or {"prompt": …, "completion": …}, where only the completion is learnt.
+{"text": …}; {"prompt": …, "completion": …}, where only the completion is learnt; or {"messages": …},
+where only the assistant's are. The checkpoint's chat template is used where it has one.
 """
 
 
@@ -76,6 +77,8 @@ def _add_train(commands: argparse._SubParsersAction[Parser]) -> None:
     what.add_argument("--val-data", nargs="+", metavar="FILE", help="held-out files (default: a part of the data)")
     what.add_argument("--val-fraction", type=float, metavar="X", help="part of the data held out (default: 0.1)")
     what.add_argument("--eval-documents", type=int, metavar="N", help="held-out documents to measure (default: 8)")
+    what.add_argument("--no-chat-template", dest="chat_template", action="store_false",
+                      help="join prompt and completion as they are, even if the model has a template")  # fmt: skip
     how = train.add_argument_group("method")
     how.add_argument("--method", help="seco: exact, one chunk in memory; spaco: estimates; full: ordinary "
                                       "backpropagation (default: seco)")  # fmt: skip

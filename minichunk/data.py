@@ -6,13 +6,17 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from .chat import ChatTemplate, Part
 from .chunks import IGNORE, shift
 from .errors import InputError
+
+FORMS = "must be an object with the string 'text', with 'prompt' and 'completion', or with 'messages'"
 
 
 @dataclass(frozen=True)
@@ -46,22 +50,30 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 
 def read_documents(
-    paths: Sequence[str | Path], tokenizer: Tokenizer, eos_token_id: int | None = None
+    paths: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    eos_token_id: int | None = None,
+    chat: ChatTemplate | None = None,
 ) -> list[Document]:
     """Read text files (one document each) and JSONL files (one document a line).
 
-    A JSONL line is an object with `text`, or with `prompt` and `completion`: then the prompt has
-    labels -100, and `eos_token_id`, if there is one, ends the completion. Raises InputError,
-    naming file and line, for anything else and for a document of fewer than two tokens.
+    A JSONL line is an object with `text`; with `prompt` and `completion`, of which the completion is
+    learnt; or with `messages`, each with `role` and `content`, of which the assistant's are learnt.
+    chat: the model's template, for messages, and for prompt and completion as user and assistant.
+    Without one, a completion follows its prompt directly and ends with `eos_token_id`, if there is one.
+    The tokenizer's own special tokens (a BOS) come first, but not where a template writes them itself.
+
+    Raises InputError, naming file and line, for anything else and for a document of fewer than two tokens.
     """
     documents = []
     for path in map(Path, paths):
-        for name, parts in _records(path):
+        for name, record in _records(path):
+            parts, is_chat = _parts(name, record, chat)
             ids: list[int] = []
             labels: list[int] = []
             for i, (text, is_target) in enumerate(parts):
-                new = tokenizer.encode(text, add_special_tokens=i == 0).ids
-                if i == 1 and eos_token_id is not None:
+                new = tokenizer.encode(text, add_special_tokens=i == 0 and not is_chat).ids
+                if i == 1 and not is_chat and eos_token_id is not None:
                     new = [*new, eos_token_id]
                 ids += new
                 labels += new if is_target else [IGNORE] * len(new)
@@ -71,8 +83,8 @@ def read_documents(
     return documents
 
 
-def _records(path: Path) -> Iterator[tuple[str, list[tuple[str, bool]]]]:
-    """Yield (name, parts) of each document; a part is its text and whether it is to be predicted."""
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (name, record) of each document; a text file is one record with `text`."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -82,7 +94,7 @@ def _records(path: Path) -> Iterator[tuple[str, list[tuple[str, bool]]]]:
     if not text.strip():
         raise InputError(f"{path} is empty")
     if path.suffix.lower() not in (".jsonl", ".ndjson"):
-        yield str(path), [(text, True)]
+        yield str(path), {"text": text}
         return
     # Not splitlines(): JSON strings may hold the other line separators of Unicode.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -93,13 +105,37 @@ def _records(path: Path) -> Iterator[tuple[str, list[tuple[str, bool]]]]:
             record = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
             raise InputError(f"{name}: not JSON: {error}") from None
-        fields = ("text",) if isinstance(record, dict) and "text" in record else ("prompt", "completion")
-        for field in fields:
-            if not isinstance(record, dict) or not isinstance(record.get(field), str):
-                raise InputError(f"{name}: must be an object with the string 'text', or 'prompt' and 'completion'")
-            if any("\ud800" <= character <= "\udfff" for character in record[field]):
-                raise InputError(f"{name}: {field!r} has half of a surrogate pair, which is not text: mend or drop it")
-        yield name, [(record[field], field != "prompt") for field in fields]
+        if not isinstance(record, dict):
+            raise InputError(f"{name}: {FORMS}")
+        yield name, record
+
+
+def _parts(name: str, record: dict[str, Any], chat: ChatTemplate | None) -> tuple[list[Part], bool]:
+    """A record's parts, and whether a template wrote them. Raises InputError."""
+
+    def check(text: object, what: str) -> str:
+        if not isinstance(text, str):
+            raise InputError(f"{name}: {FORMS}")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise InputError(f"{name}: {what!r} has half of a surrogate pair, which is not text: mend or drop it")
+        return text
+
+    if "text" in record:
+        return [(check(record["text"], "text"), True)], False
+    if "messages" in record:
+        messages = record["messages"]
+        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+            raise InputError(f"{name}: {FORMS}")
+        messages = [{key: check(m.get(key), key) for key in ("role", "content")} for m in messages]
+        if not any(message["role"] == "assistant" for message in messages):
+            raise InputError(f"{name}: none of the messages has the role 'assistant': there is nothing to learn")
+        if chat is None:
+            raise InputError(f"{name}: 'messages' need a chat template, and the model's directory has none")
+        return chat.parts(messages), True
+    prompt, completion = (check(record.get(field), field) for field in ("prompt", "completion"))
+    if chat is not None:
+        return chat.parts([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]), True
+    return [(prompt, False), (completion, True)], False
 
 
 def cut_documents(documents: Sequence[Document], seq_len: int) -> tuple[list[Document], str]:

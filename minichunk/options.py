@@ -40,6 +40,7 @@ class TrainOptions:
     val_data: tuple[str, ...] = ()
     val_fraction: float = 0.1
     eval_documents: int = 8
+    chat_template: bool = True
     method: Literal["seco", "spaco", "full"] = "seco"
     seq_len: int = 2048
     chunk_size: int = 256

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from .config import LlamaConfig
 from .errors import InputError
-from .files import read_json
+from .files import read_json, write_json, write_tensors
 from .lora import add_lora
 from .model import Llama
 from .quantize import quantize
+from .weights import make_directory
 
 _FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -63,3 +66,36 @@ def random_model(
     if rank:
         add_lora(model, rank, 2 * rank, targets)
     return model
+
+
+def write_random_checkpoint(name: str, directory: str | Path, shard_bytes: int = 5 * 10**9) -> list[Path]:
+    """Write a checkpoint of this shape with random bfloat16 weights, in shards as Hugging Face's are.
+
+    Holds one shard in memory. Returns the shards' paths. Raises InputError.
+    """
+    config, directory = shape(name), make_directory(directory)
+    with torch.device("meta"):
+        shapes = {n: p.shape for n, p in Llama(config).named_parameters()}
+    shards: list[list[str]] = [[]]
+    room = shard_bytes
+    for tensor_name, size in shapes.items():
+        if shards[-1] and 2 * size.numel() > room:
+            shards, room = [*shards, []], shard_bytes
+        shards[-1].append(tensor_name)
+        room -= 2 * size.numel()
+    paths = [directory / f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    generator = torch.Generator().manual_seed(0)
+    for path, names in zip(tqdm(paths, desc="write", unit="shard", disable=len(paths) < 4), shards, strict=True):
+        tensors = {}
+        for tensor_name in names:
+            tensor = torch.empty(shapes[tensor_name], dtype=torch.bfloat16)
+            tensors[tensor_name] = tensor.fill_(1) if tensor.ndim == 1 else tensor.normal_(0, 0.02, generator=generator)
+        write_tensors(path, tensors, {"format": "pt"})
+    weight_map = {n: path.name for path, names in zip(paths, shards, strict=True) for n in names}
+    write_json(directory / "model.safetensors.index.json", {"weight_map": weight_map})
+    write_json(directory / "config.json", {**config.to_dict(), "torch_dtype": "bfloat16"})
+    return paths
+
+
+if __name__ == "__main__":  # python -m minichunk.shapes llama-3-8b DIR
+    print(*write_random_checkpoint(sys.argv[1], sys.argv[2]), sep="\n")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from .config import LlamaConfig
 from .errors import InputError
@@ -15,6 +16,7 @@ from .files import open_tensors, read_json, write_json, write_tensors
 from .lora import adapters
 from .model import Llama
 from .quantize import Linear4bit, check_bitsandbytes
+from .report import human_bytes
 
 _INDEX = "model.safetensors.index.json"
 
@@ -37,6 +39,10 @@ def load_pretrained(
         model = Llama(config)
     wanted = dict(model.named_parameters())  # a tied LM head is named once, as the embedding
     names_by_file = _find_tensors(directory)
+    size = sum(path.stat().st_size for path in names_by_file if path.is_file())
+    wide = sum(p.numel() for p in wanted.values()) * dtype.itemsize if dtype is not None else size
+    check_room(str(directory), wide * 0.3 if load_in_4bit else wide, torch.device(device))
+    bar = tqdm(total=size, desc=f"load {directory.name}", unit="B", unit_scale=True, leave=False, disable=size < 10**9)
     found: set[str] = set()
     for path, names in names_by_file.items():
         with open_tensors(path, str(device)) as file:
@@ -56,12 +62,34 @@ def load_pretrained(
                 dtype = dtype or tensor.dtype  # one for all: the cache has the model's
                 _assign(model, name, tensor.to(dtype), load_in_4bit)
                 found.add(name)
+                bar.update(tensor.nbytes)
+    bar.close()
     missing = [name for name in wanted if name not in found]
     if missing:
         raise InputError(f"{directory}: the tensor {missing[0]} is missing (and {len(missing) - 1} more)")
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on the device; None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu" and Path("/proc/meminfo").exists():
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+    return None
+
+
+def check_room(what: str, needed: float, device: torch.device) -> None:
+    """Raise InputError unless `needed` bytes are free on the device: before anything is read, not half-way."""
+    free = free_memory(device)
+    if free is not None and needed > free:
+        raise InputError(
+            f"{what} needs {human_bytes(needed)} on {device}, but only {human_bytes(free)} are free there: take "
+            "--dtype bfloat16, --load-in-4bit or a smaller model, or free memory"
+        )
 
 
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor, load_in_4bit: bool) -> None:

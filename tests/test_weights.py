@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import minichunk as mc
 from minichunk import weights
 from minichunk.files import open_tensors
+from minichunk.shapes import write_random_checkpoint
 
 from .strategies import build, tiny
 
@@ -211,3 +212,25 @@ def test_loading_holds_one_tensor_at_a_time(checkpoint: Path, monkeypatch: pytes
     mc.Llama.from_pretrained(checkpoint, dtype=torch.float32)
     assert len(alive) > 10
     assert most <= 1  # the one that the loop's variable still names
+
+
+def test_a_model_that_does_not_fit_is_refused_before_anything_is_read(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = sum(p.numel() for p in build(tiny(), seed=0).parameters())
+    monkeypatch.setattr(weights, "open_tensors", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(weights, "free_memory", lambda _: 4 * size - 1)
+    with pytest.raises(mc.InputError, match=r"needs .* on cpu, but only .* free there"):
+        mc.Llama.from_pretrained(checkpoint, dtype=torch.float32)
+
+
+def test_a_random_checkpoint_in_shards_loads(tmp_path: Path) -> None:
+    source = tmp_path / "shape"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(tiny().to_dict()))
+    paths = write_random_checkpoint(str(source), tmp_path / "model", shard_bytes=1000)
+    assert len(paths) > 3
+    assert all(path.stat().st_size < 2500 for path in paths)
+    model = mc.Llama.from_pretrained(tmp_path / "model")
+    assert model.model.norm.weight.dtype == torch.bfloat16
+    assert 0.015 < float(model.lm_head.weight.detach().float().std()) < 0.025
