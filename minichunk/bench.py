@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from .errors import InputError
 from .files import write_json
+from .forecast import Setting, forecast
 from .measure import METHODS, Case
 from .results import GIB, Result, plot, ratios, read_results, table
 
@@ -25,7 +26,8 @@ def cpu_cases() -> list[Case]:
     """Up to 4,096 tokens of the 47M model in float32."""
     cases = []
     for tokens in (1024, 2048, 4096):
-        methods = [m for m in METHODS if "concatenating" not in m or (m == "concatenating-seco" and tokens == 4096)]
+        methods = [m for m in METHODS if "concatenating" not in m and m != "seco-parts"]
+        methods += ["concatenating-seco"] if tokens == 4096 else []
         cases += [Case(method, tokens, 512) for method in methods if method != "spaco"]
         cases += [Case("spaco", tokens, 512, budget=tokens // 512 // part) for part in (4, 2) if tokens // 512 >= part]
     return cases + [Case("seco", 2048, chunk_size) for chunk_size in (64, 128, 256, 1024)]
@@ -39,13 +41,17 @@ def target_cases() -> list[Case]:
 
 
 def cuda_cases() -> list[Case]:
-    """An 8B-shaped Llama in bfloat16 with LoRA under a cap of 24 GiB."""
+    """An 8B-shaped Llama in bfloat16 with LoRA under a cap of 24 GiB, the host's memory for 128K tokens."""
     common = Case("seco", 16384, 512, model="llama-3-8b", dtype="bfloat16", device="cuda", rank=8, recompute=True)
-    common = replace(common, memory_cap=24 * GIB)
-    cases = [replace(common, tokens=tokens) for tokens in (1024, 4096, 16384, 28672)]
+    common = replace(common, memory_cap=24 * GIB, cache_grad_dtype="bfloat16", fill_size=2048)
+    longest = forecast(Setting(cache_grad_dtype=torch.bfloat16)).longest(23 * GIB, 512)
+    cases = [replace(common, tokens=tokens) for tokens in (1024, 4096, 16384, 28672, longest)]
     cases += [replace(common, method="spaco", tokens=tokens, budget=8) for tokens in (16384, 53248)]
     cases += [replace(common, method=m, tokens=n) for m in ("full", "full-recompute") for n in (1024, 4096)]
-    return [*cases, replace(common, method="forward"), replace(common, method="full-recompute")]
+    cases += [replace(common, method="forward"), replace(common, method="full-recompute")]
+    cases += [replace(common, tokens=16384, offload=True, chunk_size=size) for size in (512, 1024, 2048)]
+    cases += [replace(common, tokens=16384, chunk_size=size) for size in (1024, 2048)]
+    return [*cases, replace(common, method="seco-parts", tokens=131072, chunk_size=2048, offload=True)]
 
 
 PRESETS: dict[str, tuple[Callable[[], list[Case]], int]] = {

@@ -114,6 +114,10 @@ class LlamaConfig:
             eos_token_id=ends,
         )
 
+    def first_eos(self) -> int | None:
+        """The end token that a written text gets, if there is any; a model may know several."""
+        return self.eos_token_id[0] if isinstance(self.eos_token_id, tuple) else self.eos_token_id
+
     def to_dict(self) -> dict[str, Any]:
         """The `config.json` that transformers 4 and 5 and `from_dict` read back to the same model."""
         out: dict[str, Any] = {

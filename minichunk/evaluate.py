@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from tqdm import tqdm
 
 from .cache import Cache
 from .chunks import IGNORE, shift
-from .data import Document, collate
+from .data import Document, check_vocabulary, collate, cut_documents, load_tokenizer, read_documents
+from .errors import InputError
 from .loss import token_losses
 from .model import Llama
 
@@ -65,3 +67,44 @@ def spans_for(context: int, length: int) -> list[tuple[int, int]]:
         while edges[-1] < length:
             edges.append(min(edges[-1] * 2, length))
     return list(pairwise(edges))
+
+
+def evaluate_files(
+    model: str | None,
+    adapter: str | None,
+    data: Sequence[str] | None,
+    seq_len: int,
+    documents: int,
+    chunk_size: int,
+    load_in_4bit: bool,
+    dtype: str | None,
+    device: str | None,
+) -> None:
+    """`minichunk evaluate`: print the loss by position. Raises InputError before anything is measured."""
+    from .adapter import load_adapter
+    from .chat import load_chat_template
+    from .options import DTYPES, SHIPPED_MODEL, check_device
+    from .pretrain import MEASURED_ON, novel
+
+    for name, value, least in (("seq-len", seq_len, 2), ("documents", documents, 1), ("chunk-size", chunk_size, 1)):
+        if value < least:
+            raise InputError(f"--{name} is {value}, but must be at least {least}")
+    device = check_device(device)
+    dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}")
+    directory = model or str(SHIPPED_MODEL)
+    tokenizer, chat = load_tokenizer(directory), load_chat_template(directory)
+    llama = Llama.from_pretrained(directory, DTYPES[dtype], device, load_in_4bit)
+    if adapter is not None:
+        load_adapter(llama, adapter)
+    found = read_documents(data or [novel(MEASURED_ON)], tokenizer, llama.config.first_eos(), chat)
+    check_vocabulary(found, llama.config.vocab_size)
+    pieces, line = cut_documents(found, seq_len)
+    pieces = sorted(pieces, key=len, reverse=True)[:documents]
+    spans = spans_for(llama.config.max_position_embeddings, len(pieces[0]))
+    with tqdm(total=len(pieces), desc="evaluate", unit="document", leave=False) as bar:
+        losses = loss_by_position(llama, pieces, chunk_size, spans, bar.update)
+    print(f"{line}\n\nmean loss, nats per token ({len(pieces)} documents)")
+    for span in losses:
+        print(f"{f'{span.start:,} to {span.stop:,}':18} {span.loss:7.3f}")

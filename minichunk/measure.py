@@ -13,19 +13,21 @@ from torch import Tensor
 
 from .baselines import concatenating, transformers_llama
 from .cache import Cache
-from .chunks import cut, shift
+from .chunks import check_batch, cut, shift
 from .full import full
 from .loss import token_losses
 from .model import Llama
+from .operations import operations, peak_of
 from .options import DTYPES
 from .report import peak_memory
 from .samplers import FixedBudget, Weight
-from .seco import seco
+from .seco import fill, new_cache, rebuild, seco
 from .shapes import random_model, shape
 from .spaco import spaco
 
 METHODS = (
     "full", "full-recompute", "transformers", "seco", "spaco", "forward", "concatenating-seco", "concatenating-spaco",
+    "seco-parts",
 )  # fmt: skip
 
 
@@ -42,13 +44,25 @@ class Case:
     device: str = "cpu"
     rank: int = 0  # of LoRA on q and v; 0 trains all parameters
     recompute: bool = False
+    offload: bool = False
+    cache_grad_dtype: str | None = None
+    fill_size: int | None = None
     memory_cap: int | None = None  # bytes of device memory, on CUDA
     seed: int = 0
 
     @property
     def label(self) -> str:
         kept = "" if self.budget is None else f" {self.budget} of {len(cut(self.tokens, self.chunk_size))}"
-        return self.method + kept
+        return self.method + kept + (", offload" if self.offload else "")
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """Of seco and spaco."""
+        grad_dtype = DTYPES[self.cache_grad_dtype] if self.cache_grad_dtype else None
+        return {
+            "recompute": self.recompute, "offload": self.offload, "cache_grad_dtype": grad_dtype,
+            "fill_size": self.fill_size,
+        }  # fmt: skip
 
 
 def measure(case: Case) -> dict[str, Any]:
@@ -68,20 +82,35 @@ def measure(case: Case) -> dict[str, Any]:
         model.zero_grad(set_to_none=True)
         _synchronize(device)
         before = peak_memory(device)
+        if case.method == "seco-parts":
+            parts = measure_parts(case, model, ids)
+            # A chunk's time is a straight line in its position, so a quarter and three quarters make the mean.
+            per_chunk = (parts[2][1] + parts[4][1]) / 2
+            step = parts[0][1] + per_chunk * len(cut(case.tokens, case.chunk_size))
+            return {"seconds": step, "extrapolated": True, "parts": parts, "peak_bytes": peak_memory(device)}
         began = time.perf_counter()
         loss = run(ids)
         _synchronize(device)
         seconds = time.perf_counter() - began
     except torch.OutOfMemoryError:
         return {"out_of_memory": True}
-    sample = {"seconds": seconds, "peak_bytes": peak_memory(device), "start_bytes": before, "loss": float(loss)}
+    sample: dict[str, Any] = {
+        "seconds": seconds,
+        "peak_bytes": peak_memory(device),
+        "start_bytes": before,
+        "loss": float(loss),
+    }
+    if (done := _operations(case, model)) is not None:
+        sample["operations"] = done
+        sample["operations_per_second"] = sum(done.values()) / seconds
+        sample["peak_operations_per_second"] = peak_of(torch.cuda.get_device_name(device)) if ids.is_cuda else None
     if case.method in ("seco", "spaco"):
         sample["cache_bytes"] = _cache_bytes(case, model)
     return sample
 
 
 def _method(case: Case, model: Llama) -> Any:
-    size, recompute = case.chunk_size, case.recompute
+    size = case.chunk_size
     if case.method == "transformers":
         theirs = transformers_llama(model)
         model.requires_grad_(False).to("meta")  # one copy of the weights is enough
@@ -99,8 +128,9 @@ def _method(case: Case, model: Llama) -> Any:
     methods = {
         "full": lambda ids: full(model, ids, ids),
         "full-recompute": lambda ids: full(model, ids, ids, recompute=True),
-        "seco": lambda ids: seco(model, ids, ids, size, recompute=recompute),
-        "spaco": lambda ids: spaco(model, ids, ids, size, sampler=lambda *_: entries(ids), recompute=recompute),
+        "seco": lambda ids: seco(model, ids, ids, size, **case.keywords),
+        "spaco": lambda ids: spaco(model, ids, ids, size, sampler=lambda *_: entries(ids), **case.keywords),
+        "seco-parts": lambda ids: seco(model, ids, ids, size, **case.keywords),
         "forward": lambda ids: _forward(model, ids, size),
         "concatenating-seco": lambda ids: concatenating(model, ids, ids, size),
         "concatenating-spaco": lambda ids: concatenating(model, ids, ids, size, entries(ids)),
@@ -112,6 +142,18 @@ def _entries(case: Case, tokens: int) -> list[Weight | None]:
     """Which chunks SpaCO keeps, the same ones for every method; SeCO's are all of them."""
     num_chunks = len(cut(tokens, case.chunk_size))
     return FixedBudget(case.budget or num_chunks)(num_chunks, torch.Generator().manual_seed(case.seed))
+
+
+def _operations(case: Case, model: Llama) -> dict[str, float] | None:
+    """Those of the step, where we know them."""
+    chunks = cut(case.tokens, case.chunk_size)
+    if case.method in ("full", "full-recompute"):
+        return operations(model, [], cut(case.tokens, case.tokens), case.method == "full-recompute")
+    if case.method in ("seco", "spaco"):
+        weights = _entries(case, case.tokens)
+        kept = [chunk for chunk, weight in zip(chunks, weights, strict=True) if weight is not None]
+        return operations(model, [chunk for chunk in chunks if chunk < kept[-1]], kept, case.recompute)
+    return None
 
 
 def _cache_bytes(case: Case, model: Llama) -> int:
@@ -130,6 +172,31 @@ def _forward(model: Llama, ids: Tensor, chunk_size: int) -> Tensor:
     for rows, hidden in model.run_chunks(ids, cache, chunk_size):
         total += token_losses(hidden, model.lm_head.weight, targets[:, rows]).sum()
     return total / (ids.shape[1] - 1)
+
+
+def measure_parts(case: Case, model: Llama, ids: Tensor) -> list[tuple[int, float]]:
+    """Where a whole step would take too long: seconds of the fill, as (0, s), and of single chunks, as (stop, s).
+
+    The chunks end at a quarter, a half, three quarters and the whole of the sequence; the last one relays nothing.
+    """
+    chunks = cut(ids.shape[1], case.chunk_size)
+    targets, divisor = check_batch(model, ids, ids, None)
+    keywords = case.keywords
+    cache = new_cache(model, ids, chunks, keywords["cache_grad_dtype"], keywords["offload"])
+    found = []
+    began = time.perf_counter()
+    fill(model, ids, chunks[:-1], cache, case.fill_size)
+    _synchronize(ids.device)
+    found.append((0, time.perf_counter() - began))
+    for quarter in (4, 3, 2, 1):
+        chunk = chunks[max(0, len(chunks) * quarter // 4 - 1)]
+        began = time.perf_counter()
+        loss, written, received = rebuild(model, ids, targets, chunk, cache, case.recompute)
+        torch.autograd.backward([loss / divisor, *written], [None, *received])
+        _synchronize(ids.device)
+        found.append((chunk.stop, time.perf_counter() - began))
+        del loss, written, received
+    return found
 
 
 def _synchronize(device: torch.device) -> None:

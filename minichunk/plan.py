@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from json import dumps
 from typing import Any
+
+from tqdm import tqdm
 
 from .errors import InputError
 from .forecast import METHODS, Setting, forecast
@@ -55,6 +58,25 @@ def plan(setting: Setting, memory: int, seq_len: int | None, reserve: int, host:
     }
 
 
+TABLE_MODELS = ("llama-3.2-1b", "llama-3.2-3b", "llama-3-8b", "qwen2.5-14b", "qwen2.5-32b")
+TABLE_MEMORY = (12, 16, 24, 48, 80, 141)  # GiB
+
+
+def longest_table(setting: Setting, reserve: int, models: Sequence[str] = TABLE_MODELS) -> str:
+    """A Markdown table: the longest context, in thousands of tokens, by model, base, method and memory."""
+    lines = ["| model | base | method | " + " | ".join(f"{n} GB" for n in TABLE_MEMORY) + " |"]
+    lines.append("|---|---|---|" + "---:|" * len(TABLE_MEMORY))
+    rows = [
+        (m, four, method) for m in models for four in (False, True) for method in ("full-recompute", "seco", "spaco")
+    ]
+    for model, four, method in tqdm(rows, desc="plan", unit="row", leave=False):
+        found = forecast(replace(setting, model=model, load_in_4bit=four, method=method))
+        longest = (found.longest(n * 2**30 - reserve, setting.chunk_size) for n in TABLE_MEMORY)
+        cells = [f"{tokens / 1000:,.0f}k" if tokens else "–" for tokens in longest]
+        lines.append(f"| {model} | {'4 bits' if four else 'bfloat16'} | {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def run_plan(
     model: str,
     memory: str,
@@ -72,6 +94,7 @@ def run_plan(
     offload: bool,
     host_memory: str,
     load_in_4bit: bool,
+    table: bool,
     json: bool,
 ) -> None:
     """`minichunk plan`: print the forecast. Raises InputError."""
@@ -93,6 +116,9 @@ def run_plan(
         DTYPES[cache_grad_dtype] if cache_grad_dtype else None, not no_recompute, device=device,
         offload=offload, load_in_4bit=load_in_4bit,
     )  # fmt: skip
+    if table:
+        print(longest_table(setting, parse_bytes(reserve)))
+        return
     found = plan(setting, parse_bytes(memory), seq_len, parse_bytes(reserve), parse_bytes(host_memory))
     print(dumps(found, indent=2) if json else describe(found))
 

@@ -24,7 +24,7 @@ class Result:
     samples: list[dict[str, Any]]
 
     def values(self, key: str) -> list[float]:
-        return [sample[key] for sample in self.samples if key in sample]
+        return [sample[key] for sample in self.samples if sample.get(key) is not None]
 
     def median(self, key: str) -> float | None:
         values = self.values(key)
@@ -49,14 +49,24 @@ def read_results(path: Path) -> list[Result]:
 
 def table(results: Sequence[Result]) -> str:
     """A Markdown table: a row per case, shortest sequences first; ratios to `full` at the same length."""
+    counted = any(r.values("peak_operations_per_second") for r in results)
     lines = ["| tokens | chunk | method | seconds per step | / full | peak memory |", "|---:|---:|---|---:|---:|---:|"]
+    if counted:
+        lines = [lines[0] + " tokens/s | share of the peak |", lines[1] + "---:|---:|"]
     full = {r.case.tokens: r.median("seconds") for r in results if r.case.method == "full"}
     for r in sorted(results, key=lambda r: r.case.tokens):
         seconds, whole = r.median("seconds"), full.get(r.case.tokens)
         ratio = f"{seconds / whole:.2f}" if seconds and whole else ""
         chunk = f"{r.case.chunk_size:,}" if r.case.method not in ("full", "full-recompute", "transformers") else ""
         cells = [f"{r.case.tokens:,}", chunk, r.case.label, r.cell("seconds", lambda x: f"{x:.2f}"), ratio]
-        lines.append("| " + " | ".join([*cells, r.cell("peak_bytes", human_bytes)]) + " |")
+        cells.append(r.cell("peak_bytes", human_bytes))
+        if counted:
+            speed, peak = r.median("operations_per_second"), r.median("peak_operations_per_second")
+            cells += [
+                f"{r.case.tokens / seconds:,.0f}" if seconds else "",
+                f"{speed / peak:.0%}" if speed and peak else "",
+            ]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

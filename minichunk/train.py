@@ -118,12 +118,10 @@ def load_model(options: TrainOptions) -> tuple[Llama, Tokenizer]:
 
 def load_data(options: TrainOptions, model: Llama, tokenizer: Tokenizer) -> tuple[list[Document], list[Document], str]:
     """Training and validation pieces, and a line that says what was kept. Raises InputError."""
-    eos = model.config.eos_token_id
     chat = load_chat_template(_known(options.model)) if options.chat_template else None
-    eos = eos[0] if isinstance(eos, tuple) else eos
 
     def read(paths: Sequence[str | Path]) -> tuple[list[Document], str]:
-        documents = read_documents(paths, tokenizer, eos, chat)
+        documents = read_documents(paths, tokenizer, model.config.first_eos(), chat)
         check_vocabulary(documents, model.config.vocab_size)
         return cut_documents(documents, options.seq_len)
 

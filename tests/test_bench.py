@@ -6,12 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from minichunk import bench as bench_module
 from minichunk.bench import PRESETS, bench
+from minichunk.chunks import cut
 from minichunk.cli import main
+from minichunk.lora import add_lora
 from minichunk.measure import METHODS, Case, measure
+from minichunk.operations import operations, peak_of
 from minichunk.results import Result, plot, ratios, read_results, table
+from minichunk.shapes import random_model
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about its checkpointing
@@ -20,6 +25,8 @@ def test_all_methods_compute_the_same_loss(model_directory: Path) -> None:
     for method in METHODS:
         if method == "transformers":
             pytest.importorskip("transformers")
+        if method == "seco-parts":  # only parts of a step: no loss
+            continue
         budget = 4 if "spaco" in method else None
         sample = measure(Case(method, 32, 8, budget, model=str(model_directory)))
         assert sample["seconds"] > 0
@@ -27,6 +34,30 @@ def test_all_methods_compute_the_same_loss(model_directory: Path) -> None:
         losses[method] = sample["loss"]
     # With every chunk kept SpaCO is SeCO; all have the same weights and tokens.
     assert all(loss == pytest.approx(losses["full"], rel=1e-5) for loss in losses.values()), losses
+
+
+def test_parts_of_a_step_are_its_fill_and_chunks_at_four_positions(model_directory: Path) -> None:
+    case = Case("seco-parts", 64, 8, model=str(model_directory), offload=True, rank=2, recompute=True, fill_size=16)
+    sample = measure(case)
+    assert [stop for stop, _ in sample["parts"]] == [0, 64, 48, 32, 16]
+    fill, _, three_quarters, _, quarter = (seconds for _, seconds in sample["parts"])
+    assert sample["seconds"] == pytest.approx(fill + 8 * (quarter + three_quarters) / 2)
+
+
+def test_operations_by_hand(model_directory: Path) -> None:
+    """A model of which every product can be counted: V 300, E 8, inner 12, 2 layers, 4/2 heads of 4."""
+    model = random_model(str(model_directory), torch.float32)
+    linear = 2 * (8 * 16 + 2 * 8 * 8 + 16 * 8 + 3 * 8 * 12)  # weights of the layers
+    found = operations(model, cut(10, 10), cut(10, 10), recompute=False)
+    assert found["linear"] == 10 * 2 * linear + 10 * (2 + 4) * linear + 10 * 6 * 300 * 8
+    pairs = 10 * 10 / 2
+    assert found["attention"] == pairs * 4 * 4 * 4 * 2 * (1 + 1 + 2.5)
+    add_lora(model, 2)
+    adapter = 2 * 2 * ((8 + 16) + (8 + 8))
+    frozen = operations(model, [], cut(10, 10), recompute=True)
+    assert frozen["linear"] == 10 * (6 * linear + 8 * adapter + 4 * 300 * 8)
+    assert peak_of("NVIDIA H200") == 989e12
+    assert peak_of("an abacus") is None
 
 
 def test_bench_writes_results_that_can_be_read_and_drawn(model_directory: Path, tmp_path: Path) -> None:

@@ -1,0 +1,73 @@
+"""The README's recipe for an 8B, run with a small model in its place."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import minichunk as mc
+from minichunk.cli import main
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+RECIPE = README[README.index("## Fine-tune an 8B on 24 GB") : README.index("## What it costs")]
+# What is made smaller, and nothing else: the commands are the README's.
+SMALLER = {
+    "24576": "32", "--chunk-size 512": "--chunk-size 8", "--fill-size 4096": "--fill-size 16",
+    "--steps 200": "--steps 4", "--save-every 10": "--save-every 2", "--memory 24GiB": "--memory 2GiB",
+}  # fmt: skip
+NOT_RUN = ("pip", "hf", "vllm")
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_directory: Path, text: Path) -> Path:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model_directory, "qwen3-8b")
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    template += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    Path("qwen3-8b/tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    shutil.copy(text, "book.txt")
+    shutil.copy(text, "heldout.txt")
+    messages = [{"role": "user", "content": "What is a truth?"}, {"role": "assistant", "content": "A man in want."}]
+    Path("chats.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of the other libraries
+def test_every_command_works(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("peft")
+    ran = []
+    for language, block in re.findall(r"```(sh|python)\n(.*?)```", RECIPE, re.DOTALL):
+        if language == "python":
+            names: dict[str, object] = {}
+            exec(block, names)
+            ran.append("python")
+            continue
+        for line in block.strip().splitlines():
+            for old, new in SMALLER.items():
+                line = line.replace(old, new)
+            program, *arguments = shlex.split(line)
+            if program == "cp":
+                *sources, target = arguments
+                for source in [path for pattern in sources for path in here.glob(pattern)]:
+                    shutil.copy(source, target)
+            elif program == "minichunk":
+                assert main(arguments) == 0, capsys.readouterr().err
+            else:
+                assert program in NOT_RUN
+            ran.append(" ".join([program, *arguments[:1]]))
+    assert [name for name in ran if name.split()[0] not in NOT_RUN] == [
+        "minichunk plan", "minichunk train", "minichunk train", "minichunk evaluate", "minichunk generate", "python",
+        "cp qwen3-8b/tokenizer*.json",
+    ]  # fmt: skip
+    assert "fits into 2.00 GiB" in capsys.readouterr().out
+    assert Path("runs/novel/loss.png").is_file()
+    ids = torch.arange(20)[None]
+    merged, theirs = mc.Llama.from_pretrained("qwen3-8b-novel"), names["theirs"]
+    torch.testing.assert_close(merged(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)  # type: ignore[operator]
+    assert Path("qwen3-8b-novel/tokenizer.json").is_file()
