@@ -18,7 +18,8 @@ from .config import Llama3Rope, LlamaConfig
 from .errors import InputError
 from .files import write_tensors
 from .full import full
-from .model import Llama, rope_tables
+from .model import Llama
+from .rope import rope_tables
 from .samplers import Weight
 from .seco import fill, new_cache, rebuild
 

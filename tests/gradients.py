@@ -11,7 +11,7 @@ from torch import Tensor
 
 import minichunk as mc
 from minichunk.chunks import IGNORE, Chunk, shift
-from minichunk.model import rope_tables, rotate
+from minichunk.rope import rope_tables, rotate
 
 Gradients = dict[str, Tensor]
 

@@ -1,0 +1,37 @@
+"""Rotary position embedding: where a token stands, written into its queries and keys as an angle."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .config import LlamaConfig
+
+
+def rope_tables(config: LlamaConfig, start: int, stop: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotation angles at positions `start` to `stop`: two (T, D/2).
+
+    Angles and results are float32 numbers, as Hugging Face's are, whatever the model's dtype; the
+    functions between them are float64's, whose last bit, which differs by machine, is then rounded away.
+    """
+    D = config.head_dim
+    exponents = torch.arange(0, D, 2, dtype=torch.float64, device=like.device) / D
+    frequencies = (config.rope_theta**-exponents).float()  # (D/2)
+    if config.rope_scaling is not None:
+        rule = config.rope_scaling
+        turns = rule.original_max_position_embeddings * frequencies / (2 * math.pi)
+        keep = (turns - rule.low_freq_factor) / (rule.high_freq_factor - rule.low_freq_factor)
+        keep = keep.clamp(0, 1)  # 1: as trained, 0: slowed down by the whole factor
+        frequencies = keep * frequencies + (1 - keep) * frequencies / rule.factor
+    positions = torch.arange(start, stop, dtype=torch.float32, device=like.device)
+    angles = torch.outer(positions, frequencies).double()  # (T, D/2)
+    return angles.cos().float().to(like.dtype), angles.sin().float().to(like.dtype)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """RoPE in Hugging Face's layout: dimension i is paired with i + D/2."""
+    cos, sin = rope
+    first, second = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
