@@ -57,6 +57,8 @@ def test_train_then_resume_then_generate(
         ("--device cuda:99", "--device is 'cuda:99', but PyTorch sees only cpu"),
         ("--device tpu", "--device is 'tpu'"),
         ("--seed 4294967296", "must be below 2^32"),
+        ("--cache-grad-dtype int8", "--cache-grad-dtype is 'int8', but must be one of"),
+        ("--method full --offload", "--offload belongs to --method seco and spaco"),
         ("--sampler fixed", "--budget, --sampler and --cap belong to --method spaco"),
         ("--steps abc", "argument --steps: invalid int value: 'abc'"),
         ("--bogus 1", "unrecognized arguments: --bogus 1"),
@@ -127,3 +129,19 @@ def test_defaults_in_the_help_are_the_defaults() -> None:
         if isinstance(value, int | float | str) and not isinstance(value, bool):
             text = value if isinstance(value, str) else f"{value:g}"
             assert f"(default: {text}" in actions[name], name
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("--seq-len 1", "--seq-len is 1"),
+        ("--documents 0", "--documents is 0"),
+        ("--dtype int8", "--dtype is 'int8'"),
+        ("--model nowhere", "nowhere"),
+        ("--data nowhere.txt", "nowhere.txt cannot be read"),
+        ("--adapter nowhere", "nowhere"),
+    ],
+)
+def test_mistakes_of_evaluate(change: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", *change.split()]) == 2
+    assert words in capsys.readouterr().err

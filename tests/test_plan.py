@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import minichunk as mc
 from minichunk.cli import main
 from minichunk.count import CountBytes
 from minichunk.forecast import Setting, forecast, optimizer_states, step_memory
-from minichunk.plan import parse_bytes
+from minichunk.plan import longest_table, parse_bytes
 from minichunk.shapes import random_model
 
 from .strategies import tiny
@@ -121,6 +122,16 @@ def test_the_command(directory: str, capsys: pytest.CaptureFixture[str]) -> None
     assert sum(found["breakdown"].values()) == found["peak_bytes"] < found["peak_bytes_all_kept"]
     assert main([*common, "--seq-len", "100000"]) == 0
     assert "does NOT fit" in capsys.readouterr().out
+
+
+def test_the_table_says_what_the_command_says(directory: str) -> None:
+    setting = Setting(chunk_size=64, budget=2, dtype=torch.float32)
+    header, _, *rows = longest_table(setting, 2**30, [directory]).splitlines()
+    assert header == "| model | base | method | 12 GB | 16 GB | 24 GB | 48 GB | 80 GB | 141 GB |"
+    assert len(rows) == 6
+    seco = forecast(replace(setting, model=directory, method="seco")).longest(23 * 2**30, 64)
+    assert rows[1].split(" | ")[1:3] == ["bfloat16", "seco"]
+    assert rows[1].split(" | ")[5] == f"{seco / 1000:,.0f}k"
 
 
 @pytest.mark.parametrize(
