@@ -64,7 +64,7 @@ TABLE_MEMORY = (12, 16, 24, 48, 80, 141)  # GiB
 
 def longest_table(setting: Setting, reserve: int, models: Sequence[str] = TABLE_MODELS) -> str:
     """A Markdown table: the longest context, in thousands of tokens, by model, base, method and memory."""
-    lines = ["| model | base | method | " + " | ".join(f"{n} GB" for n in TABLE_MEMORY) + " |"]
+    lines = ["| model | base | method | " + " | ".join(f"{n} GiB" for n in TABLE_MEMORY) + " |"]
     lines.append("|---|---|---|" + "---:|" * len(TABLE_MEMORY))
     rows = [
         (m, four, method) for m in models for four in (False, True) for method in ("full-recompute", "seco", "spaco")

@@ -104,7 +104,7 @@ def plot(results: Sequence[Result], path: Path) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(11, 4.4), layout="constrained")
+    figure = Figure(figsize=(11, 5), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)
     chunk_size = results[0].case.chunk_size
@@ -127,7 +127,7 @@ def plot(results: Sequence[Result], path: Path) -> bool:
         axes.grid(alpha=0.3)
     panels[0].set_title("Time per step")
     panels[1].set_title("Peak memory of the process")
-    panels[1].legend(fontsize=8, loc="upper left")
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=5)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     return True

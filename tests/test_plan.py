@@ -127,7 +127,7 @@ def test_the_command(directory: str, capsys: pytest.CaptureFixture[str]) -> None
 def test_the_table_says_what_the_command_says(directory: str) -> None:
     setting = Setting(chunk_size=64, budget=2, dtype=torch.float32)
     header, _, *rows = longest_table(setting, 2**30, [directory]).splitlines()
-    assert header == "| model | base | method | 12 GB | 16 GB | 24 GB | 48 GB | 80 GB | 141 GB |"
+    assert header == "| model | base | method | 12 GiB | 16 GiB | 24 GiB | 48 GiB | 80 GiB | 141 GiB |"
     assert len(rows) == 6
     seco = forecast(replace(setting, model=directory, method="seco")).longest(23 * 2**30, 64)
     assert rows[1].split(" | ")[1:3] == ["bfloat16", "seco"]

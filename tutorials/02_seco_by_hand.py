@@ -5,6 +5,16 @@
 # exact gradient of a long sequence while the graph of only one chunk exists. Here we derive it for three chunks, run
 # every step by hand, print what is handed from chunk to chunk, and end with the loop of ten lines.
 #
+# Algorithm 1, in our words; its line numbers are quoted below and in the code:
+#
+# ```text
+# 1-3  for j = 1..k:   run chunk j without gradients, store its cache m'_j          (fill)
+# 4    for j = k..1:
+# 5        run chunk j again on top of m'_1 .. m'_(j-1), with its graph             (rebuild)
+# 6        give m_j the gradient that has been collected at m'_j                    (relay)
+# 7        backpropagate from J_j and m_j; gradients arrive at Θ and m'_1 .. m'_(j-1)
+# ```
+#
 # ## On paper
 #
 # Cut the sequence into chunks $x_1, x_2, x_3$. Running chunk $j$ on top of the caches of the earlier ones gives its
@@ -39,7 +49,7 @@ from minichunk.loss import summed_loss
 torch.manual_seed(0)
 config = mc.LlamaConfig(
     vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=4,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=8,
 )  # fmt: skip
 model = mc.Llama(config).double()
 with torch.no_grad():  # larger weights than a fresh model's, so that there is something to see
@@ -85,14 +95,15 @@ def norms(tensors):
 # %% [markdown]
 # ## Fill (lines 1-3)
 #
-# Run the chunks in order without gradients and keep what they wrote. The loss is not needed yet.
+# Run the chunks in order without gradients and keep what they wrote. The loss is not needed yet. (Nobody will read what
+# the last chunk wrote, so the loop at the end leaves it out.)
 
 # %%
 with torch.no_grad():
     for j in range(3):
         _, m = f(j)
         cache.write(chunks[j].start, m)
-print("m'_1:", [tuple(leaf.shape) for leaf in leaves(0)])
+print("m'_1, keys and values of each layer, (B, G, C, D):", [tuple(leaf.shape) for leaf in leaves(0)])
 
 # %% [markdown]
 # ## Chunk 3
@@ -154,7 +165,8 @@ print("\nby hand = full backpropagation, to 1e-12:", difference(lambda: mc.full(
 assert difference(lambda: mc.full(model, ids, ids)) < 1e-12
 
 # %% [markdown]
-# What would have been lost without the relay? Chunk 2's backward from its loss alone misses $g_2$ altogether:
+# What would have been lost without the relay? Chunk 2's backward from its loss alone misses $g_2$ altogether. (The
+# errors are larger than on the trained model of the first tutorial, because these random weights are.)
 
 # %%
 model.zero_grad(set_to_none=True)
@@ -178,7 +190,7 @@ def seco_by_hand(num_chunks):
             cache.write(chunks[j].start, f(j)[1])
     for j in reversed(range(num_chunks)):
         J, m = f(j)  # rebuild
-        g = cache.received(chunks[j], m)  # what later chunks have sent back; nothing for the last one
+        g = cache.received(chunks[j], m)  # what later chunks have sent back; empty for the last one
         torch.autograd.backward([J, *m[: len(g)]], [None, *g])  # relay and backpropagate
         yield J.detach()
 
@@ -200,6 +212,7 @@ for size in (1, 2, 3, 5, 7, 12):
 # 1. Walk from the first chunk to the last instead. Which relays are then missing? Predict which parameters stay exact.
 # 2. How many chains (paths through caches) lead from $J_3$ to $\Theta$? And from $J_k$? Then why is one backward pass
 #    per chunk enough?
-# 3. Time a SeCO step and a full step of `minichunk bench --preset cpu`. SeCO runs every chunk forward twice: why does
-#    it not cost a third more?
+# 3. SeCO runs every chunk but the last forward twice, and yet `minichunk bench --preset cpu` finds it no slower than
+#    full on a CPU. PyTorch's causal kernel for the CPU computes the whole square of scores and then masks half of it.
+#    Who pays for that, and how much less with chunks? What do you expect on a GPU, whose kernel skips that half?
 # 4. Write the relay and the loop yourself: `tutorials/exercises/`, exercises 4 and 5.

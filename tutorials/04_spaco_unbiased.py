@@ -3,8 +3,8 @@
 #
 # SeCO spends most of its time on rebuilding chunks. SpaCO rebuilds only a random few of them and multiplies what it
 # finds by factors, so that the *expected* gradient is right. That word, expected, can be checked without statistics:
-# with 5 chunks there are 32 subsets, and we can run them all. This tutorial does, for the estimator as published, for
-# a fixed budget with better factors, and for independent coins. Only the last is exactly unbiased.
+# with 5 chunks there are 31 subsets that keep something, and we can run them all. This tutorial does, for the estimator
+# as published, for a fixed budget with better factors, and for independent coins. Only the last is exactly unbiased.
 #
 # ## Chains
 #
@@ -126,7 +126,8 @@ assert all(table["bernoulli", t][0] < 1e-12 for t in range(1, k))
 # - **PaperBudget**, as published: biased, and heavily so for small budgets.
 # - **FixedBudget**, same draws, but k/t on the loss and (k-1)/(t-1) on each relay. Chains through one and two chunks
 #   are then exactly right, and those are most of the gradient. What is left comes from chains through three or more.
-#   Every step costs the same, which is its advantage over coins. (At t = 1 no relay is ever used: both are the same.)
+#   Every step rebuilds the same number of chunks, which is its advantage over coins; at t = 2 it is noisier than they
+#   are. (At t = 1 no relay is ever used: fixed and paper are the same.)
 #
 # Let us believe the first formula only after comparing it with what was measured: the bias predicted from the chains'
 # strengths and weights, against the bias of all subsets.
@@ -154,7 +155,7 @@ for name, marker in (("paper", "s"), ("fixed", "^"), ("bernoulli", "o")):
     for t, (bias, rms) in enumerate(points, start=1):
         axes.annotate(f"t={t}", (rms, bias), textcoords="offset points", xytext=(4, 4), fontsize=7)
 axes.set(xlabel="rms distance of one estimate from the exact gradient", ylabel="bias of the expected gradient")
-axes.set_title("Published: less noise, paid for with bias. Bernoulli: none")
+axes.set_title("Bernoulli has no bias; the published factors trade bias for less noise")
 axes.legend()
 axes.grid(alpha=0.3)
 plt.show()
@@ -214,9 +215,8 @@ for label, rate in (
     print(f"{label:13} 3 of 5 on average: bias 0, rms {rms:.2f}")
 
 # %% [markdown]
-# Here there is little to gain, and "always keep the first chunk" costs more elsewhere than it saves. On a model with
-# strong attention sinks (every token looks at the first one) it is different: there the first chunk's gradient is
-# several times any other's.
+# Here there is little to gain, and "always keep the first chunk" costs more elsewhere than it saves. That need not be
+# so on another model: measure where its gradient is.
 #
 # ## Exercises
 #
