@@ -23,14 +23,20 @@ HINTS = {
         "A chunk's loss and its memory share one graph. Can both go into one call of torch.autograd.backward?"
     ),
     "can be implicitly created only for scalar outputs": (
-        "Only the loss is a scalar. Which gradient belongs to the chunk's memory, its keys and values?"
+        "Only the loss is a scalar. Which gradient belongs to the chunk's memory?"
     ),
     "does not require grad and does not have a grad_fn": (
         "What ran under torch.no_grad(), or was detached, although it needs its graph?"
     ),
     "leaf Variable that requires grad": "In-place changes of parameters need torch.no_grad().",
     "incorrect number of gradients": "backward returns one gradient for each argument of forward, or None.",
+    **dict.fromkeys(
+        ("-100 is out of bounds", "Class values must be non-negative"),
+        "An ignored position has the target -100, which is no token. What are its loss and its gradient, and which "
+        "index can stand there meanwhile?",
+    ),
 }
+PLURALS = ("the targets", "the logits")  # how a name may begin
 
 
 class Exercise(NamedTuple):
@@ -84,7 +90,7 @@ def _stopped(error: Exception, path: Path) -> str:
     if own:
         words += f"\nin line {own[-1].lineno}: {own[-1].line}"
     hints = [hint for symptom, hint in HINTS.items() if symptom in str(error)]
-    return "\n".join([words, *hints])
+    return "\n".join([words, *hints, *getattr(error, "__notes__", [])])
 
 
 def require(condition: bool, words: str) -> None:
@@ -100,6 +106,22 @@ def within(function: str) -> Iterator[None]:
         yield
     except AssertionError as error:
         raise AssertionError(f"In {function}: {error}") from error
+
+
+@contextmanager
+def hint(symptom: str, words: str) -> Iterator[None]:
+    """Around a call of the student's function: as HINTS, for a symptom that means something here only."""
+    try:
+        yield
+    except Exception as error:
+        if symptom in str(error) and not isinstance(error, AssertionError):
+            error.add_note(words)
+        raise
+
+
+def count(number: int, one: str, many: str) -> str:
+    """How many there are of something, in words that fit one of it, too."""
+    return f"{number} {one if number == 1 else many}"
 
 
 def take(result: Any, *wanted: str) -> list[Any]:
@@ -130,8 +152,10 @@ def compare(got: dict[str, Any], expected: Values, mistakes: Mistakes = (), axes
         raise AssertionError(f"{names}: exactly {factor:.6g} times what it has to be. Which factor is that?")
     for name, e in expected.items():
         if not close(got[name], e):
+            differs = "They differ" if name.startswith(PLURALS) else "It differs"
             raise AssertionError(
-                f"{name} is wrong, and by no mistake known here. {_first_difference(got[name], e, axes)}"
+                f"{name} {_is(name)} wrong, and by no mistake known here. "
+                f"{differs} {_first_difference(got[name], e, axes)}"
             )
 
 
@@ -143,6 +167,10 @@ def close(a: Tensor, b: Tensor) -> bool:
     return bool((a - b).norm() <= 1e-9 * b.norm() + 1e-12)
 
 
+def _is(name: str) -> str:
+    return "are" if name.startswith(PLURALS) else "is"
+
+
 def _kind(value: Any) -> str:
     if value is None:
         return "None (has the function a return?)"
@@ -152,15 +180,15 @@ def _kind(value: Any) -> str:
 def _check_kind(name: str, got: Any, expected: Tensor) -> None:
     shape = list(expected.shape)
     if not isinstance(got, Tensor) or got.shape != expected.shape:
-        raise AssertionError(f"{name} is {_kind(got)}, but must be a tensor of shape {shape}.")
+        raise AssertionError(f"{name} {_is(name)} {_kind(got)}, but must be a tensor of shape {shape}.")
     require(
         got.dtype == expected.dtype,
-        f"{name} is {got.dtype}, but must be {expected.dtype}: where did the dtype of the inputs get lost?",
+        f"{name} {_is(name)} {got.dtype}, but must be {expected.dtype}: where did the dtype of the inputs get lost?",
     )
     wrong = (~torch.isfinite(got)).nonzero().tolist()
     if wrong:
         raise AssertionError(
-            f"{name} is {got[tuple(wrong[0])].item()} at index {tuple(wrong[0])}. "
+            f"{name} {_is(name)} {got[tuple(wrong[0])].item()} at index {tuple(wrong[0])}. "
             "Is there the exponential of something large, or a row of scores that is -inf throughout?"
         )
 
@@ -184,4 +212,4 @@ def _first_difference(got: Tensor, expected: Tensor, axes: str) -> str:
     if axes:
         where = ", ".join(f"{axis} {i}" for axis, i in zip(axes.split(), first, strict=True))
     g, e = got[tuple(first)].item(), expected[tuple(first)].item()
-    return f"It differs first at {where}: got {g:.12g}, expected {e:.12g}."
+    return f"first at {where}: got {g:.12g}, expected {e:.12g}."

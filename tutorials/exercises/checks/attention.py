@@ -20,7 +20,10 @@ MASK = {
         "first position of the past. How many positions stand before that query?"
     ),
     "no mask": "There is no causal mask: a query sees the later positions of its own chunk. What may it see of it?",
-    "not itself": "A query does not see its own position: the mask is off by one. What does triu(0) mark, and triu(1)?",
+    "not itself": (
+        "A query does not see its own position: the mask is off by one. In which column of the mask does the first "
+        "query's own position stand?"
+    ),
     "next": "A query sees the position after its own: the mask is off by one. It would know the answer, would it not?",
     "no past": "The queries see their own chunk only. Where do past_k and past_v come in?",
     "afterwards": (

@@ -114,12 +114,18 @@ def _check_add_lora(module: ModuleType) -> None:
     model, plain = tiny_llama(2), tiny_llama(2)
     input_ids, labels = batch(8)
     wanted = {f"model.layers.{i}.self_attn.{name}" for i in (0, 1) for name in ("q_proj", "v_proj")}
+    # Neither is asked for: their names only end or begin with a target's.
+    for other in ("other_q_proj", "v_proj_other"):
+        model.get_submodule("model.layers.0.self_attn").add_module(other, nn.Linear(8, 8).double())
     module.add_lora(model, 2, 8.0, ["q_proj", "v_proj"])
     found = {name for name, layer in model.named_modules() if isinstance(layer, module.LoraLinear)}
     for name in sorted(wanted - found):
         raise AssertionError(f"add_lora has not replaced {name}. Which part of a module's name do the targets name?")
     for name in sorted(found - wanted):
-        raise AssertionError(f"add_lora has replaced {name}, which is not among the targets.")
+        raise AssertionError(
+            f"add_lora has replaced {name}, which is not among the targets. A target is the whole last part of a name, "
+            "from its last dot on: does yours match names that only contain it, or end with it?"
+        )
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     adapters = {f"{name}.{matrix}" for name in wanted for matrix in ("lora_A", "lora_B")}
     for name in sorted(trained - adapters):

@@ -35,6 +35,18 @@ def _check_targets(module: ModuleType) -> None:
     require(isinstance(got, list | tuple), "The result has to be a list, with the targets of each chunk.")
     require(len(got) == 3, f"11 labels in chunks of 4 make 3 chunks of targets, but {len(got)} came back.")
     names = [f"the targets of chunk {i}" for i in (1, 2, 3)]
+    short = {
+        "The targets are one position shorter than the ids: the last position has nothing to predict, but it is there, "
+        "and has a row of logits. No target is written IGNORE, that is -100: where does one belong?": (
+            labels[:, 1:].split(4, dim=1)
+        ),
+        "The labels were cut first and shifted within each chunk: the last position of every chunk lost its target, "
+        "and its place. It predicts the first label of the next one: which has to come first, the shift or the cut?": [
+            part[:, 1:] for part in labels.split(4, dim=1)
+        ],
+    }
+    for words, parts in short.items():
+        require(not all(isinstance(x, Tensor) and torch.equal(x, y) for x, y in zip(got, parts, strict=True)), words)
     wrongs = {
         "The labels were cut first and shifted within each chunk: the last position of every chunk lost its target. "
         "It predicts the first label of the next chunk: which has to come first, the shift or the cut?": [

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..diagnose import Mistakes, Values, compare, require, take, within
+from ..diagnose import Mistakes, Values, compare, hint, require, take, within
 from .common import random
 
 
@@ -28,11 +28,20 @@ def _piece(q: Tensor, *pieces: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return scores.softmax(-1) @ v, scores.logsumexp(-1)
 
 
+# For a sum without keepdim=True, and for an index without None.
+ONE_NUMBER = (
+    "{}, for each query, one number: (B, H, C). But {}: along which dimension has that number to be repeated? (A sum "
+    "drops its dimension without keepdim=True, and [..., None] brings it back.)"
+)
+
+
 @within("merge")
 def _check_merging(module: ModuleType, q: Tensor, pieces: list[tuple[Tensor, Tensor]]) -> None:
     (out_a, lse_a), (out_b, lse_b) = (_piece(q, piece) for piece in pieces[:2])
     out, lse = _piece(q, *pieces[:2])
-    got_out, got_lse = take(module.merge(out_a, lse_a, out_b, lse_b), "out", "lse")
+    with hint("must match the size of tensor", ONE_NUMBER.format("lse is", "the outputs are (B, H, C, D)")):
+        result = module.merge(out_a, lse_a, out_b, lse_b)
+    got_out, got_lse = take(result, "out", "lse")
 
     name = "the merged log-sum-exp"
     known = {
@@ -76,11 +85,18 @@ def _piece_backward(
     scores = q @ k.mT / q.shape[-1] ** 0.5
     own_p = scores.softmax(-1)
     p = own_p if softmax == "own" else (scores - lse[..., None]).exp()
-    whose = {"right": out, "own": own_p @ v, "none": torch.zeros_like(out)}[delta]
-    ds = p * (grad @ v.mT - (grad * whose).sum(-1, keepdim=True))
-    if scale == "right":
-        ds = ds / q.shape[-1] ** 0.5
-    return {"dq": ds @ k, "dk": ds.mT @ q, "dv": p.mT @ grad}
+    dp = grad @ v.mT
+    sums = {
+        "right": (grad * out).sum(-1, keepdim=True),
+        "own": (grad * (own_p @ v)).sum(-1, keepdim=True),
+        "share": (p * dp).sum(-1, keepdim=True),
+        "none": torch.zeros(()),
+        "of all": (grad * out).sum(),
+    }
+    ds = p * (dp - sums[delta])
+    root = q.shape[-1] ** 0.5
+    for_q, for_k = {"right": (root, root), "none": (1, 1), "q only": (root, 1), "k only": (1, root)}[scale]
+    return {"dq": ds @ k / for_q, "dk": ds.mT @ q / for_k, "dv": p.mT @ grad}
 
 
 SOFTMAX = {
@@ -96,9 +112,28 @@ DELTA = {
         "delta is made from the piece's own output instead of the merged one. "
         "delta sums p · dp over the keys of all pieces: which output knows of all of them?"
     ),
+    "share": (
+        "delta sums p · dp over this piece's keys only, but has to sum it over those of all pieces. This piece cannot "
+        "see the others' p: which two tensors of its arguments know the whole sum?"
+    ),
     "none": "delta is missing. Raising one score lowers all other probabilities: where does ds say so?",
+    "of all": (
+        "delta is one number for all queries together, but each query has its own softmax, and so its own delta. "
+        "Over which dimension is the sum, and which are to stay?"
+    ),
 }
-ROOT = {"right": "", "none": "The scores are divided by sqrt(D), but their gradient is not."}
+ROOT = {
+    "right": "",
+    "none": "The scores are divided by sqrt(D), but their gradient is not.",
+    "q only": (
+        "dq is divided by sqrt(D), but dk is not. The scores are q · k / sqrt(D): which of the two gradients comes "
+        "back through the division?"
+    ),
+    "k only": (
+        "dk is divided by sqrt(D), but dq is not. The scores are q · k / sqrt(D): which of the two gradients comes "
+        "back through the division?"
+    ),
+}
 
 
 @within("piece_backward")
@@ -106,7 +141,9 @@ def _check_piece_backward(module: ModuleType, grad: Tensor, q: Tensor, pieces: l
     out, lse = _piece(q, *pieces)
     for k, v in pieces:
         args = (grad, q, k, v, out, lse)
-        got = dict(zip(("dq", "dk", "dv"), take(module.piece_backward(*args), "dq", "dk", "dv"), strict=True))
+        with hint("must match the size of tensor", ONE_NUMBER.format("lse and delta are", "dp is (B, H, C, keys)")):
+            result = module.piece_backward(*args)
+        got = dict(zip(("dq", "dk", "dv"), take(result, "dq", "dk", "dv"), strict=True))
 
         def mistakes(args: tuple[Tensor, ...] = args) -> Mistakes:
             for chosen in sorted(product(SOFTMAX, DELTA, ROOT), key=lambda chosen: -chosen.count("right")):

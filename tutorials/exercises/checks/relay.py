@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import toy
-from ..diagnose import Mistakes, Values, close, compare, require
+from ..diagnose import Mistakes, Values, close, compare, count, hint, require
 from .common import RELAY, Edges, all_edges, check_loss_value, check_walk, random
 
 
@@ -87,17 +87,26 @@ class _ToySpy:
         self.chunks = chunks
         self.filled: list[int] = []
         self.rebuilt: list[int] = []
+        self.backwards = [0] * len(chunks)  # how often a backward has come to each chunk's weights
 
     def __call__(self, chunk: Tensor, memories: Sequence[Tensor], weights: Tensor) -> tuple[Tensor, Tensor]:
         j = next((j for j, x in enumerate(self.chunks) if torch.equal(x, chunk)), None)
         if j is None:
             raise AssertionError("f was called with a chunk that is none of x_1, …, x_k.")
+        fills = not torch.is_grad_enabled()
+        who = f"In the fill, chunk {j + 1}" if fills else f"Chunk {j + 1}"
+        there_are = "there is" if j == 1 else "there are"
+        question = (
+            "What has the fill kept by then, and does f get to see it?"
+            if fills
+            else "Which slice of the memories is m'_1, …, m'_{j-1}?"
+        )
         require(
             len(memories) == j,
-            f"Chunk {j + 1} was run with {len(memories)} memories, but there are {j} chunks before it. "
-            "Which slice of the memories is m'_1, …, m'_{j-1}?",
+            f"{who} was run with {count(len(memories), 'memory', 'memories')}, but {there_are} "
+            f"{count(j, 'chunk', 'chunks')} before it. {question}",
         )
-        if not torch.is_grad_enabled():
+        if fills:
             self.filled.append(j)
             return toy.f(chunk, memories, weights)
         require(
@@ -117,7 +126,13 @@ class _ToySpy:
                 f"When chunk {j + 1} is rebuilt, m'_{i + 1} does not require a gradient: nothing can be sent back to "
                 "it. Who has to say so, and when?",
             )
+        weights = weights.view_as(weights)  # this chunk's own, so that its backward can be told from the others'
+        if weights.requires_grad:
+            weights.register_hook(lambda grad: self._see_backward(j))
         return toy.f(chunk, memories, weights)
+
+    def _see_backward(self, j: int) -> None:
+        self.backwards[j] += 1
 
 
 def check_relay(module: ModuleType) -> None:
@@ -126,7 +141,9 @@ def check_relay(module: ModuleType) -> None:
     k = len(chunks)
     weights.requires_grad_()
     spy = _ToySpy(chunks)
-    total = module.seco(spy, chunks, weights)
+    words = "m'_j.grad is None until something is sent back to it, and nobody looks at m_k: what is its gradient then?"
+    with hint("can be implicitly created only for scalar outputs", words):
+        total = module.seco(spy, chunks, weights)
     require(
         spy.filled in (list(range(k)), list(range(k - 1))),
         f"The fill ran the chunks {[i + 1 for i in spy.filled]}; it has to run them in order, each once.",
@@ -136,6 +153,13 @@ def check_relay(module: ModuleType) -> None:
     name = "the gradient of the weights"
     right = _toy_gradient(all_edges(k))
     compare({name: weights.grad}, right, _relay_mistakes(k), "matrix row column")
+    for j, times in enumerate(spy.backwards):
+        require(
+            times < 2,
+            f"The gradient is right, but chunk {j + 1} went through {times} backward calls, one for its loss and one "
+            "for what was relayed: in between the graph has to be kept (retain_graph), and all of its work is done "
+            "twice. Can both go into one call of torch.autograd.backward?",
+        )
     with torch.no_grad():
         memories: list[Tensor] = []
         losses = []

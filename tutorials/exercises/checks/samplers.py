@@ -88,7 +88,7 @@ def _check_draws(name: str, draw: Callable[[torch.Generator | None], Draw], leng
     again = some(20)
     require(
         again == draws[:20],
-        f"{name}: two generators with the same seed gave different draws. Is `generator` passed on to the function "
+        "Two generators with the same seed gave different draws. Is `generator` passed on to the function "
         "that makes the random numbers? A run that is resumed has to draw the same chunks.",
     )
     untouched = torch.equal(before, torch.get_rng_state())
@@ -110,8 +110,7 @@ def _near(count: int, probability: float) -> bool:
 @within("bernoulli")
 def _check_bernoulli(module: ModuleType) -> None:
     rates = [0.2, 0.5, 0.8, 1.0]
-    name = "bernoulli"
-    draws = _check_draws(name, lambda generator: module.bernoulli(rates, generator), len(rates))
+    draws = _check_draws("It", lambda generator: module.bernoulli(rates, generator), len(rates))
     kept = [[entry is not None for entry in entries] for entries in draws]
     counts = [sum(column) for column in zip(*kept, strict=True)]
     flipped = all(_near(count, 1 - rate) for count, rate in zip(counts, rates, strict=True))
@@ -125,8 +124,8 @@ def _check_bernoulli(module: ModuleType) -> None:
     together = sum(row[0] and row[1] for row in kept)
     require(
         _near(together, rates[0] * rates[1]),
-        f"Every chunk is kept as often as it should be, but chunks 1 and 2 {together} times in {DRAWS} together, where "
-        f"independent coins give {DRAWS * rates[0] * rates[1]:.0f}. Does each chunk have its own coin?",
+        f"Every chunk is kept as often as it should be, but chunks 1 and 2 were kept together in {together} of {DRAWS} "
+        f"draws, where independent coins give {DRAWS * rates[0] * rates[1]:.0f}. Does each chunk have its own coin?",
     )
     for i, rate in enumerate(rates):
         found = {(entries[i].loss, entries[i].relay) for entries in draws if entries[i] is not None}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+import weakref
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
@@ -14,8 +16,13 @@ from minichunk.cache import Cache
 from minichunk.chunks import Chunk, check_batch, cut
 from minichunk.seco import fill, new_cache, rebuild
 
-from ..diagnose import Mistakes, Values, close, compare, require, within
+from ..diagnose import Mistakes, Values, close, compare, hint, require, within
 from .common import CHUNK_SIZE, IGNORE, RELAY, all_edges, batch, check_loss_value, check_walk, tiny_llama
+
+KEYS_AND_VALUES = (
+    "can be implicitly created only for scalar outputs",
+    "Its memory is here a list of keys and values, `written`: which list holds the gradients that belong to them?",
+)
 
 
 def _gradients(model: mc.Llama) -> Values:
@@ -55,16 +62,20 @@ class _Spy:
         self.filled: set[int] = set()
         self.rebuilt: list[int] = []
         self.cache: Cache | None = None
+        self.graphs: dict[int, weakref.ref[Callable[[Tensor], None]]] = {}  # by chunk: dead when its graph is
+        self.alive: list[int] = []  # the most chunks whose graphs lived at once
         run, write = model.run, model.write
 
         def spied_run(
             input_ids: Tensor, cache: Cache, chunks: Sequence[Chunk], recompute: bool = False
         ) -> tuple[Tensor, list[Tensor]]:
             self._see_rebuild(chunks[0], cache)
-            return run(input_ids, cache, chunks, recompute)
+            hidden, written = run(input_ids, cache, chunks, recompute)
+            self._see_graph(chunks[0], [hidden, *written])
+            return hidden, written
 
         def spied_write(input_ids: Tensor, cache: Cache, chunks: Sequence[Chunk]) -> list[Tensor]:
-            self._see_fill(chunks)
+            self._see_fill(chunks, cache)
             return write(input_ids, cache, chunks)
 
         model.run, model.write = spied_run, spied_write  # type: ignore[method-assign]
@@ -73,7 +84,46 @@ class _Spy:
         require(chunk in self.chunks, f"{chunk} is none of the chunks that cut(length, chunk_size) makes.")
         return self.chunks.index(chunk)
 
-    def _see_fill(self, chunks: Sequence[Chunk]) -> None:
+    def _see_cache(self, cache: Cache) -> None:
+        capacity = cache.layers[0].buffers()[0][0].shape[2]
+        require(
+            capacity >= self.chunks[self.last].start,
+            "The cache ends before the last chunk that is rebuilt: new_cache has room for all that lies before the "
+            "last chunk you name to it. Is the last chunk not rebuilt?",
+        )
+
+    def _see_graph(self, chunk: Chunk, results: Sequence[Tensor]) -> None:
+        def mark(grad: Tensor) -> None:  # a graph holds its hooks, so this function lives as long as the graph
+            pass
+
+        for result in results:
+            if result.requires_grad:
+                result.register_hook(mark)
+        self.graphs[self.chunks.index(chunk)] = weakref.ref(mark)
+        alive = self._alive()
+        if len(alive) > 2:
+            gc.collect()  # what is merely waiting for it does not count
+            alive = self._alive()
+        if len(alive) > len(self.alive):
+            self.alive = alive
+
+    def _alive(self) -> list[int]:
+        return sorted(i for i, graph in self.graphs.items() if graph() is not None)
+
+    def check_graphs(self) -> None:
+        """One chunk's graph, and that of the chunk before it in the walk, where variables still hold it."""
+        if len(self.alive) < 3:
+            return
+        now, *others, last = (str(i + 1) for i in self.alive)
+        raise AssertionError(
+            f"The gradient is right, but when chunk {now} was rebuilt, the graphs of the chunks "
+            f"{', '.join(others)} and {last} still lived: something holds their loss, or what they have "
+            "written, and in the end there are as many of them as chunks. SeCO has one at a time: what of a chunk is "
+            "needed after its backward, and who holds the rest?",
+        )
+
+    def _see_fill(self, chunks: Sequence[Chunk], cache: Cache) -> None:
+        self._see_cache(cache)
         for i in map(self._number, chunks):
             require(
                 i < self.last,
@@ -84,6 +134,7 @@ class _Spy:
 
     def _see_rebuild(self, chunk: Chunk, cache: Cache) -> None:
         j = self._number(chunk)
+        self._see_cache(cache)
         for i in sorted({*range(j)} - self.filled):
             raise AssertionError(
                 f"Chunk {j + 1} was rebuilt, but chunk {i + 1} had not been filled: chunk {j + 1} looks at keys and "
@@ -176,7 +227,8 @@ def _check_seco(module: ModuleType) -> None:
     model, oracle = tiny_llama(), tiny_llama()
     mc.full(oracle, input_ids, labels)
     spy = _Spy(model, chunks, len(chunks) - 1)
-    total = module.seco(model, input_ids, labels, CHUNK_SIZE)
+    with hint(*KEYS_AND_VALUES):
+        total = module.seco(model, input_ids, labels, CHUNK_SIZE)
     check_walk(spy.rebuilt, list(range(len(chunks))))
     compare(_gradients(model), _gradients(oracle), _seco_mistakes(input_ids, labels, counts))
     name = "the returned loss"
@@ -190,6 +242,7 @@ def _check_seco(module: ModuleType) -> None:
         ),
     ]
     check_loss_value(total, losses / n, mistakes)
+    spy.check_graphs()
 
     right = _gradients(oracle)
     module.seco(model, input_ids, labels, CHUNK_SIZE)
@@ -253,7 +306,8 @@ def _check_spaco(module: ModuleType) -> None:
     model, oracle = tiny_llama(), tiny_llama()
     mc.spaco(oracle, input_ids, labels, CHUNK_SIZE, sampler=lambda num_chunks, generator: entries)
     spy = _Spy(model, chunks, kept[-1])
-    total = module.spaco(model, input_ids, labels, CHUNK_SIZE, entries)
+    with hint(*KEYS_AND_VALUES):
+        total = module.spaco(model, input_ids, labels, CHUNK_SIZE, entries)
     check_walk(spy.rebuilt, kept)
     assert spy.cache is not None
     require(
@@ -266,6 +320,7 @@ def _check_spaco(module: ModuleType) -> None:
     unscaled = {"the returned loss": losses[kept].sum() / n}
     words = "The returned loss is not scaled by weight.loss: on average it would be too small."
     check_loss_value(total, factors * losses[kept] / n, [(words, unscaled)])
+    spy.check_graphs()
 
     model = tiny_llama()
     try:
