@@ -13,12 +13,13 @@ from .config import LlamaConfig
 def rope_tables(config: LlamaConfig, start: int, stop: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin of the rotation angles at positions `start` to `stop`: two (T, D/2).
 
-    Angles and results are float32 numbers, as Hugging Face's are, whatever the model's dtype; the
-    functions between them are float64's, whose last bit, which differs by machine, is then rounded away.
+    Angles and results are float32 numbers, found in Hugging Face's order, whatever the model's dtype. Power, sine and
+    cosine are float64's, rounded: float32's differ in the last bit from machine to machine, and far into a text that
+    is an angle.
     """
     D = config.head_dim
-    exponents = torch.arange(0, D, 2, dtype=torch.float64, device=like.device) / D
-    frequencies = (config.rope_theta**-exponents).float()  # (D/2)
+    exponents = torch.arange(0, D, 2, dtype=torch.float32, device=like.device) / D
+    frequencies = 1.0 / (config.rope_theta ** exponents.double()).float()  # (D/2)
     if config.rope_scaling is not None:
         rule = config.rope_scaling
         turns = rule.original_max_position_embeddings * frequencies / (2 * math.pi)

@@ -78,7 +78,8 @@ def attention_backward(do: Array, saved: Any) -> tuple[Array, Array, Array]:
 def rope_tables(config: dict[str, Any], T: int) -> tuple[Array, Array]:
     """cos and sin (T, D/2); angles and results are float32 numbers."""
     D = config["head_dim"]
-    f = (config["rope_theta"] ** -(np.arange(0, D, 2) / D)).astype(np.float32)
+    exponents = (np.arange(0, D, 2, dtype=np.float32) / np.float32(D)).astype(np.float64)
+    f = np.float32(1) / (config["rope_theta"] ** exponents).astype(np.float32)
     if rule := config.get("rope_scaling"):
         turns = rule["original_max_position_embeddings"] * f / np.float32(2 * math.pi)
         low, high = rule["low_freq_factor"], rule["high_freq_factor"]
