@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -164,6 +165,7 @@ def _step(model: Llama, ids: Tensor, setting: Setting, count: CountBytes) -> tup
     return cache_bytes, grad_bytes
 
 
+@functools.cache
 def forecast(setting: Setting) -> Forecast:
     """Run the step at two lengths beyond which memory grows linearly, and extend the line."""
     if setting.method not in METHODS:
