@@ -12,7 +12,6 @@ from tqdm import tqdm
 from .cache import Cache
 from .chunks import IGNORE, shift
 from .data import Document, check_vocabulary, collate, cut_documents, load_tokenizer, read_documents
-from .errors import InputError
 from .loss import token_losses
 from .model import Llama
 
@@ -83,16 +82,13 @@ def evaluate_files(
     """`minichunk evaluate`: print the loss by position. Raises InputError before anything is measured."""
     from .adapter import load_adapter
     from .chat import load_chat_template
-    from .options import DTYPES, SHIPPED_MODEL, check_device
+    from .options import DTYPES, SHIPPED_MODEL, check_choice, check_device, check_least, default_dtype
     from .pretrain import MEASURED_ON, novel
 
-    for name, value, least in (("seq-len", seq_len, 2), ("documents", documents, 1), ("chunk-size", chunk_size, 1)):
-        if value < least:
-            raise InputError(f"--{name} is {value}, but must be at least {least}")
+    check_least({"seq_len": (seq_len, 2), "documents": (documents, 1), "chunk_size": (chunk_size, 1)})
+    check_choice("dtype", dtype, DTYPES)
     device = check_device(device)
-    dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-    if dtype not in DTYPES:
-        raise InputError(f"--dtype is {dtype!r}, but must be one of {', '.join(DTYPES)}")
+    dtype = dtype or default_dtype(device)
     directory = model or str(SHIPPED_MODEL)
     tokenizer, chat = load_tokenizer(directory), load_chat_template(directory)
     llama = Llama.from_pretrained(directory, DTYPES[dtype], device, load_in_4bit)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .chunks import Chunk
 from .errors import InputError
-from .quantize import Linear4bit
+from .quantize import Linear4bit, is_in_4bit
 
 if TYPE_CHECKING:
     from .model import Llama
@@ -135,7 +135,7 @@ def merge_lora(model: Llama) -> None:
 
     Raises InputError for a 4-bit base, whose 16 levels would swallow the update.
     """
-    if any(isinstance(module, Linear4bit) for module in model.modules()):
+    if is_in_4bit(model):
         raise InputError(
             "a 4-bit base cannot take an adapter in: save_adapter(model, directory), load the model without "
             "load_in_4bit, load the adapter into that and merge it there"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,30 @@ def check_device(name: str | None) -> str:
     if name not in here:
         raise InputError(f"--device is {name!r}, but PyTorch sees only {', '.join(here)} here")
     return name
+
+
+def check_least(options: dict[str, tuple[float | None, float]]) -> None:
+    """Each option's value and its bound, None allowed. Raises InputError for one that is below."""
+    for name, (value, bound) in options.items():
+        if value is not None and value < bound:
+            raise InputError(f"--{name.replace('_', '-')} is {value}, but must be at least {bound}")
+
+
+def check_choice(name: str, value: str | None, allowed: Collection[str]) -> None:
+    """Raises InputError unless the option `name` has one of these values, or none."""
+    if value is not None and value not in allowed:
+        raise InputError(f"--{name.replace('_', '-')} is {value!r}, but must be one of {', '.join(allowed)}")
+
+
+def check_4bit(load_in_4bit: bool, rank: int) -> None:
+    """Raises InputError for a base in 4 bits without an adapter to train."""
+    if load_in_4bit and rank == 0:
+        raise InputError("--load-in-4bit freezes the base: it needs an adapter, --rank of at least 1")
+
+
+def default_dtype(device: str) -> str:
+    """The name of the dtype that a model has on this device unless told otherwise."""
+    return "bfloat16" if device.startswith("cuda") else "float32"
 
 
 @dataclass(frozen=True)
@@ -79,7 +104,7 @@ class TrainOptions:
             self,
             model=self.model or str(SHIPPED_MODEL),
             device=device,
-            dtype=self.dtype or ("bfloat16" if device.startswith("cuda") else "float32"),
+            dtype=self.dtype or default_dtype(device),
             lr=self.lr if self.lr is not None else self._default_lr(),
             warmup=self.warmup if self.warmup is not None else self.steps // 10,
             budget=self.budget or (max(1, num_chunks // 4) if self.method == "spaco" else None),
@@ -91,20 +116,14 @@ class TrainOptions:
         return 4e-3 if self.model is None else 3e-4  # a model of 3 million parameters takes larger steps
 
     def _check(self) -> None:
-        choices = {"method": METHODS, "sampler": SAMPLERS, "dtype": (None, *DTYPES)}
-        choices["cache_grad_dtype"] = (None, *DTYPES)
+        choices = {"method": METHODS, "sampler": SAMPLERS, "dtype": DTYPES, "cache_grad_dtype": DTYPES}
         for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                names = ", ".join(str(a) for a in allowed if a)
-                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)!r}, but must be one of {names}")
+            check_choice(name, getattr(self, name), allowed)
         least = {
             "seq_len": 2, "chunk_size": 1, "fill_size": self.chunk_size, "budget": 1, "steps": 1, "batch_size": 1,
             "accumulate": 1, "rank": 0, "save_every": 1, "eval_documents": 0, "warmup": 0, "seed": 0,
         }  # fmt: skip
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if value is not None and value < bound:
-                raise InputError(f"--{name.replace('_', '-')} is {value}, but must be at least {bound}")
+        check_least({name: (getattr(self, name), bound) for name, bound in least.items()})
         for name, value in (("lr", self.lr), ("cap", self.cap), ("alpha", self.alpha)):
             if value is not None and not 0 < value < float("inf"):
                 raise InputError(f"--{name} is {value}, but must be a number above 0")
@@ -120,8 +139,7 @@ class TrainOptions:
         chunked = [name for name in ("fill_size", "cache_grad_dtype", "offload") if getattr(self, name)]
         if self.method == "full" and chunked:
             raise InputError(f"--{chunked[0].replace('_', '-')} belongs to --method seco and spaco, not to full")
-        if self.load_in_4bit and self.rank == 0:
-            raise InputError("--load-in-4bit freezes the base: it needs an adapter, --rank of at least 1")
+        check_4bit(self.load_in_4bit, self.rank)
         if self.seed >= 2**32:
             raise InputError(f"--seed is {self.seed}, but must be below 2^32")
         if self.cap is not None and self.sampler != "paper":

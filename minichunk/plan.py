@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from .errors import InputError
 from .forecast import METHODS, Setting, forecast
-from .options import DTYPES
+from .options import DTYPES, check_4bit, check_choice, check_least
 from .report import human_bytes
 
 UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -98,19 +98,10 @@ def run_plan(
     json: bool,
 ) -> None:
     """`minichunk plan`: print the forecast. Raises InputError."""
-    for name, value in (("dtype", dtype), ("cache-grad-dtype", cache_grad_dtype)):
-        if value is not None and value not in DTYPES:
-            raise InputError(f"--{name} is {value!r}, but must be one of {', '.join(DTYPES)}")
-    for name, number, least in (
-        ("seq-len", seq_len, 2),
-        ("chunk-size", chunk_size, 1),
-        ("budget", budget, 1),
-        ("rank", rank, 0),
-    ):
-        if number is not None and number < least:
-            raise InputError(f"--{name} is {number}, but must be at least {least}")
-    if load_in_4bit and rank == 0:
-        raise InputError("--load-in-4bit freezes the base: it needs an adapter, --rank of at least 1")
+    check_choice("dtype", dtype, DTYPES)
+    check_choice("cache_grad_dtype", cache_grad_dtype, DTYPES)
+    check_least({"seq_len": (seq_len, 2), "chunk_size": (chunk_size, 1), "budget": (budget, 1), "rank": (rank, 0)})
+    check_4bit(load_in_4bit, rank)
     setting = Setting(
         model, method, chunk_size, budget, rank, tuple(targets), DTYPES[dtype],
         DTYPES[cache_grad_dtype] if cache_grad_dtype else None, not no_recompute, device=device,

@@ -68,13 +68,23 @@ class _Linear(torch.autograd.Function):
         return grad @ ctx.layer.weight_as(grad.dtype), None
 
 
+def is_stored_in_4bit(name: str) -> bool:
+    """Whether a 4-bit base stores the linear module of this name so: those of the layers, not the LM head."""
+    return name.startswith("model.layers.")
+
+
+def is_in_4bit(model: Llama) -> bool:
+    """Whether the model has a 4-bit base."""
+    return any(isinstance(module, Linear4bit) for module in model.modules())
+
+
 def quantize(model: Llama) -> None:
-    """Store the weights of the layers' linear modules in 4 bits: not those of embedding, norms and LM head.
+    """Store a model's linear layers in 4 bits.
 
     For measurements: from_pretrained does it while it loads.
     """
     check_bitsandbytes()
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name.startswith("model.layers."):
+        if isinstance(module, nn.Linear) and is_stored_in_4bit(name):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, Linear4bit(module.weight, module.bias))

@@ -15,7 +15,7 @@ from .errors import InputError
 from .files import open_tensors, read_json, write_json, write_tensors
 from .lora import adapters
 from .model import Llama
-from .quantize import Linear4bit, check_bitsandbytes
+from .quantize import Linear4bit, check_bitsandbytes, is_in_4bit, is_stored_in_4bit
 from .report import human_bytes
 
 _INDEX = "model.safetensors.index.json"
@@ -95,7 +95,7 @@ def check_room(what: str, needed: float, device: torch.device) -> None:
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor, load_in_4bit: bool) -> None:
     module_name, _, child = name.rpartition(".")
     module = model.get_submodule(module_name)
-    if load_in_4bit and child == "weight" and isinstance(module, nn.Linear) and module_name.startswith("model.layers."):
+    if load_in_4bit and child == "weight" and isinstance(module, nn.Linear) and is_stored_in_4bit(module_name):
         parent, _, own_name = module_name.rpartition(".")
         setattr(model.get_submodule(parent), own_name, Linear4bit(tensor, module.bias))
     else:
@@ -132,7 +132,7 @@ def save_pretrained(model: Llama, directory: str | Path) -> None:
             "the model has an unmerged LoRA adapter: call merge_lora(model) first to fold it in, "
             "or save_adapter(model, directory) to save it alone"
         )
-    if any(isinstance(module, Linear4bit) for module in model.modules()):
+    if is_in_4bit(model):
         raise InputError("a model in 4 bits is not written: load it without load_in_4bit first")
     if LlamaConfig.from_dict(model.config.to_dict()) != model.config:
         raise InputError(
