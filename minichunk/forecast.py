@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from .attention import BLOCK, FlashCUDA, use_kernel
+from .attention import BLOCK
 from .chunks import Chunk, check_batch, cut
 from .count import CountBytes
 from .errors import InputError
 from .full import full
+from .kernels import FlashCUDA, use_kernel
 from .model import Llama
 from .quantize import check_bitsandbytes
 from .seco import fill, new_cache, rebuild

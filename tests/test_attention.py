@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minichunk.attention import FlashCPU, FlashCUDA, Kernel, Plain, attend, pick_kernel
+from minichunk.attention import attend
 from minichunk.cache import LayerCache
 from minichunk.chunks import Chunk
+from minichunk.kernels import FlashCPU, FlashCUDA, Kernel, Plain, pick_kernel
 
 KERNELS = [Plain(), FlashCPU()]
 

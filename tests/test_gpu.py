@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import minichunk as mc
-from minichunk.attention import FlashCUDA, Plain, attend
+from minichunk.attention import attend
 from minichunk.cache import LayerCache
 from minichunk.chunks import Chunk
 from minichunk.forecast import Setting, step_memory
+from minichunk.kernels import FlashCUDA, Plain
 from minichunk.model import Llama
 from minichunk.shapes import random_model
 
