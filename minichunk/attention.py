@@ -14,7 +14,6 @@ Shapes: q (B, H, C, D); k, v (B, G, C or past, D); out (B, H, C, D); lse (B, H, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,24 +44,39 @@ def fold(x: Tensor, G: int) -> Tensor:
     return x.reshape(x.shape[0], G, -1, *x.shape[3:])
 
 
-@dataclass
-class _Past:
-    """What a chunk's attention holds by reference instead of saving: the cache and its place in it."""
+class Past:
+    """What a chunk's attention holds by reference instead of saving: a layer's memory and its place in it.
 
-    memory: LayerMemory
-    start: int
-    kernel: Kernel
+    keep: for a layer that recompute runs twice. The first run leaves the attention's output and log-sum-exp
+    here and the second takes them, so that only what lies before and after the attention is run again.
+    """
+
+    def __init__(self, memory: LayerMemory, start: int, keep: bool = False, kernel: Kernel | None = None) -> None:
+        self.memory, self.start, self.keep, self.kernel = memory, start, keep, kernel
+        self.kept: tuple[Tensor, Tensor] | None = None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of the chunk to itself, causally, and to everything before it.
+
+        q: (B, H, C, D). k, v: (B, G, C, D), the chunk's own. Returns (B, H, C, D).
+
+        Backward adds the gradients of the past's keys and values to the memory, in place, instead of
+        returning them: they are the relay of Algorithm 1.
+        """
+        return _ChunkAttention.apply(q, k, v, self)
 
 
 class _ChunkAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, past: _Past) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, past: Past) -> Tensor:
         q, k, v = _rows(q), _rows(k), _rows(v)
-        out, lse = past.kernel.forward(q, k, v, causal=True)
-        for _, keys, values in past.memory.pieces(past.start, max(1, past.start)):  # in one piece, if it can be had
-            out_past, lse_past = past.kernel.forward(fold(q, k.shape[1]), keys, values, causal=False)
-            out, lse = merge(out, lse, out_past.reshape(out.shape), lse_past.reshape(lse.shape))
-        out = out.to(q.dtype)
+        kernel = ctx.kernel = past.kernel or pick_kernel(q)
+        if past.kept is None:
+            out, lse = _forward(q, k, v, past, kernel)
+        else:
+            out, lse = (x.detach() for x in past.kept)
+        if past.keep:
+            past.kept = (out.detach(), lse)  # detached: what is returned will hold this node, which holds `past`
         ctx.save_for_backward(q, k, v, out, lse)  # one chunk, however long the past
         ctx.past = past
         return out
@@ -71,26 +85,30 @@ class _ChunkAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = _rows(grads[0])
         q, k, v, out, lse = ctx.saved_tensors
-        past: _Past = ctx.past
-        dq, dk, dv = past.kernel.backward(grad, q, k, v, out, lse, causal=True)
+        past: Past = ctx.past
+        kernel: Kernel = ctx.kernel
+        dq, dk, dv = kernel.backward(grad, q, k, v, out, lse, causal=True)
         # The same projections made the past's keys and values: they need gradients if ours do.
         sends_back = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        grad, q, out, lse = (fold(x, k.shape[1]) for x in (grad, q, out, lse))
+        grad, q, out, lse = kernel.prepare(*(fold(x, k.shape[1]) for x in (grad, q, out, lse)))
+        total = dq.to(lse.dtype)  # summed over the blocks in float32 or wider, and rounded once
         for start, keys, values in past.memory.pieces(past.start, BLOCK):
-            dq_past, dk_past, dv_past = past.kernel.backward(grad, q, keys, values, out, lse, causal=False)
-            dq = dq + dq_past.reshape(dq.shape)
+            dq_past, dk_past, dv_past = kernel.backward(grad, q, keys, values, out, lse, causal=False)
+            total += dq_past.reshape(dq.shape)
             if sends_back:
                 past.memory.add_grads(start, dk_past, dv_past)
             del dq_past, dk_past, dv_past  # or they would live on beside the next block's
-        return dq, dk, dv, None
+        return total.to(dq.dtype), dk, dv, None
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, past: Past, kernel: Kernel) -> tuple[Tensor, Tensor]:
+    out, lse = kernel.forward(q, k, v, causal=True)
+    for _, keys, values in past.memory.pieces(past.start, kernel.piece or max(1, past.start)):
+        out_past, lse_past = kernel.forward(fold(q, k.shape[1]), keys, values, causal=False)
+        out, lse = merge(out, lse, out_past.reshape(out.shape), lse_past.reshape(lse.shape))
+    return out.to(q.dtype), lse
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, memory: LayerMemory, start: int, kernel: Kernel | None = None) -> Tensor:
-    """Attention of the chunk at `start` to itself, causally, and to everything before it.
-
-    q: (B, H, C, D). k, v: (B, G, C, D), the chunk's own. Returns (B, H, C, D).
-
-    Backward adds the gradients of the past's keys and values to `memory`, in place, instead of
-    returning them: they are the relay of Algorithm 1.
-    """
-    return _ChunkAttention.apply(q, k, v, _Past(memory, start, kernel or pick_kernel(q)))
+    """`Past.attend` for a single call: q (B, H, C, D), k and v (B, G, C, D) of the chunk at `start`."""
+    return Past(memory, start, kernel=kernel).attend(q, k, v)

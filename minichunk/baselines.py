@@ -24,7 +24,18 @@ class ConcatenatingLayer:
     def __init__(self) -> None:
         self.chunks: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+    def past(self, start: int, keep: bool) -> ConcatenatingPast:
+        return ConcatenatingPast(self, start)
+
+
+class ConcatenatingPast:
+    """What a chunk sees of it."""
+
+    def __init__(self, memory: ConcatenatingLayer, start: int) -> None:
+        self.chunks, self.start = memory.chunks, start
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        start = self.start
         past = [pair for first, pair in sorted(self.chunks.items()) if first < start]
         k = torch.cat([*(keys for keys, _ in past), k], dim=2)
         v = torch.cat([*(values for _, values in past), v], dim=2)

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .attention import attend
+from .attention import Past
 from .chunks import Chunk
 from .config import LlamaConfig
 
@@ -20,8 +20,8 @@ from .config import LlamaConfig
 class LayerMemory(Protocol):
     """What a layer's memory is asked; attention.py and Cache ask nothing else."""
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
-        """Attention of the chunk at `start`, (B, H, C, D), to itself and to all positions before it."""
+    def past(self, start: int, keep: bool) -> Past:
+        """What the chunk at `start` sees of it; keep: for a layer that recompute runs again, see Past."""
 
     def write(self, start: int, keys: Tensor, values: Tensor) -> None:
         """Store the keys and values (B, G, C, D) of the chunk at `start`."""
@@ -64,8 +64,8 @@ class LayerCache:
         self.key_grads = like.new_zeros((B, G, room, D), dtype=grad_dtype)
         self.value_grads = like.new_zeros((B, G, room, D), dtype=grad_dtype)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
-        return attend(q, k, v, self, start)
+    def past(self, start: int, keep: bool) -> Past:
+        return Past(self, start, keep)
 
     def write(self, start: int, keys: Tensor, values: Tensor) -> None:
         rows = slice(start, start + keys.shape[2])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,20 +14,38 @@ from torch import Tensor
 aten = torch.ops.aten
 
 
-class Kernel(Protocol):
-    """Attention of q to k and v, all of them or (`causal`, equally many) up to the own position."""
+class Kernel:
+    """Attention of q to k and v, all of them or (`causal`, equally many) up to the own position.
+
+    piece: positions of the past that `forward` may be given at once; None: any number.
+    """
+
+    piece: int | None = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
         """Return out and lse."""
+        raise NotImplementedError
+
+    def prepare(self, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+        """The same as `backward` wants it, once for all blocks of the past."""
+        return grad, q, out, lse
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of q, k and v."""
+        raise NotImplementedError
 
 
-class Plain:
+def _rows_first(x: Tensor) -> Tensor:
+    """x (B, H, C, D), in memory as (B, C, H, D): the flash kernels copy what has another order."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+class Plain(Kernel):
     """Softmax attention written out: any dtype, any device, C x past scores in memory."""
+
+    piece = 2048
 
     def scores(self, q: Tensor, k: Tensor, causal: bool) -> Tensor:
         B, H, C, D = q.shape
@@ -61,29 +78,35 @@ class Plain:
         return dq, dk, dv
 
 
-class FlashCPU:
+class FlashCPU(Kernel):
     """PyTorch's flash kernel for the CPU: float64, float32, bfloat16."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
 
+    def prepare(self, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+        # The kernel gives whole heads to the cores, and few heads leave cores idle: `backward` cuts the past
+        # into pieces, as if they were other sequences of the batch, which share their queries.
+        pieces = 1 if q.shape[0] > 1 else 4
+        grad, q, out, lse = (x.expand(pieces, *x.shape[1:]) if pieces > 1 else x for x in (grad, q, out, lse))
+        return _rows_first(grad), q, out, lse
+
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # The kernel gives whole heads to the cores, and few heads leave cores idle: cut the past into
-        # pieces, as if they were other sequences of the batch, which share their queries.
-        pieces = 1 if causal or q.shape[0] > 1 or k.shape[2] % 4 else 4
+        B, pieces = k.shape[0], q.shape[0] // k.shape[0]
+        if k.shape[2] % pieces:
+            grad, q, out, lse, pieces = grad[:B], q[:B], out[:B], lse[:B], 1
         if pieces > 1:
             k, v = (x[0].unflatten(1, (pieces, -1)).transpose(0, 1) for x in (k, v))  # (pieces, G, past/pieces, D)
-            grad, q, out, lse = (x.expand(pieces, *x.shape[1:]) for x in (grad, q, out, lse))
         dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal)
         if pieces > 1:
-            dq = dq.sum(0, keepdim=True)
+            dq = dq.sum(0, keepdim=True, dtype=lse.dtype)
             dk, dv = (x.transpose(0, 1).flatten(1, 2)[None] for x in (dk, dv))
         return dq, dk, dv
 
 
-class FlashCUDA:
+class FlashCUDA(Kernel):
     """PyTorch's flash kernel for CUDA: bfloat16 and float16, heads before positions."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
@@ -91,6 +114,9 @@ class FlashCUDA:
         lengths = (None, None, q.shape[1], k.shape[1])
         out, lse, *_ = aten._flash_attention_forward(q, k, v, *lengths, 0.0, causal, False)
         return out.transpose(1, 2), lse
+
+    def prepare(self, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+        return _rows_first(grad), q, _rows_first(out), lse
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
@@ -28,11 +29,18 @@ class DropoutMasks:
     """
 
     def __init__(self) -> None:
-        self.select(None, ())
+        self.seed: int | None = None
+        self.chunks: Sequence[Chunk] = ()
 
-    def select(self, seed: int | None, chunks: Sequence[Chunk]) -> None:
-        """From now on: the masks of `chunks`, one after the other. No seed: ordinary dropout."""
-        self.seed, self.chunks = seed, list(chunks)
+    @contextmanager
+    def of(self, seed: int | None, chunks: Sequence[Chunk]) -> Iterator[None]:
+        """Within the block: the masks of `chunks`, one after the other. No seed, or outside: ordinary dropout."""
+        previous = self.seed, self.chunks
+        self.seed, self.chunks = seed, chunks
+        try:
+            yield
+        finally:
+            self.seed, self.chunks = previous
 
     def draw(self, x: Tensor, module: str, rate: float) -> Tensor:
         """A mask for x (B, T, ·): 0 with probability `rate`, else 1 / (1 - rate)."""

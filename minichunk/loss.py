@@ -1,7 +1,15 @@
-"""Next-token loss in tiles, so that the logits of a chunk never exist at once."""
+"""Next-token loss in tiles, so that the logits of a chunk never exist at once.
+
+A tile is all tokens by a part of the vocabulary: each part of the LM head is read for all tokens together, however
+few fit into a tile of whole rows (65 at a vocabulary of 128,256). The softmax needs all of a row, so the tiles are
+computed twice: first for the log-sum-exp, then, last one first, for the gradient.
+
+Shapes: N tokens (B*C), E hidden size, V vocabulary; hidden (N, E), weight (V, E), targets int64 (N).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,34 +17,32 @@ from torch import Tensor
 
 from .chunks import IGNORE
 
-_TILE_ELEMENTS = 1 << 23  # logits alive at once: 32 MiB in float32
+_TILE_ELEMENTS = 1 << 24  # logits alive at once: 64 MiB in float32
 
 
 class _SummedLoss(torch.autograd.Function):
-    """Forward computes the gradient too: the logits are at hand, and are then gone."""
+    """Forward computes the gradient too: the last tile's logits are at hand, and none are saved."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        losses, lse, logits = _token_losses(hidden, weight, targets)
         needs_hidden, needs_weight, _ = ctx.needs_input_grad
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        total = hidden.new_zeros((), dtype=wide)
-        dhidden = torch.empty_like(hidden) if needs_hidden else None
-        dweight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
-        for rows in _tiles(hidden, weight):
-            h, t = hidden[rows], targets[rows]
-            losses, logits, lse = _token_losses(h, weight, t)
-            total += losses.sum()
-            if dhidden is None and dweight is None:
-                continue
+        dhidden = torch.zeros_like(hidden, dtype=lse.dtype) if needs_hidden else None
+        dweight = torch.zeros_like(weight, dtype=lse.dtype) if needs_weight else None
+        tiles = list(_tiles(hidden, weight, targets)) if needs_hidden or needs_weight else []
+        for columns, index, inside in reversed(tiles):
+            logits = _logits(hidden, weight[columns]) if logits is None else logits
             p = logits.sub_(lse[:, None]).exp_()  # softmax, in place of the logits
-            p.scatter_add_(1, t.clamp(min=0)[:, None], p.new_full((len(t), 1), -1.0))
-            dlogits = p.mul_((t != IGNORE)[:, None]).to(hidden.dtype)  # (tile, V)
+            p.scatter_add_(1, index, -inside.to(p.dtype))
+            dlogits = p.mul_((targets != IGNORE)[:, None]).to(hidden.dtype)  # (N, columns)
             if dhidden is not None:
-                dhidden[rows] = dlogits @ weight
+                dhidden += dlogits @ weight[columns]
             if dweight is not None:
-                dweight += dlogits.T @ h
-        ctx.save_for_backward(dhidden, dweight)
-        return total
+                dweight[columns] = dlogits.T @ hidden
+            del p, dlogits
+            logits = None
+        ctx.save_for_backward(dhidden if dhidden is None else dhidden.to(hidden.dtype), dweight)
+        return losses.sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -49,17 +55,31 @@ class _SummedLoss(torch.autograd.Function):
         )
 
 
-def _tiles(hidden: Tensor, weight: Tensor) -> list[slice]:
-    size = max(1, _TILE_ELEMENTS // weight.shape[0])
-    return [slice(start, start + size) for start in range(0, hidden.shape[0], size)]
+def _tiles(hidden: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """For each tile its columns, the column of each target in it (N, 1), and whether the target is in it (N, 1)."""
+    V, size = weight.shape[0], max(1, _TILE_ELEMENTS // hidden.shape[0])
+    for start in range(0, V, size):
+        stop = min(start + size, V)
+        inside = (targets >= start) & (targets < stop)
+        yield slice(start, stop), (targets - start).clamp(0, stop - start - 1)[:, None], inside[:, None]
 
 
-def _token_losses(h: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss of each row (0 without a target), the logits (rows, V) and their log-sum-exp."""
-    logits = (h @ weight.T).to(torch.promote_types(h.dtype, torch.float32))
-    lse = logits.logsumexp(-1)
-    picked = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-    return (lse - picked) * (targets != IGNORE), logits, lse
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    return (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+def _token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Loss of each token (N), 0 without a target; the log-sum-exps (N); and the last tile's logits."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    lse = hidden.new_full(targets.shape, -torch.inf, dtype=wide)
+    picked = hidden.new_zeros(targets.shape, dtype=wide)
+    logits = None
+    for columns, index, inside in _tiles(hidden, weight, targets):
+        del logits  # so that the next tile takes the place of this one
+        logits = _logits(hidden, weight[columns])
+        lse = torch.logaddexp(lse, logits.logsumexp(-1))
+        picked += logits.gather(1, index).where(inside, 0)[:, 0]
+    return (lse - picked) * (targets != IGNORE), lse, logits
 
 
 def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -74,6 +94,4 @@ def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 @torch.no_grad()
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """As `summed_loss`, but each token's own loss (B, C), 0 without a target, and no gradient."""
-    flat, t = hidden.flatten(0, 1), targets.flatten()
-    losses = [_token_losses(flat[rows], weight, t[rows])[0] for rows in _tiles(flat, weight)]
-    return torch.cat(losses).view(targets.shape)
+    return _token_losses(hidden.flatten(0, 1), weight, targets.flatten())[0].view(targets.shape)

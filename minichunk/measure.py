@@ -16,7 +16,7 @@ from .cache import Cache
 from .chunks import check_batch, cut, shift
 from .full import full
 from .loss import token_losses
-from .model import Llama
+from .model import Llama, Recompute
 from .operations import operations, peak_of
 from .options import DTYPES
 from .report import peak_memory
@@ -148,7 +148,8 @@ def _operations(case: Case, model: Llama) -> dict[str, float] | None:
     """Those of the step, where we know them."""
     chunks = cut(case.tokens, case.chunk_size)
     if case.method in ("full", "full-recompute"):
-        return operations(model, [], cut(case.tokens, case.tokens), case.method == "full-recompute")
+        recompute: Recompute = "all" if case.method == "full-recompute" else False
+        return operations(model, [], cut(case.tokens, case.tokens), recompute)
     if case.method in ("seco", "spaco"):
         weights = _entries(case, case.tokens)
         kept = [chunk for chunk, weight in zip(chunks, weights, strict=True) if weight is not None]

@@ -6,19 +6,23 @@ E hidden size, V vocabulary. Parameter names are Hugging Face's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .cache import Cache, LayerCache
+from .attention import Past
+from .cache import Cache
 from .chunks import Chunk, cut
 from .config import LlamaConfig
 from .lora import DropoutMasks
 from .rope import rope_tables, rotate
+
+Recompute = bool | Literal["all"]
 
 
 class RMSNorm(nn.Module):
@@ -57,17 +61,17 @@ class Attention(nn.Module):
         return rotate(k, rope), v
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], memory: LayerCache | None, start: int
+        self, x: Tensor, rope: tuple[Tensor, Tensor], past: Past | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         q = self.heads(self.q_proj(x))  # (B, H, T, D)
         if self.qk_norm:
             q = self.q_norm(q)
         q = rotate(q, rope)
         k, v = self.keys_values(x, rope)
-        if memory is None:  # the whole sequence at once: ordinary attention, nothing of ours
+        if past is None:  # the whole sequence at once: ordinary attention, nothing of ours
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
-            y = memory.attend(q, k, v, start)
+            y = past.attend(q, k, v)
         y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H*D)
         return self.o_proj(y), (k, v)
 
@@ -93,11 +97,15 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], memory: LayerCache | None, start: int
+        self, x: Tensor, rope: tuple[Tensor, Tensor], past: Past | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        y, written = self.self_attn(self.input_layernorm(x), rope, memory, start)
+        y, written = self.self_attn(self.input_layernorm(x), rope, past)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), written
+
+    def keys_values(self, x: Tensor, rope: tuple[Tensor, Tensor], past: Past | None) -> tuple[Tensor, Tensor]:
+        """What `forward` writes, and no more."""
+        return self.self_attn.keys_values(self.input_layernorm(x), rope)
 
 
 class Decoder(nn.Module):
@@ -159,26 +167,29 @@ class Llama(nn.Module):
         input_ids: Tensor,
         cache: Cache | None = None,
         chunks: Sequence[Chunk] = (),
-        recompute: bool = False,
+        recompute: Recompute = False,
     ) -> tuple[Tensor, list[Tensor]]:
         """Run some tokens, on top of the cache if there is one.
 
         input_ids: int64 (B, T). cache: keys and values of all positions before; read, not written.
         chunks: the adjacent chunks that these tokens are, where there is a cache.
-        recompute: keep only the layers' inputs for the backward pass and run each layer again there.
+        recompute: keep only the layers' inputs for the backward pass and run each layer again there; True keeps
+        what attention over the cache returned too, "all" runs that again as well.
 
         Returns the last layer's normalized output (B, T, E) and what these tokens write into the
         cache: keys and values of each layer in turn, each (B, G, T, D).
         """
-        x, rope, start = self._begin(input_ids, cache, chunks)
+        x, rope, start = self._begin(input_ids, chunks)
+        seed = cache.dropout_seed if cache is not None else None
         written: list[Tensor] = []
         for i, layer in enumerate(self.model.layers):
-            memory = cache.layers[i] if cache is not None else None
+            past = cache.layers[i].past(start, keep=recompute is True) if cache is not None else None
+            arguments = (layer, x, rope, past, seed, chunks)
             if recompute:
                 # On top of a cache dropout draws its masks from seeds: no generator's state to replay.
-                x, kv = checkpoint(layer, x, rope, memory, start, use_reentrant=False, preserve_rng_state=cache is None)
+                x, kv = checkpoint(self._layer, *arguments, use_reentrant=False, preserve_rng_state=cache is None)
             else:
-                x, kv = layer(x, rope, memory, start)
+                x, kv = self._layer(*arguments)
             written += kv
         return self.model.norm(x), written
 
@@ -188,14 +199,14 @@ class Llama(nn.Module):
 
         The last layer stops at its keys and values; there is no final norm and no LM head.
         """
-        x, rope, start = self._begin(input_ids, cache, chunks)
+        x, rope, start = self._begin(input_ids, chunks)
         written: list[Tensor] = []
         *layers, last = self.model.layers
         for layer, memory in zip(layers, cache.layers, strict=False):
-            x, kv = layer(x, rope, memory, start)
+            x, kv = self._layer(layer, x, rope, memory.past(start, keep=False), cache.dropout_seed, chunks)
             written += kv
         assert isinstance(last, Layer)
-        written += last.self_attn.keys_values(last.input_layernorm(x), rope)
+        written += self._layer(last.keys_values, x, rope, None, cache.dropout_seed, chunks)
         return written
 
     @torch.no_grad()
@@ -210,14 +221,25 @@ class Llama(nn.Module):
             cache.write(chunk.start, written)
             yield rows, hidden
 
-    def _begin(
-        self, input_ids: Tensor, cache: Cache | None, chunks: Sequence[Chunk]
-    ) -> tuple[Tensor, tuple[Tensor, Tensor], int]:
-        start = chunks[0].start if cache is not None else 0
-        if self.dropout_masks is not None:
-            self.dropout_masks.select(cache.dropout_seed if cache is not None else None, chunks)
+    def _begin(self, input_ids: Tensor, chunks: Sequence[Chunk]) -> tuple[Tensor, tuple[Tensor, Tensor], int]:
+        start = chunks[0].start if chunks else 0
         x = self.model.embed_tokens(input_ids)  # (B, T, E)
         return x, rope_tables(self.config, start, start + input_ids.shape[1], x), start
+
+    def _layer(
+        self,
+        layer: Callable[[Tensor, tuple[Tensor, Tensor], Past | None], Any],
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        past: Past | None,
+        seed: int | None,
+        chunks: Sequence[Chunk],
+    ) -> Any:
+        """One layer; its dropouts draw the masks of these chunks, also when recompute runs it again."""
+        if self.dropout_masks is None:
+            return layer(x, rope, past)
+        with self.dropout_masks.of(seed, chunks):
+            return layer(x, rope, past)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits (B, T, V) of a whole sequence, without a cache."""

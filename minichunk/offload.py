@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .attention import BLOCK, attend
+from .attention import BLOCK, Past
 from .chunks import Chunk
 
 
@@ -109,8 +109,8 @@ class OffloadedLayer:
         self.starts = [chunk.start for chunk in kept]
         self.grads = [stage.host(stop - start, stage.grad_dtype, zero=True) for start, stop in kept]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
-        return attend(q, k, v, self, start)
+    def past(self, start: int, keep: bool) -> Past:
+        return Past(self, start, keep)
 
     def write(self, start: int, keys: Tensor, values: Tensor) -> None:
         rows = torch.stack((keys, values)).permute(3, 0, 1, 2, 4).contiguous()  # (C, 2, B, G, D)

@@ -10,7 +10,7 @@ from torch import Tensor
 from .cache import Cache
 from .chunks import Chunk, check_batch, check_fill_size, cut
 from .loss import summed_loss
-from .model import Llama
+from .model import Llama, Recompute
 
 
 def seco(
@@ -21,7 +21,7 @@ def seco(
     *,
     fill_size: int | None = None,
     num_targets: float | None = None,
-    recompute: bool = False,
+    recompute: Recompute = False,
     cache_grad_dtype: torch.dtype | None = None,
     offload: bool = False,
 ) -> Tensor:
@@ -33,7 +33,8 @@ def seco(
     chunk_size: tokens whose activations are in memory at once; any number from 1.
     fill_size: tokens per forward pass of the fill, rounded down to whole chunks; None: one chunk.
     num_targets: divides the summed loss instead of the count of valid targets, for gradient accumulation.
-    recompute: within a chunk, keep only the layers' inputs and run each layer again for its backward.
+    recompute: within a chunk, keep only the layers' inputs and what attention returned, and run the rest of each
+        layer again for its backward; "all": run attention over the whole past again too.
     cache_grad_dtype: of the sum of gradients sent back to keys and values; None: float32, or the model's if wider.
     offload: keep keys, values and their gradients in host memory; the device holds two blocks of them at a time.
     Raises InputError for a batch or a size that does not fit.
@@ -78,7 +79,7 @@ def fill(model: Llama, input_ids: Tensor, chunks: Sequence[Chunk], cache: Cache,
 
 
 def rebuild(
-    model: Llama, input_ids: Tensor, targets: Tensor, chunk: Chunk, cache: Cache, recompute: bool = False
+    model: Llama, input_ids: Tensor, targets: Tensor, chunk: Chunk, cache: Cache, recompute: Recompute = False
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Lines 5 and 6: one chunk again, with its graph, on top of the cache.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .chunks import check_batch, check_fill_size, cut
 from .errors import InputError
-from .model import Llama
+from .model import Llama, Recompute
 from .samplers import Bernoulli, Weight
 from .seco import fill, new_cache, rebuild
 
@@ -28,7 +28,7 @@ def spaco(
     generator: torch.Generator | None = None,
     fill_size: int | None = None,
     num_targets: float | None = None,
-    recompute: bool = False,
+    recompute: Recompute = False,
     cache_grad_dtype: torch.dtype | None = None,
     offload: bool = False,
 ) -> Tensor:

@@ -65,7 +65,7 @@ def _train(options: TrainOptions, resumed: Run | None, before: list[Span] | None
     run = resumed or Run.new(options.output)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    recompute = options.recompute if options.recompute is not None else total >= LARGE
+    recompute = options.recompute_attention or total >= LARGE if options.recompute is None else options.recompute
     options = replace(options, output=str(run.directory), recompute=recompute)
     say(f"model   {options.model}: {total:,} parameters, {trainable:,} of them trained, {options.dtype}")
     say(f"data    {line}")
@@ -147,6 +147,8 @@ def make_gradient(options: TrainOptions) -> Callable[[Llama, Tensor, Tensor, int
         if options.method == "full":
             return full(model, input_ids, labels, **arguments)
         grad_dtype = DTYPES[options.cache_grad_dtype] if options.cache_grad_dtype else None
+        if options.recompute_attention:
+            arguments["recompute"] = "all"
         arguments |= {"chunk_size": options.chunk_size, "fill_size": options.fill_size, "cache_grad_dtype": grad_dtype}
         arguments["offload"] = options.offload
         if options.method == "seco":

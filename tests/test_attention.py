@@ -78,6 +78,18 @@ def test_lower_precision(kernel: Kernel, dtype: torch.dtype, bound: float) -> No
         assert float((got - expected).norm() / expected.norm()) < bound
 
 
+def test_many_blocks_are_as_exact_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A query's gradient is a sum over the blocks of the past: in bfloat16 it would drift with their number."""
+    errors: dict[int, float] = {}
+    for block in (1024, 8):  # 1 block and 128
+        monkeypatch.setattr("minichunk.attention.BLOCK", block)
+        for name, (got, expected) in zip(
+            ["out", "dq", "dk", "dv"], run(FlashCPU(), 1, 4, 2, 16, 1024, 32, torch.bfloat16, True)
+        ):
+            errors[name, block] = float((got - expected).norm() / expected.norm())
+    assert errors["dq", 8] < 1.25 * errors["dq", 1024]
+
+
 def test_heads_of_which_the_numbers_are_not_side_by_side() -> None:
     """A concatenation may choose such strides (seen with a head size of 2); the kernels assume otherwise."""
     x = torch.randn(1, 2, 2, 4, dtype=torch.float64).transpose(2, 3)  # (B, H, D, C) in memory

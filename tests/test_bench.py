@@ -55,6 +55,8 @@ def test_operations_by_hand(model_directory: Path) -> None:
     add_lora(model, 2)
     adapter = 2 * 2 * ((8 + 16) + (8 + 8))
     frozen = operations(model, [], cut(10, 10), recompute=True)
+    assert frozen["attention"] == pairs * 4 * 4 * 4 * 2 * (1 + 2.5)  # its output is kept
+    assert operations(model, [], cut(10, 10), recompute="all")["attention"] == pairs * 4 * 4 * 4 * 2 * (1 + 1 + 2.5)
     assert frozen["linear"] == 10 * (6 * linear + 8 * adapter + 4 * 300 * 8)
     assert peak_of("NVIDIA H200") == 989e12
     assert peak_of("an abacus") is None

@@ -76,8 +76,8 @@ def test_masks_are_those_of_the_chunk_the_module_and_the_seed() -> None:
     masks = DropoutMasks()
 
     def draw(seed: int, module: str, *chunks: Chunk) -> torch.Tensor:
-        masks.select(seed, chunks)
-        return masks.draw(x[:, : chunks[-1].stop - chunks[0].start], module, 0.5)
+        with masks.of(seed, chunks):
+            return masks.draw(x[:, : chunks[-1].stop - chunks[0].start], module, 0.5)
 
     whole = draw(1, "a", Chunk(0, 4), Chunk(4, 6))
     assert torch.equal(whole[:, 4:], draw(1, "a", Chunk(4, 6)))
@@ -94,8 +94,8 @@ def test_dropout_drops_at_its_rate_and_only_in_training() -> None:
     model = with_adapter(dropout=0.25)
     masks = model.dropout_masks
     assert masks is not None
-    masks.select(3, [Chunk(0, 400)])
-    mask = masks.draw(torch.zeros(2, 400, 100), "m", 0.25)
+    with masks.of(3, [Chunk(0, 400)]):
+        mask = masks.draw(torch.zeros(2, 400, 100), "m", 0.25)
     assert abs(float((mask == 0).float().mean()) - 0.25) < 0.01
     ids = torch.arange(9)[None]
     assert not torch.equal(model(ids), model(ids))

@@ -10,7 +10,7 @@ from minichunk import loss as loss_module
 from minichunk.loss import summed_loss, token_losses
 
 
-@pytest.fixture(params=[1, 3 * 29, 1 << 23], ids=["a row at a time", "three rows", "all at once"])
+@pytest.fixture(params=[1, 10 * 3, 1 << 24], ids=["a column at a time", "three columns", "all at once"])
 def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "_TILE_ELEMENTS", request.param)
 
@@ -42,9 +42,23 @@ def test_no_targets_no_gradient() -> None:
 
 
 def test_logits_of_a_chunk_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "_TILE_ELEMENTS", 4 * 100)
-    rows = []
-    original = loss_module._token_losses
-    monkeypatch.setattr(loss_module, "_token_losses", lambda h, w, t: rows.append(len(h)) or original(h, w, t))
+    """Every tile has all tokens, so that each part of the head is read for all of them together."""
+    monkeypatch.setattr(loss_module, "_TILE_ELEMENTS", 10 * 40)
+    shapes = []
+    original = loss_module._logits
+    monkeypatch.setattr(loss_module, "_logits", lambda h, w: shapes.append((len(h), len(w))) or original(h, w))
     summed_loss(torch.randn(1, 10, 3, requires_grad=True), torch.randn(100, 3), torch.randint(100, (1, 10)))
-    assert rows == [4, 4, 2]
+    assert shapes == [(10, 40), (10, 40), (10, 20), (10, 40), (10, 40)]  # the last tile is still there
+
+
+def test_bfloat16_is_as_exact_in_tiles_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight, targets = torch.randn(1, 50, 16), torch.randn(640, 16), torch.randint(640, (1, 50))
+    errors = []
+    for elements in (1 << 24, 50 * 10):  # 64 tiles
+        monkeypatch.setattr(loss_module, "_TILE_ELEMENTS", elements)
+        half = hidden.bfloat16().requires_grad_()
+        summed_loss(half, weight.bfloat16(), targets).backward()
+        wide = half.detach().double().requires_grad_()
+        summed_loss(wide, weight.bfloat16().double(), targets).backward()
+        errors.append(float((half.grad - wide.grad).norm() / wide.grad.norm()))
+    assert errors[1] < 1.1 * errors[0] < 0.02

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -11,9 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minichunk as mc
-from minichunk.cache import LayerCache
+from minichunk.attention import Past
 from minichunk.chunks import Chunk, cut
+from minichunk.kernels import FlashCPU
 from minichunk.lora import DropoutMasks
+from minichunk.model import Recompute
+from minichunk.seco import new_cache, rebuild
 
 from .gradients import check_gradients, oracle, take_gradients
 from .strategies import Batch, batches, build, models, tiny
@@ -28,8 +33,8 @@ def full_with_masks(model: mc.Llama, batch: Batch, seed: int, chunks: list[Chunk
         return mc.full(model, batch.input_ids, batch.labels, **keywords)
     step_seed = int(torch.randint(2**62, ()))
     with pytest.MonkeyPatch.context() as patch:
-        select = DropoutMasks.select
-        patch.setattr(DropoutMasks, "select", lambda self, *_: select(self, step_seed, chunks))
+        of = DropoutMasks.of
+        patch.setattr(DropoutMasks, "of", lambda self, *_: of(self, step_seed, chunks))
         return mc.full(model, batch.input_ids, batch.labels, **keywords)
 
 
@@ -40,11 +45,11 @@ def full_with_masks(model: mc.Llama, batch: Batch, seed: int, chunks: list[Chunk
     chunk_size=st.integers(1, 16),
     fill_chunks=st.integers(0, 4),
     extra=st.integers(0, 3),
-    recompute=st.booleans(),
+    recompute=st.sampled_from([False, True, "all"]),
     seed=st.integers(0, 2**31),
 )
 def test_seco_equals_full(
-    model: mc.Llama, batch: Batch, chunk_size: int, fill_chunks: int, extra: int, recompute: bool, seed: int
+    model: mc.Llama, batch: Batch, chunk_size: int, fill_chunks: int, extra: int, recompute: Recompute, seed: int
 ) -> None:
     fill_size = fill_chunks * chunk_size + extra if fill_chunks else None
     expected_loss = full_with_masks(model, batch, seed, cut(batch.input_ids.shape[1], chunk_size))
@@ -99,6 +104,64 @@ def test_full_with_recompute_is_the_same() -> None:
     check_gradients(take_gradients(model), expected)
 
 
+@pytest.mark.parametrize("recompute", [False, True, "all"])
+def test_a_forward_pass_between_a_rebuild_and_its_backward_changes_nothing(recompute: Recompute) -> None:
+    """Dropout's masks are drawn again for the chunk that is run again, whatever else has drawn some since."""
+    model = build(tiny(), seed=8)
+    mc.add_lora(model, 2, 4, ("q_proj", "down_proj"), dropout=0.5)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(parameter)
+    ids = torch.randint(23, (1, 6))
+    results = []
+    for disturb in (False, True):
+        torch.manual_seed(1)
+        chunk = Chunk(0, 6)
+        cache = new_cache(model, ids, [chunk])
+        loss, _, _ = rebuild(model, ids, torch.roll(ids, -1, 1), chunk, cache, recompute)
+        if disturb:
+            model(ids)
+        loss.backward()
+        results.append(take_gradients(model))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+@pytest.mark.parametrize(("recompute", "passes"), [(False, 1), (True, 1), ("all", 2)])
+def test_recompute_does_not_run_attention_again_unless_told(
+    recompute: Recompute, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, chunk = build(tiny(layers=3), seed=9), Chunk(4, 8)
+    ids = torch.randint(23, (1, 8))
+    cache = new_cache(model, ids, [Chunk(0, 4), chunk])
+    cache.write(0, model.write(ids[:, :4], cache, [Chunk(0, 4)]))
+    calls, forward = [], FlashCPU.forward
+    monkeypatch.setattr(FlashCPU, "forward", lambda self, *a, **k: calls.append(1) or forward(self, *a, **k))
+    loss, _, _ = rebuild(model, ids, ids, chunk, cache, recompute)
+    loss.backward()
+    assert len(calls) == passes * 3 * 2  # in each layer the chunk itself and its past
+
+
+def test_what_recompute_keeps_goes_with_the_graph() -> None:
+    """No reference cycle holds a chunk's attention until Python looks for cycles."""
+    model, seen = build(tiny(), seed=9), []
+    ids = torch.randint(23, (1, 8))
+    original = Past.__init__
+
+    def spy(self: Past, *arguments: object, **keywords: object) -> None:
+        original(self, *arguments, **keywords)  # type: ignore[arg-type]
+        seen.append(weakref.ref(self))
+
+    gc.disable()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Past, "__init__", spy)
+            mc.seco(model, ids, ids, 4, recompute=True)
+        assert seen
+        assert all(reference() is None for reference in seen)
+    finally:
+        gc.enable()
+
+
 def no_relay(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("minichunk.cache.Cache.received", lambda *_: [])
 
@@ -125,20 +188,18 @@ def forgotten_loss_factor(patch: pytest.MonkeyPatch) -> None:
 def top_left_mask(patch: pytest.MonkeyPatch) -> None:
     """What `is_causal=True` means with fewer queries than keys: query i sees the keys up to i, not start + i."""
 
-    def attend(self: LayerCache, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, start: int) -> torch.Tensor:
-        past_k, past_v = self.keys[:, :, :start], self.values[:, :, :start]
-        k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
+    def attend(self: Past, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        for _, past_k, past_v in self.memory.pieces(self.start, max(1, self.start)):
+            k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
-    patch.setattr(LayerCache, "attend", attend)
+    patch.setattr(Past, "attend", attend)
 
 
 def shuffled_dropout(patch: pytest.MonkeyPatch) -> None:
     """A rebuild that draws other masks than the fill."""
-    original, calls = DropoutMasks.select, iter(range(10**6))
-    patch.setattr(
-        DropoutMasks, "select", lambda self, seed, chunks: original(self, seed and seed + next(calls), chunks)
-    )
+    original, calls = DropoutMasks.of, iter(range(10**6))
+    patch.setattr(DropoutMasks, "of", lambda self, seed, chunks: original(self, seed and seed + next(calls), chunks))
 
 
 @pytest.mark.parametrize(
@@ -158,11 +219,8 @@ def test_negative_controls(break_it: Callable[[pytest.MonkeyPatch], None] | None
     chunks = cut(12, 3)
     torch.manual_seed(5)
     seed = int(torch.randint(2**62, ()))
-    with pytest.MonkeyPatch.context() as patch:
-        select = DropoutMasks.select
-        patch.setattr(DropoutMasks, "select", lambda self, *_: select(self, seed, chunks))
-        assert model.dropout_masks is not None
-        model.dropout_masks.select(None, ())
+    assert model.dropout_masks is not None
+    with model.dropout_masks.of(seed, chunks):
         oracle(model, ids, ids, chunks, entries)
     expected = take_gradients(model)
     torch.manual_seed(5)
