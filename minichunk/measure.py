@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +16,9 @@ from torch import Tensor
 from .baselines import concatenating, transformers_llama
 from .cache import Cache
 from .chunks import check_batch, cut, shift
+from .count import CountBytes
 from .full import full
+from .lora import add_lora
 from .loss import token_losses
 from .model import Llama, Recompute
 from .operations import operations, peak_of
@@ -48,6 +52,7 @@ class Case:
     cache_grad_dtype: str | None = None
     fill_size: int | None = None
     memory_cap: int | None = None  # bytes of device memory, on CUDA
+    count: bool = False  # count the bytes of live tensors too, as forecast.py does
     seed: int = 0
 
     @property
@@ -73,7 +78,7 @@ def measure(case: Case) -> dict[str, Any]:
         torch.cuda.set_per_process_memory_fraction(min(1.0, case.memory_cap / total), device)
     try:
         torch.manual_seed(0)
-        model = random_model(case.model, DTYPES[case.dtype], case.rank, device=case.device)
+        model = _model(case)
         run = _method(case, model)
         ids = torch.randint(shape(case.model).vocab_size, (1, case.tokens), generator=torch.Generator().manual_seed(0))
         ids = ids.to(device)
@@ -88,8 +93,12 @@ def measure(case: Case) -> dict[str, Any]:
             per_chunk = (parts[2][1] + parts[4][1]) / 2
             step = parts[0][1] + per_chunk * len(cut(case.tokens, case.chunk_size))
             return {"seconds": step, "extrapolated": True, "parts": parts, "peak_bytes": peak_memory(device)}
+        counted = CountBytes() if case.count else None
         began = time.perf_counter()
-        loss = run(ids)
+        with counted or nullcontext():
+            if counted is not None:
+                counted.add(*model.parameters(), *model.buffers(), ids)
+            loss = run(ids)
         _synchronize(device)
         seconds = time.perf_counter() - began
     except torch.OutOfMemoryError:
@@ -100,6 +109,8 @@ def measure(case: Case) -> dict[str, Any]:
         "start_bytes": before,
         "loss": float(loss),
     }
+    if counted is not None:
+        sample["counted_bytes"] = counted.peak
     if (done := _operations(case, model)) is not None:
         sample["operations"] = done
         sample["operations_per_second"] = sum(done.values()) / seconds
@@ -107,6 +118,16 @@ def measure(case: Case) -> dict[str, Any]:
     if case.method in ("seco", "spaco"):
         sample["cache_bytes"] = _cache_bytes(case, model)
     return sample
+
+
+def _model(case: Case) -> Llama:
+    """The weights of a checkpoint where there are any, else random ones."""
+    if any(Path(case.model).glob("*.safetensors")):
+        model = Llama.from_pretrained(case.model, DTYPES[case.dtype], case.device)
+        if case.rank:
+            add_lora(model, case.rank, 2 * case.rank)
+        return model
+    return random_model(case.model, DTYPES[case.dtype], case.rank, device=case.device)
 
 
 def _method(case: Case, model: Llama) -> Any:

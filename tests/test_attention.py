@@ -83,11 +83,9 @@ def test_many_blocks_are_as_exact_as_one(monkeypatch: pytest.MonkeyPatch) -> Non
     errors: dict[int, float] = {}
     for block in (1024, 8):  # 1 block and 128
         monkeypatch.setattr("minichunk.attention.BLOCK", block)
-        for name, (got, expected) in zip(
-            ["out", "dq", "dk", "dv"], run(FlashCPU(), 1, 4, 2, 16, 1024, 32, torch.bfloat16, True)
-        ):
-            errors[name, block] = float((got - expected).norm() / expected.norm())
-    assert errors["dq", 8] < 1.25 * errors["dq", 1024]
+        _, (dq, expected), *_ = run(FlashCPU(), 1, 4, 2, 16, 1024, 32, torch.bfloat16, transposed=True)
+        errors[block] = float((dq - expected).norm() / expected.norm())
+    assert errors[8] < 1.25 * errors[1024]  # 0.0034 and 0.0034; summed in bfloat16, 0.0135
 
 
 def test_heads_of_which_the_numbers_are_not_side_by_side() -> None:
