@@ -1,26 +1,37 @@
 """The kernels that chunk attention is made of: plain, and PyTorch's flash kernels for CPU and CUDA.
 
+The flash kernels are operators private to PyTorch, the only ones that take and return a log-sum-exp.
+Another version may change them, so each is tried on a few numbers before it is relied on.
+
 Shapes: q (B, H, C, D); k, v (B, G, C or past, D); out (B, H, C, D); lse (B, H, C).
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from math import log
+from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 aten = torch.ops.aten
 
 
+@dataclass(frozen=True)  # so that kernels of a class are equal, and what is known of one is known of all
 class Kernel:
     """Attention of q to k and v, all of them or (`causal`, equally many) up to the own position.
 
-    piece: positions of the past that `forward` may be given at once; None: any number.
+    piece: how many positions of the past `forward` may be given at once; None: all of them.
     """
 
-    piece: int | None = None
+    piece: ClassVar[int | None] = None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
         """Return out and lse."""
@@ -33,7 +44,7 @@ class Kernel:
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of q, k and v."""
+        """Return the gradients of q, k and v, where `out` and `lse` may belong to more keys than k's."""
         raise NotImplementedError
 
 
@@ -45,7 +56,7 @@ def _rows_first(x: Tensor) -> Tensor:
 class Plain(Kernel):
     """Softmax attention written out: any dtype, any device, C x past scores in memory."""
 
-    piece = 2048
+    piece = 2048  # or the scores would grow with the past
 
     def scores(self, q: Tensor, k: Tensor, causal: bool) -> Tensor:
         B, H, C, D = q.shape
@@ -107,7 +118,10 @@ class FlashCPU(Kernel):
 
 
 class FlashCUDA(Kernel):
-    """PyTorch's flash kernel for CUDA: bfloat16 and float16, heads before positions."""
+    """PyTorch's flash kernel for CUDA: bfloat16 and float16, positions before heads.
+
+    Head sizes are multiples of 8 up to 256: padding is the public operator's work, not this one's.
+    """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -123,10 +137,11 @@ class FlashCUDA(Kernel):
     ) -> tuple[Tensor, Tensor, Tensor]:
         grad, q, k, v, out = (x.transpose(1, 2) for x in (grad, q, k, v, out))
         lengths = (None, None, q.shape[1], k.shape[1])
+        lse = lse.contiguous()  # the kernel takes this for granted, and does not check it
         # Dropout's random state, which the call wants and with dropout 0 does not read.
-        state = torch.empty(2, dtype=torch.uint64, device=q.device)
-        grads = aten._flash_attention_backward(grad, q, k, v, out, lse, *lengths, 0.0, causal, state, state[0])
-        return tuple(x.transpose(1, 2) for x in grads)
+        state, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
+        dq, dk, dv = aten._flash_attention_backward(grad, q, k, v, out, lse, *lengths, 0.0, causal, state, unused)
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 _chosen: Kernel | None = None
@@ -143,13 +158,83 @@ def use_kernel(kernel: Kernel) -> Iterator[None]:
         _chosen = previous
 
 
-def pick_kernel(q: Tensor) -> Kernel:
-    """The fastest kernel that computes q's dtype on q's device."""
-    if _chosen is not None:
-        return _chosen
-    if q.device.type == "cpu" and q.dtype != torch.float16:
+def kernel_for(
+    device_type: str, dtype: torch.dtype, head_dim: int, capability: tuple[int, int] | None = None
+) -> Kernel:
+    """The kernel made for such tensors: a rule, which tries nothing and needs no device.
+
+    capability: of a CUDA device; None: one that has all that the kernels want, 8.0 or more.
+    """
+    if device_type == "cpu" and dtype in (torch.float64, torch.float32, torch.bfloat16):
         return FlashCPU()
-    fits_flash = q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    if q.device.type == "cuda" and fits_flash and torch.cuda.get_device_capability(q.device) >= (8, 0):
+    fits_flash = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
+    if device_type == "cuda" and fits_flash and (capability is None or capability >= (8, 0)):
         return FlashCUDA()
     return Plain()
+
+
+def pick_kernel(q: Tensor) -> Kernel:
+    """The fastest kernel that computes q's dtype on q's device, and has been seen to compute it right."""
+    if _chosen is not None:
+        return _chosen
+    fake = isinstance(q, FakeTensor)  # in a forecast: there is nothing to try, and perhaps no device
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda and not fake else None
+    kernel = kernel_for(q.device.type, q.dtype, q.shape[-1], capability)
+    if fake or kernel == Plain() or usable(kernel, q.device, q.dtype, q.shape[-1]):
+        return kernel
+    return Plain()
+
+
+@functools.cache  # tried once per process, for each device, dtype and head size that comes
+def usable(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the kernel computes what the plain one does, forward and backward; if not, warn."""
+    try:
+        with _disable_current_modes(), torch.no_grad():  # or who counts bytes would count these
+            problem = _difference(kernel, device, dtype, head_dim)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the kernel
+    except Exception as error:  # whatever a changed operator raises
+        problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if problem:
+        warnings.warn(
+            f"{type(kernel).__name__} does not work with PyTorch {torch.__version__} for {dtype} and heads of "
+            f"{head_dim} on {device}: {problem}. Attention is computed by the plain kernel, which is slower.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return not problem
+
+
+def _difference(kernel: Kernel, device: torch.device, dtype: torch.dtype, D: int) -> str:
+    """What the kernel gets wrong in the two cases of chunk attention; "" if nothing.
+
+    Wrong is what is off by more than 2^-5 of its norm, 4 units of bfloat16's last place: a changed operator
+    is off by far more, and no rounding is.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def random(heads: int, rows: int) -> Tensor:
+        return torch.randn(1, heads, rows, D, generator=generator, device="cpu").to(device, dtype)
+
+    plain = Plain()
+    # A chunk of 6 to itself, 4 heads to 2; and to a past of 4, with its heads folded to 2 of 12 rows.
+    for causal, heads, rows, length in ((True, 4, 6, 6), (False, 2, 12, 4)):
+        q, grad, k, v = random(heads, rows), random(heads, rows), random(2, length), random(2, length)
+        q_, k_, v_ = q.double(), k.double(), v.double()
+        out, lse = plain.forward(q_, k_, v_, causal)
+        got_out, got_lse = kernel.forward(q, k, v, causal)
+        # Backward as if there were as much again beside these keys: the kernel must take what it is given.
+        merged, merged_lse = (out / 2).to(dtype), lse + log(2)
+        expected = [out, lse, *plain.backward(grad.double(), q_, k_, v_, merged.double(), merged_lse, causal)]
+        given = (grad, q, merged, merged_lse.to(got_lse.dtype))
+        grad, q, merged, merged_lse = given if causal else kernel.prepare(*given)
+        grads = kernel.backward(grad, q, k, v, merged, merged_lse, causal)
+        got = [got_out, got_lse, *grads]
+        for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), got, expected, strict=True):
+            where = f"{name} of {'a causal' if causal else 'a whole'} piece"
+            if x.shape != y.shape:
+                return f"{where} has shape {tuple(x.shape)}, not {tuple(y.shape)}"
+            error = float((x - y).double().norm() / y.double().norm())
+            if not error <= 2**-5:  # not: a NaN is wrong too
+                return f"{where} is off by {error:.2g} of its norm"
+    return ""

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from functools import cache
+from math import log
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from minichunk import kernels
 from minichunk.attention import attend
 from minichunk.cache import LayerCache
 from minichunk.chunks import Chunk
-from minichunk.kernels import FlashCPU, FlashCUDA, Kernel, Plain, pick_kernel
+from minichunk.count import CountBytes
+from minichunk.kernels import FlashCPU, FlashCUDA, Kernel, Plain, kernel_for, pick_kernel
 
 KERNELS = [Plain(), FlashCPU()]
 
@@ -96,16 +106,153 @@ def test_heads_of_which_the_numbers_are_not_side_by_side() -> None:
     torch.testing.assert_close(attend(x, x, x, memory, 0, FlashCPU()), reference(x, x, x), rtol=1e-12, atol=1e-13)
 
 
-def test_the_kernel_fits_the_device_and_dtype() -> None:
-    assert isinstance(pick_kernel(torch.zeros(1, 1, 1, 8)), FlashCPU)
-    assert isinstance(pick_kernel(torch.zeros(1, 1, 1, 8, dtype=torch.float16)), Plain)
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "capability", "expected"),
+    [
+        ("cpu", torch.float64, 7, None, FlashCPU),
+        ("cpu", torch.bfloat16, 64, None, FlashCPU),
+        ("cpu", torch.float16, 64, None, Plain),
+        ("cuda", torch.bfloat16, 64, None, FlashCUDA),
+        ("cuda", torch.float16, 256, (8, 0), FlashCUDA),
+        ("cuda", torch.bfloat16, 64, (7, 5), Plain),
+        ("cuda", torch.float32, 64, (9, 0), Plain),
+        ("cuda", torch.bfloat16, 60, (9, 0), Plain),
+        ("cuda", torch.bfloat16, 264, (9, 0), Plain),
+        ("meta", torch.bfloat16, 64, None, Plain),
+    ],
+)
+def test_the_kernel_made_for_a_device_and_dtype(
+    device: str, dtype: torch.dtype, head_dim: int, capability: tuple[int, int] | None, expected: type
+) -> None:
+    kernel = kernel_for(device, dtype, head_dim, capability)
+    assert isinstance(kernel, expected)
+    assert (kernel.piece is None) == (expected is not Plain)  # its scores may not grow with the past
+
+
+def test_what_has_no_numbers_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "usable", lambda *_: pytest.fail("was tried"))
     assert isinstance(pick_kernel(torch.zeros(1, 1, 1, 8, device="meta")), Plain)
+    with FakeTensorMode():
+        q = torch.zeros(1, 1, 1, 8)
+    assert isinstance(pick_kernel(q), FlashCPU)
 
 
-def test_cuda_kernel_calls_fit_the_operators() -> None:
+ops = torch.ops.aten
+CPU_FORWARD, CPU_BACKWARD = (
+    "_scaled_dot_product_flash_attention_for_cpu",
+    "_scaled_dot_product_flash_attention_for_cpu_backward",
+)
+
+
+def another_signature(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None: ...
+
+
+def raises(*_: object) -> None:
+    raise RuntimeError("no kernel image is available\nand much more")
+
+
+def another_lse(*args: Any) -> Any:
+    out, lse = ops._scaled_dot_product_flash_attention_for_cpu(*args)
+    return out, lse / log(2)  # to base 2, as other kernels return it
+
+
+def lse_of_positions_before_heads(*args: Any) -> Any:
+    out, lse = ops._scaled_dot_product_flash_attention_for_cpu(*args)
+    return out, lse.transpose(1, 2)
+
+
+def causal_from_the_other_end(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: float, causal: bool) -> Any:
+    out, lse = ops._scaled_dot_product_flash_attention_for_cpu(q, k, v, p, causal)
+    return (out.flip(2), lse.flip(2)) if causal else (out, lse)
+
+
+def three_results(*args: Any) -> Any:
+    return *ops._scaled_dot_product_flash_attention_for_cpu(*args), None
+
+
+def own_lse(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: Any, lse: Any, *rest: Any
+) -> Any:
+    """A backward that looks right until there are other keys."""
+    out, lse = ops._scaled_dot_product_flash_attention_for_cpu(q, k, v, *rest)
+    return ops._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, *rest)
+
+
+def no_number(*args: Any) -> Any:
+    dq, dk, dv = ops._scaled_dot_product_flash_attention_for_cpu_backward(*args)
+    return dq, dk, dv * torch.nan
+
+
+def a_little_off(*args: Any) -> Any:
+    dq, dk, dv = ops._scaled_dot_product_flash_attention_for_cpu_backward(*args)
+    return dq, dk * 1.05, dv
+
+
+@pytest.mark.parametrize(
+    ("operator", "changed", "told"),
+    [
+        (CPU_FORWARD, another_signature, "TypeError: another_signature"),
+        (CPU_FORWARD, raises, "RuntimeError: no kernel image is available. Attention"),
+        (CPU_FORWARD, three_results, "ValueError: too many values"),
+        (CPU_FORWARD, another_lse, "lse of a causal piece is off by 0.44"),
+        (CPU_FORWARD, lse_of_positions_before_heads, r"lse of a causal piece has shape \(1, 6, 4\), not \(1, 4, 6\)"),
+        (CPU_FORWARD, causal_from_the_other_end, "out of a causal piece is off by"),
+        (CPU_BACKWARD, another_signature, "TypeError: another_signature"),
+        (CPU_BACKWARD, raises, "RuntimeError: no kernel image"),
+        (CPU_BACKWARD, own_lse, "dq of a causal piece is off by"),
+        (CPU_BACKWARD, no_number, "dv of a causal piece is off by nan"),
+        (CPU_BACKWARD, a_little_off, "dk of a causal piece is off by 0.05 "),
+    ],
+)
+def test_an_operator_that_has_changed_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, operator: str, changed: Callable, told: str
+) -> None:
+    """The operators are private to PyTorch: in another version they may be gone, or compute something else."""
+    q = torch.randn(1, 2, 3, 8, generator=torch.Generator().manual_seed(0))
+    operators = {CPU_FORWARD: getattr(ops, CPU_FORWARD), CPU_BACKWARD: getattr(ops, CPU_BACKWARD), operator: changed}
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "usable", cache(kernels.usable.__wrapped__))  # what is found out here is not remembered
+        patch.setattr(kernels, "aten", SimpleNamespace(**operators))
+        with pytest.warns(RuntimeWarning, match=f"FlashCPU does not .* {re.escape(torch.__version__)} .*{told}"):
+            assert isinstance(pick_kernel(q), Plain)
+        assert isinstance(pick_kernel(q), Plain)  # and is not said again
+        memory = LayerCache((1, 2, 0, 8), [], q, torch.float32)
+        torch.testing.assert_close(attend(q, q, q, memory, 0), reference(q, q, q), rtol=1e-5, atol=1e-6)
+    assert isinstance(pick_kernel(q), FlashCPU)
+
+
+def test_too_little_memory_is_no_fault_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(kernels, "usable", cache(kernels.usable.__wrapped__))
+    with monkeypatch.context() as patch:
+        patch.setattr(FlashCPU, "forward", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            pick_kernel(torch.zeros(1, 1, 1, 8))
+    assert isinstance(pick_kernel(torch.zeros(1, 1, 1, 8)), FlashCPU)  # it is tried again
+
+
+def test_trying_a_kernel_leaves_no_trace() -> None:
+    kernels.usable.cache_clear()
+    state = torch.get_rng_state()
+    q = torch.zeros(1, 1, 1, 8)
+    with CountBytes() as count:
+        pick_kernel(q)
+    assert count.peak == 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_cuda_kernel_calls_fit_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes of the CUDA calls, checked without a device: fake tensors run the operators' signatures."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    given: list[Any] = []
 
+    def backward(*args: Any) -> Any:
+        given[:] = args
+        return ops._flash_attention_backward(*args)
+
+    operators = {"_flash_attention_forward": ops._flash_attention_forward, "_flash_attention_backward": backward}
+    monkeypatch.setattr(kernels, "aten", SimpleNamespace(**operators))
     kernel = FlashCUDA()
     with FakeTensorMode(allow_non_fake_inputs=True):
         q = torch.zeros(2, 6, 16, 64, dtype=torch.bfloat16)
@@ -115,3 +262,6 @@ def test_cuda_kernel_calls_fit_the_operators() -> None:
         assert lse.shape == (2, 6, 16)
         grads = kernel.backward(out, q, k, k, out, lse, causal=False)
         assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
+        kernel.backward(out, q, k, k, out, lse.mT.contiguous().mT, causal=False)
+    assert given[5].is_contiguous()  # the kernel reads lse row after row, whatever its strides
+    assert (given[12].dtype, given[12].shape) == (torch.uint64, (2,))  # seed and offset

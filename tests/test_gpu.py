@@ -8,14 +8,16 @@ import pytest
 import torch
 
 import minichunk as mc
+from minichunk import offload
 from minichunk.attention import attend
 from minichunk.cache import LayerCache
 from minichunk.chunks import Chunk
 from minichunk.forecast import Setting, step_memory
-from minichunk.kernels import FlashCUDA, Plain
+from minichunk.kernels import FlashCUDA, Plain, usable
 from minichunk.model import Llama
 from minichunk.shapes import random_model
 
+from .fake_cuda import delayed
 from .strategies import tiny
 
 pytestmark = [
@@ -42,16 +44,29 @@ def test_cuda_kernel_equals_the_plain_one(past: int) -> None:
         assert float((got - expected).float().norm()) <= 2e-2 * float(expected.float().norm()) + 1e-6
 
 
-def gradient(method: str, dtype: torch.dtype, offload: bool = False) -> dict[str, torch.Tensor]:
-    """By one method, of a model and a text that do not depend on method and dtype; in float64 on the CPU."""
+@pytest.mark.parametrize("head_dim", [8, 64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_cuda_kernel_is_found_usable(dtype: torch.dtype, head_dim: int) -> None:
+    """A warning would fail the test, and name the reason."""
+    assert usable(FlashCUDA(), torch.device("cuda", 0), dtype, head_dim)
+
+
+def gradient(
+    method: str, dtype: torch.dtype, offload: bool = False, device: str = "cuda", steps: int = 1
+) -> dict[str, torch.Tensor]:
+    """By one method, of a model and a text that do not depend on method and dtype; in float64 on the CPU.
+
+    steps: how many times over; the gradient is their sum.
+    """
     torch.manual_seed(0)
     config = tiny(layers=3, hidden_size=256, intermediate_size=512, num_attention_heads=8, head_dim=32, vocab_size=512)
-    model = Llama(config).to("cuda", torch.bfloat16).to(dtype)  # the same weights, whatever the dtype
-    ids = torch.randint(512, (1, 1000), generator=torch.Generator().manual_seed(0)).cuda()
-    if method == "full":
-        mc.full(model, ids, ids)
-    else:
-        mc.seco(model, ids, ids, 128, offload=offload)
+    model = Llama(config).to(device, torch.bfloat16).to(dtype)  # the same weights, whatever the dtype
+    ids = torch.randint(512, (1, 1000), generator=torch.Generator().manual_seed(0)).to(device)
+    for _ in range(steps):
+        if method == "full":
+            mc.full(model, ids, ids)
+        else:
+            mc.seco(model, ids, ids, 128, offload=offload)
     return {name: p.grad.double().cpu() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -71,8 +86,31 @@ def test_seco_is_as_exact_as_full(dtype: torch.dtype, offload: bool) -> None:
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_seco_in_float64_equals_full(offload: bool) -> None:
-    """With offload, every copy beside the computation has come in time: a race would show here."""
     assert distance(gradient("seco", torch.float64, offload), gradient("full", torch.float64)) < 1e-12
+
+
+def sleep(lane: offload.Lane) -> None:
+    with torch.cuda.stream(lane.stream):
+        torch.cuda._sleep(500_000)  # cycles, some 0.3 ms: longer than a block takes to come or to be used
+
+
+@pytest.mark.parametrize("lane", ["bring", "send", "main"])
+def test_a_late_lane_is_waited_for(lane: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven blocks come for each layer of the last chunk; whoever did not wait would find another block's numbers."""
+    monkeypatch.setattr(offload, "BLOCK", 128)
+    expected = gradient("seco", torch.float64, steps=3)
+    with delayed(lane, sleep):
+        assert distance(gradient("seco", torch.float64, offload=True, steps=3), expected) < 1e-12
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("lane", ["bring", "send", "main"])
+def test_the_second_device_while_the_first_is_current(lane: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "BLOCK", 128)
+    assert torch.cuda.current_device() == 0
+    expected = gradient("seco", torch.float64, device="cuda:1")
+    with delayed(lane, sleep):
+        assert distance(gradient("seco", torch.float64, True, "cuda:1"), expected) < 1e-12
 
 
 @pytest.mark.parametrize("method", ["seco", "spaco"])

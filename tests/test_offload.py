@@ -15,6 +15,7 @@ from minichunk.chunks import Chunk, cut
 from minichunk.forecast import Setting, forecast
 from minichunk.samplers import Weight
 
+from .fake_cuda import Race, delayed, fake_cuda
 from .gradients import check_gradients, oracle, take_gradients
 from .strategies import Batch, batches, build, models, tiny
 from .test_seco import full_with_masks
@@ -112,3 +113,93 @@ def test_an_8b_llama_with_128k_tokens_on_24_gib() -> None:
     assert found.longest(23 * 2**30, 512, host=40 * 2**30) >= 128_000
     assert found.longest(23 * 2**30, 512, host=20 * 2**30) < 128_000
     assert found.at(131072).peak < 18 * 2**30
+
+
+def step(method: str, model: mc.Llama, where: bool) -> None:
+    """A step in which each layer's past comes in up to five blocks, and each kept chunk's gradients go back in two."""
+    ids = torch.randint(23, (2, 22), generator=torch.Generator().manual_seed(0))
+    if method == "seco":
+        mc.seco(model, ids, ids, 6, recompute=True, offload=where)
+    else:
+        entries = [Weight(1.0, 1.0), None, Weight(2.0, 1.0), Weight(1.0, 3.0)]
+        mc.spaco(model, ids, ids, 6, sampler=lambda *_: entries, offload=where)
+
+
+@pytest.mark.parametrize("method", ["seco", "spaco"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_lanes_wait_for_one_another(method: str, lora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a second GPU: each copy into a buffer comes after its last reader, each read after the copy."""
+    monkeypatch.setattr(offload, "BLOCK", 4)
+    model = build(tiny(layers=3), seed=0)
+    if lora:
+        mc.add_lora(model, 2, 4, ["q_proj", "v_proj"])
+    with fake_cuda("cuda:1") as order:
+        step(method, model, True)
+    streams = {stream.device for uses in order.uses.values() for stream in (uses.maker, *uses.read)}
+    assert streams == {"cuda:1"}
+    assert len({stream for uses in order.uses.values() for stream in (uses.written[0], *uses.read)}) == 3
+
+
+WAITS = [
+    ("wait", offload.FREE, "bring"),
+    ("wait", offload.FILLED, "main"),
+    ("wait", offload.FREE, "main"),
+    ("wait", offload.FILLED, "send"),
+]
+MARKS = [
+    ("mark", offload.FREE, "main"),
+    ("mark", offload.FILLED, "bring"),
+    ("mark", offload.FILLED, "main"),
+    ("mark", offload.FREE, "send"),
+]
+
+
+@pytest.mark.parametrize(("call", "which", "lane"), WAITS + MARKS)
+def test_no_wait_and_no_mark_is_too_much(call: str, which: int, lane: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative controls: without any one of them, two lanes race."""
+    monkeypatch.setattr(offload, "BLOCK", 4)
+    original = getattr(offload.Slot, call)
+
+    def others_only(slot: offload.Slot, event: int, on: offload.Lane) -> None:
+        if (event, on.name) != (which, lane):
+            original(slot, event, on)
+
+    monkeypatch.setattr(offload.Slot, call, others_only)
+    with pytest.raises(Race), fake_cuda():
+        step("seco", build(tiny(layers=3), seed=0), True)
+
+
+@pytest.mark.parametrize(
+    ("call", "lane"), [("follow", "bring"), ("follow", "main"), ("hold", "bring"), ("hold", "main")]
+)
+def test_lanes_that_do_not_follow_or_hold_are_found(call: str, lane: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = getattr(offload.Lane, call)
+    monkeypatch.setattr(offload.Lane, call, lambda on, other: None if on.name == lane else original(on, other))
+    with pytest.raises(Race), fake_cuda():
+        step("seco", build(tiny(layers=3), seed=0), True)
+
+
+@pytest.mark.parametrize("lane", ["bring", "send", "main"])
+def test_the_delays_of_the_gpu_test_reach_each_lane(lane: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What test_gpu.py does with CUDA's lanes, with those of the CPU."""
+    monkeypatch.setattr(offload, "BLOCK", 4)
+    model, slept = build(tiny(layers=3), seed=0), list[str]()
+    step("seco", model, False)
+    expected = take_gradients(model)
+    with delayed(lane, lambda on: slept.append(on.name)):
+        step("seco", model, True)
+    check_gradients(take_gradients(model), expected)
+    assert set(slept) == {lane}
+    assert len(slept) > 3 * 3 * 2  # layers, chunks that look back, blocks
+
+
+@pytest.mark.parametrize("call", ["mark", "wait"])
+def test_a_stream_that_is_not_named_is_found(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA would take one of the current device, which is not the model's."""
+    unnamed = {
+        "mark": lambda slot, which, _: slot.events[which].record(),
+        "wait": lambda slot, which, _: slot.events[which].wait(),
+    }
+    monkeypatch.setattr(offload.Slot, call, unnamed[call])
+    with pytest.raises(Race), fake_cuda("cuda:1"):
+        step("seco", build(tiny(layers=3), seed=0), True)
