@@ -220,7 +220,7 @@ def _write_results(model: Llama, run: Run, options: TrainOptions, before: list[S
         directory = run.directory / "model"
         model.config = replace(model.config, max_position_embeddings=max(context, options.seq_len))
         model.save_pretrained(directory)
-        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
             if (path := Path(_known(options.model)) / name).is_file():
                 shutil.copy(path, directory)
         written += sorted(directory.iterdir())
