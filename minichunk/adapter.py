@@ -11,6 +11,7 @@ from .errors import InputError
 from .files import open_tensors, read_json, write_json, write_tensors
 from .lora import PROJECTIONS, adapters, add_lora
 from .model import Llama
+from .quantize import Linear4bit
 from .weights import make_directory
 
 _PREFIX = "base_model.model."  # PEFT's wrapping of the base model's names
@@ -108,7 +109,7 @@ def _check_shapes(model: Llama, targets: list[str], rank: int, tensors: dict[str
     present = adapters(model)
     for name, module in model.named_modules():
         if name in present or (not present and name.rpartition(".")[2] in targets):
-            assert isinstance(module, torch.nn.Linear)
+            assert isinstance(module, torch.nn.Linear | Linear4bit)
             own = present[name].lora_A.out_features if present else rank
             expected[f"{name}.lora_A.weight"] = [own, module.in_features]
             expected[f"{name}.lora_B.weight"] = [module.out_features, own]

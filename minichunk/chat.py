@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from .files import read_json
 
 Message = dict[str, str]
 Part = tuple[str, bool]  # a text, and whether it is to be learnt
+_MARK = "\ue000 the assistant's words \ue000"  # of a private character, which no text has
 
 
 class ChatTemplate:
@@ -21,8 +24,12 @@ class ChatTemplate:
 
     def __init__(self, source: str, special_tokens: dict[str, str], name: str) -> None:
         self.name, self.special_tokens = name, special_tokens
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        # As transformers sets it up, but without strftime_now: the same data is the same tokens on every day.
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = self._refuse
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         try:
             self.template = environment.from_string(source)
         except TemplateError as error:
@@ -37,30 +44,54 @@ class ChatTemplate:
             return self.template.render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **self.special_tokens
             )
-        except TemplateError as error:
+        except InputError:
+            raise
+        except Exception as error:  # the template is a program, which may fail like any other
             raise InputError(f"{self.name}: the chat template fails on these messages: {error}") from None
 
     def parts(self, messages: Sequence[Message]) -> list[Part]:
-        """The conversation in parts, of which those that the assistant wrote are to be learnt.
+        """The conversation up to the assistant's last turn, in parts; what the assistant wrote is to be learnt.
 
-        Raises InputError if the template changes earlier text when messages are added: then nobody
-        can say which tokens are the assistant's.
+        Its turns go from where the template lets it begin to write up to the end of the turn, the token
+        that says so included. Their texts, put together, are `render(messages)`.
+        Raises InputError if nobody can say which tokens are the assistant's.
         """
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        messages = messages[: turns[-1] + 1] if turns else messages
+        text = self.render(messages)
         parts: list[Part] = []
-        done = ""
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before, after = self.render(messages[:i], add_generation_prompt=True), self.render(messages[: i + 1])
-            if not before.startswith(done) or not after.startswith(before):
-                raise InputError(
-                    f"{self.name}: the chat template changes what was said before message {i + 1}, so its tokens "
-                    "cannot be told apart; write the texts out as 'text', or as 'prompt' and 'completion' with "
-                    "--no-chat-template"
-                )
-            parts += [(before[len(done) :], False), (after[len(before) :], True)]
-            done = after
-        return parts
+        done = 0
+        for i in turns:
+            start, stop = self._span(messages, i, text, done)
+            parts += [(text[done:start], False), (text[start:stop], True)]
+            done = stop
+        return [*parts, (text[done:], False)]
+
+    def _span(self, messages: Sequence[Message], i: int, text: str, done: int) -> tuple[int, int]:
+        """Where in `text` the assistant's message i begins and ends; earlier turns end at `done`.
+
+        Found by what a mark in its place leaves as it was, never by its words: those may occur
+        elsewhere, and templates strip them, cut them at </think>, or write <think> in the last turn only.
+        """
+        mark: Message = {"role": "assistant", "content": _MARK}
+        before, found, after = self.render([*messages[:i], mark, *messages[i + 1 :]]).partition(_MARK)
+        said = self.render(messages[:i]) if i else ""  # templates may want a first message
+        prompt = self.render(messages[:i], add_generation_prompt=True) if i else before
+        start, content_stop = _length_shared(before, prompt), len(text) - len(after)
+        same = text.startswith(said) and text.startswith(before[:start]) and text.endswith(after)
+        if not found or _MARK in after or not same or not max(done, len(said)) <= start <= content_stop:
+            raise InputError(
+                f"{self.name}: the chat template changes what was said around message {i + 1} ({messages[i]['role']}), "
+                "so its tokens cannot be told apart; write the texts out as 'text', or as 'prompt' and 'completion' "
+                "with --no-chat-template"
+            )
+        end_of_turn = self.render([*messages[:i], mark]).rpartition(_MARK)[2]
+        return start, content_stop + _length_shared(after, end_of_turn)
+
+
+def _length_shared(text: str, beginning: str) -> int:
+    """With how many characters of `beginning` the text begins."""
+    return next(n for n in range(len(beginning), -1, -1) if text.startswith(beginning[:n]))
 
 
 def load_chat_template(directory: str | Path) -> ChatTemplate | None:

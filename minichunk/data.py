@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .chat import ChatTemplate, Part
+from .chat import ChatTemplate, Message, Part
 from .chunks import IGNORE, shift
 from .errors import InputError
 
@@ -120,6 +120,13 @@ def _parts(name: str, record: dict[str, Any], chat: ChatTemplate | None) -> tupl
             raise InputError(f"{name}: {what!r} has half of a surrogate pair, which is not text: mend or drop it")
         return text
 
+    def render(messages: list[Message]) -> tuple[list[Part], bool]:
+        assert chat is not None
+        try:
+            return chat.parts(messages), True
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from None
+
     if "text" in record:
         return [(check(record["text"], "text"), True)], False
     if "messages" in record:
@@ -131,10 +138,10 @@ def _parts(name: str, record: dict[str, Any], chat: ChatTemplate | None) -> tupl
             raise InputError(f"{name}: none of the messages has the role 'assistant': there is nothing to learn")
         if chat is None:
             raise InputError(f"{name}: 'messages' need a chat template, and the model's directory has none")
-        return chat.parts(messages), True
+        return render(messages)
     prompt, completion = (check(record.get(field), field) for field in ("prompt", "completion"))
     if chat is not None:
-        return chat.parts([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]), True
+        return render([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}])
     return [(prompt, False), (completion, True)], False
 
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from .cache import Cache
 from .chunks import IGNORE, shift
-from .data import Document, check_vocabulary, collate, cut_documents, load_tokenizer, read_documents
+from .data import Document, check_vocabulary, collate, cut_documents, read_documents
 from .loss import token_losses
 from .model import Llama
 
@@ -80,20 +80,14 @@ def evaluate_files(
     device: str | None,
 ) -> None:
     """`minichunk evaluate`: print the loss by position. Raises InputError before anything is measured."""
-    from .adapter import load_adapter
     from .chat import load_chat_template
-    from .options import DTYPES, SHIPPED_MODEL, check_choice, check_device, check_least, default_dtype
+    from .load import load_as_told
+    from .options import SHIPPED_MODEL, check_least
     from .pretrain import MEASURED_ON, novel
 
     check_least({"seq_len": (seq_len, 2), "documents": (documents, 1), "chunk_size": (chunk_size, 1)})
-    check_choice("dtype", dtype, DTYPES)
-    device = check_device(device)
-    dtype = dtype or default_dtype(device)
-    directory = model or str(SHIPPED_MODEL)
-    tokenizer, chat = load_tokenizer(directory), load_chat_template(directory)
-    llama = Llama.from_pretrained(directory, DTYPES[dtype], device, load_in_4bit)
-    if adapter is not None:
-        load_adapter(llama, adapter)
+    llama, tokenizer = load_as_told(model, adapter, dtype, device, load_in_4bit)
+    chat = load_chat_template(model or SHIPPED_MODEL)
     found = read_documents(data or [novel(MEASURED_ON)], tokenizer, llama.config.first_eos(), chat)
     check_vocabulary(found, llama.config.vocab_size)
     pieces, line = cut_documents(found, seq_len)

@@ -75,24 +75,23 @@ def continue_text(
     max_new_tokens: int = 128,
     temperature: float = 0.8,
     top_p: float = 0.95,
-    device: str = "cpu",
+    load_in_4bit: bool = False,
+    dtype: str | None = None,
+    device: str | None = None,
     seed: int = 0,
 ) -> str:
     """`minichunk generate`: the prompt and its continuation as text. Raises InputError."""
-    from .adapter import load_adapter
-    from .data import load_tokenizer
-    from .options import SHIPPED_MODEL, check_device
+    from .load import load_as_told
+    from .options import check_least
 
-    device = check_device(device)
-    directory = model or SHIPPED_MODEL
-    tokenizer = load_tokenizer(directory)
+    check_least({"max_new_tokens": (max_new_tokens, 1), "temperature": (temperature, 0), "seed": (seed, 0)})
+    if seed >= 2**32:
+        raise InputError(f"--seed is {seed}, but must be below 2^32")
+    llama, tokenizer = load_as_told(model, adapter, dtype, device, load_in_4bit)
     ids = tokenizer.encode(prompt).ids
     if not ids:
         raise InputError("the prompt is empty: give the beginning of a text")
-    llama = Llama.from_pretrained(directory, torch.float32 if device == "cpu" else None, device)
-    if adapter is not None:
-        load_adapter(llama, adapter)
     generator = torch.Generator().manual_seed(seed)
-    input_ids = torch.tensor([ids], device=device)
+    input_ids = torch.tensor([ids], device=llama.model.norm.weight.device)
     out = generate(llama, input_ids, max_new_tokens, temperature=temperature, top_p=top_p, generator=generator)
     return tokenizer.decode(out[0].tolist())

@@ -20,10 +20,11 @@ from .adapter import save_adapter
 from .chat import load_chat_template
 from .checkpoint import Run
 from .chunks import cut
-from .data import Document, check_vocabulary, cut_documents, load_tokenizer, read_documents
+from .data import Document, check_vocabulary, cut_documents, read_documents
 from .evaluate import Span, loss_by_position, spans_for
 from .files import write_json
 from .full import full
+from .load import load_as_told
 from .lora import add_lora
 from .model import Llama
 from .options import DTYPES, TrainOptions
@@ -106,11 +107,8 @@ def _train(options: TrainOptions, resumed: Run | None, before: list[Span] | None
 
 def load_model(options: TrainOptions) -> tuple[Llama, Tokenizer]:
     """The model with its adapter (or all parameters trainable), and its tokenizer. Raises InputError."""
-    directory = _known(options.model)
-    tokenizer = load_tokenizer(directory)
     torch.manual_seed(options.seed)  # the adapter's initial weights
-    dtype, device = DTYPES[_known(options.dtype)], _known(options.device)
-    model = Llama.from_pretrained(directory, dtype, device, options.load_in_4bit)
+    model, tokenizer = load_as_told(options.model, None, options.dtype, options.device, options.load_in_4bit)
     if options.rank:
         add_lora(model, options.rank, options.alpha, options.targets, options.dropout)
     return model, tokenizer
@@ -224,7 +222,7 @@ def _write_results(model: Llama, run: Run, options: TrainOptions, before: list[S
         directory = run.directory / "model"
         model.config = replace(model.config, max_position_embeddings=max(context, options.seq_len))
         model.save_pretrained(directory)
-        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
             if (path := Path(_known(options.model)) / name).is_file():
                 shutil.copy(path, directory)
         written += sorted(directory.iterdir())

@@ -95,7 +95,10 @@ def test_several_templates(directory: Path) -> None:
         ("{% if %}", "not valid Jinja"),
         ("{{ raise_exception('roles must alternate') }}", "refuses these messages: roles must alternate"),
         ("{{ ''.__class__.__mro__ }}", "fails on these messages"),
-        ("{{ messages | length }}", "changes what was said before message 2"),
+        ("{{ messages | length }}", "changes what was said around message 2"),  # does not write it at all
+        ("{% for m in messages %}{{ m['content'] * 2 }}{% endfor %}", "changes what was said around message 2"),
+        ("{% for m in messages %}{{ loop.revindex }}{{ m['content'] }}{% endfor %}", "around message 2"),
+        ("{{ messages | length + 'x' }}", "fails on these messages"),
         ("{{ messages[9]['content'] }}", "fails on these messages"),
     ],
 )

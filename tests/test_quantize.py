@@ -84,13 +84,54 @@ def test_no_unpacked_weight_is_kept_for_the_backward(directory: Path) -> None:
     assert not shapes & {(64, 64), (96, 64), (64, 96), (32, 64)}
 
 
-def test_an_adapter_goes_from_one_base_to_the_other(directory: Path, tmp_path: Path) -> None:
-    model = with_adapter(mc.Llama.from_pretrained(directory, load_in_4bit=True), ("q_proj", "v_proj"))
-    mc.save_adapter(model, tmp_path / "adapter")
-    plain = unpacked(directory)
-    mc.load_adapter(plain, tmp_path / "adapter")
-    torch.testing.assert_close(plain(IDS), model(IDS), rtol=1e-5, atol=1e-5)
-    assert sum(isinstance(m, LoraLinear) for m in plain.modules()) == 4
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), PROJECTIONS])
+def test_an_adapter_goes_from_one_base_to_the_other(directory: Path, tmp_path: Path, targets: tuple[str, ...]) -> None:
+    models = {
+        "4 bits": with_adapter(mc.Llama.from_pretrained(directory, load_in_4bit=True), targets),
+        "plain": with_adapter(unpacked(directory), targets),
+    }
+    for name, model in models.items():
+        mc.save_adapter(model, tmp_path / name)
+    for name, model in models.items():
+        for there in (unpacked(directory), mc.Llama.from_pretrained(directory, load_in_4bit=True)):
+            mc.load_adapter(there, tmp_path / name)
+            torch.testing.assert_close(there(IDS), model(IDS), rtol=1e-5, atol=1e-5)
+            assert sum(isinstance(m, LoraLinear) for m in there.modules()) == 2 * len(targets)
+            mc.load_adapter(there, tmp_path / name)  # over the one that is there now
+            torch.testing.assert_close(there(IDS), model(IDS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("damage", ["rank", "name"])
+def test_a_wrong_adapter_is_refused_beside_4_bits_too(directory: Path, tmp_path: Path, damage: str) -> None:
+    mc.save_adapter(with_adapter(mc.Llama.from_pretrained(directory), ("q_proj",)), tmp_path)
+    model = mc.Llama.from_pretrained(directory, load_in_4bit=True)
+    if damage == "rank":
+        config = tmp_path / "adapter_config.json"
+        config.write_text(config.read_text().replace('"r": 4', '"r": 3'))
+    else:
+        mc.add_lora(model, 4, 8, ("v_proj",))
+    with pytest.raises(mc.InputError, match=r"the model needs \[3, 64\]|unlike the model's adapter"):
+        mc.load_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize("trained", [[], ["--load-in-4bit"]])
+@pytest.mark.parametrize("used", [[], ["--load-in-4bit"]])
+def test_train_then_evaluate_then_generate(
+    model_directory: Path,
+    text: Path,
+    tmp_path: Path,
+    trained: list[str],
+    used: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = ["--model", str(model_directory), "--device", "cpu"]
+    run = ["--data", str(text), "--seq-len", "32", "--chunk-size", "8", "--steps", "2", "--rank", "2"]
+    assert main(["train", *model, *run, "--output", str(tmp_path / "run"), *trained]) == 0
+    adapter = ["--adapter", str(tmp_path / "run" / "adapter"), *used]
+    assert main(["evaluate", *model, *adapter, "--data", str(text), "--seq-len", "32"]) == 0
+    assert "16 to 32" in capsys.readouterr().out
+    assert main(["generate", "It is", *model, *adapter, "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out.startswith("It is")
 
 
 def test_refusals(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,12 +28,11 @@ NOT_RUN = ("pip", "hf", "vllm")
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_directory: Path, text: Path) -> Path:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model_directory, "qwen3-8b")
-    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-    template += "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-    Path("qwen3-8b/tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    template = Path(__file__).parent / "chat_templates" / "qwen3.jinja"
+    Path("qwen3-8b/tokenizer_config.json").write_text(json.dumps({"chat_template": template.read_text()}))
     shutil.copy(text, "book.txt")
     shutil.copy(text, "heldout.txt")
-    messages = [{"role": "user", "content": "What is a truth?"}, {"role": "assistant", "content": "A man in want."}]
+    messages = [{"role": "user", "content": "What is a truth?"}, {"role": "assistant", "content": "A man in want."}] * 2
     Path("chats.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
     return tmp_path
 

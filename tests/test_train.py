@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -190,9 +191,13 @@ def test_training_learns(options: TrainOptions) -> None:
     assert all(new["loss"] < old["loss"] - 0.3 for old, new in zip(losses["before"], losses["after"], strict=True))
 
 
-def test_the_full_model_comes_with_its_tokenizer_and_new_context(options: TrainOptions) -> None:
-    directory = train(replace(options, rank=0), say=quiet) / "model"
+def test_the_full_model_comes_with_its_tokenizer_and_new_context(options: TrainOptions, tmp_path: Path) -> None:
+    assert options.model is not None
+    shutil.copytree(options.model, tmp_path / "base")
+    (tmp_path / "base" / "chat_template.jinja").write_text("x")
+    directory = train(replace(options, model=str(tmp_path / "base"), rank=0), say=quiet) / "model"
     assert (directory / "tokenizer.json").is_file()
+    assert (directory / "chat_template.jinja").is_file()
     assert mc.Llama.from_pretrained(directory).config.max_position_embeddings == 40
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
 from pathlib import Path
 
@@ -28,6 +29,13 @@ def test_a_tutorial_prints_what_its_rendering_says(path: Path, tmp_path: Path) -
     assert rendered == path.with_suffix(".md").read_text(encoding="utf-8")
     figures = {figure.name for figure in tmp_path.iterdir()}
     assert figures == {figure.name for figure in (TUTORIALS / "figures").glob(f"{path.stem}-*.png")}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_a_tutorial_prints_no_claim_that_does_not_hold(path: Path) -> None:
+    printed = re.findall(r"^```text\n(.*?)^```", path.with_suffix(".md").read_text(), re.DOTALL | re.MULTILINE)
+    assert printed
+    assert not any(re.search(r"\bFalse\b", text) for text in printed)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)

@@ -74,6 +74,7 @@ pieces = [(q @ k.T, v) for k, v in ((keys[:4], values[:4]), (keys[4:], values[4:
 lse = torch.logaddexp(lse_a, lse_b)
 merged = (lse_a - lse).exp()[:, None] * out_a + (lse_b - lse).exp()[:, None] * out_b
 print("merged = whole:", torch.allclose(merged, whole, atol=1e-6))
+assert torch.allclose(merged, whole, atol=1e-6)
 
 # %% [markdown]
 # ## The forward pass: chunk by chunk is exact
@@ -183,6 +184,9 @@ for i in range(model.config.num_hidden_layers):
     print(f"{i:5}" + "".join(f"{relative[f'model.layers.{i}.{part}.weight']:9.3f}" for part in parts))
 exactly = [n for n, error in relative.items() if error < 1e-12]
 print("\nexact to 1e-12:", ", ".join(n.removeprefix("model.").removesuffix(".weight") for n in exactly))
+last = f"model.layers.{model.config.num_hidden_layers - 1}."
+assert {f"{last}self_attn.q_proj.weight", f"{last}self_attn.o_proj.weight", f"{last}mlp.down_proj.weight"} <= {*exactly}
+assert all(error > 0.01 for name, error in relative.items() if "k_proj" in name or "v_proj" in name)
 
 # %% [markdown]
 # Read it by its zeros and its large numbers. In the last layer, queries and everything above attention are exact to the

@@ -196,10 +196,11 @@ def seco_by_hand(num_chunks):
 
 
 cache = ConcatenatingCache(config.num_hidden_layers)
+assert difference(lambda: sum(seco_by_hand(3))) < 1e-12
 print("the loop    = by hand, to 1e-12:", difference(lambda: sum(seco_by_hand(3))) < 1e-12)
 print("mc.seco     = by hand, to 1e-12:", difference(lambda: mc.seco(model, ids, ids, chunk_size=4)) < 1e-12)
 print("chunks of 5 = by hand, to 1e-12:", difference(lambda: mc.seco(model, ids, ids, chunk_size=5)) < 1e-12)
-for size in (1, 2, 3, 5, 7, 12):
+for size in (1, 2, 3, 4, 5, 7, 12):
     assert difference(lambda size=size: mc.seco(model, ids, ids, chunk_size=size)) < 1e-12
 
 # %% [markdown]

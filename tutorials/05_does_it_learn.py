@@ -162,6 +162,10 @@ plt.show()
 print(f"{'':30}loss after {STEPS:,} steps, three seeds")
 for method, values in curves.items():
     print(f"{method:30}" + "".join(f"{v:8.3f}" for v in values[:, -1].tolist()))
+assert (curves["SeCO"] - curves["full"]).abs().max() < 0.01
+assert curves["truncated"].min() > 0.7
+sparse = torch.stack([values[:, -1] for method, values in curves.items() if "SpaCO" in method])  # (variant, seed)
+assert (sparse.amin(1) < 0.01).all() and (sparse.amax(1) > 0.5).all()
 
 # %% [markdown]
 # What is to be seen:
