@@ -8,18 +8,18 @@ the earlier ones only through the keys and values that they left behind (eq. 1 o
 So whatever a loss has to tell an earlier chunk goes through these. There we cut: store m_j without its graph, as m'_j;
 collect the gradient that arrives there; hand it over when chunk j is run once more. That is SeCO, and it is exact.
 SpaCO does it for a random few of the chunks: cheaper, and right on average. `python -m minichunk.tiny` shows both.
+The page needs PyTorch alone; it runs Llama without rope scaling, and Qwen2, with all parameters trained.
 
 Shapes: B batch, T text, C chunk, P past, E hidden, H heads, G key-value heads, D head size, V vocabulary.
 """
 
-import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Config = dict[str, Any]  # Hugging Face's config["json"]
+Config = dict[str, Any]  # Hugging Face's config.json, parsed
 Parameters = dict[str, Tensor]  # Θ, by Hugging Face's names
 Cache = list[Tensor]  # keys and values of each layer in turn, (B, G, positions, D); an empty list: no past
 Kept = dict[int, tuple[float, float]]  # SpaCO's draw: chunks, numbered from 0, and their factors on loss and relay
@@ -52,7 +52,7 @@ def llama(p: Parameters, config: Config, ids: Tensor, targets: Tensor, past: Cac
         layer, attn = f"model.layers.{i}", f"model.layers.{i}.self_attn"
         h = norm(f"{layer}.input_layernorm", x)  # (B, C, E)
         q, k, v = (linear(f"{attn}.{n}_proj", h).unflatten(-1, (-1, config["head_dim"])).transpose(1, 2) for n in "qkv")
-        q, k = (rotate(t, P, config["rope_theta"]) for t in (q, k))  # (B, H, C, D), (B, G, C, D); v as k
+        q, k = (rotate(t, P, config["rope_theta"]) for t in (q, k))  # (B, H, C, D), (B, G, C, D) as v
         written += [k, v]
         if past:
             k, v = torch.cat((past[2 * i], k), dim=2), torch.cat((past[2 * i + 1], v), dim=2)  # (B, G, P + C, D)
@@ -67,7 +67,7 @@ def llama(p: Parameters, config: Config, ids: Tensor, targets: Tensor, past: Cac
 
 
 def full(p: Parameters, config: Config, ids: Tensor, targets: Tensor) -> Tensor:
-    """Ordinary backpropagation: add the gradient of the mean loss to `.grad`, return the loss."""
+    """Ordinary backpropagation: adds the mean loss's gradient to `.grad`. targets (B, T): the next token, or -100."""
     J = llama(p, config, ids, targets, past=[])[0] / (targets != -100).sum()
     J.backward()
     return J.detach()
@@ -77,15 +77,15 @@ def full(p: Parameters, config: Config, ids: Tensor, targets: Tensor) -> Tensor:
 def fill(p: Parameters, config: Config, ids: Tensor, targets: Tensor, chunk_size: int) -> Cache:
     """m'_1 .. m'_k side by side: keys and values of the whole text, (B, G, T, D), numbers without a graph."""
     memory: Cache = []
-    for x_j, y_j in zip(ids.split(chunk_size, dim=1), targets.split(chunk_size, dim=1), strict=True):
-        _, m_j = llama(p, config, x_j, y_j, memory)
-        memory = [torch.cat(pair, dim=2) for pair in zip(memory, m_j, strict=True)] if memory else m_j
+    for x_j, y_j in zip(ids.split(chunk_size, dim=1), targets.split(chunk_size, dim=1), strict=True):  # line 1
+        _, m_j = llama(p, config, x_j, y_j, memory)  # line 2; the loss is not needed yet
+        memory = [torch.cat(pair, dim=2) for pair in zip(memory, m_j, strict=True)] if memory else m_j  # line 3
     return memory
 
 
 def seco(p: Parameters, config: Config, ids: Tensor, targets: Tensor, chunk_size: int) -> Tensor:
     """Algorithm 1: what `full` does, with the graph of one chunk at a time."""
-    n, k = (targets != -100).sum(), math.ceil(ids.shape[1] / chunk_size)
+    n, k = (targets != -100).sum(), len(ids.split(chunk_size, dim=1))
     memory = fill(p, config, ids, targets, chunk_size)  # lines 1-3
     sent = [torch.zeros_like(m) for m in memory]  # the gradient at m'_1 .. m'_k, as far as it has arrived
     J = torch.zeros(())
@@ -94,8 +94,8 @@ def seco(p: Parameters, config: Config, ids: Tensor, targets: Tensor, chunk_size
         # m'_1 .. m'_{j-1} as leaves: autograd stops there, and puts into `.grad` what it would have carried further.
         past = [m[:, :, before].detach().requires_grad_() for m in memory]
         J_j, m_j = llama(p, config, ids[:, now], targets[:, now], past)  # line 5: m'_j once more, now with a graph
-        # Autograd cannot know that later chunks saw this m_j, as m'_j. So it starts in two places: at J_j with 1, and
-        # at m_j with the gradient that has arrived at m'_j, which stands for all later losses.
+        # Autograd cannot know that m'_j, which later chunks used, is m_j. So it starts in two places: at J_j with 1,
+        # and (the relay) at m_j with the gradient that has arrived at m'_j, which stands for all later losses.
         torch.autograd.backward([J_j / n, *m_j], [None, *(s[:, :, now] for s in sent)])  # lines 6, 7
         for s, m in zip(sent, past, strict=True):
             s[:, :, before] += m.grad
@@ -128,10 +128,10 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     config = {"num_hidden_layers": 2, "head_dim": 4, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
     linears = ["self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down"]
-    norms = ["layers.0.input", "layers.0.post_attention", "layers.1.input", "layers.1.post_attention"]
     weights = {f"model.layers.{i}.{name}_proj.weight": torch.randn(16, 16) / 4 for i in range(2) for name in linears}
-    weights |= {f"model.{name}_layernorm.weight": torch.ones(16) for name in norms}
-    weights |= {"model.embed_tokens.weight": torch.randn(50, 16) / 4, "model.norm.weight": torch.ones(16)}
+    norms = (f"layers.{i}.{name}_layernorm" for i in range(2) for name in ("input", "post_attention"))
+    weights |= {f"model.{name}.weight": torch.ones(16) for name in (*norms, "norm")}
+    weights |= {"model.embed_tokens.weight": torch.randn(50, 16) / 4}
     ids = torch.randint(50, (2, 48))
     targets = F.pad(ids[:, 1:], (0, 1), value=-100)  # the next token, also across a cut: shift before cutting
     draws = [(8, {j: (2.0, 2.0) for j in range(6) if coins >> j & 1}) for coins in range(64)]  # all falls of six coins
