@@ -18,7 +18,9 @@ from random import Random
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import minichunk as mc
@@ -69,9 +71,34 @@ class Rounding(TorchDispatchMode):
         return x * self.factors[start : start + x.numel()].view(x.shape)
 
 
+class WrittenOut(TorchFunctionMode):
+    """Within the block `scaled_dot_product_attention` is separate steps, with the log-sum-exp as one of them.
+
+    In one fused operator nothing inside would be off. And that attention merges pieces by their log-sum-exps
+    has a price that a softmax may not have: the rounding of a large one moves every probability.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        return self.attention(*args, **(kwargs or {}))
+
+    @staticmethod
+    def attention(
+        q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **_: Any
+    ) -> Tensor:
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        scores = q @ k.mT / q.shape[-1] ** 0.5
+        if is_causal:
+            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, -torch.inf)
+        return (scores - scores.logsumexp(-1, keepdim=True)).exp() @ v
+
+
 @dataclass
 class Exact:
-    """What should come out, and for each tensor its noise: how far a relative error of 1 in every step would move it."""
+    """What should come out, and for each tensor its noise: how far steps that are off by their own size move it."""
 
     values: Tensors
     noise: Noise
@@ -118,7 +145,7 @@ def measure(compute: Callable[[], Tensors]) -> Exact:
     noise = {name: float(x.norm()) if x.dtype.is_floating_point else 0.0 for name, x in values.items()}
     for seed in range(RUNS):
         torch.set_rng_state(state)
-        with Rounding(seed):
+        with WrittenOut(), Rounding(seed):
             moved = compute()
         for name, x in values.items():
             if x.dtype.is_floating_point:

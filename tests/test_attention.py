@@ -26,7 +26,8 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
     k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
     T = k.shape[2]
     visible = torch.arange(T) <= torch.arange(T - C, T)[:, None]
-    return (q @ k.mT / D**0.5).masked_fill(~visible, -torch.inf).softmax(-1) @ v
+    scores = (q @ k.mT / D**0.5).masked_fill(~visible, -torch.inf)
+    return (scores - scores.logsumexp(-1, keepdim=True)).exp() @ v
 
 
 def run(
