@@ -22,8 +22,8 @@ from .strategies import Batch, batches, blocks_of, build, examples, models, tiny
 WEIGHTS = st.none() | st.builds(Weight, st.floats(-3, 3), st.floats(-3, 3))
 
 
-def found_once() -> dict[str, object]:
-    """Off by more than a bound relative to the net gradient, although nothing is wrong."""
+def shape_of_a_false_alarm() -> dict[str, object]:
+    """Like the case in which a bound relative to the net gradient failed although nothing was wrong."""
     ids = torch.randint(23, (3, 12), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[:, 4:10] = -100
@@ -39,7 +39,7 @@ def found_once() -> dict[str, object]:
     block=st.integers(1, 6),
     entries=st.lists(WEIGHTS, min_size=14, max_size=14),
 )
-@example(**found_once())
+@example(**shape_of_a_false_alarm())
 def test_a_spaco_draw_equals_the_oracle(
     model: mc.Llama, batch: Batch, chunk_size: int, block: int, entries: Sequence[Weight | None]
 ) -> None:
