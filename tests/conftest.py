@@ -1,16 +1,46 @@
-"""A tiny checkpoint directory and a text, as a user would have them."""
+"""Random numbers that are the same in everybody's run, and a tiny checkpoint and a text, as a user would have them.
+
+`--hypothesis-profile=explore` takes fresh ones instead, `explore-few` a tenth of the examples.
+"""
 
 from __future__ import annotations
 
+import secrets
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import minichunk as mc
 from minichunk.pretrain import MEASURED_ON, novel, train_tokenizer
 
 from .strategies import tiny
+
+common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "max_examples": 100}
+settings.register_profile("same", **common, derandomize=True)
+settings.register_profile("explore", **common, print_blob=True)
+settings.register_profile("explore-few", **common | {"max_examples": 10}, print_blob=True)
+settings.load_profile("same")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--torch-seed", type=int, help="seeds torch before each test (default: 0; fresh when exploring)")
+
+
+@pytest.fixture(scope="session")
+def torch_seed(request: pytest.FixtureRequest) -> int:
+    if (seed := request.config.getoption("--torch-seed")) is not None:
+        return seed
+    return 0 if settings().derandomize else secrets.randbelow(2**31)
+
+
+@pytest.fixture(autouse=True)
+def _seeded(torch_seed: int) -> None:
+    """A test that draws without a seed of its own must hold for any; a failure shows which it was."""
+    torch.manual_seed(torch_seed)
+    if torch_seed:
+        print(f"again with: --torch-seed={torch_seed}")
 
 
 @pytest.fixture(scope="session")

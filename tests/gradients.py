@@ -1,4 +1,4 @@
-"""One gradient check for all tests, and an oracle for every weighting of chunks and relays."""
+"""Gradients by name, and an oracle for every weighting of chunks and relays."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, currently_in_test_context
 from torch import Tensor
 
 import minichunk as mc
 from minichunk.chunks import IGNORE, Chunk, shift
 from minichunk.rope import rope_tables, rotate
 
-Gradients = dict[str, Tensor]
+Tensors = dict[str, Tensor]  # a loss, gradients: by name
 
 
-def take_gradients(model: mc.Llama) -> Gradients:
+def take_gradients(model: mc.Llama) -> Tensors:
     """The gradients of all trainable parameters (zeros where there is none); clears them."""
     grads = {
         name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
@@ -27,42 +26,20 @@ def take_gradients(model: mc.Llama) -> Gradients:
     return grads
 
 
-def norm(grads: Gradients) -> float:
+def norm(grads: Tensors) -> float:
     return float(torch.stack([g.double().norm() for g in grads.values()]).norm())
 
 
-def check_gradients(got: Gradients, expected: Gradients, rtol: float = 1e-12, whole: float = 1e-14) -> None:
-    """Assert ‖got - expected‖ <= rtol ‖expected‖ + whole ‖all expected‖ for every parameter.
-
-    The second term is for gradients that are zero in exact arithmetic. Where all of them are (LoRA
-    on q, and one target that sees a single key), `hypothesis.assume` leaves the example out.
-    """
-    assert got.keys() == expected.keys()
-    scale = norm(expected)
-    if currently_in_test_context():
-        assume(scale > 1e-9)
-    assert scale > 0, "the expected gradient is zero: the test would compare nothing"
-    for name, e in expected.items():
-        difference = (got[name] - e).abs()
-        bound = rtol * float(e.norm()) + whole * scale
-        if float(difference.norm()) > bound or not torch.isfinite(got[name]).all():
-            worst = torch.unravel_index(difference.argmax(), difference.shape)
-            index = tuple(int(i) for i in worst)
-            raise AssertionError(
-                f"gradient of {name}: off by {float(difference.norm()):.3e}, allowed {bound:.3e}; "
-                f"worst at {index}: got {float(got[name][worst]):.17g}, expected {float(e[worst]):.17g}"
-            )
-
-
-def distance(got: Gradients, expected: Gradients) -> float:
-    """‖got - expected‖ / ‖expected‖ over all parameters together."""
+def distance(got: Tensors, expected: Tensors) -> float:
+    """‖got - expected‖ / ‖expected‖ over all gradients together."""
+    expected = {name: e for name, e in expected.items() if name != "loss"}
     return norm({name: got[name] - e for name, e in expected.items()}) / norm(expected)
 
 
-def combine(terms: Sequence[tuple[float, Gradients]]) -> Gradients:
-    """The weighted sum of gradients."""
+def combine(terms: Sequence[tuple[float, Tensors]]) -> Tensors:
+    """The weighted sum of losses and gradients."""
     first = terms[0][1]
-    return {name: torch.stack([factor * grads[name] for factor, grads in terms]).sum(0) for name in first}
+    return {name: torch.stack([factor * tensors[name] for factor, tensors in terms]).sum(0) for name in first}
 
 
 def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
@@ -105,7 +82,8 @@ def oracle(
         k, v = (t.repeat_interleave(H // G, dim=1) for t in (k, v))  # (B, H, T, D)
         k_past, v_past = scale_gradient(k, relay), scale_gradient(v, relay)
         scores = torch.where(own, q @ k.mT, q @ k_past.mT) / D**0.5
-        p = scores.masked_fill(~causal, -torch.inf).softmax(-1)
+        scores = scores.masked_fill(~causal, -torch.inf)
+        p = (scores - scores.logsumexp(-1, keepdim=True)).exp()  # a softmax, rounded where the merge of pieces rounds
         y = (p * own) @ v + (p * ~own) @ v_past
         x = x + attention.o_proj(y.transpose(1, 2).flatten(2))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
@@ -120,7 +98,7 @@ def oracle(
 
 def gradients_by_chain_length(
     model: mc.Llama, input_ids: Tensor, labels: Tensor, chunks: Sequence[Chunk]
-) -> list[Gradients]:
+) -> list[Tensors]:
     """The parts of the exact gradient that come through chains of 1, 2, …, k chunks.
 
     With every relay multiplied by r, a chain through p chunks is multiplied by r^(p-1): the

@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pytest
 import torch
+from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import minichunk as mc
+from minichunk.attention import BLOCK
 from minichunk.chunks import IGNORE, shift
 from minichunk.config import Llama3Rope
+from minichunk.kernels import Plain
 
 VOCAB = 23
 
 
-def build(config: mc.LlamaConfig, seed: int) -> mc.Llama:
-    """A float64 model whose attention is far from uniform, and whose gradient is well conditioned."""
+def examples(count: int) -> settings:
+    """As many random examples, or as small a part of them as the profile's max_examples is of 100; see conftest.py."""
+    return settings(max_examples=max(1, count * settings().max_examples // 100))
+
+
+@contextmanager
+def blocks_of(size: int) -> Iterator[None]:
+    """Within the block the past is cut into pieces of `size` positions, in every module that has the constant."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("minichunk.") and getattr(module, "BLOCK", None) == BLOCK:
+                patch.setattr(module, "BLOCK", size)
+        patch.setattr(Plain, "piece", size)
+        yield
+
+
+def build(config: mc.LlamaConfig, seed: int, scale: float = 0.25) -> mc.Llama:
+    """A float64 model whose attention is far from uniform; the larger `scale`, the worse its conditioning."""
     torch.manual_seed(seed)
     model = mc.Llama(config).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             is_norm, is_embedding = "norm" in name, "embed" in name
-            parameter.copy_(torch.randn_like(parameter) * (1.0 if is_embedding else 0.25) + is_norm)
+            parameter.copy_(torch.randn_like(parameter) * (1.0 if is_embedding else scale) + is_norm)
     return model
 
 
@@ -47,7 +70,7 @@ def configs(draw: st.DrawFn) -> mc.LlamaConfig:
         num_attention_heads=groups * per_group,
         num_key_value_heads=groups,
         head_dim=2 * draw(st.integers(1, 4)),
-        rms_norm_eps=1e-3,  # a tiny head may be near zero, and its norm's derivative should not be huge
+        rms_norm_eps=draw(st.sampled_from([1e-6, 1e-5, 1e-3])),
         rope_theta=draw(st.sampled_from([100.0, 10000.0])),
         rope_scaling=rope,
         tie_word_embeddings=draw(st.booleans()),
@@ -60,7 +83,7 @@ def configs(draw: st.DrawFn) -> mc.LlamaConfig:
 
 @st.composite
 def models(draw: st.DrawFn, lora: bool = True) -> mc.Llama:
-    model = build(draw(configs()), draw(st.integers(0, 2**31)))
+    model = build(draw(configs()), draw(st.integers(0, 2**31)), draw(st.sampled_from([0.25, 1.0])))
     kind = draw(st.sampled_from(["all", "lora", "dropout"])) if lora else "all"
     if kind != "all":
         from minichunk.lora import PROJECTIONS
@@ -71,7 +94,7 @@ def models(draw: st.DrawFn, lora: bool = True) -> mc.Llama:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:  # zero at first, which would hide the gradient of A
-                    parameter.copy_(torch.randn_like(parameter) * 0.1)  # small: the gradient stays well conditioned
+                    parameter.copy_(torch.randn_like(parameter))
     return model
 
 

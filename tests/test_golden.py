@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 
 from minichunk.cli import main
-from minichunk.golden import configs
+from minichunk.golden import configs, golden
 
 from . import numpy_llama
+from .rounding import Exact, Noise, measure
 
 COMMITTED = Path(__file__).parent / "golden"
 NAMES = list(configs())
@@ -24,11 +27,16 @@ def read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
         return file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def check(got: Any, expected: np.ndarray, name: str) -> None:
-    bound = 1e-12 * max(1.0, float(np.abs(expected).max(initial=0)))
-    error = float(np.abs(got - expected).max(initial=0))
-    assert np.shape(got) == expected.shape, name
-    assert error <= bound, f"{name} is off by {error:.3e}, allowed {bound:.1e}"
+@cache
+def noise(name: str) -> Noise:
+    """Of every tensor of one file."""
+    return measure(lambda: golden(configs()[name], seed=NAMES.index(name))).noise
+
+
+def check(name: str, got: dict[str, Any], expected: dict[str, np.ndarray]) -> None:
+    """By the rule of rounding.py, for tensors of the file `name`."""
+    values = {key: torch.from_numpy(value) for key, value in expected.items()}
+    Exact(values, noise(name)).check({key: torch.as_tensor(value) for key, value in got.items()})
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +51,7 @@ def test_the_committed_files_are_what_the_command_writes(name: str, fresh: Path)
     metadata, expected = read(COMMITTED / f"{name}.safetensors")
     new_metadata, got = read(fresh / f"{name}.safetensors")
     assert metadata == new_metadata
-    assert got.keys() == expected.keys()
-    for key, value in expected.items():
-        if value.dtype == np.int64:
-            assert np.array_equal(got[key], value), key
-        else:
-            check(got[key], value, key)
+    check(name, got, expected)
 
 
 def test_nothing_else_is_committed_and_it_is_small() -> None:
@@ -60,34 +63,32 @@ def test_nothing_else_is_committed_and_it_is_small() -> None:
 @pytest.mark.parametrize("method", ["seco", "spaco"])
 @pytest.mark.parametrize("name", NAMES)
 def test_numpy_reproduces_every_number(name: str, method: str) -> None:
-    metadata, golden = read(COMMITTED / f"{name}.safetensors")
-    config, ids = json.loads(metadata["config"]), golden["input_ids"]
-    weights = {key.removeprefix("weights."): value for key, value in golden.items() if key.startswith("weights.")}
+    metadata, tensors = read(COMMITTED / f"{name}.safetensors")
+    config, ids = json.loads(metadata["config"]), tensors["input_ids"]
+    weights = {key.removeprefix("weights."): value for key, value in tensors.items() if key.startswith("weights.")}
     rope = numpy_llama.rope_tables(config, ids.shape[1])
     for got, key in zip(rope, ("rope.cos", "rope.sin"), strict=True):
-        np.testing.assert_allclose(got, golden[key], rtol=0, atol=1e-6)
-    model = numpy_llama.Llama(config, weights, (golden["rope.cos"], golden["rope.sin"]))
+        np.testing.assert_allclose(got, tensors[key], rtol=0, atol=1e-6)
+    model = numpy_llama.Llama(config, weights, (tensors["rope.cos"], tensors["rope.sin"]))
     size = int(metadata["chunk_size"])
     draw = json.loads(metadata["spaco"]) if method == "spaco" else [(1.0, 1.0)] * -(-ids.shape[1] // size)
-    got = numpy_llama.spaco(model, ids, golden["labels"], size, draw)
-    expected = {key.removeprefix(f"{method}."): value for key, value in golden.items() if key.startswith(f"{method}.")}
-    assert got.keys() == expected.keys()
-    for key, value in expected.items():
-        check(got[key], value, key)
+    got = numpy_llama.spaco(model, ids, tensors["labels"], size, draw)
+    expected = {key: value for key, value in tensors.items() if key.startswith(f"{method}.")}
+    check(name, {f"{method}.{key}": value for key, value in got.items()}, expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_numpy_in_one_piece_is_full(name: str) -> None:
-    metadata, golden = read(COMMITTED / f"{name}.safetensors")
-    weights = {key.removeprefix("weights."): value for key, value in golden.items() if key.startswith("weights.")}
-    model = numpy_llama.Llama(json.loads(metadata["config"]), weights, (golden["rope.cos"], golden["rope.sin"]))
-    ids = golden["input_ids"]
-    got = numpy_llama.spaco(model, ids, golden["labels"], ids.shape[1], [(1.0, 1.0)])
-    check(got["loss"], golden["full.loss"], "loss")
-    for key, value in golden.items():
-        if key.startswith("full.grad."):
-            check(model.grad[key.removeprefix("full.grad.")], value, key)
-            check(golden[key.replace("full.grad", "seco.chunk.0.grad")], value, key)
+    metadata, tensors = read(COMMITTED / f"{name}.safetensors")
+    weights = {key.removeprefix("weights."): value for key, value in tensors.items() if key.startswith("weights.")}
+    model = numpy_llama.Llama(json.loads(metadata["config"]), weights, (tensors["rope.cos"], tensors["rope.sin"]))
+    ids = tensors["input_ids"]
+    got = numpy_llama.spaco(model, ids, tensors["labels"], ids.shape[1], [(1.0, 1.0)])
+    expected = {key: value for key, value in tensors.items() if key.startswith("full.")}
+    grads = {f"full.grad.{key}": value for key, value in model.grad.items()}
+    check(name, {"full.loss": got["loss"], **grads}, expected)
+    last = {key: tensors[key.replace("full.grad", "seco.chunk.0.grad")] for key in grads}
+    check(name, {"full.loss": tensors["seco.loss"], **last}, expected)
 
 
 def test_a_file_in_the_place_of_the_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,8 @@ import torch
 
 import minichunk as mc
 
-from .gradients import check_gradients, take_gradients
+from .gradients import take_gradients
+from .rounding import exactly, measure, outcome
 from .strategies import build, tiny
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -48,10 +49,10 @@ def test_adapters_of_a_bfloat16_model_are_float32() -> None:
 
 def test_merging_keeps_the_function() -> None:
     model, ids = with_adapter(), torch.arange(9)[None]
-    before = model(ids)
+    exact = measure(lambda: {"logits": model(ids)})
     names = {name for name in model.state_dict() if "lora" not in name}
     mc.merge_lora(model)
-    torch.testing.assert_close(model(ids), before, rtol=1e-12, atol=1e-12)
+    exact.check({"logits": model(ids)})
     assert set(model.state_dict()) == names
     assert all(p.requires_grad for p in model.parameters())
 
@@ -190,13 +191,13 @@ def test_peft_reads_ours_and_we_read_pefts(tmp_path: Path) -> None:
     ids = torch.randint(23, (2, 11))
     loss = theirs(input_ids=ids, labels=ids).loss
     loss.backward()
-    expected = {
-        name.removeprefix("base_model.model.").replace(".default", ""): p.grad.double()
-        for name, p in theirs.named_parameters()
-        if p.requires_grad
+    got = {
+        name.removeprefix("base_model.model.").replace(".default", ""): grad
+        for name, grad in take_gradients(theirs).items()
     }
-    torch.testing.assert_close(mc.seco(ours, ids, ids, 4), loss.detach().double(), rtol=1e-5, atol=1e-6)
-    check_gradients(take_gradients(ours), expected, rtol=1e-5, whole=1e-6)  # PEFT's adapter is float32
+    exact = exactly(ours, lambda: mc.full(ours, ids, ids))
+    exact.check({"loss": loss, **got}, unit=2.0**-24)  # PEFT's adapter is float32
+    exact.check(outcome(ours, lambda: mc.seco(ours, ids, ids, 4)))
 
     theirs.save_pretrained(tmp_path / "theirs")
     again = build(tiny(), 0)

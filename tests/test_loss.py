@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from minichunk import loss as loss_module
 from minichunk.loss import summed_loss, token_losses
+
+from .rounding import measure
 
 
 @pytest.fixture(params=[1, 10 * 3, 1 << 24], ids=["a column at a time", "three columns", "all at once"])
@@ -23,13 +26,18 @@ def test_loss_and_gradients(frozen: str) -> None:
     weight = torch.randn(29, 7, dtype=torch.float64, requires_grad=frozen != "weight")
     targets = torch.randint(29, (2, 5))
     targets[0, 1:3] = -100
-    inputs = [x for x in (hidden, weight) if x.requires_grad]
-    each = F.cross_entropy((hidden @ weight.T).flatten(0, 1), targets.flatten(), reduction="none")
-    expected = torch.autograd.grad(3 * each.sum(), inputs)
+    inputs = {name: x for name, x in (("hidden", hidden), ("weight", weight)) if x.requires_grad}
+
+    def gradients(loss: Tensor) -> dict[str, Tensor]:
+        return dict(zip(inputs, torch.autograd.grad(3 * loss, list(inputs.values())), strict=True))
+
+    def expected() -> dict[str, Tensor]:
+        logits = (hidden @ weight.T).flatten(0, 1)
+        each = F.cross_entropy(logits, targets.flatten(), reduction="none")
+        return {"sum": each.sum(), "each": each.view(2, 5), **gradients(each.sum())}
+
     got = summed_loss(hidden, weight, targets)
-    torch.testing.assert_close(got, each.sum(), rtol=1e-13, atol=0)
-    torch.testing.assert_close(torch.autograd.grad(3 * got, inputs), expected, rtol=1e-12, atol=1e-13)
-    torch.testing.assert_close(token_losses(hidden, weight, targets), each.view(2, 5).detach(), rtol=1e-13, atol=0)
+    measure(expected).check({"sum": got, "each": token_losses(hidden, weight, targets), **gradients(got)})
 
 
 def test_no_targets_no_gradient() -> None:

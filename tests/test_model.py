@@ -11,7 +11,8 @@ import torch
 
 import minichunk as mc
 
-from .gradients import check_gradients, take_gradients
+from .gradients import Tensors, take_gradients
+from .rounding import measure, outcome
 from .strategies import build
 
 BASE: dict[str, Any] = {
@@ -45,13 +46,17 @@ def test_parity_with_transformers(name: str, tmp_path: Path) -> None:
     ids = torch.randint(23, (2, 50), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[0, 5:9] = -100
-    # Their norms and rotary tables work in float32, whatever the model's dtype.
-    torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
-    loss = theirs(input_ids=ids, labels=labels).loss
-    loss.backward()
-    expected = {n: p.grad for n, p in theirs.named_parameters()}
-    torch.testing.assert_close(mc.seco(ours, ids, labels, 7), loss.detach().double(), rtol=1e-6, atol=0)
-    check_gradients(take_gradients(ours), expected, rtol=1e-5, whole=1e-6)
+
+    def expected() -> Tensors:
+        logits = ours(ids)
+        return {"logits": logits.detach(), **outcome(ours, lambda: mc.full(ours, ids, labels))}
+
+    exact = measure(expected)
+    found = theirs(input_ids=ids, labels=labels)
+    found.loss.backward()
+    got = {"logits": found.logits, "loss": found.loss.detach(), **take_gradients(theirs)}
+    exact.check(got, unit=2.0**-24)  # their norms and rotary tables work in float32, whatever the model's dtype
+    exact.check({"logits": ours(ids), **outcome(ours, lambda: mc.seco(ours, ids, labels, 7))})
 
     # Their files, whole and in shards; config.json in the layout of transformers 5 and in the older one.
     for name, keywords in (("theirs", {}), ("sharded", {"max_shard_size": "8KB"})):

@@ -5,103 +5,124 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import minichunk as mc
 from minichunk.attention import Past
+from minichunk.cache import LayerCache
 from minichunk.chunks import Chunk, cut
 from minichunk.kernels import FlashCPU
 from minichunk.lora import DropoutMasks
 from minichunk.model import Recompute
 from minichunk.seco import new_cache, rebuild
 
-from .gradients import check_gradients, oracle, take_gradients
-from .strategies import Batch, batches, build, models, tiny
+from .gradients import distance, oracle, take_gradients
+from .rounding import exactly, outcome
+from .strategies import Batch, batches, blocks_of, build, examples, models, tiny
 
 spaco_module = sys.modules["minichunk.spaco"]  # the attribute of that name is the function
 
 
-def full_with_masks(model: mc.Llama, batch: Batch, seed: int, chunks: list[Chunk], **keywords: object) -> torch.Tensor:
-    """`full`, with the dropout masks that the chunks draw put together."""
+@contextmanager
+def masks_of(model: mc.Llama, seed: int, chunks: list[Chunk]) -> Iterator[None]:
+    """Within the block the model draws the dropout masks that the chunks draw after this seed, put together."""
     torch.manual_seed(seed)
     if model.dropout_masks is None:
-        return mc.full(model, batch.input_ids, batch.labels, **keywords)
+        yield
+        return
     step_seed = int(torch.randint(2**62, ()))
     with pytest.MonkeyPatch.context() as patch:
         of = DropoutMasks.of
         patch.setattr(DropoutMasks, "of", lambda self, *_: of(self, step_seed, chunks))
-        return mc.full(model, batch.input_ids, batch.labels, **keywords)
+        with model.dropout_masks.of(step_seed, chunks):
+            yield
 
 
-@settings(max_examples=250, deadline=None)
+def full_with_masks(
+    model: mc.Llama, batch: Batch, seed: int, chunk_size: int, num_targets: float | None = None
+) -> torch.Tensor:
+    """`full`, with the dropout masks that the chunks draw put together."""
+    with masks_of(model, seed, cut(batch.input_ids.shape[1], chunk_size)):
+        return mc.full(model, batch.input_ids, batch.labels, num_targets=num_targets)
+
+
+@examples(250)
 @given(
     model=models(),
     batch=batches(),
     chunk_size=st.integers(1, 16),
     fill_chunks=st.integers(0, 4),
     extra=st.integers(0, 3),
+    block=st.integers(1, 6),
     recompute=st.sampled_from([False, True, "all"]),
+    offload=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 def test_seco_equals_full(
-    model: mc.Llama, batch: Batch, chunk_size: int, fill_chunks: int, extra: int, recompute: Recompute, seed: int
+    model: mc.Llama,
+    batch: Batch,
+    chunk_size: int,
+    fill_chunks: int,
+    extra: int,
+    block: int,
+    recompute: Recompute,
+    offload: bool,
+    seed: int,
 ) -> None:
+    """Chunks shorter and longer than a block, and blocks that end within a chunk, on the device and in host memory."""
     fill_size = fill_chunks * chunk_size + extra if fill_chunks else None
-    expected_loss = full_with_masks(model, batch, seed, cut(batch.input_ids.shape[1], chunk_size))
-    expected = take_gradients(model)
+    exact = exactly(model, lambda: full_with_masks(model, batch, seed, chunk_size))
     torch.manual_seed(seed)
-    loss = mc.seco(model, batch.input_ids, batch.labels, chunk_size, fill_size=fill_size, recompute=recompute)
-    torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=1e-14)
-    check_gradients(take_gradients(model), expected)
+    keywords = {"fill_size": fill_size, "recompute": recompute, "offload": offload}
+    with blocks_of(block):
+        exact.check(outcome(model, lambda: mc.seco(model, batch.input_ids, batch.labels, chunk_size, **keywords)))
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(
     model=models(),
     first=batches(),
     second=batches(),
     chunk_size=st.integers(1, 9),
+    block=st.integers(1, 6),
     seeds=st.tuples(*[st.integers(0, 99)] * 2),
 )
 def test_accumulated_batches_equal_full(
-    model: mc.Llama, first: Batch, second: Batch, chunk_size: int, seeds: tuple[int, int]
+    model: mc.Llama, first: Batch, second: Batch, chunk_size: int, block: int, seeds: tuple[int, int]
 ) -> None:
     """Two batches with the divisor of both together add up to one mean over all targets."""
     count = first.num_targets + second.num_targets
-    for batch, seed in zip((first, second), seeds, strict=True):
-        full_with_masks(model, batch, seed, cut(batch.input_ids.shape[1], chunk_size), num_targets=count)
-    expected = take_gradients(model)
-    for batch, seed in zip((first, second), seeds, strict=True):
+    draws = list(zip((first, second), seeds, strict=True))
+
+    def seco(batch: Batch, seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
-        mc.seco(model, batch.input_ids, batch.labels, chunk_size, num_targets=count)
-    check_gradients(take_gradients(model), expected)
+        return mc.seco(model, batch.input_ids, batch.labels, chunk_size, num_targets=count)
+
+    exact = exactly(model, lambda: sum(full_with_masks(model, batch, seed, chunk_size, count) for batch, seed in draws))
+    with blocks_of(block):
+        exact.check(outcome(model, lambda: sum(seco(*draw) for draw in draws)))
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(model=models(lora=False), batch=batches())
 def test_full_equals_naive_attention(model: mc.Llama, batch: Batch) -> None:
     """The oracle itself, against softmax over T x T scores written out."""
-    expected_loss = oracle(
-        model, batch.input_ids, batch.labels, [Chunk(0, batch.input_ids.shape[1])], [mc.Weight(1, 1)]
-    )
-    expected = take_gradients(model)
-    loss = mc.full(model, batch.input_ids, batch.labels)
-    torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=1e-14)
-    check_gradients(take_gradients(model), expected)
+    whole = [Chunk(0, batch.input_ids.shape[1])]
+    exact = exactly(model, lambda: oracle(model, batch.input_ids, batch.labels, whole, [mc.Weight(1, 1)]))
+    exact.check(outcome(model, lambda: mc.full(model, batch.input_ids, batch.labels)))
 
 
 def test_full_with_recompute_is_the_same() -> None:
     model = build(tiny(), seed=1)
     ids = torch.randint(23, (2, 12))
-    mc.full(model, ids, ids)
-    expected = take_gradients(model)
-    mc.full(model, ids, ids, recompute=True)
-    check_gradients(take_gradients(model), expected)
+    exact = exactly(model, lambda: mc.full(model, ids, ids))
+    exact.check(outcome(model, lambda: mc.full(model, ids, ids, recompute=True)))
 
 
 @pytest.mark.parametrize("recompute", [False, True, "all"])
@@ -202,10 +223,19 @@ def shuffled_dropout(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(DropoutMasks, "of", lambda self, seed, chunks: original(self, seed and seed + next(calls), chunks))
 
 
-@pytest.mark.parametrize(
-    "break_it",
-    [None, no_relay, wrong_order, forgotten_relay_factor, forgotten_loss_factor, top_left_mask, shuffled_dropout],
-)
+def every_block_is_the_first(patch: pytest.MonkeyPatch) -> None:
+    """Gradients of all blocks of the past go to the first one's positions."""
+    original = LayerCache.pieces
+    patch.setattr(LayerCache, "pieces", lambda *a: ((0, *piece[1:]) for piece in original(*a)))
+
+
+MISTAKES = [
+    no_relay, wrong_order, forgotten_relay_factor, forgotten_loss_factor, top_left_mask, shuffled_dropout,
+    every_block_is_the_first,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("break_it", [None, *MISTAKES])
 def test_negative_controls(break_it: Callable[[pytest.MonkeyPatch], None] | None) -> None:
     """Each of these mistakes makes the comparison with the oracle fail, by far; without one it holds."""
     model = build(tiny(layers=3), seed=2)
@@ -217,44 +247,39 @@ def test_negative_controls(break_it: Callable[[pytest.MonkeyPatch], None] | None
     ids = torch.randint(23, (1, 12))
     entries = [mc.Weight(1.5, 0.5), None, mc.Weight(0.7, 2.0), mc.Weight(2.0, 3.0)]
     chunks = cut(12, 3)
+
+    def expected() -> torch.Tensor:
+        with masks_of(model, 5, chunks):
+            return oracle(model, ids, ids, chunks, entries)
+
+    exact = exactly(model, expected)
     torch.manual_seed(5)
-    seed = int(torch.randint(2**62, ()))
-    assert model.dropout_masks is not None
-    with model.dropout_masks.of(seed, chunks):
-        oracle(model, ids, ids, chunks, entries)
-    expected = take_gradients(model)
-    torch.manual_seed(5)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, blocks_of(4):
         if break_it is not None:
             break_it(patch)
-        mc.spaco(model, ids, ids, 3, sampler=lambda *_: entries)
-    got = take_gradients(model)
+        got = outcome(model, lambda: mc.spaco(model, ids, ids, 3, sampler=lambda *_: entries))
     if break_it is None:
-        check_gradients(got, expected)
+        exact.check(got)
     else:
-        with pytest.raises(AssertionError, match="gradient of"):
-            check_gradients(got, expected, rtol=1e-2)
+        assert distance(got, exact.values) > 1e-2
+        with pytest.raises(AssertionError, match=r"is off by .*, allowed .*; worst at \("):
+            exact.check(got)
 
 
 def test_gradients_are_added_to_those_there() -> None:
     model = build(tiny(), seed=3)
     ids = torch.randint(23, (1, 9))
-    mc.seco(model, ids, ids, 4)
-    once = take_gradients(model)
-    mc.seco(model, ids, ids, 4)
-    mc.seco(model, ids, ids, 4)
-    check_gradients(take_gradients(model), {name: 2 * grad for name, grad in once.items()})
+    exact = exactly(model, lambda: mc.full(model, ids, ids) + mc.full(model, ids, ids))
+    exact.check(outcome(model, lambda: mc.seco(model, ids, ids, 4) + mc.seco(model, ids, ids, 4)))
 
 
 def test_padding_on_the_right_changes_nothing() -> None:
     model = build(tiny(), seed=4)
     ids = torch.randint(23, (1, 9))
-    mc.full(model, ids, ids)
-    expected = take_gradients(model)
+    exact = exactly(model, lambda: mc.full(model, ids, ids))
     padded = torch.cat([ids, torch.zeros(1, 5, dtype=torch.int64)], dim=1)
     labels = torch.cat([ids, torch.full((1, 5), -100)], dim=1)
-    mc.seco(model, padded, labels, 4)
-    check_gradients(take_gradients(model), expected)
+    exact.check(outcome(model, lambda: mc.seco(model, padded, labels, 4)))
 
 
 def test_bfloat16_parameters_get_float32_gradients() -> None:

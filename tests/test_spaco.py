@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import minichunk as mc
 from minichunk.chunks import Chunk, cut
 
-from .gradients import (
-    Gradients,
-    check_gradients,
-    combine,
-    distance,
-    gradients_by_chain_length,
-    oracle,
-    take_gradients,
-)
-from .strategies import Batch, batches, build, models, tiny
+from .gradients import Tensors, combine, distance, gradients_by_chain_length, oracle
+from .rounding import Exact, exactly, measure, outcome, weighted
+from .strategies import Batch, batches, blocks_of, build, examples, models, tiny
 
 LENGTH = 13
 
@@ -34,22 +28,24 @@ def case(chunk_size: int, layers: int = 3, seed: int = 0) -> tuple[mc.Llama, tor
     return model, ids, labels, cut(LENGTH, chunk_size)
 
 
-def exact(model: mc.Llama, ids: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, Gradients]:
-    return mc.full(model, ids, labels), take_gradients(model)
-
-
 def expectation(
     model: mc.Llama, ids: torch.Tensor, labels: torch.Tensor, chunk_size: int, sampler: object
-) -> tuple[float, Gradients]:
-    """Loss and gradient of SpaCO, averaged over all outcomes of the sampler."""
-    terms, loss, total = [], 0.0, 0.0
-    for probability, entries in sampler.outcomes(math.ceil(ids.shape[1] / chunk_size)):  # type: ignore[attr-defined]
-        value = mc.spaco(model, ids, labels, chunk_size, sampler=lambda *_, entries=entries: entries)
-        terms.append((probability, take_gradients(model)))
-        loss += probability * float(value)
+) -> tuple[Tensors, Exact]:
+    """Loss and gradient of SpaCO, averaged over all outcomes of the sampler; and the same by the oracle.
+
+    A draw's weights make other terms cancel than in the exact gradient: the error of the sum is
+    bounded by the noise of the draws, each measured by its own oracle, times their probabilities.
+    """
+    chunks = cut(ids.shape[1], chunk_size)
+    got, expected, total = [], [], 0.0
+    for probability, entries in sampler.outcomes(len(chunks)):  # type: ignore[attr-defined]
+        draw = {"sampler": lambda *_, entries=entries: entries}
+        got.append((probability, outcome(model, lambda draw=draw: mc.spaco(model, ids, labels, chunk_size, **draw))))
+        exact = exactly(model, lambda entries=entries: oracle(model, ids, labels, chunks, entries))
+        expected.append((probability, exact))
         total += probability
     assert total == pytest.approx(1, abs=1e-12)
-    return loss, combine(terms)
+    return combine(got), weighted(expected)
 
 
 @pytest.mark.parametrize("chunk_size", [13, 7, 5, 3])  # 1, 2, 3 and 5 chunks
@@ -57,53 +53,67 @@ def expectation(
 def test_bernoulli_is_unbiased(chunk_size: int, rate: float | str) -> None:
     model, ids, labels, chunks = case(chunk_size)
     rates = [0.9, 0.2, 0.5, 0.35, 1.0][: len(chunks)] if rate == "per chunk" else rate
-    expected_loss, expected = exact(model, ids, labels)
-    loss, got = expectation(model, ids, labels, chunk_size, mc.Bernoulli(rates))  # type: ignore[arg-type]
-    assert loss == pytest.approx(float(expected_loss), rel=1e-12)
-    check_gradients(got, expected, whole=1e-13)
+    got, draws = expectation(model, ids, labels, chunk_size, mc.Bernoulli(rates))  # type: ignore[arg-type]
+    exactly(model, lambda: mc.full(model, ids, labels)).check(got, beside=draws)
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(
     model=models(lora=False),
     batch=batches(max_length=8),
     chunk_size=st.integers(2, 5),
+    block=st.integers(1, 6),
     rates=st.lists(st.floats(0.1, 1), min_size=4, max_size=4),
 )
 def test_bernoulli_is_unbiased_for_any_model(
-    model: mc.Llama, batch: Batch, chunk_size: int, rates: list[float]
+    model: mc.Llama, batch: Batch, chunk_size: int, block: int, rates: list[float]
 ) -> None:
-    _, expected = exact(model, batch.input_ids, batch.labels)
     sampler = mc.Bernoulli(rates[: math.ceil(batch.input_ids.shape[1] / chunk_size)])
-    _, got = expectation(model, batch.input_ids, batch.labels, chunk_size, sampler)
-    check_gradients(got, expected, whole=1e-13)
+    with blocks_of(block):
+        got, draws = expectation(model, batch.input_ids, batch.labels, chunk_size, sampler)
+    exactly(model, lambda: mc.full(model, batch.input_ids, batch.labels)).check(got, beside=draws)
 
 
 def survival(p: int, t: int, k: int) -> float:
-    """The chance that t of k chunks, drawn without replacement, hold p given ones (DESIGN: hypergeometric)."""
+    """The chance that t of k chunks, drawn without replacement, hold p given ones (hypergeometric)."""
     return math.prod((t - i) / (k - i) for i in range(p))
+
+
+def gradients_of(tensors: Tensors) -> Tensors:
+    return {name: x for name, x in tensors.items() if name != "loss"}
+
+
+def by_chains(
+    model: mc.Llama, ids: torch.Tensor, labels: torch.Tensor, chunks: list[Chunk], factors: list[float]
+) -> Exact:
+    """The gradients, where chains through 1, 2, … chunks are multiplied by these factors."""
+    return measure(
+        lambda: combine(list(zip(factors, gradients_by_chain_length(model, ids, labels, chunks), strict=True)))
+    )
 
 
 @pytest.mark.parametrize("budget", [1, 2, 3, 4, 5, 9])
 def test_fixed_budget_is_right_for_chains_through_two_chunks(budget: int) -> None:
     model, ids, labels, chunks = case(chunk_size=3)
     k, t = len(chunks), min(budget, len(chunks))
-    chains = gradients_by_chain_length(model, ids, labels, chunks)
     relay = (k - 1) / (t - 1) if t > 1 else 1.0
     factors = [survival(p, t, k) * (k / t) * relay ** (p - 1) for p in range(1, k + 1)]
     assert factors[0] == pytest.approx(1)
     assert t == 1 or factors[1] == pytest.approx(1)
-    _, got = expectation(model, ids, labels, 3, mc.FixedBudget(budget))
-    check_gradients(got, combine(list(zip(factors, chains, strict=True))), rtol=1e-11, whole=1e-12)
-    bias = distance(got, exact(model, ids, labels)[1])
-    assert bias > 1e-3 if t < k else bias < 1e-12
+    got, draws = expectation(model, ids, labels, 3, mc.FixedBudget(budget))
+    by_chains(model, ids, labels, chunks, factors).check(gradients_of(got), beside=draws)
+    exact = exactly(model, lambda: mc.full(model, ids, labels))
+    if t < k:
+        assert distance(got, exact.values) > 1e-3
+    else:
+        exact.check(got, beside=draws)
 
 
 def test_fixed_budget_is_unbiased_with_one_layer() -> None:
     """Chains hop at least one layer down: with one layer none is longer than two chunks."""
     model, ids, labels, _ = case(chunk_size=3, layers=1)
-    _, got = expectation(model, ids, labels, 3, mc.FixedBudget(2))
-    check_gradients(got, exact(model, ids, labels)[1], whole=1e-13)
+    got, draws = expectation(model, ids, labels, 3, mc.FixedBudget(2))
+    exactly(model, lambda: mc.full(model, ids, labels)).check(got, beside=draws)
 
 
 @pytest.mark.parametrize("cap", [None, 2.0])
@@ -112,53 +122,53 @@ def test_the_published_estimator_is_biased_as_the_theory_says(budget: int, cap: 
     """Factor k/t per hop, chance t(t-1)…/(k(k-1)…) to survive: what is left of each chain length."""
     model, ids, labels, chunks = case(chunk_size=3)
     k, t = len(chunks), budget
-    chains = gradients_by_chain_length(model, ids, labels, chunks)
     relay = k / t if cap is None else min(k / t, cap)
     factors = [survival(p, t, k) * (k / t) * relay ** (p - 1) for p in range(1, k + 1)]
-    loss, got = expectation(model, ids, labels, 3, mc.PaperBudget(budget, cap))
-    check_gradients(got, combine(list(zip(factors, chains, strict=True))), rtol=1e-11, whole=1e-12)
-    expected_loss, expected = exact(model, ids, labels)
-    assert loss == pytest.approx(float(expected_loss), rel=1e-12)  # the loss, at least, is unbiased
-    assert distance(got, expected) > 1e-2 if t < k else distance(got, expected) < 1e-12
+    got, draws = expectation(model, ids, labels, 3, mc.PaperBudget(budget, cap))
+    by_chains(model, ids, labels, chunks, factors).check(gradients_of(got), beside=draws)
+    exact = exactly(model, lambda: mc.full(model, ids, labels))
+    if t < k:
+        assert distance(got, exact.values) > 1e-2
+        loss = {"loss": exact.values["loss"]}
+        Exact(loss, exact.noise).check({"loss": got["loss"]}, beside=draws)  # the loss, at least, is unbiased
+    else:
+        exact.check(got, beside=draws)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     model=models(lora=False),
     batch=batches(),
     chunk_size=st.integers(1, 6),
+    block=st.integers(1, 6),
     weights=st.lists(st.none() | st.builds(mc.Weight, st.floats(-2, 2), st.floats(-2, 2)), min_size=14, max_size=14),
     fill_chunks=st.integers(1, 3),
 )
 def test_any_draw_equals_the_oracle(
-    model: mc.Llama, batch: Batch, chunk_size: int, weights: list[mc.Weight | None], fill_chunks: int
+    model: mc.Llama, batch: Batch, chunk_size: int, block: int, weights: list[mc.Weight | None], fill_chunks: int
 ) -> None:
     """One draw with arbitrary factors, against autograd through the whole sequence."""
     chunks = cut(batch.input_ids.shape[1], chunk_size)
     entries = weights[: len(chunks)]
-    expected_loss = oracle(model, batch.input_ids, batch.labels, chunks, entries)
-    expected = take_gradients(model)
-    loss = mc.spaco(
-        model, batch.input_ids, batch.labels, chunk_size, sampler=lambda *_: entries, fill_size=fill_chunks * chunk_size
-    )
-    torch.testing.assert_close(loss.double(), expected_loss, rtol=1e-12, atol=1e-13)
-    check_gradients(take_gradients(model), expected)
+    exact = exactly(model, lambda: oracle(model, batch.input_ids, batch.labels, chunks, entries))
+    keywords = {"sampler": lambda *_: entries, "fill_size": fill_chunks * chunk_size}
+    with blocks_of(block):
+        exact.check(outcome(model, lambda: mc.spaco(model, batch.input_ids, batch.labels, chunk_size, **keywords)))
 
 
 @pytest.mark.parametrize("sampler", [mc.Bernoulli(1), mc.Bernoulli([1.0] * 5), mc.FixedBudget(5), mc.PaperBudget(7)])
 def test_with_every_chunk_kept_all_samplers_are_seco(sampler: object) -> None:
     model, ids, labels, _ = case(chunk_size=3)
     mc.add_lora(model, 2, 4, ("q_proj", "down_proj"), dropout=0.2)
-    results: list[tuple[float, Gradients]] = []
+    results = []
     for keywords in ({}, {"sampler": sampler}):
         torch.manual_seed(1)
-        method = mc.spaco if keywords else mc.seco
         # A default-generator draw would move the dropout's seed: the sampler has its own.
         generator = {"generator": torch.Generator().manual_seed(0)} if keywords else {}
-        loss = method(model, ids, labels, 3, **keywords, **generator)
-        results.append((float(loss), take_gradients(model)))
-    assert results[0][0] == pytest.approx(results[1][0], rel=1e-14)
-    check_gradients(results[1][1], results[0][1], rtol=1e-14)
+        method = partial(mc.spaco if keywords else mc.seco, model, ids, labels, 3, **keywords, **generator)
+        results.append(outcome(model, method))
+    assert results[0].keys() == results[1].keys()
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])  # factors of exactly 1
 
 
 def test_a_draw_that_keeps_nothing_leaves_the_gradients() -> None:

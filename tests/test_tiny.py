@@ -15,16 +15,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import minichunk as mc
 from minichunk import tiny
-from minichunk.chunks import shift
+from minichunk.chunks import cut, shift
 
-from .gradients import check_gradients, take_gradients
-from .strategies import build
+from .gradients import oracle
+from .rounding import exactly, outcome
+from .strategies import build, examples
 from .strategies import tiny as tiny_config
 from .test_golden import COMMITTED, check, read
 
@@ -73,12 +74,8 @@ def golden(name: str) -> tuple[dict[str, str], dict[str, np.ndarray], tiny.Param
 @pytest.mark.parametrize("name", COVERED)
 def test_full_backpropagation_is_the_golden_one(name: str) -> None:
     _, expected, p, arguments = golden(name)
-    check(tiny.full(*arguments).numpy(), expected["full.loss"], "full.loss")
-    names = {key.removeprefix("full.grad.") for key in expected if key.startswith("full.grad.")}
-    assert names == set(p)
-    for key in names:
-        assert p[key].grad is not None
-        check(p[key].grad.numpy(), expected[f"full.grad.{key}"], key)  # type: ignore[union-attr]
+    got = {"full.loss": tiny.full(*arguments)} | {f"full.grad.{key}": t.grad for key, t in p.items()}
+    check(name, got, {key: value for key, value in expected.items() if key.startswith("full.")})
 
 
 @pytest.mark.parametrize("method", ["seco", "spaco"])
@@ -109,12 +106,10 @@ def test_every_golden_number_of_a_walk(name: str, method: str, monkeypatch: pyte
     got[f"{method}.loss"] = loss
     assert next(walk, None) is None
     expected = {key: value for key, value in tensors.items() if key.startswith(f"{method}.")}
-    assert got.keys() == expected.keys()
-    for key, value in expected.items():
-        check(got[key].numpy(), value, key)
+    check(name, got, expected)
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(st.integers(2, 14), st.integers(1, 16), st.lists(st.none() | st.tuples(*[st.floats(0.5, 2)] * 2), max_size=14))
 def test_it_is_the_package(length: int, chunk_size: int, entries: list[tuple[float, float] | None]) -> None:
     config = tiny_config(rope_theta=100.0, rms_norm_eps=1e-3)
@@ -125,18 +120,16 @@ def test_it_is_the_package(length: int, chunk_size: int, entries: list[tuple[flo
     kept = {j: tuple(weight) for j, weight in enumerate(weights) if weight is not None}
     p = dict(model.named_parameters())
     arguments = (p, config.to_dict(), ids, shift(ids))
-    for ours, theirs in [
-        (lambda: tiny.full(*arguments), lambda: mc.full(model, ids, ids)),
-        (lambda: tiny.seco(*arguments, chunk_size), lambda: mc.seco(model, ids, ids, chunk_size)),
+    every = [mc.Weight(1.0, 1.0)] * k
+    for draw, ours, theirs in [
+        (every, lambda: tiny.full(*arguments), lambda: mc.full(model, ids, ids)),
+        (every, lambda: tiny.seco(*arguments, chunk_size), lambda: mc.seco(model, ids, ids, chunk_size)),
         (
+            weights,
             lambda: tiny.spaco(*arguments, chunk_size, kept),
             lambda: mc.spaco(model, ids, ids, chunk_size, sampler=lambda k, generator: weights),
         ),
     ]:
-        expected_loss, expected = theirs(), take_gradients(model)
-        loss, got = ours(), take_gradients(model)
-        torch.testing.assert_close(loss, expected_loss, rtol=1e-12, atol=1e-14, check_dtype=False)
-        if any(bool(g.any()) for g in expected.values()):
-            check_gradients(got, expected, rtol=1e-11, whole=1e-13)
-        else:
-            assert not any(bool(g.any()) for g in got.values())
+        exact = exactly(model, lambda draw=draw: oracle(model, ids, ids, cut(length, chunk_size), draw))
+        exact.check(outcome(model, ours))
+        exact.check(outcome(model, theirs))

@@ -25,7 +25,8 @@ from minichunk.options import TrainOptions
 from minichunk.train import Interrupted, load_data, load_model, make_gradient, train
 from minichunk.trainer import NonFiniteLoss, Schedule, Trainer, deterministic_kernels
 
-from .gradients import check_gradients, take_gradients
+from .gradients import Tensors, take_gradients
+from .rounding import measure
 
 
 @pytest.fixture
@@ -204,8 +205,8 @@ def test_the_full_model_comes_with_its_tokenizer_and_new_context(options: TrainO
 def test_accumulation_has_the_normaliser_of_the_whole_step(options: TrainOptions) -> None:
     """Four documents in four batches give the gradient of the mean over the targets of all four."""
     options = replace(options, dropout=0.0, dtype="float64").resolved()
-    gradients = []
-    for batch_size, accumulate in ((4, 1), (1, 4)):
+
+    def gradients(batch_size: int, accumulate: int) -> Tensors:
         model, tokenizer = load_model(options)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -220,8 +221,9 @@ def test_accumulation_has_the_normaliser_of_the_whole_step(options: TrainOptions
         trainer._update = lambda lr: None  # type: ignore[method-assign]
         trainer._collect_gradients = lambda: 0.0  # type: ignore[method-assign]
         trainer.run_step()
-        gradients.append(take_gradients(model))
-    check_gradients(gradients[1], gradients[0])
+        return take_gradients(model)
+
+    measure(lambda: gradients(4, 1)).check(gradients(1, 4))
 
 
 def test_schedule() -> None:
