@@ -117,13 +117,20 @@ def use_kernel(kernel: Kernel) -> Iterator[None]:
         _chosen = previous
 
 
+def kernel_for(device_type: str, dtype: torch.dtype, head_dim: int) -> Kernel:
+    """The fastest kernel for this dtype and head size on a device that is recent enough."""
+    if device_type == "cpu" and dtype != torch.float16:
+        return FlashCPU()
+    if device_type == "cuda" and dtype.itemsize == 2 and head_dim % 8 == 0 and head_dim <= 256:
+        return FlashCUDA()
+    return Plain()
+
+
 def pick_kernel(q: Tensor) -> Kernel:
     """The fastest kernel that computes q's dtype on q's device."""
     if _chosen is not None:
         return _chosen
-    if q.device.type == "cpu" and q.dtype != torch.float16:
-        return FlashCPU()
-    fits_flash = q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-    if q.device.type == "cuda" and fits_flash and torch.cuda.get_device_capability(q.device) >= (8, 0):
-        return FlashCUDA()
-    return Plain()
+    kernel = kernel_for(q.device.type, q.dtype, q.shape[-1])
+    if isinstance(kernel, FlashCUDA) and torch.cuda.get_device_capability(q.device) < (8, 0):
+        return Plain()
+    return kernel

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .baselines import concatenating, transformers_llama
+from .baselines import concatenating, tiled_full, transformers_llama
 from .cache import Cache
 from .chunks import check_batch, cut, shift
 from .full import full
@@ -26,8 +26,8 @@ from .shapes import random_model, shape
 from .spaco import spaco
 
 METHODS = (
-    "full", "full-recompute", "transformers", "seco", "spaco", "forward", "concatenating-seco", "concatenating-spaco",
-    "seco-parts",
+    "full", "full-recompute", "full-recompute-tiled", "full-recompute-offload", "transformers", "seco", "spaco",
+    "forward", "concatenating-seco", "concatenating-spaco", "seco-parts",
 )  # fmt: skip
 
 
@@ -128,6 +128,8 @@ def _method(case: Case, model: Llama) -> Any:
     methods = {
         "full": lambda ids: full(model, ids, ids),
         "full-recompute": lambda ids: full(model, ids, ids, recompute=True),
+        "full-recompute-tiled": lambda ids: tiled_full(model, ids, ids),
+        "full-recompute-offload": lambda ids: tiled_full(model, ids, ids, offload=True),
         "seco": lambda ids: seco(model, ids, ids, size, **case.keywords),
         "spaco": lambda ids: spaco(model, ids, ids, size, sampler=lambda *_: entries(ids), **case.keywords),
         "seco-parts": lambda ids: seco(model, ids, ids, size, **case.keywords),
@@ -147,8 +149,8 @@ def _entries(case: Case, tokens: int) -> list[Weight | None]:
 def _operations(case: Case, model: Llama) -> dict[str, float] | None:
     """Those of the step, where we know them."""
     chunks = cut(case.tokens, case.chunk_size)
-    if case.method in ("full", "full-recompute"):
-        return operations(model, [], cut(case.tokens, case.tokens), case.method == "full-recompute")
+    if case.method.startswith("full"):
+        return operations(model, [], cut(case.tokens, case.tokens), case.method != "full")
     if case.method in ("seco", "spaco"):
         weights = _entries(case, case.tokens)
         kept = [chunk for chunk, weight in zip(chunks, weights, strict=True) if weight is not None]
