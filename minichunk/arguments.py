@@ -216,16 +216,25 @@ def _add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
     plan = commands.add_parser(
         "plan",
         help="forecast whether a training fits into memory",
-        description="Runs the real code under fake tensors, without weights, arithmetic or a GPU, and says how much "
+        description="Runs the real code on tensors without memory, needs no weights and no GPU, and says how much "
         "memory a training step needs, what it consists of, and the longest sequence that fits.",
     )
     plan.add_argument("--model", default="llama-3-8b", metavar="M", help=f"directory or one of {', '.join(NAMES)}")
     plan.add_argument("--memory", default="24GiB", help="of the device (default: 24GiB)")
     plan.add_argument("--reserve", default="1GiB", help="of it not to be planned with (default: 1GiB)")
-    plan.add_argument("--method", default="seco", help="seco, spaco, full or full-recompute (default: seco)")
+    plan.add_argument(
+        "--method",
+        default="seco",
+        help="seco, spaco, full, full-recompute, full-recompute-tiled (the loss in tiles) or full-recompute-offload "
+        "(and the layers' inputs in host memory) (default: seco)",
+    )
     plan.add_argument("--seq-len", type=int, metavar="N", help="tokens to forecast (default: the most that fits)")
     plan.add_argument("--chunk-size", type=int, default=512, metavar="C", help="tokens per chunk (default: 512)")
-    plan.add_argument("--budget", type=int, default=8, metavar="t", help="spaco: chunks kept (default: 8)")
+    plan.add_argument("--fill-size", type=int, metavar="N", help="tokens per forward pass of the fill (default: C)")
+    plan.add_argument("--budget", type=int, default=8, metavar="t", help="spaco: chunks kept, with bernoulli on "
+                                                                         "average (default: 8)")  # fmt: skip
+    plan.add_argument("--sampler", default="bernoulli", help="spaco: bernoulli (counted with as many chunks as 99.9 %% "
+                      "of the steps do not exceed), fixed or paper (default: bernoulli)")  # fmt: skip
     plan.add_argument("--rank", type=int, default=8, metavar="R", help="of LoRA; 0 trains all (default: 8)")
     plan.add_argument("--targets", nargs="+", default=["q_proj", "v_proj"], help="of LoRA (default: q_proj v_proj)")
     plan.add_argument("--dtype", default="bfloat16", help="of the model (default: bfloat16)")

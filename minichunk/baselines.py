@@ -1,11 +1,13 @@
-"""What minichunk is measured against: the textbook way to do SeCO, and transformers' Llama.
+"""What minichunk is measured against: the textbook way to do SeCO, checkpointing as other trainers have it, and
+transformers' Llama.
 
 Nothing else uses them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .chunks import Chunk, check_batch, cut
+from .loss import summed_loss
 from .model import Llama
 from .samplers import Weight
 from .seco import fill, rebuild
@@ -80,6 +83,53 @@ def concatenating(
         torch.autograd.backward([loss, *written], [None, *(weight.relay * g for g in received)])
         total = total + loss.detach()
     return total
+
+
+def host_like(x: Tensor) -> Tensor:
+    """Room for x in host memory, pinned where x is on a GPU."""
+    return torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=x.is_cuda)
+
+
+class HostInputs(torch.autograd.graph.saved_tensors_hooks):
+    """Within the block, what is saved for the backward pass and has this shape waits in host memory.
+
+    shape: of the layers' inputs, (B, T, E). room: makes a tensor in host memory like another one.
+    """
+
+    def __init__(self, shape: tuple[int, ...], room: Callable[[Tensor], Tensor] = host_like) -> None:
+        def pack(x: Tensor) -> tuple[torch.device | None, Tensor]:
+            if x.shape != shape or not x.is_floating_point():
+                return None, x
+            return x.device, room(x).copy_(x, non_blocking=True)
+
+        def unpack(packed: tuple[torch.device | None, Tensor]) -> Tensor:
+            device, x = packed
+            return x if device is None else x.to(device, non_blocking=True, copy=True)
+
+        super().__init__(pack, unpack)
+
+
+def tiled_full(
+    model: Llama,
+    input_ids: Tensor,
+    labels: Tensor,
+    *,
+    num_targets: float | None = None,
+    offload: bool = False,
+    room: Callable[[Tensor], Tensor] = host_like,
+) -> Tensor:
+    """Gradient checkpointing with the loss in tiles: what long texts are trained with today, without chunks.
+
+    As `full(..., recompute=True)`, but the logits never exist at once. offload: the layers' inputs wait in host
+    memory, as with transformers' `gradient_checkpointing_kwargs={"offload": True}`; room: as in HostInputs.
+    """
+    targets, divisor = check_batch(model, input_ids, labels, num_targets)
+    shape = (*input_ids.shape, model.config.hidden_size)
+    with HostInputs(shape, room) if offload else nullcontext():
+        hidden, _ = model.run(input_ids, recompute=True)
+    loss = summed_loss(hidden, model.lm_head.weight, targets) / divisor
+    loss.backward()
+    return loss.detach()
 
 
 def transformers_llama(model: Llama) -> Any:

@@ -142,3 +142,9 @@ class Cache:
             return []
         grads = (grad for layer in self.layers for grad in layer.received(chunk))
         return [grad.to(tensor.dtype) for grad, tensor in zip(grads, written, strict=True)]
+
+
+def bytes_per_position(config: LlamaConfig, dtype: torch.dtype, grad_dtype: torch.dtype | None) -> tuple[int, int]:
+    """Bytes of one position's keys and values in all layers, and of their gradients; grad_dtype: as in Cache."""
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return numbers * dtype.itemsize, numbers * (grad_dtype or torch.promote_types(dtype, torch.float32)).itemsize

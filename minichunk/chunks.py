@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from .errors import InputError
 
@@ -69,11 +68,11 @@ def check_batch(
         raise InputError("no parameter of the model requires a gradient: nothing to train")
 
     targets = shift(labels)
-    if not isinstance(input_ids, FakeTensor):  # fake tensors (memory forecasts) hold no values to check
+    if not input_ids.is_meta:  # meta tensors (memory forecasts) hold no values to check
         _check_ids("input_ids", input_ids, model.config.vocab_size)
         _check_ids("labels", labels.where(labels != IGNORE, 0), model.config.vocab_size)
     divisor = (targets != IGNORE).sum() if num_targets is None else num_targets
-    if not isinstance(divisor, FakeTensor) and divisor == 0:
+    if not input_ids.is_meta and divisor == 0:
         raise InputError(f"labels has no valid target: after the shift every label is {IGNORE}")
     for parameter in trainable:
         # A sum over many chunks in half precision would lose the small terms.

@@ -1,4 +1,4 @@
-"""Counting the bytes of live tensors, whether they hold numbers or are fake."""
+"""Counting the bytes of live tensors, whether they hold numbers or only have shapes."""
 
 from __future__ import annotations
 

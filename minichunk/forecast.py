@@ -1,27 +1,38 @@
-"""How much memory a training step needs: the real code, run under fake tensors and counted."""
+"""How much memory a training step needs: the real code, run on meta tensors and counted.
+
+Meta tensors have a shape, a dtype and a storage of so many bytes, but no memory and no arithmetic.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .attention import BLOCK
-from .chunks import Chunk, check_batch, cut
+from .baselines import tiled_full
+from .cache import bytes_per_position
+from .chunks import check_batch, check_fill_size, cut
 from .count import CountBytes
 from .errors import InputError
 from .full import full
-from .kernels import FlashCUDA, use_kernel
+from .kernels import kernel_for, use_kernel
 from .model import Llama
 from .quantize import check_bitsandbytes
+from .samplers import most_kept
 from .seco import fill, new_cache, rebuild
-from .shapes import random_model
+from .shapes import random_model, shape
 
-METHODS = ("seco", "spaco", "full", "full-recompute")
+CHUNKED = ("seco", "spaco")
+METHODS = (*CHUNKED, "full", "full-recompute", "full-recompute-tiled", "full-recompute-offload")
+BATCH = 2 * torch.int64.itemsize  # bytes per token: input_ids and targets
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,16 @@ class Setting:
     device: str = "cuda"
     offload: bool = False
     load_in_4bit: bool = False
+    fill_size: int | None = None
+    sampler: str = "bernoulli"
+
+    def kept(self, num_chunks: int) -> int:
+        """The most chunks that a step keeps, see `most_kept`."""
+        return most_kept(self.sampler, self.budget, num_chunks) if self.method == "spaco" else num_chunks
+
+    def bytes_per_position(self) -> tuple[int, int]:
+        """Of keys and values, and of their gradients."""
+        return bytes_per_position(shape(self.model), self.dtype, self.cache_grad_dtype)
 
 
 @dataclass(frozen=True)
@@ -57,53 +78,75 @@ class Memory:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The memory at a length, and how it grows: peak(T) = fixed + per_token * T from `base` tokens on."""
+    """The memory at any length: what a step of `base` tokens needs, and what a longer one has more.
 
+    Of a chunked step only the batch and the cache grow: keys and values of all chunks but the last, gradients for
+    all kept chunks but the last. Of the others the activations grow, evenly from `base` tokens on.
+    per_token, host_per_token: that growth in bytes; SpaCO's without the gradients of more kept chunks.
+    """
+
+    setting: Setting
     at_base: Memory
     base: int
     per_token: float
-    cache_per_token: float
-    cache_gradients_per_token: float
     host_per_token: float = 0.0
 
     def at(self, tokens: int) -> Memory:
-        more = max(0, tokens - self.base)
         m = self.at_base
-        cache = m.cache + round(more * self.cache_per_token)
-        grads = m.cache_gradients + round(more * self.cache_gradients_per_token)
-        peak = m.peak + round(more * self.per_token)
-        rest = peak - m.weights - m.adapter_and_optimizer - cache - grads
-        host = m.host + round(more * self.host_per_token)
-        return Memory(peak, m.weights, m.adapter_and_optimizer, cache, grads, rest, host)
+        if self.setting.method not in CHUNKED:
+            more = max(0, tokens - self.base)
+            peak, host = m.peak + round(more * self.per_token), m.host + round(more * self.host_per_token)
+            return Memory(peak, m.weights, m.adapter_and_optimizer, 0, 0, m.chunk + peak - m.peak, host)
+        cache, grads = self._cache(tokens)
+        batch = (tokens - self.base) * BATCH
+        if self.setting.offload:
+            return Memory(m.peak + batch, m.weights, m.adapter_and_optimizer, 0, 0, m.chunk + batch, cache + grads)
+        fixed = m.weights + m.adapter_and_optimizer + m.chunk + batch
+        return Memory(fixed + cache + grads, m.weights, m.adapter_and_optimizer, cache, grads, m.chunk + batch)
+
+    def _cache(self, tokens: int) -> tuple[int, int]:
+        size, num_chunks = self.setting.chunk_size, -(-tokens // self.setting.chunk_size)
+        cache, grads = self.setting.bytes_per_position()
+        return cache * size * (num_chunks - 1), grads * size * max(0, self.setting.kept(num_chunks) - 1)
 
     def longest(self, available: int, chunk_size: int, host: int | None = None) -> int:
         """Tokens, in whole chunks, that fit into `available` bytes on the device and `host` bytes (None: any number).
 
-        0 if even the base does not fit.
+        0 if even one chunk does not fit.
         """
-        more = [self._room(available - self.at_base.peak, self.per_token)]
-        if host is not None:
-            more.append(self._room(host - self.at_base.host, self.host_per_token))
-        tokens = self.base + min(more)
-        return int(tokens // chunk_size * chunk_size) if min(more) >= 0 else 0
 
-    @staticmethod
-    def _room(bytes_left: int, per_token: float) -> float:
-        return bytes_left if bytes_left < 0 else bytes_left / per_token if per_token > 0 else float("inf")
+        def fits(num_chunks: int) -> bool:
+            found = self.at(num_chunks * chunk_size)
+            return found.peak <= available and (host is None or found.host <= host)
+
+        low, high = 0, 1  # low fits, high does not
+        while fits(high):
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        return low * chunk_size
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+    """Ordinary causal attention as CPU and CUDA compute it; on meta tensors PyTorch would write out all scores."""
+    out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal=True)[0]
+    return out
 
 
 def step_memory(setting: Setting, tokens: int) -> Memory:
-    """Run one training step of `tokens` tokens under fake tensors and count its bytes."""
+    """Run one training step of `tokens` tokens on meta tensors and count its bytes."""
+    kernel = kernel_for(setting.device, setting.dtype, shape(setting.model).head_dim)
     with ExitStack() as stack:
-        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        if setting.device == "cuda":
-            # Fake CPU tensors stand for CUDA ones: the flash operators' shapes are the same.
-            stack.enter_context(use_kernel(FlashCUDA()))
+        stack.enter_context(torch.device("meta"))
+        # Not a function mode: recompute runs layers within the backward pass, where such modes are off.
+        stack.enter_context(patch.object(F, "scaled_dot_product_attention", _flash))
+        stack.enter_context(use_kernel(kernel))
         count = stack.enter_context(CountBytes())
         if setting.load_in_4bit:
             check_bitsandbytes()
         model = random_model(
-            setting.model, setting.dtype, setting.rank, setting.targets, load_in_4bit=setting.load_in_4bit
+            setting.model, setting.dtype, setting.rank, setting.targets, "meta", load_in_4bit=setting.load_in_4bit
         )
         count.settle()
         count.peak = count.live  # quantizing a whole model took more; loading it does not
@@ -114,10 +157,8 @@ def step_memory(setting: Setting, tokens: int) -> Memory:
         adapter = sum(p.numel() * p.element_size() for p in trained) + sum(s.numel() * 4 for s in states)
         adapter += sum(p.numel() * max(4, p.element_size()) for p in trained)  # their gradients
         ids = torch.zeros(1, tokens, dtype=torch.int64)
-        cache, grads = _step(model, ids, setting, count)
-    if setting.offload:
-        return Memory(count.peak, weights, adapter, 0, 0, count.peak - weights - adapter, cache + grads)
-    return Memory(count.peak, weights, adapter, cache, grads, count.peak - weights - adapter - cache - grads)
+        cache, grads, host = _step(model, ids, setting, count)
+    return Memory(count.peak, weights, adapter, cache, grads, count.peak - weights - adapter - cache - grads, host)
 
 
 def optimizer_states(model: Llama) -> list[Tensor]:
@@ -127,63 +168,82 @@ def optimizer_states(model: Llama) -> list[Tensor]:
     return copies + [torch.zeros(p.shape, dtype=torch.float32) for p in trained for _ in range(2)]
 
 
-def _kept(setting: Setting, tokens: int) -> list[Chunk]:
-    """The chunks that a step keeps; for SpaCO the last ones, so that the cache is as long as it gets."""
-    chunks = cut(tokens, setting.chunk_size)
-    return chunks[-setting.budget :] if setting.method == "spaco" else chunks
+def _left_out(count: CountBytes, make: Callable[[], Any], tensors: Callable[[Any], list[Tensor]]) -> Any:
+    """What `make` returns, of which `tensors` are host memory, which only meta tensors place on the device."""
+    peak = count.peak
+    made = make()
+    count.leave_out(*tensors(made))
+    count.peak = max(peak, count.live)
+    return made
 
 
-def _step(model: Llama, ids: Tensor, setting: Setting, count: CountBytes) -> tuple[int, int]:
-    """The heaviest part of a training step; returns the bytes of the cache and of its gradients.
+def _step(model: Llama, ids: Tensor, setting: Setting, count: CountBytes) -> tuple[int, int, int]:
+    """The heaviest parts of a training step; bytes of the cache and of its gradients on the device, and on the host.
 
     seco.py and spaco.py call the same functions.
 
-    The last chunk sends gradients back, the one before it also receives some, and the further ones do
-    the same on a shorter past: three are enough.
+    Of the fill, the group of chunks on the longest past is enough. Of the rebuilds, the last chunk sends gradients
+    back, the one before it also receives some, and the further ones do the same on a shorter past.
     """
     num_targets = float(ids.numel())
-    if setting.method in ("full", "full-recompute"):
-        full(model, ids, ids, recompute=setting.method == "full-recompute", num_targets=num_targets)
-        return 0, 0
+    if setting.method not in CHUNKED:
+        return 0, 0, _whole_step(model, ids, setting, count, num_targets)
     targets, divisor = check_batch(model, ids, ids, num_targets)
-    chunks, kept = cut(ids.shape[1], setting.chunk_size), _kept(setting, ids.shape[1])
-    peak_before = count.peak
-    cache = new_cache(model, ids, kept, setting.cache_grad_dtype, setting.offload)
-    buffers = [layer.buffers() for layer in cache.layers]
-    if setting.offload:
-        # Host memory, which only fake tensors place on the device.
-        count.leave_out(*(x for pair in buffers for part in pair for x in part))
-        count.peak = max(peak_before, count.live)
-    fill(model, ids, chunks[-2:-1], cache)
-    for chunk in kept[:-4:-1]:
+    chunks = cut(ids.shape[1], setting.chunk_size)
+    kept = chunks[-setting.kept(len(chunks)) :]
+
+    def make() -> Any:
+        return new_cache(model, ids, kept, setting.cache_grad_dtype, setting.offload)
+
+    def buffers(cache: Any) -> list[Tensor]:
+        return [x for layer in cache.layers for part in layer.buffers() for x in part]
+
+    cache = _left_out(count, make, buffers) if setting.offload else make()
+    group = (setting.fill_size or setting.chunk_size) // setting.chunk_size
+    fill(model, ids, chunks[:-1][-group:], cache, setting.fill_size)
+    for chunk in kept[:-3:-1]:
         loss, written, received = rebuild(model, ids, targets, chunk, cache, setting.recompute)
         if setting.method == "spaco":
             received = [1.0 * g for g in received]
         torch.autograd.backward([loss / divisor, *written], [None, *received])
         del loss, written, received
-    both = ([x for pair in buffers for x in pair[i]] for i in (0, 1))
-    cache_bytes, grad_bytes = (sum(x.numel() * x.element_size() for x in part) for part in both)
-    return cache_bytes, grad_bytes
+    parts = [[x for layer in cache.layers for x in layer.buffers()[i]] for i in (0, 1)]
+    cache_bytes, grad_bytes = (sum(x.numel() * x.element_size() for x in part) for part in parts)
+    return (0, 0, cache_bytes + grad_bytes) if setting.offload else (cache_bytes, grad_bytes, 0)
+
+
+def _whole_step(model: Llama, ids: Tensor, setting: Setting, count: CountBytes, num_targets: float) -> int:
+    """A step without chunks; returns the bytes in host memory."""
+    if setting.method in ("full", "full-recompute"):
+        full(model, ids, ids, recompute=setting.method == "full-recompute", num_targets=num_targets)
+        return 0
+    host = 0
+
+    def room(x: Tensor) -> Tensor:
+        nonlocal host
+        host += x.numel() * x.element_size()
+        made: Tensor = _left_out(count, lambda: torch.empty_like(x), lambda y: [y])
+        return made
+
+    tiled_full(model, ids, ids, num_targets=num_targets, offload=setting.method.endswith("offload"), room=room)
+    return host
 
 
 @functools.cache
 def forecast(setting: Setting) -> Forecast:
-    """Run the step at two lengths beyond which memory grows linearly, and extend the line."""
+    """Run the step at lengths beyond which it grows evenly, and say by how much."""
     if setting.method not in METHODS:
         raise InputError(f"--method is {setting.method!r}, but must be one of {', '.join(METHODS)}")
     size = setting.chunk_size
     cut(1, size)  # checks the size
-    if setting.method in ("full", "full-recompute"):
+    check_fill_size(setting.fill_size, size)
+    if setting.method not in CHUNKED:
         base, more = 1024, 1024
-    else:
-        kept = setting.budget if setting.method == "spaco" else 0
-        base, more = (max(BLOCK // size + 1, kept) + 2) * size, 2 * size
-    first, second = step_memory(setting, base), step_memory(setting, base + more)
-    return Forecast(
-        first,
-        base,
-        (second.peak - first.peak) / more,
-        (second.cache - first.cache) / more,
-        (second.cache_gradients - first.cache_gradients) / more,
-        (second.host - first.host) / more,
-    )
+        first, second = step_memory(setting, base), step_memory(setting, base + more)
+        per_token, host_per_token = (second.peak - first.peak) / more, (second.host - first.host) / more
+        return Forecast(setting, first, base, per_token, host_per_token)
+    num_chunks = max(BLOCK, setting.fill_size or 0) // size + 3  # a block, or a pass of the fill, on a longer past
+    at_base = step_memory(setting, num_chunks * size)
+    cache, grads = setting.bytes_per_position()
+    grows = cache + (grads if setting.method == "seco" else 0)
+    return Forecast(setting, at_base, num_chunks * size, *((BATCH, grows) if setting.offload else (BATCH + grows, 0)))

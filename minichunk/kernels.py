@@ -177,7 +177,7 @@ def pick_kernel(q: Tensor) -> Kernel:
     """The fastest kernel that computes q's dtype on q's device, and has been seen to compute it right."""
     if _chosen is not None:
         return _chosen
-    fake = isinstance(q, FakeTensor)  # in a forecast: there is nothing to try, and perhaps no device
+    fake = q.is_meta or isinstance(q, FakeTensor)  # in a forecast: there is nothing to try, and perhaps no device
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda and not fake else None
     kernel = kernel_for(q.device.type, q.dtype, q.shape[-1], capability)
     if fake or kernel == Plain() or usable(kernel, q.device, q.dtype, q.shape[-1]):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .baselines import concatenating, transformers_llama
+from .baselines import concatenating, tiled_full, transformers_llama
 from .cache import Cache
 from .chunks import check_batch, cut, shift
 from .count import CountBytes
@@ -30,8 +30,8 @@ from .shapes import random_model, shape
 from .spaco import spaco
 
 METHODS = (
-    "full", "full-recompute", "transformers", "seco", "spaco", "forward", "concatenating-seco", "concatenating-spaco",
-    "seco-parts",
+    "full", "full-recompute", "full-recompute-tiled", "full-recompute-offload", "transformers", "seco", "spaco",
+    "forward", "concatenating-seco", "concatenating-spaco", "seco-parts",
 )  # fmt: skip
 
 
@@ -149,6 +149,8 @@ def _method(case: Case, model: Llama) -> Any:
     methods = {
         "full": lambda ids: full(model, ids, ids),
         "full-recompute": lambda ids: full(model, ids, ids, recompute=True),
+        "full-recompute-tiled": lambda ids: tiled_full(model, ids, ids),
+        "full-recompute-offload": lambda ids: tiled_full(model, ids, ids, offload=True),
         "seco": lambda ids: seco(model, ids, ids, size, **case.keywords),
         "spaco": lambda ids: spaco(model, ids, ids, size, sampler=lambda *_: entries(ids), **case.keywords),
         "seco-parts": lambda ids: seco(model, ids, ids, size, **case.keywords),
@@ -168,8 +170,8 @@ def _entries(case: Case, tokens: int) -> list[Weight | None]:
 def _operations(case: Case, model: Llama) -> dict[str, float] | None:
     """Those of the step, where we know them."""
     chunks = cut(case.tokens, case.chunk_size)
-    if case.method in ("full", "full-recompute"):
-        recompute: Recompute = "all" if case.method == "full-recompute" else False
+    if case.method.startswith("full"):
+        recompute: Recompute = "all" if case.method != "full" else False
         return operations(model, [], cut(case.tokens, case.tokens), recompute)
     if case.method in ("seco", "spaco"):
         weights = _entries(case, case.tokens)

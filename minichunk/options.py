@@ -12,7 +12,7 @@ import torch
 from .chunks import cut
 from .errors import InputError
 from .lora import PROJECTIONS
-from .samplers import Bernoulli, FixedBudget, PaperBudget
+from .samplers import Bernoulli, FixedBudget, PaperBudget, most_kept
 from .spaco import Sampler
 
 SHIPPED_MODEL = Path(__file__).parent / "assets" / "austen-llama"
@@ -149,6 +149,12 @@ class TrainOptions:
             raise InputError(f"--seed is {self.seed}, but must be below 2^32")
         if self.cap is not None and self.sampler != "paper":
             raise InputError("--cap belongs to --sampler paper")
+
+    def cached_positions(self) -> tuple[int, int]:
+        """Positions of a piece that have keys and values in the cache, and those that have gradients there."""
+        k = len(cut(self.seq_len, self.chunk_size))
+        kept = most_kept(self.sampler, self.budget, k) if self.budget is not None else k
+        return (k - 1) * self.chunk_size, max(0, kept - 1) * self.chunk_size
 
     def make_sampler(self) -> Sampler:
         """The sampler of `--sampler` and `--budget`; Bernoulli keeps `budget` chunks on average."""

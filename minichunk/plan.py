@@ -10,9 +10,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .chunks import cut
 from .errors import InputError
 from .forecast import METHODS, Setting, forecast
-from .options import DTYPES, check_4bit, check_choice, check_least
+from .options import DTYPES, SAMPLERS, check_4bit, check_choice, check_least
 from .report import human_bytes
 
 UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -38,6 +39,7 @@ def plan(setting: Setting, memory: int, seq_len: int | None, reserve: int, host:
     longest = {m: found.longest(available, setting.chunk_size, host) for m, found in forecasts.items()}
     length = seq_len or longest[setting.method] or forecasts[setting.method].base
     at = forecasts[setting.method].at(length)
+    num_chunks = len(cut(length, setting.chunk_size))
     return {
         "model": setting.model,
         "method": setting.method,
@@ -54,11 +56,15 @@ def plan(setting: Setting, memory: int, seq_len: int | None, reserve: int, host:
             for m, f in forecasts.items()
         },
         "peak_bytes_all_kept": forecasts["seco"].at(length).peak if setting.method == "spaco" else at.peak,
+        "chunks": num_chunks,
+        "most_kept": setting.kept(num_chunks),
+        "sampler": setting.sampler,
         "left_out": LEFT_OUT,
     }
 
 
 TABLE_MODELS = ("llama-3.2-1b", "llama-3.2-3b", "llama-3-8b", "qwen2.5-14b", "qwen2.5-32b")
+TABLE_METHODS = ("full-recompute-tiled", "seco", "spaco")
 TABLE_MEMORY = (12, 16, 24, 48, 80, 141)  # GiB
 
 
@@ -66,9 +72,7 @@ def longest_table(setting: Setting, reserve: int, models: Sequence[str] = TABLE_
     """A Markdown table: the longest context, in thousands of tokens, by model, base, method and memory."""
     lines = ["| model | base | method | " + " | ".join(f"{n} GiB" for n in TABLE_MEMORY) + " |"]
     lines.append("|---|---|---|" + "---:|" * len(TABLE_MEMORY))
-    rows = [
-        (m, four, method) for m in models for four in (False, True) for method in ("full-recompute", "seco", "spaco")
-    ]
+    rows = [(m, four, method) for m in models for four in (False, True) for method in TABLE_METHODS]
     for model, four, method in tqdm(rows, desc="plan", unit="row", leave=False):
         found = forecast(replace(setting, model=model, load_in_4bit=four, method=method))
         longest = (found.longest(n * 2**30 - reserve, setting.chunk_size) for n in TABLE_MEMORY)
@@ -84,7 +88,9 @@ def run_plan(
     method: str,
     seq_len: int | None,
     chunk_size: int,
+    fill_size: int | None,
     budget: int,
+    sampler: str,
     rank: int,
     targets: list[str],
     dtype: str,
@@ -100,12 +106,17 @@ def run_plan(
     """`minichunk plan`: print the forecast. Raises InputError."""
     check_choice("dtype", dtype, DTYPES)
     check_choice("cache_grad_dtype", cache_grad_dtype, DTYPES)
-    check_least({"seq_len": (seq_len, 2), "chunk_size": (chunk_size, 1), "budget": (budget, 1), "rank": (rank, 0)})
+    check_choice("sampler", sampler, SAMPLERS)
+    least: dict[str, tuple[float | None, float]] = {
+        "seq_len": (seq_len, 2), "chunk_size": (chunk_size, 1), "fill_size": (fill_size, chunk_size),
+        "budget": (budget, 1), "rank": (rank, 0),
+    }  # fmt: skip
+    check_least(least)
     check_4bit(load_in_4bit, rank)
     setting = Setting(
         model, method, chunk_size, budget, rank, tuple(targets), DTYPES[dtype],
         DTYPES[cache_grad_dtype] if cache_grad_dtype else None, not no_recompute, device=device,
-        offload=offload, load_in_4bit=load_in_4bit,
+        offload=offload, load_in_4bit=load_in_4bit, fill_size=fill_size, sampler=sampler,
     )  # fmt: skip
     if table:
         print(longest_table(setting, parse_bytes(reserve)))
@@ -126,11 +137,14 @@ def describe(found: dict[str, Any]) -> str:
     lines += [f"  {name.replace('_', ' '):22} {human_bytes(n):>10}" for name, n in found["breakdown"].items()]
     if found["host_bytes"]:
         lines.append(f"  {'in host memory':22} {human_bytes(found['host_bytes']):>10}")
-    lines += ["", "  method           longest   grows per token"]
+    lines += ["", "  method                    longest   grows per token"]
     for method, row in found["methods"].items():
         host = row["host_bytes_per_token"]
         beside = f", and {human_bytes(host)} in host memory" if host else ""
-        lines.append(f"  {method:14} {row['max_tokens']:>9,}   {human_bytes(row['bytes_per_token'])}{beside}")
+        lines.append(f"  {method:22} {row['max_tokens']:>10,}   {human_bytes(row['bytes_per_token'])}{beside}")
     if found["method"] == "spaco":
-        lines += ["", f"  with every chunk kept, as a random draw may: {human_bytes(found['peak_bytes_all_kept'])}"]
+        often = " in 99.9 % of the steps" if found["sampler"] == "bernoulli" else ""
+        lines += ["", f"  counted with {found['most_kept']} of {found['chunks']} chunks kept: no more are kept{often}"]
+        if often:
+            lines.append(f"  with every chunk kept, as a random draw may: {human_bytes(found['peak_bytes_all_kept'])}")
     return "\n".join([*lines, "", f"not counted: {found['left_out']}"])

@@ -57,7 +57,7 @@ def table(results: Sequence[Result]) -> str:
     for r in sorted(results, key=lambda r: r.case.tokens):
         seconds, whole = r.median("seconds"), full.get(r.case.tokens)
         ratio = f"{seconds / whole:.2f}" if seconds and whole else ""
-        chunk = f"{r.case.chunk_size:,}" if r.case.method not in ("full", "full-recompute", "transformers") else ""
+        chunk = f"{r.case.chunk_size:,}" if not r.case.method.startswith(("full", "transformers")) else ""
         cells = [f"{r.case.tokens:,}", chunk, r.case.label, r.cell("seconds", lambda x: f"{x:.2f}"), ratio]
         cells.append(r.cell("peak_bytes", human_bytes))
         if counted:

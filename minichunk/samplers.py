@@ -8,6 +8,7 @@ for every chain, the probability to survive times these factors is 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
@@ -139,3 +140,19 @@ class PaperBudget(_Subset):
 
     def weight(self, t: int, k: int) -> Weight:
         return Weight(k / t, k / t if self.cap is None else min(k / t, self.cap))
+
+
+def most_kept(sampler: str, budget: int, num_chunks: int) -> int:
+    """How many chunks a step keeps at most: the budget, or with "bernoulli" what 99.9 % of the steps do not exceed.
+
+    sampler: as on the command line; "bernoulli" keeps each chunk with the probability budget / num_chunks.
+    """
+    if sampler != "bernoulli" or num_chunks <= budget:
+        return min(budget, num_chunks)
+    rate = budget / num_chunks
+    kept, total = -1, 0.0
+    while total < 0.999:
+        kept += 1
+        ways = math.lgamma(num_chunks + 1) - math.lgamma(kept + 1) - math.lgamma(num_chunks - kept + 1)
+        total += math.exp(ways + kept * math.log(rate) + (num_chunks - kept) * math.log1p(-rate))
+    return kept

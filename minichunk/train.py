@@ -33,6 +33,7 @@ from .report import human_bytes, loss_table, peak_memory, plot_run
 from .seco import seco
 from .spaco import spaco
 from .trainer import NonFiniteLoss, Schedule, Trainer, deterministic_kernels
+from .weights import check_host_room
 
 T = TypeVar("T")
 LARGE = 10**9  # parameters from which on a chunk's activations are recomputed unless told otherwise
@@ -62,6 +63,10 @@ def train(options: TrainOptions, resume: bool = False, say: Callable[[str], obje
 
 def _train(options: TrainOptions, resumed: Run | None, before: list[Span] | None, say: Callable[[str], object]) -> Path:
     model, tokenizer = load_model(options)
+    if options.offload:
+        check_host_room(
+            model, options.batch_size, *options.cached_positions(), DTYPES.get(options.cache_grad_dtype or "")
+        )
     training, validation, line = load_data(options, model, tokenizer)
     run = resumed or Run.new(options.output)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from .cache import bytes_per_position
 from .config import LlamaConfig
 from .errors import InputError
 from .files import open_tensors, read_json, write_json, write_tensors
@@ -41,7 +42,10 @@ def load_pretrained(
     names_by_file = _find_tensors(directory)
     size = sum(path.stat().st_size for path in names_by_file if path.is_file())
     wide = sum(p.numel() for p in wanted.values()) * dtype.itemsize if dtype is not None else size
-    check_room(str(directory), wide * 0.3 if load_in_4bit else wide, torch.device(device))
+    ways = [] if dtype is not None and dtype.itemsize == 2 else ["--dtype bfloat16"]
+    ways += [] if load_in_4bit else ["--load-in-4bit"]
+    advice = "take " + ", ".join([*ways, "a smaller model"]) + ", or free memory"
+    check_room(str(directory), wide * 0.3 if load_in_4bit else wide, torch.device(device), advice)
     bar = tqdm(total=size, desc=f"load {directory.name}", unit="B", unit_scale=True, leave=False, disable=size < 10**9)
     found: set[str] = set()
     for path, names in names_by_file.items():
@@ -82,14 +86,28 @@ def free_memory(device: torch.device) -> int | None:
     return None
 
 
-def check_room(what: str, needed: float, device: torch.device) -> None:
-    """Raise InputError unless `needed` bytes are free on the device: before anything is read, not half-way."""
+def check_room(what: str, needed: float, device: torch.device, advice: str) -> None:
+    """Raise InputError unless `needed` bytes are free on the device: before anything is read, not half-way.
+
+    advice: what to do about it, for the message.
+    """
     free = free_memory(device)
     if free is not None and needed > free:
-        raise InputError(
-            f"{what} needs {human_bytes(needed)} on {device}, but only {human_bytes(free)} are free there: take "
-            "--dtype bfloat16, --load-in-4bit or a smaller model, or free memory"
-        )
+        where = f"{what} needs {human_bytes(needed)} on {device}, but only {human_bytes(free)} are free there"
+        raise InputError(f"{where}: {advice}")
+
+
+def check_host_room(model: Llama, batch: int, tokens: int, rows: int, grad_dtype: torch.dtype | None) -> None:
+    """Raise InputError unless the host has room for the cache of `--offload`.
+
+    batch: sequences at a time. tokens: positions with keys and values. rows: those with gradients.
+    """
+    cache, grads = bytes_per_position(model.config, model.model.norm.weight.dtype, grad_dtype)
+    ways = [] if grad_dtype is not None and grad_dtype.itemsize == 2 else ["--cache-grad-dtype bfloat16"]
+    ways += ["a smaller --batch-size"] if batch > 1 else []
+    what = f"--offload of {tokens:,} tokens" + (f" in each of {batch} sequences" if batch > 1 else "")
+    advice = "take " + ", ".join([*ways, "a shorter --seq-len"]) + ", or free memory"
+    check_room(what, batch * (cache * tokens + grads * rows), torch.device("cpu"), advice)
 
 
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor, load_in_4bit: bool) -> None:

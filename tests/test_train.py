@@ -117,6 +117,17 @@ def test_large_models_recompute_unless_told_otherwise(
         assert stored is (recompute is None)
 
 
+def test_offload_is_refused_where_the_host_has_no_room(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_module, "load_data", lambda *_: pytest.fail("went on"))
+
+    def refuse(*_: object) -> None:
+        raise mc.InputError("no room")
+
+    monkeypatch.setattr(train_module, "check_host_room", refuse)
+    with pytest.raises(mc.InputError, match="no room"):
+        train(replace(options, method="seco", budget=None, sampler="bernoulli", offload=True), say=quiet)
+
+
 def test_deterministic_means_deterministic_kernels() -> None:
     with deterministic_kernels(True):
         assert torch.are_deterministic_algorithms_enabled()

@@ -15,7 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import minichunk as mc
 from minichunk import weights
+from minichunk.cache import Cache
+from minichunk.chunks import Chunk
 from minichunk.files import open_tensors
+from minichunk.options import TrainOptions
 from minichunk.shapes import write_random_checkpoint
 
 from .strategies import build, tiny
@@ -220,8 +223,25 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_read(
     size = sum(p.numel() for p in build(tiny(), seed=0).parameters())
     monkeypatch.setattr(weights, "open_tensors", lambda *_: pytest.fail("read"))
     monkeypatch.setattr(weights, "free_memory", lambda _: 4 * size - 1)
-    with pytest.raises(mc.InputError, match=r"needs .* on cpu, but only .* free there"):
+    with pytest.raises(mc.InputError, match=r"needs .* on cpu, but only .* free there: take --dtype bfloat16, "):
         mc.Llama.from_pretrained(checkpoint, dtype=torch.float32)
+    monkeypatch.setattr(weights, "free_memory", lambda _: 1)
+    with pytest.raises(mc.InputError, match="free there: take --load-in-4bit, a smaller model, or free memory"):
+        mc.Llama.from_pretrained(checkpoint, dtype=torch.bfloat16)
+
+
+def test_the_host_memory_of_offload_is_checked_first(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mc.Llama.from_pretrained(checkpoint, dtype=torch.float32)
+    layer = Cache(model.config, 3, 10, model.model.norm.weight, [Chunk(0, 6)]).layers[0]
+    needed = sum(x.nbytes for part in layer.buffers() for x in part) * model.config.num_hidden_layers
+    monkeypatch.setattr(weights, "free_memory", lambda _: needed)
+    weights.check_host_room(model, 3, 10, 6, None)
+    monkeypatch.setattr(weights, "free_memory", lambda _: needed - 1)
+    with pytest.raises(mc.InputError, match=r"--offload of 10 tokens in each of 3 .* take --cache-grad-dtype bfloat16"):
+        weights.check_host_room(model, 3, 10, 6, None)
+    opened = TrainOptions(model=str(checkpoint), seq_len=18, chunk_size=4, method="spaco", budget=2, sampler="fixed")
+    assert opened.cached_positions() == (16, 4)
+    assert TrainOptions(seq_len=18, chunk_size=4).cached_positions() == (16, 16)
 
 
 def test_a_random_checkpoint_in_shards_loads(tmp_path: Path) -> None:

@@ -79,6 +79,8 @@ def draw_memory() -> None:
     for method, label in (
         ("full", "full"),
         ("full-recompute", "full, layers recomputed"),
+        ("full-recompute-tiled", "the same, loss in tiles"),
+        ("full-recompute-offload", "the same, layer inputs in host memory"),
         ("seco", "SeCO"),
         ("spaco", "SpaCO, 8 chunks kept"),
     ):
