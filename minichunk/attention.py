@@ -14,15 +14,24 @@ Shapes: q (B, H, C, D); k, v (B, G, C or past, D); out (B, H, C, D); lse (B, H, 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .kernels import Kernel, pick_kernel
 
-if TYPE_CHECKING:
-    from .cache import LayerMemory
+
+class KeyValues(Protocol):
+    """What attention asks of a layer's memory: its past, block by block, and to take gradients for it."""
+
+    def pieces(self, stop: int, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield (start, keys, values) of the positions up to `stop`, in pieces of at most `size`: (B, G, n, D)."""
+
+    def add_grads(self, start: int, key_grads: Tensor, value_grads: Tensor) -> None:
+        """Add the gradients (B, G, n, D) that a later chunk sends back to the n positions from `start`."""
+
 
 BLOCK = 2048  # positions of the past whose gradients are computed at a time: bounds what is in flight
 
@@ -51,7 +60,7 @@ class Past:
     here and the second takes them, so that only what lies before and after the attention is run again.
     """
 
-    def __init__(self, memory: LayerMemory, start: int, keep: bool = False, kernel: Kernel | None = None) -> None:
+    def __init__(self, memory: KeyValues, start: int, keep: bool = False, kernel: Kernel | None = None) -> None:
         self.memory, self.start, self.keep, self.kernel = memory, start, keep, kernel
         self.kept: tuple[Tensor, Tensor] | None = None
 
@@ -109,6 +118,6 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, past: Past, kernel: Kernel) -> tup
     return out.to(q.dtype), lse
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, memory: LayerMemory, start: int, kernel: Kernel | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, memory: KeyValues, start: int, kernel: Kernel | None = None) -> Tensor:
     """`Past.attend` for a single call: q (B, H, C, D), k and v (B, G, C, D) of the chunk at `start`."""
     return Past(memory, start, kernel=kernel).attend(q, k, v)

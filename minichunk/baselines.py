@@ -14,34 +14,44 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .chunks import Chunk, check_batch, cut
+from .batch import Batch
+from .chunks import Chunk, cut
 from .loss import summed_loss
+from .memory import LayerMemories
 from .model import Llama
+from .protocol import Options
 from .samplers import Weight
-from .seco import fill, rebuild
+from .spaco import spaco
+from .stack import Stack
 
 
 class ConcatenatingLayer:
-    """Keys and values as a list of one leaf per chunk, concatenated whenever they are needed."""
+    """Keys and values as a list of one leaf per chunk, concatenated whenever they are needed; a LayerMemory."""
 
     def __init__(self) -> None:
         self.chunks: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def past(self, start: int, keep: bool) -> ConcatenatingPast:
-        return ConcatenatingPast(self, start)
+    def past(self, chunks: Sequence[Chunk], keep: bool) -> ConcatenatingPast:
+        return ConcatenatingPast([pair for start, pair in sorted(self.chunks.items()) if start < chunks[0].start])
+
+    def write(self, chunks: Sequence[Chunk], written: tuple[Tensor, ...]) -> None:
+        keys, values = written  # (B, G, C, D)
+        self.chunks[chunks[0].start] = (keys.detach().requires_grad_(), values.detach().requires_grad_())
+
+    def received(self, chunk: Chunk) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.chunks[chunk.start])
 
 
 class ConcatenatingPast:
     """What a chunk sees of it."""
 
-    def __init__(self, memory: ConcatenatingLayer, start: int) -> None:
-        self.chunks, self.start = memory.chunks, start
+    def __init__(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        self.pairs = pairs
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        start = self.start
-        past = [pair for first, pair in sorted(self.chunks.items()) if first < start]
-        k = torch.cat([*(keys for keys, _ in past), k], dim=2)
-        v = torch.cat([*(values for _, values in past), v], dim=2)
+        start = sum(keys.shape[2] for keys, _ in self.pairs)
+        k = torch.cat([*(keys for keys, _ in self.pairs), k], dim=2)
+        v = torch.cat([*(values for _, values in self.pairs), v], dim=2)
         if start == 0:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         positions = torch.arange(k.shape[2], device=q.device)
@@ -49,40 +59,26 @@ class ConcatenatingPast:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
-class ConcatenatingCache:
-    """What `seco` asks of a cache, answered with autograd's own means."""
+class Concatenating:
+    """A model whose memory is the textbook's, made with autograd's own means."""
 
-    dropout_seed = None
+    def __init__(self, model: Stack) -> None:
+        self.model = model
 
-    def __init__(self, num_layers: int) -> None:
-        self.layers = [ConcatenatingLayer() for _ in range(num_layers)]
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
 
-    def write(self, start: int, written: Sequence[Tensor]) -> None:
-        for layer, keys, values in zip(self.layers, written[::2], written[1::2], strict=True):
-            layer.chunks[start] = (keys.detach().requires_grad_(), values.detach().requires_grad_())
-
-    def received(self, chunk: Chunk, written: Sequence[Tensor]) -> list[Tensor]:
-        leaves = [leaf for layer in self.layers for leaf in layer.chunks.get(chunk.start, ())]
-        return [leaf.grad for leaf in leaves if leaf.grad is not None]  # [] for the last chunk
+    def new_memory(self, batch: int, capacity: int, kept: Sequence[Chunk] = (), *_: Any) -> LayerMemories:
+        return LayerMemories([ConcatenatingLayer() for _ in self.model.layers], kept)
 
 
 def concatenating(
-    model: Llama, input_ids: Tensor, labels: Tensor, chunk_size: int, entries: Sequence[Weight | None] | None = None
+    model: Stack, input_ids: Tensor, labels: Tensor, chunk_size: int, entries: Sequence[Weight | None] | None = None
 ) -> Tensor:
     """SeCO (or SpaCO with the given entries) as one would first write it: `torch.cat` of the past in every layer."""
-    targets, divisor = check_batch(model, input_ids, labels, None)
-    chunks = cut(input_ids.shape[1], chunk_size)
-    weights = entries or [Weight(1.0, 1.0)] * len(chunks)
-    kept = [(chunk, weight) for chunk, weight in zip(chunks, weights, strict=True) if weight is not None]
-    cache: Any = ConcatenatingCache(model.config.num_hidden_layers)
-    fill(model, input_ids, [chunk for chunk in chunks if chunk.stop <= kept[-1][0].start], cache)
-    total = torch.zeros((), device=input_ids.device)
-    for chunk, weight in reversed(kept):
-        loss, written, received = rebuild(model, input_ids, targets, chunk, cache)
-        loss = weight.loss * loss / divisor
-        torch.autograd.backward([loss, *written], [None, *(weight.relay * g for g in received)])
-        total = total + loss.detach()
-    return total
+    every = [Weight(1.0, 1.0)] * len(cut(input_ids.shape[1], chunk_size))
+    textbook: Any = Concatenating(model)
+    return spaco(textbook, input_ids, labels, chunk_size, sampler=lambda *_: entries or every)
 
 
 def host_like(x: Tensor) -> Tensor:
@@ -110,24 +106,17 @@ class HostInputs(torch.autograd.graph.saved_tensors_hooks):
 
 
 def tiled_full(
-    model: Llama,
-    input_ids: Tensor,
-    labels: Tensor,
-    *,
-    num_targets: float | None = None,
-    offload: bool = False,
-    room: Callable[[Tensor], Tensor] = host_like,
+    model: Stack, batch: Batch, *, offload: bool = False, room: Callable[[Tensor], Tensor] = host_like
 ) -> Tensor:
     """Gradient checkpointing with the loss in tiles: what long texts are trained with today, without chunks.
 
     As `full(..., recompute=True)`, but the logits never exist at once. offload: the layers' inputs wait in host
     memory, as with transformers' `gradient_checkpointing_kwargs={"offload": True}`; room: as in HostInputs.
     """
-    targets, divisor = check_batch(model, input_ids, labels, num_targets)
-    shape = (*input_ids.shape, model.config.hidden_size)
+    shape = (*batch.input_ids.shape, model.lm_head.weight.shape[1])
     with HostInputs(shape, room) if offload else nullcontext():
-        hidden, _ = model.run(input_ids, recompute=True)
-    loss = summed_loss(hidden, model.lm_head.weight, targets) / divisor
+        hidden, _ = model.run(batch.input_ids, options=Options(recompute=True))
+    loss = summed_loss(hidden, model.lm_head.weight, batch.targets) / batch.num_targets
     loss.backward()
     return loss.detach()
 

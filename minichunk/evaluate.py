@@ -9,7 +9,6 @@ from itertools import pairwise
 import torch
 from tqdm import tqdm
 
-from .cache import Cache
 from .chunks import IGNORE, shift
 from .data import Document, check_vocabulary, collate, cut_documents, read_documents
 from .loss import token_losses
@@ -47,8 +46,8 @@ def loss_by_position(
     for document in documents:
         input_ids, labels = collate([document], like.device)
         targets = shift(labels)
-        cache = Cache(model.config, 1, len(document), like)
-        for rows, hidden in model.run_chunks(input_ids, cache, chunk_size):
+        memory = model.new_memory(1, len(document))
+        for rows, hidden in model.run_chunks(input_ids, memory, chunk_size):
             sums[rows] += token_losses(hidden, model.lm_head.weight, targets[:, rows])[0].double().cpu()
         counts[: len(document)] += (targets[0] != IGNORE).double().cpu()
         on_document()

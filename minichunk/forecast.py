@@ -18,16 +18,18 @@ from torch import Tensor
 
 from .attention import BLOCK
 from .baselines import tiled_full
-from .cache import bytes_per_position
-from .chunks import check_batch, check_fill_size, cut
+from .batch import Batch, widen_gradients
+from .chunks import check_fill_size, cut, shift
 from .count import CountBytes
 from .errors import InputError
-from .full import full
-from .kernels import kernel_for, use_kernel
-from .model import Llama
+from .full import backpropagate
+from .kernels import kernel_for
+from .model import Llama, cache_bytes
+from .offload import OffloadedLayer
+from .protocol import Options, Recompute
 from .quantize import check_bitsandbytes
 from .samplers import most_kept
-from .seco import fill, new_cache, rebuild
+from .seco import fill, new_memory, rebuild
 from .shapes import random_model, shape
 
 CHUNKED = ("seco", "spaco")
@@ -47,7 +49,7 @@ class Setting:
     targets: tuple[str, ...] = ("q_proj", "v_proj")
     dtype: torch.dtype = torch.bfloat16
     cache_grad_dtype: torch.dtype | None = None
-    recompute: bool = True
+    recompute: Recompute = True
     device: str = "cuda"
     offload: bool = False
     load_in_4bit: bool = False
@@ -60,7 +62,7 @@ class Setting:
 
     def bytes_per_position(self) -> tuple[int, int]:
         """Of keys and values, and of their gradients."""
-        return bytes_per_position(shape(self.model), self.dtype, self.cache_grad_dtype)
+        return cache_bytes(shape(self.model), self.dtype, self.cache_grad_dtype)
 
 
 @dataclass(frozen=True)
@@ -136,12 +138,10 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
 
 def step_memory(setting: Setting, tokens: int) -> Memory:
     """Run one training step of `tokens` tokens on meta tensors and count its bytes."""
-    kernel = kernel_for(setting.device, setting.dtype, shape(setting.model).head_dim)
     with ExitStack() as stack:
         stack.enter_context(torch.device("meta"))
         # Not a function mode: recompute runs layers within the backward pass, where such modes are off.
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", _flash))
-        stack.enter_context(use_kernel(kernel))
         count = stack.enter_context(CountBytes())
         if setting.load_in_4bit:
             check_bitsandbytes()
@@ -156,8 +156,9 @@ def step_memory(setting: Setting, tokens: int) -> Memory:
         weights = sum(x.numel() * x.element_size() for x in frozen)
         adapter = sum(p.numel() * p.element_size() for p in trained) + sum(s.numel() * 4 for s in states)
         adapter += sum(p.numel() * max(4, p.element_size()) for p in trained)  # their gradients
+        widen_gradients(model)
         ids = torch.zeros(1, tokens, dtype=torch.int64)
-        cache, grads, host = _step(model, ids, setting, count)
+        cache, grads, host = _step(model, Batch(ids, shift(ids), float(tokens)), setting, count)
     return Memory(count.peak, weights, adapter, cache, grads, count.peak - weights - adapter - cache - grads, host)
 
 
@@ -177,7 +178,7 @@ def _left_out(count: CountBytes, make: Callable[[], Any], tensors: Callable[[Any
     return made
 
 
-def _step(model: Llama, ids: Tensor, setting: Setting, count: CountBytes) -> tuple[int, int, int]:
+def _step(model: Llama, batch: Batch, setting: Setting, count: CountBytes) -> tuple[int, int, int]:
     """The heaviest parts of a training step; bytes of the cache and of its gradients on the device, and on the host.
 
     seco.py and spaco.py call the same functions.
@@ -185,37 +186,37 @@ def _step(model: Llama, ids: Tensor, setting: Setting, count: CountBytes) -> tup
     Of the fill, the group of chunks on the longest past is enough. Of the rebuilds, the last chunk sends gradients
     back, the one before it also receives some, and the further ones do the same on a shorter past.
     """
-    num_targets = float(ids.numel())
     if setting.method not in CHUNKED:
-        return 0, 0, _whole_step(model, ids, setting, count, num_targets)
-    targets, divisor = check_batch(model, ids, ids, num_targets)
-    chunks = cut(ids.shape[1], setting.chunk_size)
+        return 0, 0, _whole_step(model, batch, setting, count)
+    chunks = cut(batch.input_ids.shape[1], setting.chunk_size)
     kept = chunks[-setting.kept(len(chunks)) :]
-
-    def make() -> Any:
-        return new_cache(model, ids, kept, setting.cache_grad_dtype, setting.offload)
-
-    def buffers(cache: Any) -> list[Tensor]:
-        return [x for layer in cache.layers for part in layer.buffers() for x in part]
-
-    cache = _left_out(count, make, buffers) if setting.offload else make()
+    options = Options(setting.fill_size, setting.recompute, setting.cache_grad_dtype, setting.offload)
+    memory: Any = _left_out(count, lambda: new_memory(model, batch.input_ids, kept, options), _host_tensors)
+    for layer in memory.layers:
+        layer.kernel = kernel_for(setting.device, setting.dtype, model.config.head_dim)
     group = (setting.fill_size or setting.chunk_size) // setting.chunk_size
-    fill(model, ids, chunks[:-1][-group:], cache, setting.fill_size)
+    fill(model, batch.input_ids, chunks[:-1][-group:], memory, options)
     for chunk in kept[:-3:-1]:
-        loss, written, received = rebuild(model, ids, targets, chunk, cache, setting.recompute)
+        loss, written, received = rebuild(model, batch, chunk, memory, options)
         if setting.method == "spaco":
             received = [1.0 * g for g in received]
-        torch.autograd.backward([loss / divisor, *written], [None, *received])
+        torch.autograd.backward([loss, *written], [None, *received])
         del loss, written, received
-    parts = [[x for layer in cache.layers for x in layer.buffers()[i]] for i in (0, 1)]
-    cache_bytes, grad_bytes = (sum(x.numel() * x.element_size() for x in part) for part in parts)
-    return (0, 0, cache_bytes + grad_bytes) if setting.offload else (cache_bytes, grad_bytes, 0)
+    cache, grads = setting.bytes_per_position()
+    cache, grads = cache * kept[-1].start, grads * sum(chunk.stop - chunk.start for chunk in kept[:-1])
+    return (0, 0, cache + grads) if setting.offload else (cache, grads, 0)
 
 
-def _whole_step(model: Llama, ids: Tensor, setting: Setting, count: CountBytes, num_targets: float) -> int:
+def _host_tensors(memory: Any) -> list[Tensor]:
+    """What an offloaded memory keeps in host memory."""
+    layers = [layer for layer in memory.layers if isinstance(layer, OffloadedLayer)]
+    return [x for layer in layers for x in (*layer.blocks, *layer.grads)]
+
+
+def _whole_step(model: Llama, batch: Batch, setting: Setting, count: CountBytes) -> int:
     """A step without chunks; returns the bytes in host memory."""
     if setting.method in ("full", "full-recompute"):
-        full(model, ids, ids, recompute=setting.method == "full-recompute", num_targets=num_targets)
+        backpropagate(model, batch, recompute=setting.method == "full-recompute")
         return 0
     host = 0
 
@@ -225,7 +226,7 @@ def _whole_step(model: Llama, ids: Tensor, setting: Setting, count: CountBytes, 
         made: Tensor = _left_out(count, lambda: torch.empty_like(x), lambda y: [y])
         return made
 
-    tiled_full(model, ids, ids, num_targets=num_targets, offload=setting.method.endswith("offload"), room=room)
+    tiled_full(model, batch, offload=setting.method.endswith("offload"), room=room)
     return host
 
 

@@ -1,6 +1,6 @@
 """Ordinary backpropagation of the whole sequence: the oracle and the baseline.
 
-Shares nothing with the cache, the chunk attention or the tiled loss, so that it can check them.
+Shares nothing with the memory, the chunk attention or the tiled loss, so that it can check them.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .chunks import IGNORE, check_batch
-from .model import Llama
+from .batch import Batch, prepare
+from .chunks import IGNORE
+from .protocol import Model, Options
 
 
 def full(
-    model: Llama, input_ids: Tensor, labels: Tensor, *, num_targets: float | None = None, recompute: bool = False
+    model: Model, input_ids: Tensor, labels: Tensor, *, num_targets: float | None = None, recompute: bool = False
 ) -> Tensor:
     """Add the gradient of the mean loss to `.grad`; return the loss, detached.
 
@@ -23,11 +24,16 @@ def full(
     num_targets: divides the summed loss instead of the count of valid targets, for gradient accumulation.
     Raises InputError for a batch that does not fit the model.
     """
-    targets, divisor = check_batch(model, input_ids, labels, num_targets)
-    hidden, _ = model.run(input_ids, recompute=recompute)
+    return backpropagate(model, prepare(model, input_ids, labels, num_targets), recompute)
+
+
+def backpropagate(model: Model, batch: Batch, recompute: bool = False) -> Tensor:
+    """What `full` does once the batch is checked."""
+    hidden, _ = model.run(batch.input_ids, options=Options(recompute=recompute))
     logits = model.lm_head(hidden).flatten(0, 1)  # (B*T, V)
     if logits.dtype.itemsize < 4:
         logits = logits.float()
-    loss = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum") / divisor
+    losses = F.cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORE, reduction="sum")
+    loss = losses / batch.num_targets
     loss.backward()
     return loss.detach()

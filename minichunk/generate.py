@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cache import Cache
-from .chunks import Chunk
 from .errors import InputError
 from .model import Llama
 
@@ -40,8 +38,8 @@ def generate(
     stop_ids = torch.tensor([end for end in ends if end is not None], dtype=torch.int64, device=input_ids.device)
     was_training = model.training
     model.eval()
-    cache = Cache(config, B, T + max_new_tokens, model.model.norm.weight)
-    for _, hidden in model.run_chunks(input_ids, cache, chunk_size):  # noqa: B007 (the last one is what counts)
+    memory = model.new_memory(B, T + max_new_tokens)
+    for _, hidden in model.run_chunks(input_ids, memory, chunk_size):  # noqa: B007 (the last one is what counts)
         pass
     done = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
     for position in range(T, T + max_new_tokens):
@@ -51,8 +49,7 @@ def generate(
         done |= torch.isin(new[:, 0], stop_ids)
         if done.all() or position == T + max_new_tokens - 1:
             break
-        hidden, written = model.run(new, cache, [Chunk(position, position + 1)])
-        cache.write(position, written)
+        ((_, hidden),) = model.run_chunks(new, memory, 1, start=position)
     model.train(was_training)
     return input_ids
 

@@ -13,15 +13,17 @@ import numpy
 import torch
 from torch import Tensor
 
-from .chunks import check_batch, cut
+from .batch import prepare
+from .chunks import cut
 from .config import Llama3Rope, LlamaConfig
 from .errors import InputError
 from .files import write_tensors
 from .full import full
 from .model import Llama
+from .protocol import Options
 from .rope import rope_tables
 from .samplers import Weight
-from .seco import fill, new_cache, rebuild
+from .seco import fill, new_memory, rebuild
 
 FORMAT = "minichunk golden 1"
 CHUNK_SIZE = 4
@@ -68,26 +70,21 @@ def record(
     model: Llama, input_ids: Tensor, labels: Tensor, weights: Sequence[Weight | None], prefix: str
 ) -> dict[str, Tensor]:
     """Algorithms 1 and 2 as in seco.py and spaco.py, keeping every intermediate; leaves `.grad` empty."""
-    targets, divisor = check_batch(model, input_ids, labels, None)
-    chunks = cut(input_ids.shape[1], CHUNK_SIZE)
+    batch, chunks, options = prepare(model, input_ids, labels, None), cut(input_ids.shape[1], CHUNK_SIZE), Options()
     kept = [(i, chunks[i], weight) for i, weight in enumerate(weights) if weight is not None]
-    cache = new_cache(model, input_ids, [chunk for _, chunk, _ in kept])
-    fill(model, input_ids, chunks[: kept[-1][0]], cache)
+    memory = new_memory(model, input_ids, [chunk for _, chunk, _ in kept], options)
+    fill(model, input_ids, chunks[: kept[-1][0]], memory, options)
     out: dict[str, Tensor] = {}
     total = torch.zeros((), dtype=torch.float64)
     for i, chunk, weight in reversed(kept):
-        loss, written, received = rebuild(model, input_ids, targets, chunk, cache)
-        _, made = model.run(input_ids[:, chunk.start : chunk.stop], cache, [chunk])
-        for n, tensor in enumerate(made):
-            where = f"{prefix}.chunk.{i}.layer.{n // 2}"
-            out[f"{where}.{('keys', 'values')[n % 2]}"] = tensor.detach().clone()
-            relayed = weight.relay * received[n] if received else torch.zeros_like(tensor)
-            out[f"{where}.{('key_grads', 'value_grads')[n % 2]}"] = relayed.detach().clone()
-        torch.autograd.backward(
-            [weight.loss * loss / divisor, *written], [None, *(weight.relay * grad for grad in received)]
-        )
-        total += weight.loss * loss.detach() / divisor
-        out[f"{prefix}.chunk.{i}.loss"] = weight.loss * loss.detach() / divisor
+        loss, written, received = rebuild(model, batch, chunk, memory, options)
+        for n, made in enumerate(written):
+            where, name = f"{prefix}.chunk.{i}.layer.{n // 2}", ("key", "value")[n % 2]
+            relayed = weight.relay * received[n] if received else torch.zeros_like(made)
+            out[f"{where}.{name}s"], out[f"{where}.{name}_grads"] = made.detach().clone(), relayed.clone()
+        torch.autograd.backward([weight.loss * loss, *written], [None, *(weight.relay * grad for grad in received)])
+        total += weight.loss * loss.detach()
+        out[f"{prefix}.chunk.{i}.loss"] = weight.loss * loss.detach()
         out |= {f"{prefix}.chunk.{i}.grad.{name}": grad for name, grad in _gradients(model).items()}
     out[f"{prefix}.loss"] = total
     model.zero_grad(set_to_none=True)

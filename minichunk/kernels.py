@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import log
 from typing import ClassVar
@@ -144,20 +142,6 @@ class FlashCUDA(Kernel):
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
-_chosen: Kernel | None = None
-
-
-@contextmanager
-def use_kernel(kernel: Kernel) -> Iterator[None]:
-    """Within the block, use this kernel whatever the device (for tests and for forecasts)."""
-    global _chosen
-    previous, _chosen = _chosen, kernel
-    try:
-        yield
-    finally:
-        _chosen = previous
-
-
 def kernel_for(
     device_type: str, dtype: torch.dtype, head_dim: int, capability: tuple[int, int] | None = None
 ) -> Kernel:
@@ -175,8 +159,6 @@ def kernel_for(
 
 def pick_kernel(q: Tensor) -> Kernel:
     """The fastest kernel that computes q's dtype on q's device, and has been seen to compute it right."""
-    if _chosen is not None:
-        return _chosen
     fake = q.is_meta or isinstance(q, FakeTensor)  # in a forecast: there is nothing to try, and perhaps no device
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda and not fake else None
     kernel = kernel_for(q.device.type, q.dtype, q.shape[-1], capability)

@@ -1,15 +1,17 @@
-"""The model that a command is told to use: one rule for device and dtype."""
+"""The model that a command is told to use, one rule for device and dtype; and whether the host has room for it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer
 
 from .adapter import load_adapter
 from .data import load_tokenizer
-from .model import Llama
+from .model import Llama, cache_bytes
 from .options import DTYPES, SHIPPED_MODEL, check_choice, check_device, default_dtype
+from .weights import check_room
 
 
 def load_as_told(
@@ -32,3 +34,16 @@ def load_as_told(
     if adapter is not None:
         load_adapter(model, adapter)
     return model, tokenizer
+
+
+def check_host_room(model: Llama, batch: int, tokens: int, rows: int, grad_dtype: torch.dtype | None) -> None:
+    """Raise InputError unless the host has room for the cache of `--offload`.
+
+    batch: sequences at a time. tokens: positions with keys and values. rows: those with gradients.
+    """
+    cache, grads = cache_bytes(model.config, model.norm.weight.dtype, grad_dtype)
+    ways = [] if grad_dtype is not None and grad_dtype.itemsize == 2 else ["--cache-grad-dtype bfloat16"]
+    ways += ["a smaller --batch-size"] if batch > 1 else []
+    what = f"--offload of {tokens:,} tokens" + (f" in each of {batch} sequences" if batch > 1 else "")
+    advice = "take " + ", ".join([*ways, "a shorter --seq-len"]) + ", or free memory"
+    check_room(what, batch * (cache * tokens + grads * rows), torch.device("cpu"), advice)

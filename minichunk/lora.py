@@ -2,57 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from hashlib import blake2b
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .chunks import Chunk
+from .dropout import DropoutMasks
 from .errors import InputError
 from .quantize import Linear4bit, is_in_4bit
-
-if TYPE_CHECKING:
-    from .model import Llama
+from .stack import Stack
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
-class DropoutMasks:
-    """Which masks the model's dropouts draw now; one object, shared by all of a model's adapters.
-
-    A rebuild must draw the masks that the fill drew, or its gradient is another function's. So
-    on top of a cache a mask depends on nothing but the step's seed, the module and the chunk.
-    """
-
-    def __init__(self) -> None:
-        self.seed: int | None = None
-        self.chunks: Sequence[Chunk] = ()
-
-    @contextmanager
-    def of(self, seed: int | None, chunks: Sequence[Chunk]) -> Iterator[None]:
-        """Within the block: the masks of `chunks`, one after the other. No seed, or outside: ordinary dropout."""
-        previous = self.seed, self.chunks
-        self.seed, self.chunks = seed, chunks
-        try:
-            yield
-        finally:
-            self.seed, self.chunks = previous
-
-    def draw(self, x: Tensor, module: str, rate: float) -> Tensor:
-        """A mask for x (B, T, ·): 0 with probability `rate`, else 1 / (1 - rate)."""
-        if self.seed is None:
-            return F.dropout(torch.ones_like(x), rate)
-        parts = []
-        for start, stop in self.chunks:
-            digest = blake2b(f"{self.seed} {module} {start}".encode(), digest_size=7).digest()
-            generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest, "big"))
-            mask = torch.empty(x.shape[0], stop - start, x.shape[2], dtype=torch.float32, device=x.device)
-            parts.append(mask.bernoulli_(1 - rate, generator=generator).div_(1 - rate))
-        return torch.cat(parts, dim=1).to(x.dtype)
 
 
 class LoraLinear(nn.Linear):
@@ -96,13 +57,13 @@ class LoraLinear(nn.Linear):
         return (self.weight.to(product.dtype) + self.scale * product).to(self.weight.dtype)
 
 
-def adapters(model: Llama) -> dict[str, LoraLinear]:
+def adapters(model: Stack) -> dict[str, LoraLinear]:
     """The model's LoRA layers by their names."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
 def add_lora(
-    model: Llama,
+    model: Stack,
     rank: int = 8,
     alpha: float = 16,
     targets: Sequence[str] = ("q_proj", "v_proj"),
@@ -134,11 +95,11 @@ def add_lora(
             layer = LoraLinear(module, name, rank, alpha, dropout, masks)
             setattr(model.get_submodule(parent_name), child, layer)
     if dropout > 0:
-        model.dropout_masks = masks
+        model.masks = masks
 
 
 @torch.no_grad()
-def merge_lora(model: Llama) -> None:
+def merge_lora(model: Stack) -> None:
     """Fold every adapter into its weight and take the adapters out; all parameters become trainable.
 
     Raises InputError for a 4-bit base, whose 16 levels would swallow the update.
@@ -154,5 +115,5 @@ def merge_lora(model: Llama) -> None:
         plain.weight = nn.Parameter(layer.merged())
         plain.bias = layer.bias
         setattr(model.get_submodule(parent_name), child, plain)
-    model.dropout_masks = None
+    model.masks = None
     model.requires_grad_(True)

@@ -14,18 +14,19 @@ import torch
 from torch import Tensor
 
 from .baselines import concatenating, tiled_full, transformers_llama
-from .cache import Cache
-from .chunks import check_batch, cut, shift
+from .batch import prepare
+from .chunks import cut, shift
 from .count import CountBytes
 from .full import full
 from .lora import add_lora
 from .loss import token_losses
-from .model import Llama, Recompute
+from .model import Llama, cache_bytes
 from .operations import operations, peak_of
 from .options import DTYPES
+from .protocol import Options, Recompute
 from .report import peak_memory
 from .samplers import FixedBudget, Weight
-from .seco import fill, new_cache, rebuild, seco
+from .seco import fill, new_memory, rebuild, seco
 from .shapes import random_model, shape
 from .spaco import spaco
 
@@ -149,8 +150,8 @@ def _method(case: Case, model: Llama) -> Any:
     methods = {
         "full": lambda ids: full(model, ids, ids),
         "full-recompute": lambda ids: full(model, ids, ids, recompute=True),
-        "full-recompute-tiled": lambda ids: tiled_full(model, ids, ids),
-        "full-recompute-offload": lambda ids: tiled_full(model, ids, ids, offload=True),
+        "full-recompute-tiled": lambda ids: tiled_full(model, prepare(model, ids, ids, None)),
+        "full-recompute-offload": lambda ids: tiled_full(model, prepare(model, ids, ids, None), offload=True),
         "seco": lambda ids: seco(model, ids, ids, size, **case.keywords),
         "spaco": lambda ids: spaco(model, ids, ids, size, sampler=lambda *_: entries(ids), **case.keywords),
         "seco-parts": lambda ids: seco(model, ids, ids, size, **case.keywords),
@@ -183,17 +184,16 @@ def _operations(case: Case, model: Llama) -> dict[str, float] | None:
 def _cache_bytes(case: Case, model: Llama) -> int:
     """Of the keys and values before the last chunk that is kept."""
     kept = [i for i, weight in enumerate(_entries(case, case.tokens)) if weight is not None]
-    c, bytes_each = model.config, model.model.norm.weight.element_size()
-    return kept[-1] * case.chunk_size * c.num_hidden_layers * 2 * c.num_key_value_heads * c.head_dim * bytes_each
+    return kept[-1] * case.chunk_size * cache_bytes(model.config, model.norm.weight.dtype)[0]
 
 
 @torch.no_grad()
 def _forward(model: Llama, ids: Tensor, chunk_size: int) -> Tensor:
     """Inference: the loss of every chunk, over the cache."""
-    cache = Cache(model.config, ids.shape[0], ids.shape[1], model.model.norm.weight)
+    memory = model.new_memory(*ids.shape)
     targets = shift(ids)
     total = torch.zeros((), device=ids.device)
-    for rows, hidden in model.run_chunks(ids, cache, chunk_size):
+    for rows, hidden in model.run_chunks(ids, memory, chunk_size):
         total += token_losses(hidden, model.lm_head.weight, targets[:, rows]).sum()
     return total / (ids.shape[1] - 1)
 
@@ -204,19 +204,18 @@ def measure_parts(case: Case, model: Llama, ids: Tensor) -> list[tuple[int, floa
     The chunks end at a quarter, a half, three quarters and the whole of the sequence; the last one relays nothing.
     """
     chunks = cut(ids.shape[1], case.chunk_size)
-    targets, divisor = check_batch(model, ids, ids, None)
-    keywords = case.keywords
-    cache = new_cache(model, ids, chunks, keywords["cache_grad_dtype"], keywords["offload"])
+    batch, options = prepare(model, ids, ids, None), Options(**case.keywords)
+    memory = new_memory(model, ids, chunks, options)
     found = []
     began = time.perf_counter()
-    fill(model, ids, chunks[:-1], cache, case.fill_size)
+    fill(model, ids, chunks[:-1], memory, options)
     _synchronize(ids.device)
     found.append((0, time.perf_counter() - began))
     for quarter in (4, 3, 2, 1):
         chunk = chunks[max(0, len(chunks) * quarter // 4 - 1)]
         began = time.perf_counter()
-        loss, written, received = rebuild(model, ids, targets, chunk, cache, case.recompute)
-        torch.autograd.backward([loss / divisor, *written], [None, *received])
+        loss, written, received = rebuild(model, batch, chunk, memory, options)
+        torch.autograd.backward([loss, *written], [None, *received])
         _synchronize(ids.device)
         found.append((chunk.stop, time.perf_counter() - began))
         del loss, written, received

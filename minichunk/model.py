@@ -1,4 +1,4 @@
-"""The Llama, leaf to root. Its memory of earlier chunks, the cache, is an argument.
+"""The Llama, leaf to root. Its memory of earlier chunks is an argument; see stack.py for how layers are run.
 
 Shapes: B batch, T tokens of this call, H query heads, G key-value heads, D head size,
 E hidden size, V vocabulary. Parameter names are Hugging Face's.
@@ -6,23 +6,22 @@ E hidden size, V vocabulary. Parameter names are Hugging Face's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .attention import Past
-from .cache import Cache
-from .chunks import Chunk, cut
+from .cache import LayerCache
+from .chunks import Chunk
 from .config import LlamaConfig
-from .lora import DropoutMasks
-from .rope import rope_tables, rotate
-
-Recompute = bool | Literal["all"]
+from .memory import LayerMemories, LayerMemory
+from .offload import OffloadedLayer, Stage
+from .protocol import DEFAULTS, Options
+from .rope import Rope, rope_tables, rotate
+from .stack import Stack
 
 
 class RMSNorm(nn.Module):
@@ -53,16 +52,14 @@ class Attention(nn.Module):
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, H*D) -> (B, H, T, D)
 
-    def keys_values(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def keys_values(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """What this chunk puts into the cache: keys and values, each (B, G, T, D)."""
         k, v = self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
         if self.qk_norm:
             k = self.k_norm(k)
         return rotate(k, rope), v
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], past: Past | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(self, x: Tensor, past: Past | None, rope: Rope) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         q = self.heads(self.q_proj(x))  # (B, H, T, D)
         if self.qk_norm:
             q = self.q_norm(q)
@@ -96,14 +93,12 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], past: Past | None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        y, written = self.self_attn(self.input_layernorm(x), rope, past)
+    def forward(self, x: Tensor, past: Past | None, rope: Rope) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        y, written = self.self_attn(self.input_layernorm(x), past, rope)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), written
 
-    def keys_values(self, x: Tensor, rope: tuple[Tensor, Tensor], past: Past | None) -> tuple[Tensor, Tensor]:
+    def writes(self, x: Tensor, past: Past | None, rope: Rope) -> tuple[Tensor, Tensor]:
         """What `forward` writes, and no more."""
         return self.self_attn.keys_values(self.input_layernorm(x), rope)
 
@@ -118,7 +113,7 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-class Llama(nn.Module):
+class Llama(Stack):
     """A decoder-only transformer: Llama 1-3, Mistral without a window, Qwen2, Qwen3.
 
     `Llama(config)` has random weights; `Llama.from_pretrained(directory)` has trained ones.
@@ -129,7 +124,6 @@ class Llama(nn.Module):
         self.config = config
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.dropout_masks: DropoutMasks | None = None  # set by add_lora
         for parameter in self.parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -162,86 +156,37 @@ class Llama(nn.Module):
 
         save_pretrained(self, directory)
 
-    def run(
-        self,
-        input_ids: Tensor,
-        cache: Cache | None = None,
-        chunks: Sequence[Chunk] = (),
-        recompute: Recompute = False,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Run some tokens, on top of the cache if there is one.
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.model.embed_tokens
 
-        input_ids: int64 (B, T). cache: keys and values of all positions before; read, not written.
-        chunks: the adjacent chunks that these tokens are, where there is a cache.
-        recompute: keep only the layers' inputs for the backward pass and run each layer again there; True keeps
-        what attention over the cache returned too, "all" runs that again as well.
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.model.layers
 
-        Returns the last layer's normalized output (B, T, E) and what these tokens write into the
-        cache: keys and values of each layer in turn, each (B, G, T, D).
-        """
-        x, rope, start = self._begin(input_ids, chunks)
-        seed = cache.dropout_seed if cache is not None else None
-        written: list[Tensor] = []
-        for i, layer in enumerate(self.model.layers):
-            past = cache.layers[i].past(start, keep=recompute is True) if cache is not None else None
-            arguments = (layer, x, rope, past, seed, chunks)
-            if recompute:
-                # On top of a cache dropout draws its masks from seeds: no generator's state to replay.
-                x, kv = checkpoint(self._layer, *arguments, use_reentrant=False, preserve_rng_state=cache is None)
-            else:
-                x, kv = self._layer(*arguments)
-            written += kv
-        return self.model.norm(x), written
+    @property
+    def norm(self) -> RMSNorm:
+        return self.model.norm
 
-    @torch.no_grad()
-    def write(self, input_ids: Tensor, cache: Cache, chunks: Sequence[Chunk]) -> list[Tensor]:
-        """As `run`, without gradients and only as far as the cache needs it.
+    def shared(self, x: Tensor, start: int) -> tuple[Rope]:
+        return (rope_tables(self.config, start, start + x.shape[1], x),)
 
-        The last layer stops at its keys and values; there is no final norm and no LM head.
-        """
-        x, rope, start = self._begin(input_ids, chunks)
-        written: list[Tensor] = []
-        *layers, last = self.model.layers
-        for layer, memory in zip(layers, cache.layers, strict=False):
-            x, kv = self._layer(layer, x, rope, memory.past(start, keep=False), cache.dropout_seed, chunks)
-            written += kv
-        assert isinstance(last, Layer)
-        written += self._layer(last.keys_values, x, rope, None, cache.dropout_seed, chunks)
-        return written
+    def new_memory(
+        self, batch: int, capacity: int, kept: Sequence[Chunk] = (), options: Options = DEFAULTS
+    ) -> LayerMemories:
+        """Keys and values for `batch` sequences of up to `capacity` positions, and gradients for the kept chunks."""
+        G, D, like = self.config.num_key_value_heads, self.config.head_dim, self.norm.weight
+        grad_dtype = options.cache_grad_dtype or torch.promote_types(like.dtype, torch.float32)
+        layers: list[LayerMemory]
+        if options.offload:
+            stage = Stage((2, batch, G, D), like, grad_dtype)
+            layers = [OffloadedLayer(stage, capacity, kept) for _ in self.layers]
+        else:
+            layers = [LayerCache((batch, G, capacity, D), kept, like, grad_dtype) for _ in self.layers]
+        return LayerMemories(layers, kept)
 
-    @torch.no_grad()
-    def run_chunks(self, input_ids: Tensor, cache: Cache, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
-        """Inference from position 0, chunk by chunk, writing the cache.
 
-        Yields each chunk's positions and its normalized output (B, C, E).
-        """
-        for chunk in cut(input_ids.shape[1], chunk_size):
-            rows = slice(chunk.start, chunk.stop)
-            hidden, written = self.run(input_ids[:, rows], cache, [chunk])
-            cache.write(chunk.start, written)
-            yield rows, hidden
-
-    def _begin(self, input_ids: Tensor, chunks: Sequence[Chunk]) -> tuple[Tensor, tuple[Tensor, Tensor], int]:
-        start = chunks[0].start if chunks else 0
-        x = self.model.embed_tokens(input_ids)  # (B, T, E)
-        return x, rope_tables(self.config, start, start + input_ids.shape[1], x), start
-
-    def _layer(
-        self,
-        layer: Callable[[Tensor, tuple[Tensor, Tensor], Past | None], Any],
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        past: Past | None,
-        seed: int | None,
-        chunks: Sequence[Chunk],
-    ) -> Any:
-        """One layer; its dropouts draw the masks of these chunks, also when recompute runs it again."""
-        if self.dropout_masks is None:
-            return layer(x, rope, past)
-        with self.dropout_masks.of(seed, chunks):
-            return layer(x, rope, past)
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Logits (B, T, V) of a whole sequence, without a cache."""
-        hidden, _ = self.run(input_ids)
-        return self.lm_head(hidden)
+def cache_bytes(config: LlamaConfig, dtype: torch.dtype, grad_dtype: torch.dtype | None = None) -> tuple[int, int]:
+    """Bytes of one position's keys and values in all layers, and of their gradients; grad_dtype: as in Options."""
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return numbers * dtype.itemsize, numbers * (grad_dtype or torch.promote_types(dtype, torch.float32)).itemsize

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .attention import BLOCK, Past
 from .chunks import Chunk
+from .kernels import Kernel
 
 
 def streams_of(like: Tensor) -> torch.device | None:
@@ -114,10 +115,12 @@ class Stage:
 
 
 class OffloadedLayer:
-    """One layer's keys, values and gradients of the kept chunks, in host memory; a cache.LayerMemory.
+    """One layer's keys, values and gradients of the kept chunks, in host memory; a LayerMemory.
 
-    capacity, kept: as in cache.Cache.
+    capacity: positions. kept: the chunks that will receive a gradient, first to last.
     """
+
+    kernel: Kernel | None = None
 
     def __init__(self, stage: Stage, capacity: int, kept: Sequence[Chunk]) -> None:
         self.stage = stage
@@ -127,12 +130,13 @@ class OffloadedLayer:
         self.starts = [chunk.start for chunk in kept]
         self.grads = [stage.host(stop - start, stage.grad_dtype, zero=True) for start, stop in kept]
 
-    def past(self, start: int, keep: bool) -> Past:
-        return Past(self, start, keep)
+    def past(self, chunks: Sequence[Chunk], keep: bool) -> Past:
+        return Past(self, chunks[0].start, keep, self.kernel)
 
-    def write(self, start: int, keys: Tensor, values: Tensor) -> None:
+    def write(self, chunks: Sequence[Chunk], written: tuple[Tensor, ...]) -> None:
+        keys, values = written  # (B, G, C, D)
         rows = torch.stack((keys, values)).permute(3, 0, 1, 2, 4).contiguous()  # (C, 2, B, G, D)
-        bring, stop = self.stage.bring, start + len(rows)
+        bring, start, stop = self.stage.bring, chunks[0].start, chunks[-1].stop
         bring.follow(self.stage.main)  # also for the arrivals to come, see Stage
         with bring():
             for low in range(start // BLOCK * BLOCK, stop, BLOCK):
@@ -200,8 +204,5 @@ class OffloadedLayer:
             here = total.to(self.stage.like.device, non_blocking=True, copy=True)
         main.follow(send)  # also before the buffers go, see Stage
         main.hold(here)
-        keys, values = here.permute(1, 2, 3, 0, 4)
+        keys, values = here.to(self.stage.like.dtype).permute(1, 2, 3, 0, 4)
         return keys, values
-
-    def buffers(self) -> tuple[list[Tensor], list[Tensor]]:
-        return self.blocks, self.grads

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from .chunks import Chunk, cut
-from .model import Llama, Recompute
+from .model import Llama
+from .protocol import Recompute
 
 # Dense bfloat16 matrix peak in operations per second, from the makers' data sheets.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}

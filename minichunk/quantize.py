@@ -7,16 +7,13 @@ and unpacked layer by layer when it is needed, once in the forward pass and agai
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import InputError
-
-if TYPE_CHECKING:
-    from .model import Llama
 
 BLOCK = 64  # numbers that share a scale
 
@@ -73,12 +70,12 @@ def is_stored_in_4bit(name: str) -> bool:
     return name.startswith("model.layers.")
 
 
-def is_in_4bit(model: Llama) -> bool:
+def is_in_4bit(model: nn.Module) -> bool:
     """Whether the model has a 4-bit base."""
     return any(isinstance(module, Linear4bit) for module in model.modules())
 
 
-def quantize(model: Llama) -> None:
+def quantize(model: nn.Module) -> None:
     """Store a model's linear layers in 4 bits.
 
     For measurements: from_pretrained does it while it loads.

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from .config import LlamaConfig
 
+Rope = tuple[Tensor, Tensor]  # cos and sin of the angles, (T, D/2) each
 
-def rope_tables(config: LlamaConfig, start: int, stop: int, like: Tensor) -> tuple[Tensor, Tensor]:
+
+def rope_tables(config: LlamaConfig, start: int, stop: int, like: Tensor) -> Rope:
     """cos and sin of the rotation angles at positions `start` to `stop`: two (T, D/2).
 
     Angles and results are float32 numbers, found in Hugging Face's order, whatever the model's dtype. Power, sine and
@@ -31,7 +33,7 @@ def rope_tables(config: LlamaConfig, start: int, stop: int, like: Tensor) -> tup
     return angles.cos().float().to(like.dtype), angles.sin().float().to(like.dtype)
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x: Tensor, rope: Rope) -> Tensor:
     """RoPE in Hugging Face's layout: dimension i is paired with i + D/2."""
     cos, sin = rope
     first, second = x.chunk(2, dim=-1)  # (B, H, T, D/2) each

@@ -1,4 +1,10 @@
-"""SeCO: the exact gradient with the activations of one chunk in memory (Algorithm 1)."""
+"""SeCO: the exact gradient with the activations of one chunk in memory (Algorithm 1).
+
+One thing cannot be seen here by a reader who knows only autograd: where `received` comes from. When a chunk is
+backpropagated, what it read of earlier chunks are numbers without a graph, and autograd stops there. So whatever reads
+the memory, in its own backward pass, adds the gradients of what it has read *to the memory* (for keys and values,
+`memory/attention.py`). When all later chunks are done, what an earlier one wrote has its whole gradient there.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .cache import Cache
-from .chunks import Chunk, check_batch, check_fill_size, cut
+from .batch import Batch, prepare
+from .chunks import Chunk, check_fill_size, cut, groups, span
 from .loss import summed_loss
-from .model import Llama, Recompute
+from .protocol import Memory, Model, Options, Recompute, Written
 
 
 def seco(
-    model: Llama,
+    model: Model,
     input_ids: Tensor,
     labels: Tensor,
     chunk_size: int,
@@ -39,55 +45,50 @@ def seco(
     offload: keep keys, values and their gradients in host memory; the device holds two blocks of them at a time.
     Raises InputError for a batch or a size that does not fit.
     """
-    targets, divisor = check_batch(model, input_ids, labels, num_targets)
     check_fill_size(fill_size, chunk_size)
-    chunks = cut(input_ids.shape[1], chunk_size)
-    cache = new_cache(model, input_ids, chunks, cache_grad_dtype, offload)
-    fill(model, input_ids, chunks[:-1], cache, fill_size)  # lines 1-3; line 5 starts with the last chunk
+    batch, chunks = prepare(model, input_ids, labels, num_targets), cut(input_ids.shape[1], chunk_size)
+    options = Options(fill_size, recompute, cache_grad_dtype, offload, model.dropout_seed())
+    memory = new_memory(model, input_ids, chunks, options)
+    fill(model, input_ids, chunks[:-1], memory, options)  # lines 1-3; line 5 starts with the last chunk
     total = torch.zeros((), device=input_ids.device)
     for chunk in reversed(chunks):  # line 4
-        loss, written, received = rebuild(model, input_ids, targets, chunk, cache, recompute)  # lines 5, 6
-        torch.autograd.backward([loss / divisor, *written], [None, *received])  # line 7
-        total = total + loss.detach() / divisor
+        loss, written, received = rebuild(model, batch, chunk, memory, options)  # lines 5, 6
+        torch.autograd.backward([loss, *written], [None, *received])  # line 7
+        total = total + loss.detach()
         del loss, written, received  # or they would live on beside the next chunk's
     return total
 
 
-def new_cache(
-    model: Llama,
-    input_ids: Tensor,
-    kept: Sequence[Chunk],
-    grad_dtype: torch.dtype | None = None,
-    offload: bool = False,
-) -> Cache:
-    """A cache for all that lies before the last kept chunk, with gradients for the other kept ones."""
-    seed = None if model.dropout_masks is None else int(torch.randint(2**62, ()))
-    like, (*others, last) = model.model.norm.weight, kept
-    return Cache(model.config, input_ids.shape[0], last.start, like, others, grad_dtype, seed, offload)
+def new_memory(model: Model, input_ids: Tensor, kept: Sequence[Chunk], options: Options) -> Memory:
+    """A memory of all that lies before the last kept chunk; that one is read by nobody and receives nothing."""
+    return model.new_memory(input_ids.shape[0], kept[-1].start, kept[:-1], options)
 
 
-def fill(model: Llama, input_ids: Tensor, chunks: Sequence[Chunk], cache: Cache, fill_size: int | None = None) -> None:
-    """Lines 1-3: write the keys and values of `chunks` into the cache, without gradients.
+def fill(model: Model, input_ids: Tensor, chunks: Sequence[Chunk], memory: Memory, options: Options) -> None:
+    """Lines 1-3: run the chunks without gradients and write what they leave behind into the memory.
 
-    fill_size: as many whole chunks as fit in it run at a time; what ends up in the cache is the same.
+    With a fill size as many whole chunks as fit into it run at a time; what ends up in the memory is the same.
     """
-    group = 1 if fill_size is None or not chunks else fill_size // (chunks[0].stop - chunks[0].start)
-    for i in range(0, len(chunks), group):
-        run = chunks[i : i + group]
-        ids = input_ids[:, run[0].start : run[-1].stop]
-        cache.write(run[0].start, model.write(ids, cache, run))
+    for group in groups(chunks, options.fill_size):
+        memory.write(group, model.write(input_ids[:, span(group)], memory, group, options))
 
 
 def rebuild(
-    model: Llama, input_ids: Tensor, targets: Tensor, chunk: Chunk, cache: Cache, recompute: Recompute = False
+    model: Model, batch: Batch, chunk: Chunk, memory: Memory, options: Options
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Lines 5 and 6: one chunk again, with its graph, on top of the cache.
+    """Lines 5 and 6: one chunk again, with its graph, on top of the memory.
 
-    Returns the summed loss of its targets; its keys and values, those that need a gradient; and the
-    gradients that later chunks have sent back to them. Both lists are empty for the last chunk.
+    Returns its share of the mean loss; what it wrote, as far as that needs a gradient; and the gradients that later
+    chunks have sent back to that. Both lists are empty for the last chunk.
     """
-    rows = slice(chunk.start, chunk.stop)
-    hidden, written = model.run(input_ids[:, rows], cache, [chunk], recompute)
-    loss = summed_loss(hidden, model.lm_head.weight, targets[:, rows])
-    relayed = [(m, g) for m, g in zip(written, cache.received(chunk, written), strict=False) if m.requires_grad]
+    rows = span([chunk])
+    hidden, written = model.run(batch.input_ids[:, rows], memory, [chunk], options)
+    loss = summed_loss(hidden, model.lm_head.weight, batch.targets[:, rows]) / batch.num_targets
+    made, sent = flat(written), flat(memory.received(chunk))
+    relayed = [(m, g) for m, g in zip(made, sent, strict=True) if m.requires_grad] if sent else []
     return loss, [m for m, _ in relayed], [g for _, g in relayed]
+
+
+def flat(written: Written) -> list[Tensor]:
+    """The tensors of all layers, one after the other."""
+    return [tensor for layer in written for tensor in layer]

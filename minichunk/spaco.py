@@ -8,18 +8,19 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .chunks import check_batch, check_fill_size, cut
+from .batch import prepare
+from .chunks import check_fill_size, cut
 from .errors import InputError
-from .model import Llama, Recompute
+from .protocol import Model, Options, Recompute
 from .samplers import Bernoulli, Weight
-from .seco import fill, new_cache, rebuild
+from .seco import fill, new_memory, rebuild
 
 QUARTER = Bernoulli(1 / 4)
 Sampler = Callable[[int, torch.Generator | None], Sequence[Weight | None]]
 
 
 def spaco(
-    model: Llama,
+    model: Model,
     input_ids: Tensor,
     labels: Tensor,
     chunk_size: int,
@@ -44,20 +45,19 @@ def spaco(
     A draw that keeps nothing leaves `.grad` as it was and returns 0.
     Raises InputError for a batch, a size or a sampler's answer that does not fit.
     """
-    targets, divisor = check_batch(model, input_ids, labels, num_targets)
     check_fill_size(fill_size, chunk_size)
-    chunks = cut(input_ids.shape[1], chunk_size)
+    batch, chunks = prepare(model, input_ids, labels, num_targets), cut(input_ids.shape[1], chunk_size)
     weights = check_weights(sampler(len(chunks), generator), len(chunks))
     kept = [(chunk, weight) for chunk, weight in zip(chunks, weights, strict=True) if weight is not None]
     total = torch.zeros((), device=input_ids.device)
     if not kept:
         return total
-    cache = new_cache(model, input_ids, [chunk for chunk, _ in kept], cache_grad_dtype, offload)
-    fill(model, input_ids, [chunk for chunk in chunks if chunk.stop <= kept[-1][0].start], cache, fill_size)
+    options = Options(fill_size, recompute, cache_grad_dtype, offload, model.dropout_seed())
+    memory = new_memory(model, input_ids, [chunk for chunk, _ in kept], options)
+    fill(model, input_ids, [chunk for chunk in chunks if chunk < kept[-1][0]], memory, options)
     for chunk, weight in reversed(kept):
-        loss, written, received = rebuild(model, input_ids, targets, chunk, cache, recompute)
-        loss = weight.loss * loss / divisor
-        received = [weight.relay * g for g in received]
+        loss, written, received = rebuild(model, batch, chunk, memory, options)
+        loss, received = weight.loss * loss, [weight.relay * g for g in received]
         torch.autograd.backward([loss, *written], [None, *received])
         total = total + loss.detach()
         del loss, written, received  # or they would live on beside the next chunk's

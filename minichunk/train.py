@@ -24,7 +24,7 @@ from .data import Document, check_vocabulary, cut_documents, read_documents
 from .evaluate import Span, loss_by_position, spans_for
 from .files import write_json
 from .full import full
-from .load import load_as_told
+from .load import check_host_room, load_as_told
 from .lora import add_lora
 from .model import Llama
 from .options import DTYPES, TrainOptions
@@ -33,7 +33,6 @@ from .report import human_bytes, loss_table, peak_memory, plot_run
 from .seco import seco
 from .spaco import spaco
 from .trainer import NonFiniteLoss, Schedule, Trainer, deterministic_kernels
-from .weights import check_host_room
 
 T = TypeVar("T")
 LARGE = 10**9  # parameters from which on a chunk's activations are recomputed unless told otherwise

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from .cache import bytes_per_position
 from .config import LlamaConfig
 from .errors import InputError
 from .files import open_tensors, read_json, write_json, write_tensors
@@ -95,19 +94,6 @@ def check_room(what: str, needed: float, device: torch.device, advice: str) -> N
     if free is not None and needed > free:
         where = f"{what} needs {human_bytes(needed)} on {device}, but only {human_bytes(free)} are free there"
         raise InputError(f"{where}: {advice}")
-
-
-def check_host_room(model: Llama, batch: int, tokens: int, rows: int, grad_dtype: torch.dtype | None) -> None:
-    """Raise InputError unless the host has room for the cache of `--offload`.
-
-    batch: sequences at a time. tokens: positions with keys and values. rows: those with gradients.
-    """
-    cache, grads = bytes_per_position(model.config, model.model.norm.weight.dtype, grad_dtype)
-    ways = [] if grad_dtype is not None and grad_dtype.itemsize == 2 else ["--cache-grad-dtype bfloat16"]
-    ways += ["a smaller --batch-size"] if batch > 1 else []
-    what = f"--offload of {tokens:,} tokens" + (f" in each of {batch} sequences" if batch > 1 else "")
-    advice = "take " + ", ".join([*ways, "a shorter --seq-len"]) + ", or free memory"
-    check_room(what, batch * (cache * tokens + grads * rows), torch.device("cpu"), advice)
 
 
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor, load_in_4bit: bool) -> None:

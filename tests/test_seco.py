@@ -17,8 +17,8 @@ import minichunk as mc
 from minichunk.attention import Past
 from minichunk.cache import LayerCache
 from minichunk.chunks import Chunk, cut
+from minichunk.dropout import DropoutMasks
 from minichunk.kernels import FlashCPU
-from minichunk.lora import DropoutMasks
 from minichunk.model import Recompute
 from minichunk.seco import new_cache, rebuild
 

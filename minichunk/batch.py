@@ -1,0 +1,64 @@
+"""What comes before the first chunk: a batch is checked, its labels become targets, gradients become wide enough."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .chunks import IGNORE, shift
+from .errors import InputError
+from .protocol import Model
+
+
+class Batch(NamedTuple):
+    """input_ids and targets, int64 (B, T), and the number that the summed loss is divided by."""
+
+    input_ids: Tensor
+    targets: Tensor
+    num_targets: Tensor | float
+
+
+def prepare(model: Model, input_ids: Tensor, labels: Tensor, num_targets: float | None) -> Batch:
+    """Check a batch and let the model's gradients be summed in float32. Raises InputError.
+
+    num_targets: the divisor of the loss; None counts the valid targets.
+    """
+    check_batch(model, input_ids, labels, num_targets)
+    widen_gradients(model)
+    targets = shift(labels)
+    return Batch(input_ids, targets, (targets != IGNORE).sum() if num_targets is None else num_targets)
+
+
+def check_batch(model: Model, input_ids: Tensor, labels: Tensor, num_targets: float | None) -> None:
+    """Raise InputError for a batch that the model cannot be trained on."""
+    for name, tensor in (("input_ids", input_ids), ("labels", labels)):
+        if tensor.ndim != 2 or tensor.dtype != torch.int64 or tensor.shape[0] == 0:
+            raise InputError(
+                f"{name} is {tensor.dtype} of shape {list(tensor.shape)}, but must be int64 [B, T], B >= 1"
+            )
+    if labels.shape != input_ids.shape:
+        raise InputError(f"labels has shape {list(labels.shape)}, but input_ids has {list(input_ids.shape)}")
+    if input_ids.shape[1] < 2:
+        raise InputError(f"input_ids has {input_ids.shape[1]} token, but a next-token loss needs at least 2")
+    if num_targets is not None and not num_targets > 0:
+        raise InputError(f"num_targets is {num_targets}, but must be above 0")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError("no parameter of the model requires a gradient: nothing to train")
+    vocab_size = model.lm_head.weight.shape[0]
+    for name, ids in (("input_ids", input_ids), ("labels", labels.where(labels != IGNORE, 0))):
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high >= vocab_size:
+            wrong = low if low < 0 else high
+            raise InputError(f"{name} has the token id {wrong}, but the vocabulary goes from 0 to {vocab_size - 1}")
+    if num_targets is None and not (labels[:, 1:] != IGNORE).any():
+        raise InputError(f"labels has no valid target: after the shift every label is {IGNORE}")
+
+
+def widen_gradients(model: Model) -> None:
+    """Let the gradients of half-precision parameters be float32: a sum over many chunks would lose the small terms."""
+    for parameter in model.parameters():
+        narrow = parameter.requires_grad and parameter.dtype.itemsize < 4
+        if narrow and parameter.grad is None and hasattr(parameter, "grad_dtype"):
+            parameter.grad_dtype = torch.float32

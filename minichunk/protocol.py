@@ -1,0 +1,66 @@
+"""What `seco` and `spaco` ask of a model: all of it. A model of another kind, or a port, implements this.
+
+A chunk leaves something behind for the chunks after it: it *writes* into the model's memory. When those chunks are
+backpropagated, the gradients of what they have read gather in the memory, until the chunk's own turn comes and it
+*receives* them. What is remembered, keys and values or a state, is between the model and its memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .chunks import Chunk
+
+Recompute = bool | Literal["all"]
+Written = Sequence[tuple[Tensor, ...]]  # what a chunk writes, one tuple for each layer
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a step is computed, at what cost, with the same result: keywords of `seco`, which describes them."""
+
+    fill_size: int | None = None
+    recompute: Recompute = False
+    cache_grad_dtype: torch.dtype | None = None
+    offload: bool = False
+    dropout_seed: int | None = None  # decides the masks of a step's dropouts: those of fill and rebuild are the same
+
+
+DEFAULTS = Options()
+
+
+class Memory(Protocol):
+    """What chunks leave behind, and what later chunks send back to them."""
+
+    def write(self, chunks: Sequence[Chunk], written: Written) -> None:
+        """Store what these adjacent chunks wrote."""
+
+    def received(self, chunk: Chunk) -> Written:
+        """The gradients sent back to what this chunk wrote, in its order and dtype; empty if none can have been."""
+
+
+class Model(Protocol):
+    """Something with an LM head, and a memory of its own kind, which `run` and `write` are handed back."""
+
+    lm_head: nn.Linear  # weight (V, E)
+
+    def dropout_seed(self) -> int | None:
+        """A fresh number from PyTorch's generator, which decides a step's dropout masks; None without dropout."""
+
+    def new_memory(self, batch: int, capacity: int, kept: Sequence[Chunk] = ..., options: Options = ...) -> Memory:
+        """For `batch` sequences of up to `capacity` positions, and for the gradients of the kept chunks alone."""
+
+    def run(
+        self, input_ids: Tensor, memory: Any = ..., chunks: Sequence[Chunk] = ..., options: Options = ...
+    ) -> tuple[Tensor, Written]:
+        """Run adjacent chunks (B, C) on top of the memory: their output (B, C, E) and what they write."""
+
+    def write(self, input_ids: Tensor, memory: Any, chunks: Sequence[Chunk], options: Options) -> Written:
+        """The same without gradients, and only as far as the memory needs it."""
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
