@@ -1,15 +1,15 @@
 """Chunk-wise training of language models on long contexts: SeCO and SpaCO (arXiv 2505.16710)."""
 
-from .adapter import load_adapter, save_adapter
-from .config import LlamaConfig
 from .errors import InputError
+from .files.adapter import load_adapter, save_adapter
 from .full import full
-from .generate import generate
-from .lora import add_lora, merge_lora
-from .model import Llama
+from .models.config import LlamaConfig
+from .models.llama import Llama
+from .models.lora import add_lora, merge_lora
 from .samplers import Bernoulli, FixedBudget, PaperBudget, Weight
 from .seco import seco
 from .spaco import spaco
+from .training.generate import generate
 
 __version__ = "0.1.0"
 __all__ = [

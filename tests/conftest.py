@@ -13,7 +13,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import minichunk as mc
-from minichunk.pretrain import MEASURED_ON, novel, train_tokenizer
+from minichunk.files.shipped import MEASURED_ON, novel
+from minichunk.training.pretrain import train_tokenizer
 
 from .strategies import tiny
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minichunk import offload
+from minichunk.memory import offload
 
 
 class Race(AssertionError):

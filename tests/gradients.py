@@ -10,7 +10,7 @@ from torch import Tensor
 
 import minichunk as mc
 from minichunk.chunks import IGNORE, Chunk, shift
-from minichunk.rope import rope_tables, rotate
+from minichunk.models.rope import rope_tables, rotate
 
 Tensors = dict[str, Tensor]  # a loss, gradients: by name
 

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import minichunk as mc
-from minichunk.attention import BLOCK
 from minichunk.chunks import IGNORE, shift
-from minichunk.config import Llama3Rope
-from minichunk.kernels import Plain
+from minichunk.memory.attention import BLOCK
+from minichunk.memory.kernels import Plain
+from minichunk.models.config import Llama3Rope
 
 VOCAB = 23
 
@@ -86,7 +86,7 @@ def models(draw: st.DrawFn, lora: bool = True) -> mc.Llama:
     model = build(draw(configs()), draw(st.integers(0, 2**31)), draw(st.sampled_from([0.25, 1.0])))
     kind = draw(st.sampled_from(["all", "lora", "dropout"])) if lora else "all"
     if kind != "all":
-        from minichunk.lora import PROJECTIONS
+        from minichunk.models.lora import PROJECTIONS
 
         targets = draw(st.lists(st.sampled_from(PROJECTIONS), min_size=1, max_size=7, unique=True))
         dropout = 0.3 if kind == "dropout" else 0.0

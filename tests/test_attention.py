@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from minichunk import kernels
-from minichunk.attention import attend
-from minichunk.cache import LayerCache
 from minichunk.chunks import Chunk
-from minichunk.count import CountBytes
-from minichunk.kernels import FlashCPU, FlashCUDA, Kernel, Plain, kernel_for, pick_kernel
+from minichunk.costs.count import CountBytes
+from minichunk.memory import kernels
+from minichunk.memory.attention import attend
+from minichunk.memory.cache import LayerCache
+from minichunk.memory.kernels import FlashCPU, FlashCUDA, Kernel, Plain, kernel_for, pick_kernel
 
 from .gradients import Tensors, distance
 from .rounding import Exact, measure

@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from minichunk import bench as bench_module
-from minichunk.bench import PRESETS, bench
 from minichunk.chunks import cut
-from minichunk.cli import main
-from minichunk.lora import add_lora
-from minichunk.measure import METHODS, Case, measure
-from minichunk.operations import operations, peak_of
-from minichunk.results import Result, plot, ratios, read_results, table
-from minichunk.shapes import random_model
+from minichunk.command.main import main
+from minichunk.costs import bench as bench_module
+from minichunk.costs.bench import PRESETS, bench
+from minichunk.costs.measure import METHODS, Case, measure
+from minichunk.costs.operations import operations, peak_of
+from minichunk.costs.results import Result, plot, ratios, read_results, table
+from minichunk.models.lora import add_lora
+from minichunk.models.shapes import random_model
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about its checkpointing

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import minichunk as mc
-from minichunk.chat import ChatTemplate
-from minichunk.data import load_tokenizer, read_documents
-from minichunk.options import SHIPPED_MODEL
+from minichunk.files.chat import ChatTemplate
+from minichunk.files.documents import load_tokenizer, read_documents
+from minichunk.files.shipped import SHIPPED_MODEL
 
 DIRECTORY = Path(__file__).parent / "chat_templates"
 NAMES = sorted(path.stem for path in DIRECTORY.glob("*.jinja"))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import minichunk as mc
-from minichunk.cli import build_parser, main
+from minichunk.command.main import build_parser, main
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_a_failed_training_has_another_exit_status(train: list[str], capsys: pyt
 
 def test_defaults_in_the_help_are_the_defaults() -> None:
     """Each `(default: X)` of `minichunk train --help` against TrainOptions."""
-    from minichunk.options import TrainOptions
+    from minichunk.training.options import TrainOptions
 
     (commands,) = build_parser()._subparsers._group_actions  # type: ignore[union-attr]
     actions = {a.dest: a.help or "" for a in commands.choices["train"]._actions}  # type: ignore[attr-defined]

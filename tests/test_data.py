@@ -10,8 +10,15 @@ import torch
 from tokenizers import Tokenizer
 
 import minichunk as mc
-from minichunk.data import check_vocabulary, collate, cut_documents, load_tokenizer, read_documents, step_documents
-from minichunk.options import SHIPPED_MODEL
+from minichunk.files.documents import (
+    check_vocabulary,
+    collate,
+    cut_documents,
+    load_tokenizer,
+    read_documents,
+    step_documents,
+)
+from minichunk.files.shipped import SHIPPED_MODEL
 
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune"
 

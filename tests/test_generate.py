@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import minichunk as mc
-from minichunk.generate import choose, generate
+from minichunk.training.generate import choose, generate
 
 from .strategies import build, tiny
 

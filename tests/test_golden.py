@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from minichunk.cli import main
-from minichunk.golden import configs, golden
+from minichunk.command.main import main
+from minichunk.porting.golden import configs, golden
 
 from . import numpy_llama
 from .rounding import Exact, Noise, measure

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import minichunk as mc
-from minichunk import offload
-from minichunk.attention import attend
-from minichunk.cache import LayerCache
 from minichunk.chunks import Chunk
-from minichunk.forecast import Setting, step_memory
-from minichunk.kernels import FlashCUDA, Plain, usable
-from minichunk.model import Llama
-from minichunk.shapes import random_model
+from minichunk.costs.forecast import Setting, step_memory
+from minichunk.memory import offload
+from minichunk.memory.attention import attend
+from minichunk.memory.cache import LayerCache
+from minichunk.memory.kernels import FlashCUDA, Plain, usable
+from minichunk.models.llama import Llama
+from minichunk.models.shapes import random_model
 
 from .fake_cuda import delayed
 from .strategies import tiny
@@ -138,7 +138,7 @@ def test_peak_memory_is_the_forecast(method: str, recompute: bool, offload: bool
 
 
 def test_deterministic_runs_repeat_every_bit() -> None:
-    from minichunk.trainer import deterministic_kernels
+    from minichunk.training.trainer import deterministic_kernels
 
     with deterministic_kernels(True):
         first, second = gradient("seco", torch.bfloat16), gradient("seco", torch.bfloat16)

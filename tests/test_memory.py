@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import minichunk as mc
-from minichunk.baselines import ConcatenatingCache, concatenating
-from minichunk.cache import Cache, LayerCache
 from minichunk.chunks import cut
+from minichunk.costs.baselines import ConcatenatingCache, concatenating
+from minichunk.memory.cache import Cache, LayerCache
 from minichunk.seco import fill, new_cache, rebuild
 
 from .rounding import exactly, outcome

@@ -10,9 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import minichunk as mc
-from minichunk import offload
 from minichunk.chunks import Chunk, cut
-from minichunk.forecast import Setting, forecast
+from minichunk.costs.forecast import Setting, forecast
+from minichunk.memory import offload
 from minichunk.samplers import Weight
 
 from .fake_cuda import Race, delayed, fake_cuda

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 import minichunk as mc
-from minichunk.baselines import tiled_full
-from minichunk.cli import main
-from minichunk.count import CountBytes
-from minichunk.forecast import METHODS, Setting, forecast, optimizer_states, step_memory
-from minichunk.kernels import kernel_for, use_kernel
-from minichunk.plan import longest_table, parse_bytes
+from minichunk.command.main import main
+from minichunk.costs.baselines import tiled_full
+from minichunk.costs.count import CountBytes
+from minichunk.costs.forecast import METHODS, Setting, forecast, optimizer_states, step_memory
+from minichunk.costs.plan import longest_table, parse_bytes
+from minichunk.memory.kernels import kernel_for, use_kernel
+from minichunk.models.shapes import random_model
 from minichunk.samplers import most_kept
-from minichunk.shapes import random_model
 
 from .strategies import tiny
 

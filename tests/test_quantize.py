@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import minichunk as mc
-from minichunk.cli import main
-from minichunk.forecast import Setting, forecast
-from minichunk.lora import PROJECTIONS, LoraLinear
-from minichunk.quantize import Linear4bit
+from minichunk.command.main import main
+from minichunk.costs.forecast import Setting, forecast
+from minichunk.models.lora import PROJECTIONS, LoraLinear
+from minichunk.models.quantize import Linear4bit
 
 from .rounding import exactly, outcome
 from .strategies import build, tiny

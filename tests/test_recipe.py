@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import minichunk as mc
-from minichunk.cli import main
+from minichunk.command.main import main
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 RECIPE = README[README.index("## Fine-tune an 8B on 24 GB") : README.index("## What it costs")]

@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minichunk as mc
-from minichunk.attention import Past
-from minichunk.cache import LayerCache
 from minichunk.chunks import Chunk, cut
-from minichunk.dropout import DropoutMasks
-from minichunk.kernels import FlashCPU
-from minichunk.model import Recompute
+from minichunk.memory.attention import Past
+from minichunk.memory.cache import LayerCache
+from minichunk.memory.kernels import FlashCPU
+from minichunk.models.dropout import DropoutMasks
+from minichunk.models.llama import Recompute
 from minichunk.seco import new_cache, rebuild
 
 from .gradients import distance, oracle, take_gradients
@@ -184,7 +184,7 @@ def test_what_recompute_keeps_goes_with_the_graph() -> None:
 
 
 def no_relay(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("minichunk.cache.Cache.received", lambda *_: [])
+    patch.setattr("minichunk.memory.cache.Cache.received", lambda *_: [])
 
 
 def wrong_order(patch: pytest.MonkeyPatch) -> None:

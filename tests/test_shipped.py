@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import minichunk as mc
-from minichunk.data import cut_documents, load_tokenizer, read_documents
-from minichunk.evaluate import loss_by_position
-from minichunk.get import WHEEL_SHA256, _rename, get_smollm2
-from minichunk.options import SHIPPED_MODEL
-from minichunk.pretrain import MEASURED_ON, TRAINED_ON, novel, pretrain
+from minichunk.files.documents import cut_documents, load_tokenizer, read_documents
+from minichunk.files.shipped import MEASURED_ON, SHIPPED_MODEL, TRAINED_ON, novel
+from minichunk.files.smollm2 import WHEEL_SHA256, _rename, get_smollm2
+from minichunk.training.evaluate import loss_by_position
+from minichunk.training.pretrain import pretrain
 
 from .strategies import tiny
 

@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import load_file
 
 import minichunk as mc
-from minichunk import train as train_module
-from minichunk.checkpoint import Run
-from minichunk.evaluate import loss_by_position, spans_for
-from minichunk.files import write_text
-from minichunk.options import TrainOptions
-from minichunk.train import Interrupted, load_data, load_model, make_gradient, train
-from minichunk.trainer import NonFiniteLoss, Schedule, Trainer, deterministic_kernels
+from minichunk.files.atomic import write_text
+from minichunk.training import train as train_module
+from minichunk.training.evaluate import loss_by_position, spans_for
+from minichunk.training.options import TrainOptions
+from minichunk.training.run import Run
+from minichunk.training.train import Interrupted, load_data, load_model, make_gradient, train
+from minichunk.training.trainer import NonFiniteLoss, Schedule, Trainer, deterministic_kernels
 
 from .gradients import Tensors, take_gradients
 from .rounding import measure
@@ -288,7 +288,7 @@ def test_an_interrupted_save_leaves_the_last_one_whole(
         Path(path).write_bytes(before[:100])
         raise Stopped
 
-    monkeypatch.setattr("minichunk.files.save_file", half)
+    monkeypatch.setattr("minichunk.files.atomic.save_file", half)
     resolved = options.resolved()
     model, tokenizer = load_model(resolved)
     documents, *_ = load_data(resolved, model, tokenizer)
@@ -303,7 +303,7 @@ def test_a_kill_while_writing_leaves_a_whole_file(tmp_path: Path) -> None:
     """SIGKILL at a random moment of writing the same file again and again."""
     path = tmp_path / "checkpoint.safetensors"
     program = (
-        "import sys, torch; from minichunk.files import write_tensors\n"
+        "import sys, torch; from minichunk.files.atomic import write_tensors\n"
         "for i in range(10**6): write_tensors(sys.argv[1], {'x': torch.full((10**6,), float(i))}); print(i, flush=True)"
     )
     process = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True)

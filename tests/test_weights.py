@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minichunk as mc
-from minichunk import weights
-from minichunk.cache import Cache
 from minichunk.chunks import Chunk
-from minichunk.files import open_tensors
-from minichunk.options import TrainOptions
-from minichunk.shapes import write_random_checkpoint
+from minichunk.files import checkpoint as weights
+from minichunk.files.atomic import open_tensors
+from minichunk.memory.cache import Cache
+from minichunk.models.shapes import write_random_checkpoint
+from minichunk.training.options import TrainOptions
 
 from .strategies import build, tiny
 

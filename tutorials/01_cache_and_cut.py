@@ -16,8 +16,8 @@ import torch
 from tokenizers import Tokenizer
 
 import minichunk as mc
-from minichunk.cache import Cache
 from minichunk.chunks import cut
+from minichunk.memory.cache import Cache
 
 ASSETS = Path(mc.__file__).parent / "assets"
 model = mc.Llama.from_pretrained(ASSETS / "austen-llama", dtype=torch.float64)

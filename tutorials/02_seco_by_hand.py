@@ -42,8 +42,8 @@
 import torch
 
 import minichunk as mc
-from minichunk.baselines import ConcatenatingCache
 from minichunk.chunks import cut, shift
+from minichunk.costs.baselines import ConcatenatingCache
 from minichunk.loss import summed_loss
 
 torch.manual_seed(0)

@@ -10,8 +10,8 @@ import matplotlib.pyplot as plt
 import torch
 
 import minichunk as mc
-from minichunk.count import CountBytes
-from minichunk.forecast import METHODS, Setting, forecast
+from minichunk.costs.count import CountBytes
+from minichunk.costs.forecast import METHODS, Setting, forecast
 
 torch.manual_seed(0)
 config = mc.LlamaConfig(

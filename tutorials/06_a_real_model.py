@@ -23,9 +23,9 @@ import matplotlib.pyplot as plt
 import torch
 
 import minichunk as mc
-from minichunk.data import Document, load_tokenizer
-from minichunk.evaluate import loss_by_position
-from minichunk.generate import generate
+from minichunk.files.documents import Document, load_tokenizer
+from minichunk.training.evaluate import loss_by_position
+from minichunk.training.generate import generate
 
 HERE = Path(__file__).parent if "__file__" in globals() else Path("tutorials")
 ASSETS = Path(mc.__file__).parent / "assets"

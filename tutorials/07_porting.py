@@ -140,7 +140,7 @@ for path in sorted(GOLDEN.glob("*.safetensors")):
 #
 # What this port leaves out: it concatenates the past in every chunk, which costs a copy of the cache inside the graph
 # and the time to make it. minichunk's cache is one buffer, its attention reads views of it and adds gradients to a
-# second buffer in place: [`cache.py`](../minichunk/cache.py) and [`attention.py`](../minichunk/attention.py) are what
+# second buffer in place: [`cache.py`](../minichunk/memory/cache.py) and [`attention.py`](../minichunk/memory/attention.py) are what
 # to port next.
 #
 # ## Exercises

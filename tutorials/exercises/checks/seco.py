@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import minichunk as mc
-from minichunk.cache import Cache
 from minichunk.chunks import Chunk, check_batch, cut
+from minichunk.memory.cache import Cache
 from minichunk.seco import fill, new_cache, rebuild
 
 from ..diagnose import Mistakes, Values, close, compare, hint, require, within

@@ -1,0 +1,1 @@
+"""The command `minichunk` and its options."""

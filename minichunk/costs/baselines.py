@@ -1,0 +1,134 @@
+"""What minichunk is measured against: the textbook way to do SeCO, checkpointing as other trainers have it, and
+transformers' Llama.
+
+Nothing else uses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..batch import Batch
+from ..chunks import Chunk, cut
+from ..loss import summed_loss
+from ..memory.layers import LayerMemories
+from ..models.llama import Llama
+from ..models.stack import Stack
+from ..protocol import Options
+from ..samplers import Weight
+from ..spaco import spaco
+
+
+class ConcatenatingLayer:
+    """Keys and values as a list of one leaf per chunk, concatenated whenever they are needed; a LayerMemory."""
+
+    def __init__(self) -> None:
+        self.chunks: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def past(self, chunks: Sequence[Chunk], keep: bool) -> ConcatenatingPast:
+        return ConcatenatingPast([pair for start, pair in sorted(self.chunks.items()) if start < chunks[0].start])
+
+    def write(self, chunks: Sequence[Chunk], written: tuple[Tensor, ...]) -> None:
+        keys, values = written  # (B, G, C, D)
+        self.chunks[chunks[0].start] = (keys.detach().requires_grad_(), values.detach().requires_grad_())
+
+    def received(self, chunk: Chunk) -> tuple[Tensor, ...]:
+        return tuple(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.chunks[chunk.start])
+
+
+class ConcatenatingPast:
+    """What a chunk sees of it."""
+
+    def __init__(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        self.pairs = pairs
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        start = sum(keys.shape[2] for keys, _ in self.pairs)
+        k = torch.cat([*(keys for keys, _ in self.pairs), k], dim=2)
+        v = torch.cat([*(values for _, values in self.pairs), v], dim=2)
+        if start == 0:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        positions = torch.arange(k.shape[2], device=q.device)
+        mask = positions <= positions[start:, None]  # bottom-right causal
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+class Concatenating:
+    """A model whose memory is the textbook's, made with autograd's own means."""
+
+    def __init__(self, model: Stack) -> None:
+        self.model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def new_memory(self, batch: int, capacity: int, kept: Sequence[Chunk] = (), *_: Any) -> LayerMemories:
+        return LayerMemories([ConcatenatingLayer() for _ in self.model.layers], kept)
+
+
+def concatenating(
+    model: Stack, input_ids: Tensor, labels: Tensor, chunk_size: int, entries: Sequence[Weight | None] | None = None
+) -> Tensor:
+    """SeCO (or SpaCO with the given entries) as one would first write it: `torch.cat` of the past in every layer."""
+    every = [Weight(1.0, 1.0)] * len(cut(input_ids.shape[1], chunk_size))
+    textbook: Any = Concatenating(model)
+    return spaco(textbook, input_ids, labels, chunk_size, sampler=lambda *_: entries or every)
+
+
+def host_like(x: Tensor) -> Tensor:
+    """Room for x in host memory, pinned where x is on a GPU."""
+    return torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=x.is_cuda)
+
+
+class HostInputs(torch.autograd.graph.saved_tensors_hooks):
+    """Within the block, what is saved for the backward pass and has this shape waits in host memory.
+
+    shape: of the layers' inputs, (B, T, E). room: makes a tensor in host memory like another one.
+    """
+
+    def __init__(self, shape: tuple[int, ...], room: Callable[[Tensor], Tensor] = host_like) -> None:
+        def pack(x: Tensor) -> tuple[torch.device | None, Tensor]:
+            if x.shape != shape or not x.is_floating_point():
+                return None, x
+            return x.device, room(x).copy_(x, non_blocking=True)
+
+        def unpack(packed: tuple[torch.device | None, Tensor]) -> Tensor:
+            device, x = packed
+            return x if device is None else x.to(device, non_blocking=True, copy=True)
+
+        super().__init__(pack, unpack)
+
+
+def tiled_full(
+    model: Stack, batch: Batch, *, offload: bool = False, room: Callable[[Tensor], Tensor] = host_like
+) -> Tensor:
+    """Gradient checkpointing with the loss in tiles: what long texts are trained with today, without chunks.
+
+    As `full(..., recompute=True)`, but the logits never exist at once. offload: the layers' inputs wait in host
+    memory, as with transformers' `gradient_checkpointing_kwargs={"offload": True}`; room: as in HostInputs.
+    """
+    shape = (*batch.input_ids.shape, model.lm_head.weight.shape[1])
+    with HostInputs(shape, room) if offload else nullcontext():
+        hidden, _ = model.run(batch.input_ids, options=Options(recompute=True))
+    loss = summed_loss(hidden, model.lm_head.weight, batch.targets) / batch.num_targets
+    loss.backward()
+    return loss.detach()
+
+
+def transformers_llama(model: Llama) -> Any:
+    """transformers' Llama with the same weights and gradient checkpointing, as its users would run it."""
+    from transformers import AutoConfig, AutoModelForCausalLM  # type: ignore[import-not-found,unused-ignore]
+
+    config = AutoConfig.for_model(**model.config.to_dict())
+    weight = model.model.norm.weight
+    with torch.device(weight.device):
+        theirs = AutoModelForCausalLM.from_config(config, dtype=weight.dtype, attn_implementation="sdpa")
+    theirs.load_state_dict(model.state_dict())
+    theirs.gradient_checkpointing_enable()
+    return theirs.train()

@@ -1,0 +1,1 @@
+"""What chunks leave behind for later chunks, and get back from them."""

@@ -1,0 +1,42 @@
+"""A model's memory: one for each of its layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ..chunks import Chunk
+from ..protocol import Written
+
+
+class LayerMemory(Protocol):
+    """What a layer's memory is asked. All else is between it and its layer, which is handed its `past`."""
+
+    def past(self, chunks: Sequence[Chunk], keep: bool) -> Any:
+        """What these adjacent chunks see of it. keep: for a layer that is run twice, so that the second run can
+        take from it what the first one has computed."""
+
+    def write(self, chunks: Sequence[Chunk], written: tuple[Tensor, ...]) -> None:
+        """Store what the layer wrote for these adjacent chunks."""
+
+    def received(self, chunk: Chunk) -> tuple[Tensor, ...]:
+        """The gradients sent back to what a kept chunk wrote, in its order and dtype."""
+
+
+class LayerMemories:
+    """The memory of one training step, or of one text that is read or written; a `protocol.Memory`.
+
+    kept: the chunks that will receive gradients.
+    """
+
+    def __init__(self, layers: Sequence[LayerMemory], kept: Sequence[Chunk]) -> None:
+        self.layers, self.kept = list(layers), set(kept)
+
+    def write(self, chunks: Sequence[Chunk], written: Written) -> None:
+        for layer, tensors in zip(self.layers, written, strict=True):
+            layer.write(chunks, tensors)
+
+    def received(self, chunk: Chunk) -> Written:
+        return [layer.received(chunk) for layer in self.layers] if chunk in self.kept else []

@@ -1,0 +1,208 @@
+"""The cache in host memory: on the device are two blocks of it, whatever the length.
+
+The algorithm does not change; this is another cache behind the same questions. Keys and values
+come to the device block by block, the next one while the one before is at work, and gradients go
+back behind the computation. On CUDA the host memory is pinned and the copies run on streams of
+their own; on the CPU the same code copies from memory to memory.
+
+Rows are positions: a block is (positions, 2, B, G, D), keys and values together, so that any run of
+positions is one piece of memory and one copy.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..chunks import Chunk
+from .attention import BLOCK, Past
+from .kernels import Kernel
+
+
+def streams_of(like: Tensor) -> torch.device | None:
+    """The device whose streams order what happens to tensors like this one; None: the CPU, where all is in order."""
+    return like.device if like.is_cuda else None
+
+
+class Lane:
+    """Work of the device that runs in the order in which it is issued: a CUDA stream.
+
+    The main lane is whatever stream the computation is on. Between lanes, there is no order but by `follow` and
+    by a slot's marks, and these name the lanes' streams: what CUDA takes for granted where a stream
+    is not named is one of the *current* device, which is another than the model's unless somebody sets it.
+    """
+
+    def __init__(self, name: str, device: torch.device | None) -> None:
+        self.name, self.device = name, device
+        self._stream = None if name == "main" or device is None else torch.cuda.Stream(device)
+
+    @property
+    def stream(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self.device) if self._stream is None else self._stream
+
+    def __call__(self) -> AbstractContextManager[Any]:
+        """What is issued within the block runs in this lane."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def follow(self, other: Lane) -> None:
+        """Go on only after all that has been issued in the other lane."""
+        if self.device is not None:
+            self.stream.wait_stream(other.stream)
+
+    def hold(self, tensor: Tensor) -> None:
+        """A tensor made in another lane is at work in this one: its memory is not to be used again before."""
+        if self.device is not None:
+            tensor.record_stream(self.stream)
+
+
+FILLED, FREE = 0, 1
+
+
+class Slot:
+    """A device buffer that one lane fills and another empties, and the events that keep them apart."""
+
+    def __init__(self, shape: Sequence[int], like: Tensor) -> None:
+        self.buffer = like.new_empty(shape)
+        self.events = [torch.cuda.Event(), torch.cuda.Event()] if streams_of(like) is not None else None
+
+    def mark(self, which: int, lane: Lane) -> None:
+        """From here on in the lane, the buffer is FILLED, or FREE again."""
+        if self.events is not None:
+            self.events[which].record(lane.stream)
+
+    def wait(self, which: int, lane: Lane) -> None:
+        """Let the lane go on only when the buffer is FILLED, or FREE again; it is FREE until the first mark."""
+        if self.events is not None:
+            lane.stream.wait_event(self.events[which])
+
+
+class Stage:
+    """What the layers share on the device: two blocks of the past, two of gradients to go back, and the lanes.
+
+    The buffers are memory of the main lane: it may have used it for something else before, and uses it
+    again as soon as the buffers go. That the other lanes keep between these two rests on two facts:
+    - The first arrival comes after a write, in the same lane, and a write follows the main lane.
+    - The last thing that is asked of a layer with gradients is what the first kept chunk has `received`. All that
+      was sent has been sent by then, and the main lane follows the send lane there.
+    """
+
+    def __init__(self, row: tuple[int, ...], like: Tensor, grad_dtype: torch.dtype) -> None:
+        self.row, self.like, self.grad_dtype = row, like, grad_dtype  # row: (2, B, G, D)
+        self.arrivals = [Slot((BLOCK, *row), like) for _ in range(2)]
+        self.departures = [Slot((BLOCK, *row), like) for _ in range(2)]
+        self.sums = like.new_empty((BLOCK, *row), dtype=grad_dtype)
+        device = streams_of(like)
+        self.main, self.bring, self.send = Lane("main", device), Lane("bring", device), Lane("send", device)
+        self.turn = self.departure = 0
+
+    def next_arrival(self) -> Slot:
+        self.turn += 1
+        return self.arrivals[self.turn % 2]
+
+    def next_departure(self) -> Slot:
+        self.departure += 1
+        return self.departures[self.departure % 2]
+
+    def host(self, rows: int, dtype: torch.dtype, zero: bool = False) -> Tensor:
+        """A block (rows, 2, B, G, D) in host memory, pinned where the device is a GPU."""
+        make = torch.zeros if zero else torch.empty
+        return make((rows, *self.row), dtype=dtype, pin_memory=self.like.is_cuda)
+
+
+class OffloadedLayer:
+    """One layer's keys, values and gradients of the kept chunks, in host memory; a LayerMemory.
+
+    capacity: positions. kept: the chunks that will receive a gradient, first to last.
+    """
+
+    kernel: Kernel | None = None
+
+    def __init__(self, stage: Stage, capacity: int, kept: Sequence[Chunk]) -> None:
+        self.stage = stage
+        sizes = [min(BLOCK, capacity - start) for start in range(0, capacity, BLOCK)]
+        self.blocks = [stage.host(size, stage.like.dtype) for size in sizes]
+        self.kept = list(kept)
+        self.starts = [chunk.start for chunk in kept]
+        self.grads = [stage.host(stop - start, stage.grad_dtype, zero=True) for start, stop in kept]
+
+    def past(self, chunks: Sequence[Chunk], keep: bool) -> Past:
+        return Past(self, chunks[0].start, keep, self.kernel)
+
+    def write(self, chunks: Sequence[Chunk], written: tuple[Tensor, ...]) -> None:
+        keys, values = written  # (B, G, C, D)
+        rows = torch.stack((keys, values)).permute(3, 0, 1, 2, 4).contiguous()  # (C, 2, B, G, D)
+        bring, start, stop = self.stage.bring, chunks[0].start, chunks[-1].stop
+        bring.follow(self.stage.main)  # also for the arrivals to come, see Stage
+        with bring():
+            for low in range(start // BLOCK * BLOCK, stop, BLOCK):
+                first, last = max(low, start), min(low + BLOCK, stop)
+                block = self.blocks[low // BLOCK]
+                block[first - low : last - low].copy_(rows[first - start : last - start], non_blocking=True)
+            bring.hold(rows)
+
+    def pieces(self, stop: int, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """In pieces of BLOCK, whatever `size` is; a piece is gone when the next one is asked for."""
+        if stop == 0:
+            return
+        main = self.stage.main
+        slot = self._bring(0, stop)
+        for start in range(0, stop, BLOCK):
+            end = min(start + BLOCK, stop)
+            following = self._bring(end, stop) if end < stop else slot
+            slot.wait(FILLED, main)
+            keys, values = slot.buffer[: end - start].permute(1, 2, 3, 0, 4)  # (B, G, n, D) each
+            yield start, keys, values
+            slot.mark(FREE, main)
+            slot = following
+
+    def _bring(self, start: int, stop: int) -> Slot:
+        """Start to copy the block at `start`, as far as `stop`, to the device."""
+        slot, bring, n = self.stage.next_arrival(), self.stage.bring, min(BLOCK, stop - start)
+        with bring():
+            slot.wait(FREE, bring)
+            slot.buffer[:n].copy_(self.blocks[start // BLOCK][:n], non_blocking=True)
+            slot.mark(FILLED, bring)
+        return slot
+
+    def add_grads(self, start: int, key_grads: Tensor, value_grads: Tensor) -> None:
+        end = start + key_grads.shape[2]
+        for i in range(max(0, bisect_right(self.starts, start) - 1), len(self.kept)):
+            first, stop = self.kept[i]
+            if first >= end:
+                break
+            low, high = max(first, start), min(stop, end)
+            if low < high:
+                sent = slice(low - start, high - start)
+                self._send(self.grads[i][low - first : high - first], key_grads[:, :, sent], value_grads[:, :, sent])
+
+    def _send(self, total: Tensor, key_grads: Tensor, value_grads: Tensor) -> None:
+        """Start to add gradients (B, G, n, D) to rows in host memory."""
+        main, send = self.stage.main, self.stage.send
+        for low in range(0, len(total), BLOCK):  # a chunk may be longer than a block
+            rows, slot = total[low : low + BLOCK], self.stage.next_departure()
+            n, part = len(rows), slice(low, low + len(rows))
+            slot.wait(FREE, main)
+            slot.buffer[:n, 0] = key_grads[:, :, part].permute(2, 0, 1, 3)
+            slot.buffer[:n, 1] = value_grads[:, :, part].permute(2, 0, 1, 3)
+            slot.mark(FILLED, main)
+            with send():
+                slot.wait(FILLED, send)
+                sums = self.stage.sums[:n]
+                sums.copy_(rows, non_blocking=True)
+                sums += slot.buffer[:n]
+                slot.mark(FREE, send)
+                rows.copy_(sums, non_blocking=True)
+
+    def received(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        total, main, send = self.grads[self.starts.index(chunk.start)], self.stage.main, self.stage.send
+        with send():  # after all that was sent before
+            here = total.to(self.stage.like.device, non_blocking=True, copy=True)
+        main.follow(send)  # also before the buffers go, see Stage
+        main.hold(here)
+        keys, values = here.to(self.stage.like.dtype).permute(1, 2, 3, 0, 4)
+        return keys, values

@@ -1,0 +1,1 @@
+"""Models: layers with a memory, their configs in Hugging Face's terms, adapters beside them."""

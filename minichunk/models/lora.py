@@ -1,0 +1,119 @@
+"""LoRA: a trainable low-rank product beside frozen weights, and dropout that can be replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .dropout import DropoutMasks
+from .quantize import Linear4bit, is_in_4bit
+from .stack import Stack
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoraLinear(nn.Linear):
+    """y = x Wᵀ + b + scale · dropout(x) Aᵀ Bᵀ with W and b frozen, A (rank, in), B (out, rank).
+
+    Takes W and b over from a linear layer, under their names, or a 4-bit layer whole, as `base`.
+    A and B are float32, or wider.
+    """
+
+    base: Linear4bit | None
+
+    def __init__(
+        self, base: nn.Linear | Linear4bit, name: str, rank: int, alpha: float, dropout: float, masks: DropoutMasks
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        if isinstance(base, Linear4bit):
+            self.base, like = base, base.scales
+        else:
+            self.base, like = None, base.weight
+            self.weight, self.bias = base.weight, base.bias
+        self.name, self.dropout, self.masks = name, dropout, masks
+        self.scale = alpha / rank
+        wide = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
+        self.lora_A = nn.Linear(base.in_features, rank, bias=False, **wide)
+        self.lora_B = nn.Linear(rank, base.out_features, bias=False, **wide)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=5**0.5)  # as the LoRA paper's code: starts at B A = 0
+        nn.init.zeros_(self.lora_B.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias) if self.base is None else self.base(x)
+        if self.dropout > 0 and self.training:
+            x = x * self.masks.draw(x, self.name, self.dropout)
+        # The adapter's few columns are computed in the model's dtype; its weights stay wide.
+        low = F.linear(x, self.lora_A.weight.to(x.dtype))
+        return y + F.linear(low, self.lora_B.weight.to(x.dtype)) * self.scale
+
+    def merged(self) -> Tensor:
+        """W + scale · B A, in W's dtype."""
+        product = self.lora_B.weight @ self.lora_A.weight
+        return (self.weight.to(product.dtype) + self.scale * product).to(self.weight.dtype)
+
+
+def adapters(model: Stack) -> dict[str, LoraLinear]:
+    """The model's LoRA layers by their names."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+def add_lora(
+    model: Stack,
+    rank: int = 8,
+    alpha: float = 16,
+    targets: Sequence[str] = ("q_proj", "v_proj"),
+    dropout: float = 0.0,
+) -> None:
+    """Freeze the model and put a trainable adapter beside each linear layer named in `targets`.
+
+    Every parameter keeps its name; `<layer>.lora_A.weight` (rank, in) and `<layer>.lora_B.weight`
+    (out, rank) come beside it, in float32 (float64 for a float64 model). The update is alpha / rank · B A.
+    Raises InputError for a wrong value and for a model that has an adapter already.
+    """
+    if isinstance(targets, str):
+        targets = [targets]
+    wrong = [name for name in targets if name not in PROJECTIONS]
+    if wrong or not targets:
+        raise InputError(f"LoRA targets are {list(targets)}, but must be some of {', '.join(PROJECTIONS)}")
+    if rank < 1 or not alpha > 0 or not 0 <= dropout < 1:
+        raise InputError(
+            f"LoRA needs rank >= 1, alpha > 0 and 0 <= dropout < 1, got rank {rank}, alpha {alpha}, dropout {dropout}"
+        )
+    if adapters(model):
+        raise InputError("the model has an adapter already: call merge_lora(model) first")
+    model.requires_grad_(False)
+    masks = DropoutMasks()
+    for name, module in list(model.named_modules()):
+        parent_name, _, child = name.rpartition(".")
+        if child in targets:
+            assert isinstance(module, nn.Linear | Linear4bit)
+            layer = LoraLinear(module, name, rank, alpha, dropout, masks)
+            setattr(model.get_submodule(parent_name), child, layer)
+    if dropout > 0:
+        model.masks = masks
+
+
+@torch.no_grad()
+def merge_lora(model: Stack) -> None:
+    """Fold every adapter into its weight and take the adapters out; all parameters become trainable.
+
+    Raises InputError for a 4-bit base, whose 16 levels would swallow the update.
+    """
+    if is_in_4bit(model):
+        raise InputError(
+            "a 4-bit base cannot take an adapter in: save_adapter(model, directory), load the model without "
+            "load_in_4bit, load the adapter into that and merge it there"
+        )
+    for name, layer in adapters(model).items():
+        parent_name, _, child = name.rpartition(".")
+        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        plain.weight = nn.Parameter(layer.merged())
+        plain.bias = layer.bias
+        setattr(model.get_submodule(parent_name), child, plain)
+    model.masks = None
+    model.requires_grad_(True)

@@ -1,0 +1,87 @@
+"""A frozen base in 4 bits: NF4 weights, 16 levels fitted to a normal distribution, by bitsandbytes.
+
+QLoRA (arXiv 2305.14314): the adapter trains in full precision beside a base that is stored small
+and unpacked layer by layer when it is needed, once in the forward pass and again in the backward.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import InputError
+
+BLOCK = 64  # numbers that share a scale
+
+
+def check_bitsandbytes() -> None:
+    """Raise InputError unless the library is installed."""
+    if find_spec("bitsandbytes") is None:
+        raise InputError("a 4-bit base needs bitsandbytes: pip install 'minichunk[4bit]'")
+    import bitsandbytes  # type: ignore[import-not-found,unused-ignore]  # noqa: F401 (registers the operators)
+
+
+class Linear4bit(nn.Module):
+    """y = x Wᵀ + b with W (out, in) frozen and stored in 4 bits, plus a float32 scale for 64 numbers."""
+
+    packed: Tensor
+    scales: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        packed, scales = torch.ops.bitsandbytes.quantize_4bit(weight.detach(), BLOCK, "nf4", torch.uint8)
+        self.register_buffer("packed", packed)  # (out * in / 2, 1): two numbers in a byte
+        self.register_buffer("scales", scales)  # (out * in / 64)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def weight_as(self, dtype: torch.dtype) -> Tensor:
+        """W, unpacked, (out, in)."""
+        shape = (self.out_features, self.in_features)
+        direct = dtype if dtype.itemsize <= 4 else torch.float32
+        arguments = (self.packed, self.scales, BLOCK, "nf4", shape, direct)
+        return torch.ops.bitsandbytes.dequantize_4bit(*arguments).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Linear.apply(x, self)
+
+
+class _Linear(torch.autograd.Function):
+    """Saves no unpacked weight for the backward pass: it is unpacked again there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Linear4bit) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, layer.weight_as(x.dtype), layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        return grad @ ctx.layer.weight_as(grad.dtype), None
+
+
+def is_stored_in_4bit(name: str) -> bool:
+    """Whether a 4-bit base stores the linear module of this name so: those of the layers, not the LM head."""
+    return name.startswith("model.layers.")
+
+
+def is_in_4bit(model: nn.Module) -> bool:
+    """Whether the model has a 4-bit base."""
+    return any(isinstance(module, Linear4bit) for module in model.modules())
+
+
+def quantize(model: nn.Module) -> None:
+    """Store a model's linear layers in 4 bits.
+
+    For measurements: from_pretrained does it while it loads.
+    """
+    check_bitsandbytes()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and is_stored_in_4bit(name):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, Linear4bit(module.weight, module.bias))

@@ -1,0 +1,101 @@
+"""Named model shapes, for measurements and forecasts that need no weights."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..errors import InputError
+from ..files.atomic import read_json, write_json, write_tensors
+from ..files.checkpoint import make_directory
+from .config import LlamaConfig
+from .llama import Llama
+from .lora import add_lora
+from .quantize import quantize
+
+_FIELDS = (
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+    "vocab_size", "rope_theta", "tie_word_embeddings",
+)  # fmt: skip
+_SHAPES: dict[str, tuple[Any, ...]] = {
+    "llama-47m": (576, 1536, 12, 9, 3, 64, 8192, 10000.0, True),
+    "llama-3.2-1b": (2048, 8192, 16, 32, 8, 64, 128256, 500000.0, True),
+    "llama-3.2-3b": (3072, 8192, 28, 24, 8, 128, 128256, 500000.0, True),
+    "llama-3-8b": (4096, 14336, 32, 32, 8, 128, 128256, 500000.0, False),
+    "qwen2.5-14b": (5120, 13824, 48, 40, 8, 128, 152064, 1000000.0, False),
+    "qwen2.5-32b": (5120, 27648, 64, 40, 8, 128, 152064, 1000000.0, False),
+}
+NAMES = tuple(_SHAPES)
+
+
+def shape(name: str) -> LlamaConfig:
+    """The config of a named shape, or of a checkpoint directory (its config.json alone). Raises InputError."""
+    if name in _SHAPES:
+        fields = dict(zip(_FIELDS, _SHAPES[name], strict=True))
+        if name.startswith("qwen2"):
+            fields |= {"model_type": "qwen2", "attention_bias": True}
+        return LlamaConfig(**fields, max_position_embeddings=8192)
+    if (Path(name) / "config.json").is_file():
+        return LlamaConfig.from_dict(read_json(Path(name) / "config.json"))
+    raise InputError(f"--model {name!r} is neither a directory with a config.json nor one of {', '.join(NAMES)}")
+
+
+def random_model(
+    name: str,
+    dtype: torch.dtype,
+    rank: int = 0,
+    targets: Sequence[str] = ("q_proj", "v_proj"),
+    device: str = "cpu",
+    load_in_4bit: bool = False,
+) -> Llama:
+    """A model of this shape with random weights, and LoRA of `rank` unless that is 0. Raises InputError."""
+    config, previous = shape(name), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # so that no wider copy of the weights is ever made
+    try:
+        with torch.device(device):
+            model = Llama(config)
+    finally:
+        torch.set_default_dtype(previous)
+    if load_in_4bit:
+        quantize(model)
+    if rank:
+        add_lora(model, rank, 2 * rank, targets)
+    return model
+
+
+def write_random_checkpoint(name: str, directory: str | Path, shard_bytes: int = 5 * 10**9) -> list[Path]:
+    """Write a checkpoint of this shape with random bfloat16 weights, in shards as Hugging Face's are.
+
+    Holds one shard in memory. Returns the shards' paths. Raises InputError.
+    """
+    config, directory = shape(name), make_directory(directory)
+    with torch.device("meta"):
+        shapes = {n: p.shape for n, p in Llama(config).named_parameters()}
+    shards: list[list[str]] = [[]]
+    room = shard_bytes
+    for tensor_name, size in shapes.items():
+        if shards[-1] and 2 * size.numel() > room:
+            shards, room = [*shards, []], shard_bytes
+        shards[-1].append(tensor_name)
+        room -= 2 * size.numel()
+    paths = [directory / f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+    generator = torch.Generator().manual_seed(0)
+    for path, names in zip(tqdm(paths, desc="write", unit="shard", disable=len(paths) < 4), shards, strict=True):
+        tensors = {}
+        for tensor_name in names:
+            tensor = torch.empty(shapes[tensor_name], dtype=torch.bfloat16)
+            tensors[tensor_name] = tensor.fill_(1) if tensor.ndim == 1 else tensor.normal_(0, 0.02, generator=generator)
+        write_tensors(path, tensors, {"format": "pt"})
+    weight_map = {n: path.name for path, names in zip(paths, shards, strict=True) for n in names}
+    write_json(directory / "model.safetensors.index.json", {"weight_map": weight_map})
+    write_json(directory / "config.json", {**config.to_dict(), "torch_dtype": "bfloat16"})
+    return paths
+
+
+if __name__ == "__main__":  # python -m minichunk.models.shapes llama-3-8b DIR
+    print(*write_random_checkpoint(sys.argv[1], sys.argv[2]), sep="\n")

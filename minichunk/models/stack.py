@@ -1,0 +1,134 @@
+"""Layers one after the other, each with a memory of its own: what `seco` asks of a model, for any kind of layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..chunks import Chunk, cut, span
+from ..memory.layers import LayerMemories
+from ..protocol import DEFAULTS, Options, Written
+from .dropout import DropoutMasks
+
+
+class Stack(nn.Module):
+    """A `protocol.Model`, but for `new_memory`: embedding, layers, norm, LM head.
+
+    A layer is called as `layer(x, past, *shared)` with x (B, T, E) and returns the next x and what it writes;
+    `layer.writes(x, past, *shared)` returns the latter alone. `past` is what it sees of its memory (None: it runs
+    the whole sequence at once), `shared` what all layers get.
+    """
+
+    lm_head: nn.Linear
+    masks: DropoutMasks | None = None  # of the dropouts, if there are any
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        raise NotImplementedError
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        raise NotImplementedError
+
+    @property
+    def norm(self) -> nn.Module:
+        raise NotImplementedError
+
+    def shared(self, x: Tensor, start: int) -> tuple[Any, ...]:
+        """What every layer is given beside x (B, T, E), whose first position is `start`."""
+        return ()
+
+    def new_memory(
+        self, batch: int, capacity: int, kept: Sequence[Chunk] = (), options: Options = DEFAULTS
+    ) -> LayerMemories:
+        raise NotImplementedError
+
+    def dropout_seed(self) -> int | None:
+        return None if self.masks is None else int(torch.randint(2**62, ()))
+
+    def run(
+        self,
+        input_ids: Tensor,
+        memory: LayerMemories | None = None,
+        chunks: Sequence[Chunk] = (),
+        options: Options = DEFAULTS,
+    ) -> tuple[Tensor, Written]:
+        """Run some tokens, on top of the memory if there is one.
+
+        input_ids: int64 (B, T). memory: of all positions before; read, not written.
+        chunks: the adjacent chunks that these tokens are, where there is a memory.
+
+        Returns the last layer's normalized output (B, T, E) and what these tokens write, one tuple for each layer.
+        """
+        x, shared = self._begin(input_ids, chunks)
+        written = []
+        for i, layer in enumerate(self.layers):
+            past = memory.layers[i].past(chunks, keep=options.recompute is True) if memory is not None else None
+            if options.recompute:
+                # On top of a memory dropout draws its masks from seeds: no generator's state to replay.
+                x, wrote = checkpoint(
+                    self._layer, layer, x, past, shared, chunks, options,
+                    use_reentrant=False, preserve_rng_state=memory is None,
+                )  # fmt: skip
+            else:
+                x, wrote = self._layer(layer, x, past, shared, chunks, options)
+            written.append(wrote)
+        return self.norm(x), written
+
+    @torch.no_grad()
+    def write(
+        self, input_ids: Tensor, memory: LayerMemories, chunks: Sequence[Chunk], options: Options = DEFAULTS
+    ) -> Written:
+        """As `run`, without gradients and only as far as memory needs it: the last layer stops at what it writes."""
+        x, shared = self._begin(input_ids, chunks)
+        *layers, last = list(self.layers)
+        written = []
+        for layer, layer_memory in zip(layers, memory.layers, strict=False):
+            x, wrote = self._layer(layer, x, layer_memory.past(chunks, keep=False), shared, chunks, options)
+            written.append(wrote)
+        past = memory.layers[-1].past(chunks, keep=False)
+        writes: Any = last.writes
+        return [*written, self._layer(writes, x, past, shared, chunks, options)]
+
+    @torch.no_grad()
+    def run_chunks(
+        self, input_ids: Tensor, memory: LayerMemories, chunk_size: int, start: int = 0
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Inference of input_ids (B, T) from the position `start`, chunk by chunk, writing the memory.
+
+        Yields each chunk's place in input_ids and its normalized output (B, C, E).
+        """
+        for chunk in cut(input_ids.shape[1], chunk_size):
+            rows = span([chunk])
+            here = [Chunk(start + chunk.start, start + chunk.stop)]
+            hidden, written = self.run(input_ids[:, rows], memory, here)
+            memory.write(here, written)
+            yield rows, hidden
+
+    def _begin(self, input_ids: Tensor, chunks: Sequence[Chunk]) -> tuple[Tensor, tuple[Any, ...]]:
+        x = self.embedding(input_ids)  # (B, T, E)
+        return x, self.shared(x, chunks[0].start if chunks else 0)
+
+    def _layer(
+        self,
+        layer: Callable[..., Any],
+        x: Tensor,
+        past: Any,
+        shared: tuple[Any, ...],
+        chunks: Sequence[Chunk],
+        options: Options,
+    ) -> Any:
+        """One layer; its dropouts draw the masks of these chunks, also when recompute runs it again."""
+        if self.masks is None:
+            return layer(x, past, *shared)
+        with self.masks.of(options.dropout_seed, chunks):
+            return layer(x, past, *shared)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits (B, T, V) of a whole sequence, without a memory."""
+        hidden, _ = self.run(input_ids)
+        return self.lm_head(hidden)

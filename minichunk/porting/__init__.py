@@ -1,0 +1,1 @@
+"""For ports: every intermediate of both algorithms."""

@@ -1,0 +1,1 @@
+"""Training runs: the loop, its options and reports, evaluation, generation."""

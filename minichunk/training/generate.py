@@ -1,0 +1,94 @@
+"""Writing text with the same cache as training: fill it with the prompt, then a token at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..models.llama import Llama
+
+
+@torch.no_grad()
+def generate(
+    model: Llama,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+    chunk_size: int = 512,
+) -> Tensor:
+    """Continue `input_ids`, int64 (B, T) without padding; returns int64 (B, T + new).
+
+    temperature: 0 takes the likeliest token; otherwise the logits are divided by it and sampled.
+    top_p: samples among the likeliest tokens that together have this probability.
+    generator: of the sampling, on the CPU. chunk_size: tokens of the prompt per forward pass.
+    Stops early when every row has written an end token of the config. Raises InputError.
+    """
+    if input_ids.ndim != 2 or input_ids.shape[1] < 1 or max_new_tokens < 1:
+        raise InputError("generate needs input_ids [B, T] with at least 1 token and max_new_tokens of at least 1")
+    if not temperature >= 0 or not 0 < top_p <= 1:
+        raise InputError(f"generate needs temperature >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
+    config, (B, T) = model.config, input_ids.shape
+    if int(input_ids.max()) >= config.vocab_size or int(input_ids.min()) < 0:
+        raise InputError(f"input_ids must lie between 0 and {config.vocab_size - 1}")
+    ends = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
+    stop_ids = torch.tensor([end for end in ends if end is not None], dtype=torch.int64, device=input_ids.device)
+    was_training = model.training
+    model.eval()
+    memory = model.new_memory(B, T + max_new_tokens)
+    for _, hidden in model.run_chunks(input_ids, memory, chunk_size):  # noqa: B007 (the last one is what counts)
+        pass
+    done = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
+    for position in range(T, T + max_new_tokens):
+        logits = model.lm_head(hidden[:, -1])  # (B, V)
+        new = choose(logits, temperature, top_p, generator)  # (B, 1)
+        input_ids = torch.cat([input_ids, new], dim=1)
+        done |= torch.isin(new[:, 0], stop_ids)
+        if done.all() or position == T + max_new_tokens - 1:
+            break
+        ((_, hidden),) = model.run_chunks(new, memory, 1, start=position)
+    model.train(was_training)
+    return input_ids
+
+
+def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """The next token of each row of logits (B, V): int64 (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    probabilities, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
+    before = probabilities.cumsum(-1) - probabilities  # of the likelier tokens
+    probabilities = probabilities.masked_fill(before >= top_p, 0.0)  # the likeliest one always stays
+    picked = torch.multinomial(probabilities.cpu(), 1, generator=generator).to(order.device)
+    return order.gather(-1, picked)
+
+
+def continue_text(
+    prompt: str,
+    model: str | None = None,
+    adapter: str | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    load_in_4bit: bool = False,
+    dtype: str | None = None,
+    device: str | None = None,
+    seed: int = 0,
+) -> str:
+    """`minichunk generate`: the prompt and its continuation as text. Raises InputError."""
+    from .load import load_as_told
+    from .options import check_least
+
+    check_least({"max_new_tokens": (max_new_tokens, 1), "temperature": (temperature, 0), "seed": (seed, 0)})
+    if seed >= 2**32:
+        raise InputError(f"--seed is {seed}, but must be below 2^32")
+    llama, tokenizer = load_as_told(model, adapter, dtype, device, load_in_4bit)
+    ids = tokenizer.encode(prompt).ids
+    if not ids:
+        raise InputError("the prompt is empty: give the beginning of a text")
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.tensor([ids], device=llama.model.norm.weight.device)
+    out = generate(llama, input_ids, max_new_tokens, temperature=temperature, top_p=top_p, generator=generator)
+    return tokenizer.decode(out[0].tolist())

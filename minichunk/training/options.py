@@ -1,0 +1,180 @@
+"""What a training run is told: one dataclass, checked before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+import torch
+
+from ..chunks import cut
+from ..errors import InputError
+from ..files.shipped import SHIPPED_MODEL
+from ..models.lora import PROJECTIONS
+from ..samplers import Bernoulli, FixedBudget, PaperBudget, most_kept
+from ..spaco import Sampler
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+METHODS = ("seco", "spaco", "full")
+SAMPLERS = ("bernoulli", "fixed", "paper")
+
+
+def check_device(name: str | None) -> str:
+    """The device of `--device`; None: CUDA where there is one. Raises InputError for one that is not there."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        return "cuda" if count else "cpu"
+    here = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
+    if name not in here:
+        raise InputError(f"--device is {name!r}, but PyTorch sees only {', '.join(here)} here")
+    return name
+
+
+def check_least(options: dict[str, tuple[float | None, float]]) -> None:
+    """Each option's value and its bound, None allowed. Raises InputError for one that is below."""
+    for name, (value, bound) in options.items():
+        if value is not None and value < bound:
+            raise InputError(f"--{name.replace('_', '-')} is {value}, but must be at least {bound}")
+
+
+def check_choice(name: str, value: str | None, allowed: Collection[str]) -> None:
+    """Raises InputError unless the option `name` has one of these values, or none."""
+    if value is not None and value not in allowed:
+        raise InputError(f"--{name.replace('_', '-')} is {value!r}, but must be one of {', '.join(allowed)}")
+
+
+def check_4bit(load_in_4bit: bool, rank: int) -> None:
+    """Raises InputError for a base in 4 bits without an adapter to train."""
+    if load_in_4bit and rank == 0:
+        raise InputError("--load-in-4bit freezes the base: it needs an adapter, --rank of at least 1")
+
+
+def default_dtype(device: str) -> str:
+    """The name of the dtype that a model has on this device unless told otherwise."""
+    return "bfloat16" if device.startswith("cuda") else "float32"
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Options of `minichunk train`; `minichunk train --help` says what each means. None: chosen for the case."""
+
+    model: str | None = None
+    data: tuple[str, ...] = ()
+    val_data: tuple[str, ...] = ()
+    val_fraction: float = 0.1
+    eval_documents: int = 8
+    chat_template: bool = True
+    method: Literal["seco", "spaco", "full"] = "seco"
+    seq_len: int = 2048
+    chunk_size: int = 256
+    fill_size: int | None = None
+    budget: int | None = None
+    sampler: Literal["bernoulli", "fixed", "paper"] = "bernoulli"
+    cap: float | None = None
+    recompute: bool | None = None
+    recompute_attention: bool = False
+    cache_grad_dtype: str | None = None
+    offload: bool = False
+    deterministic: bool = False
+    steps: int = 60
+    batch_size: int = 1
+    accumulate: int = 1
+    lr: float | None = None
+    warmup: int | None = None
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = PROJECTIONS
+    dropout: float = 0.0
+    load_in_4bit: bool = False
+    dtype: str | None = None
+    device: str | None = None
+    seed: int = 0
+    save_every: int = 20
+    output: str | None = None
+
+    def resolved(self) -> TrainOptions:
+        """Check every value and fill in those that are None. Raises InputError."""
+        self._check()
+        device = check_device(self.device)
+        num_chunks = len(cut(self.seq_len, self.chunk_size))
+        return replace(
+            self,
+            model=self.model or str(SHIPPED_MODEL),
+            device=device,
+            dtype=self.dtype or default_dtype(device),
+            lr=self.lr if self.lr is not None else self._default_lr(),
+            warmup=self.warmup if self.warmup is not None else self.steps // 10,
+            budget=self.budget or (max(1, num_chunks // 4) if self.method == "spaco" else None),
+        )
+
+    def _default_lr(self) -> float:
+        if self.rank == 0:
+            return 2e-5
+        return 4e-3 if self.model is None else 3e-4  # a model of 3 million parameters takes larger steps
+
+    def _check(self) -> None:
+        choices = {"method": METHODS, "sampler": SAMPLERS, "dtype": DTYPES, "cache_grad_dtype": DTYPES}
+        for name, allowed in choices.items():
+            check_choice(name, getattr(self, name), allowed)
+        least = {
+            "seq_len": 2, "chunk_size": 1, "fill_size": self.chunk_size, "budget": 1, "steps": 1, "batch_size": 1,
+            "accumulate": 1, "rank": 0, "save_every": 1, "eval_documents": 0, "warmup": 0, "seed": 0,
+        }  # fmt: skip
+        check_least({name: (getattr(self, name), bound) for name, bound in least.items()})
+        for name, value in (("lr", self.lr), ("cap", self.cap), ("alpha", self.alpha)):
+            if value is not None and not 0 < value < float("inf"):
+                raise InputError(f"--{name} is {value}, but must be a number above 0")
+        for name, value in (("weight-decay", self.weight_decay), ("clip", self.clip)):
+            if not 0 <= value < float("inf"):
+                raise InputError(f"--{name} is {value}, but must be a number of at least 0")
+        for name, value in (("dropout", self.dropout), ("val-fraction", self.val_fraction)):
+            if not 0 <= value < 1:
+                raise InputError(f"--{name} is {value}, but must be at least 0 and below 1")
+        given = self.budget is not None or self.cap is not None or self.sampler != "bernoulli"
+        if self.method != "spaco" and given:
+            raise InputError(f"--budget, --sampler and --cap belong to --method spaco, not to {self.method}")
+        chunked = [
+            name for name in ("fill_size", "cache_grad_dtype", "offload", "recompute_attention") if getattr(self, name)
+        ]
+        if self.recompute is False and self.recompute_attention:
+            raise InputError("--recompute-attention is a kind of --recompute: leave out --no-recompute")
+        if self.method == "full" and chunked:
+            raise InputError(f"--{chunked[0].replace('_', '-')} belongs to --method seco and spaco, not to full")
+        check_4bit(self.load_in_4bit, self.rank)
+        if self.seed >= 2**32:
+            raise InputError(f"--seed is {self.seed}, but must be below 2^32")
+        if self.cap is not None and self.sampler != "paper":
+            raise InputError("--cap belongs to --sampler paper")
+
+    def cached_positions(self) -> tuple[int, int]:
+        """Positions of a piece that have keys and values in the cache, and those that have gradients there."""
+        k = len(cut(self.seq_len, self.chunk_size))
+        kept = most_kept(self.sampler, self.budget, k) if self.budget is not None else k
+        return (k - 1) * self.chunk_size, max(0, kept - 1) * self.chunk_size
+
+    def make_sampler(self) -> Sampler:
+        """The sampler of `--sampler` and `--budget`; Bernoulli keeps `budget` chunks on average."""
+        budget = self.budget
+        assert budget is not None
+        if self.sampler == "fixed":
+            return FixedBudget(budget)
+        if self.sampler == "paper":
+            return PaperBudget(budget, self.cap)
+        return lambda num_chunks, generator: Bernoulli(min(1, budget / num_chunks))(num_chunks, generator)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainOptions:
+        arguments: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
+        options = cls(**arguments)
+        for name, default in cls().to_dict().items():
+            value = getattr(options, name)
+            wanted = (int, float) if isinstance(default, float) else type(default)
+            if default is not None and not isinstance(value, list | tuple) and not isinstance(value, wanted):
+                raise TypeError(f"{name} is {value!r}")
+        return options

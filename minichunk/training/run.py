@@ -1,0 +1,95 @@
+"""A run's directory: its options, its metrics, and the checkpoint that a resume continues from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..files.atomic import open_tensors, read_json, write_json, write_tensors, write_text
+from ..files.checkpoint import make_directory
+from .options import TrainOptions
+from .trainer import Trainer
+
+
+class Run:
+    """The files of one training run in `directory`.
+
+    run.json: the options and the losses measured before training. metrics.jsonl: a line per step.
+    checkpoint.safetensors: weights, optimizer state and step, replaced as a whole at every save.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.info = self.directory / "run.json"
+        self.metrics = self.directory / "metrics.jsonl"
+        self.checkpoint = self.directory / "checkpoint.safetensors"
+
+    @classmethod
+    def new(cls, directory: str | Path | None) -> Run:
+        """A fresh run: in `directory`, or in the first free one of runs/1, runs/2, … Raises InputError."""
+        if directory is None:
+            number = 1
+            while Path("runs", str(number)).exists():
+                number += 1
+            directory = Path("runs", str(number))
+        run = cls(directory)
+        if run.info.exists():
+            raise InputError(f"{directory} holds a run already: add --resume to continue it, or name another --output")
+        make_directory(run.directory)
+        return run
+
+    @classmethod
+    def existing(cls, directory: str | Path | None) -> Run:
+        """The run in `directory`, or the newest one in runs/. Raises InputError if there is none."""
+        if directory is None:
+            found = [path for path in Path("runs").glob("*/run.json") if path.parent.name.isdigit()]
+            if not found:
+                raise InputError("--resume found no run in runs/: name its directory with --output")
+            directory = max(found, key=lambda path: int(path.parent.name)).parent
+        run = cls(directory)
+        if not run.info.is_file():
+            raise InputError(f"--resume: {directory} holds no run (run.json is missing)")
+        return run
+
+    def write_info(self, options: TrainOptions, before: list[dict[str, Any]]) -> None:
+        write_json(self.info, {"options": options.to_dict(), "loss_by_position_before": before})
+
+    def read_info(self) -> tuple[TrainOptions, list[dict[str, Any]]]:
+        info = read_json(self.info)
+        try:
+            return TrainOptions.from_dict(info["options"]), info["loss_by_position_before"]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{self.info} is not of this version of minichunk: {error}") from None
+
+    def append_metrics(self, metrics: dict[str, Any]) -> None:
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The steps' metrics, up to the first line that is not whole."""
+        if not self.metrics.exists():
+            return []
+        metrics = []
+        for line in self.metrics.read_bytes().split(b"\n")[:-1]:
+            try:
+                metrics.append(json.loads(line))
+            except ValueError:  # a power cut may leave anything behind the last line that reached the disk
+                break
+        return metrics
+
+    def save(self, trainer: Trainer) -> None:
+        write_tensors(self.checkpoint, trainer.state(), {"step": str(trainer.step)})
+
+    def restore(self, trainer: Trainer) -> None:
+        """Bring the trainer, and metrics.jsonl, back to the last save; to the start if there was none."""
+        if self.checkpoint.exists():
+            device = str(trainer.device)
+            with open_tensors(self.checkpoint, device) as file:
+                step = int((file.metadata() or {}).get("step", -1))
+                if step < 0:
+                    raise InputError(f"{self.checkpoint} does not say its step: it is not a checkpoint of minichunk")
+                trainer.load_state({key: file.get_tensor(key) for key in file.keys()}, step)  # noqa: SIM118
+        lines = [json.dumps(metrics) for metrics in self.read_metrics() if metrics["step"] <= trainer.step]
+        write_text(self.metrics, "".join(line + "\n" for line in lines))

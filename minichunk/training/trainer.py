@@ -1,0 +1,185 @@
+"""The training loop: batches, gradient, optimizer; with nothing to remember but tensors and a step."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..files.documents import Document, collate, step_documents
+from ..models.llama import Llama
+
+# Adds the gradient of the mean loss of (model, input_ids, labels), given num_targets and a generator.
+Gradient = Callable[[Llama, Tensor, Tensor, int, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """AdamW's settings: linear warm-up to `lr`, then a cosine down to a tenth of it."""
+
+    steps: int
+    lr: float
+    warmup: int = 0
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+    def lr_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+@contextmanager
+def deterministic_kernels(on: bool) -> Iterator[None]:
+    """Within the block, if `on`, PyTorch takes kernels that give the same bits in every run (the CPU's always do)."""
+    before = torch.are_deterministic_algorithms_enabled()
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss or the gradient is not a finite number; the message names step and document."""
+
+
+class Trainer:
+    """Runs single steps. A step depends on the weights, the optimizer's state and its number only.
+
+    All randomness of a step comes from (seed, step), so that a resumed run repeats an uninterrupted
+    one bit for bit. Parameters in half precision are trained through float32 copies of them.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        documents: Sequence[Document],
+        gradient: Gradient,
+        schedule: Schedule,
+        batch_size: int = 1,
+        accumulate: int = 1,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.documents, self.gradient, self.schedule = model, documents, gradient, schedule
+        self.batch_size, self.accumulate, self.seed = batch_size, accumulate, seed
+        self.step = 0  # steps done
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.device = next(model.parameters()).device
+        self.parameters = named
+        self.masters = {
+            name: nn.Parameter(p.detach().float()) if p.dtype.itemsize < 4 else p for name, p in named.items()
+        }
+        self.optimizer = torch.optim.AdamW(
+            self.masters.values(),
+            lr=schedule.lr,
+            betas=(0.9, 0.95),
+            weight_decay=schedule.weight_decay,
+            fused=self.device.type == "cuda",
+        )
+
+    def run_step(self) -> dict[str, float]:
+        """Do one step; returns loss (nats per token), gradient norm, learning rate, tokens, seconds.
+
+        Raises NonFiniteLoss before anything is changed.
+        """
+        began = time.perf_counter()
+        batches = list(self._batches())
+        num_targets = sum(document.num_targets() for batch in batches for document in batch)
+        seed = self.seed * 1_000_003 + self.step
+        torch.manual_seed(seed)  # dropout
+        generator = torch.Generator().manual_seed(seed)  # the sampler
+        losses = []
+        for batch in batches:
+            input_ids, labels = collate(batch, self.device)
+            losses.append(self.gradient(self.model, input_ids, labels, num_targets, generator))
+        norm = self._collect_gradients()
+        loss = sum(float(x) for x in losses)
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            self._refuse(batches, losses)
+        lr = self.schedule.lr_at(self.step)
+        self._update(lr)
+        self.step += 1
+        tokens = sum(len(document) for batch in batches for document in batch)
+        return {
+            "step": self.step,
+            "loss": loss,
+            "grad_norm": norm,
+            "lr": lr,
+            "tokens": tokens,
+            "seconds": time.perf_counter() - began,
+        }
+
+    def _batches(self) -> Iterator[list[Document]]:
+        chosen = step_documents(self.documents, self.batch_size * self.accumulate, self.step, self.seed)
+        for start in range(0, len(chosen), self.batch_size):
+            yield chosen[start : start + self.batch_size]
+
+    def _collect_gradients(self) -> float:
+        """Move the gradients to the masters, clip them, and return their norm before clipping."""
+        for name, parameter in self.parameters.items():
+            master = self.masters[name]
+            # A SpaCO step may keep nothing: its estimate is then zero, not absent.
+            grad = torch.zeros_like(master) if parameter.grad is None else parameter.grad.to(master.dtype)
+            parameter.grad = None
+            master.grad = grad
+        clip = self.schedule.clip if self.schedule.clip > 0 else math.inf
+        return float(nn.utils.clip_grad_norm_(self.masters.values(), clip))
+
+    def _update(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                if self.masters[name] is not parameter:
+                    parameter.copy_(self.masters[name])
+
+    def _refuse(self, batches: list[list[Document]], losses: list[Tensor]) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        bad = [batch for batch, loss in zip(batches, losses, strict=True) if not torch.isfinite(loss)]
+        what = "loss" if bad else "gradient"
+        names = "; ".join(document.name for batch in (bad or batches) for document in batch)
+        raise NonFiniteLoss(f"the {what} is not a finite number at step {self.step + 1} ({names})")
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a resume needs: weights, and AdamW's two moments and step count, by parameter name."""
+        tensors = {}
+        for name, master in self.masters.items():
+            tensors[f"weight.{name}"] = master.detach()
+            for key, value in self.optimizer.state[master].items():
+                tensors[f"{key}.{name}"] = value
+        return tensors
+
+    def load_state(self, tensors: dict[str, Tensor], step: int) -> None:
+        """Continue from `state()` after `step` steps. Raises InputError if it is of another model."""
+        expected = {f"weight.{name}": tuple(p.shape) for name, p in self.masters.items()}
+        found = {key: tuple(value.shape) for key, value in tensors.items() if key.startswith("weight.")}
+        if found != expected:
+            wrong = sorted(key for key in expected.keys() | found.keys() if found.get(key) != expected.get(key))
+            raise InputError(f"the checkpoint does not fit the model: {wrong[0]} differs")
+        self.step = step
+        with torch.no_grad():
+            for name, master in self.masters.items():
+                master.copy_(tensors[f"weight.{name}"])
+                self.parameters[name].copy_(master)
+                keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
+                # AdamW keeps its step count on the CPU unless it is fused.
+                self.optimizer.state[master] = {
+                    key: tensors[f"{key}.{name}"].to(
+                        "cpu" if key == "step" and self.device.type == "cpu" else self.device
+                    )
+                    for key in keys
+                }
