@@ -1,8 +1,8 @@
 """Chunk-wise training of language models on long contexts: SeCO and SpaCO (arXiv 2505.16710)."""
 
 from .errors import InputError
-from .files.adapter import load_adapter, save_adapter
 from .full import full
+from .models.adapter import load_adapter, save_adapter
 from .models.config import LlamaConfig
 from .models.llama import Llama
 from .models.lora import add_lora, merge_lora

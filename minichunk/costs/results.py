@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..files.atomic import read_json, replacing
-from ..training.report import human_bytes
+from ..files.room import human_bytes
 from .measure import Case
 
 GIB = 1 << 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -79,3 +80,15 @@ def open_tensors(path: str | Path, device: str = "cpu") -> Iterator[Any]:
             yield file
     except SafetensorError as error:
         raise InputError(f"{path} is not a whole safetensors file (get it again): {error}") from None
+
+
+def make_directory(directory: str | Path) -> Path:
+    """Create a directory to write into. Raises InputError where that is impossible."""
+    directory = Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTDIR):
+            raise InputError(f"{directory} or a folder above it is a file, but must be a directory") from None
+        raise InputError(f"cannot make the directory {directory}: {error.strerror}") from None
+    return directory

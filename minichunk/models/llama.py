@@ -20,6 +20,7 @@ from ..memory.layers import LayerMemories, LayerMemory
 from ..memory.offload import OffloadedLayer, Stage
 from ..protocol import DEFAULTS, Options
 from .config import LlamaConfig
+from .pretrained import load_pretrained, save_pretrained
 from .rope import Rope, rope_tables, rotate
 from .stack import Stack
 
@@ -130,7 +131,11 @@ class Llama(Stack):
         for name, parameter in self.named_parameters():
             if name.endswith(".bias"):
                 nn.init.zeros_(parameter)
-        if config.tie_word_embeddings:
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Let embedding and LM head be one parameter, where the config says so."""
+        if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     @classmethod
@@ -146,14 +151,10 @@ class Llama(Stack):
         dtype: of all parameters; None takes that of the first tensor in the files.
         load_in_4bit: store the linear layers' weights in 4 bits, for LoRA; see quantize.py. Raises InputError.
         """
-        from ..files.checkpoint import load_pretrained
-
-        return load_pretrained(directory, dtype, device, load_in_4bit)
+        return load_pretrained(lambda c: cls(LlamaConfig.from_dict(c)), directory, dtype, device, load_in_4bit)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `config.json` and `model.safetensors`. Raises InputError for an unmerged adapter."""
-        from ..files.checkpoint import save_pretrained
-
         save_pretrained(self, directory)
 
     @property

@@ -11,8 +11,7 @@ import torch
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..files.atomic import read_json, write_json, write_tensors
-from ..files.checkpoint import make_directory
+from ..files.atomic import make_directory, read_json, write_json, write_tensors
 from .config import LlamaConfig
 from .llama import Llama
 from .lora import add_lora

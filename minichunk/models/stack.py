@@ -23,6 +23,7 @@ class Stack(nn.Module):
     the whole sequence at once), `shared` what all layers get.
     """
 
+    config: Any  # with `to_dict` and `from_dict`, in the terms of config.json
     lm_head: nn.Linear
     masks: DropoutMasks | None = None  # of the dropouts, if there are any
 
@@ -37,6 +38,9 @@ class Stack(nn.Module):
     @property
     def norm(self) -> nn.Module:
         raise NotImplementedError
+
+    def tie_weights(self) -> None:
+        """Make one parameter of those that the config says are one."""
 
     def shared(self, x: Tensor, start: int) -> tuple[Any, ...]:
         """What every layer is given beside x (B, T, E), whose first position is `start`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -72,7 +73,7 @@ def record(
     """Algorithms 1 and 2 as in seco.py and spaco.py, keeping every intermediate; leaves `.grad` empty."""
     batch, chunks, options = prepare(model, input_ids, labels, None), cut(input_ids.shape[1], CHUNK_SIZE), Options()
     kept = [(i, chunks[i], weight) for i, weight in enumerate(weights) if weight is not None]
-    memory = new_memory(model, input_ids, [chunk for _, chunk, _ in kept], options)
+    memory: Any = new_memory(model, input_ids, [chunk for _, chunk, _ in kept], options)
     fill(model, input_ids, chunks[: kept[-1][0]], memory, options)
     out: dict[str, Tensor] = {}
     total = torch.zeros((), dtype=torch.float64)

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from ..files.adapter import load_adapter
-from ..files.checkpoint import check_room
 from ..files.documents import load_tokenizer
+from ..files.room import check_room
 from ..files.shipped import SHIPPED_MODEL
+from ..models.adapter import load_adapter
 from ..models.llama import Llama, cache_bytes
 from .options import DTYPES, check_choice, check_device, default_dtype
 

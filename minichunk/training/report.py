@@ -22,15 +22,6 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def human_bytes(count: float) -> str:
-    """Bytes in words: '1.5 GiB'."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}" if count >= 100 else f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.2f} GiB"
-
-
 def loss_table(before: Sequence[Span], after: Sequence[Span], context: int) -> str:
     """Losses by position before and after training, as aligned text."""
     rows = [("positions", "", "loss before", "after", "change")]

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files.atomic import open_tensors, read_json, write_json, write_tensors, write_text
-from ..files.checkpoint import make_directory
+from ..files.atomic import make_directory, open_tensors, read_json, write_json, write_tensors, write_text
 from .options import TrainOptions
 from .trainer import Trainer
 

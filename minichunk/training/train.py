@@ -17,12 +17,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..chunks import cut
-from ..files.adapter import save_adapter
 from ..files.atomic import write_json
 from ..files.chat import load_chat_template
 from ..files.documents import Document, check_vocabulary, cut_documents, read_documents
+from ..files.room import human_bytes
 from ..files.shipped import EXTENDED_ON, MEASURED_ON, novel
 from ..full import full
+from ..models.adapter import save_adapter
 from ..models.llama import Llama
 from ..models.lora import add_lora
 from ..seco import seco
@@ -30,7 +31,7 @@ from ..spaco import spaco
 from .evaluate import Span, loss_by_position, spans_for
 from .load import check_host_room, load_as_told
 from .options import DTYPES, TrainOptions
-from .report import human_bytes, loss_table, peak_memory, plot_run
+from .report import loss_table, peak_memory, plot_run
 from .run import Run
 from .trainer import NonFiniteLoss, Schedule, Trainer, deterministic_kernels
 
