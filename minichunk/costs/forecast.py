@@ -23,9 +23,9 @@ from ..full import backpropagate
 from ..memory.attention import BLOCK
 from ..memory.kernels import kernel_for
 from ..memory.offload import OffloadedLayer
-from ..models.llama import Llama, cache_bytes
+from ..models.llama import Llama
 from ..models.quantize import check_bitsandbytes
-from ..models.shapes import random_model, shape
+from ..models.shapes import cache_bytes, random_model, shape
 from ..protocol import Options, Recompute
 from ..samplers import most_kept
 from ..seco import fill, new_memory, rebuild

@@ -17,9 +17,9 @@ from ..batch import prepare
 from ..chunks import cut, shift
 from ..full import full
 from ..loss import token_losses
-from ..models.llama import Llama, cache_bytes
+from ..models.llama import Llama
 from ..models.lora import add_lora
-from ..models.shapes import random_model, shape
+from ..models.shapes import cache_bytes, random_model, shape
 from ..protocol import Options, Recompute
 from ..samplers import FixedBudget, Weight
 from ..seco import fill, new_memory, rebuild, seco

@@ -7,7 +7,6 @@ E hidden size, V vocabulary. Parameter names are Hugging Face's.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +19,8 @@ from ..memory.layers import LayerMemories, LayerMemory
 from ..memory.offload import OffloadedLayer, Stage
 from ..protocol import DEFAULTS, Options
 from .config import LlamaConfig
-from .pretrained import load_pretrained, save_pretrained
+from .pretrained import Pretrained
 from .rope import Rope, rope_tables, rotate
-from .stack import Stack
 
 
 class RMSNorm(nn.Module):
@@ -114,11 +112,14 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
-class Llama(Stack):
+class Llama(Pretrained):
     """A decoder-only transformer: Llama 1-3, Mistral without a window, Qwen2, Qwen3.
 
     `Llama(config)` has random weights; `Llama.from_pretrained(directory)` has trained ones.
     """
+
+    config: LlamaConfig
+    config_class = LlamaConfig
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -137,25 +138,6 @@ class Llama(Stack):
         """Let embedding and LM head be one parameter, where the config says so."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        directory: str | Path,
-        dtype: torch.dtype | None = None,
-        device: str | torch.device = "cpu",
-        load_in_4bit: bool = False,
-    ) -> Llama:
-        """Load a Hugging Face checkpoint directory (`config.json` and safetensors).
-
-        dtype: of all parameters; None takes that of the first tensor in the files.
-        load_in_4bit: store the linear layers' weights in 4 bits, for LoRA; see quantize.py. Raises InputError.
-        """
-        return load_pretrained(lambda c: cls(LlamaConfig.from_dict(c)), directory, dtype, device, load_in_4bit)
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`. Raises InputError for an unmerged adapter."""
-        save_pretrained(self, directory)
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -185,9 +167,3 @@ class Llama(Stack):
         else:
             layers = [LayerCache((batch, G, capacity, D), kept, like, grad_dtype) for _ in self.layers]
         return LayerMemories(layers, kept)
-
-
-def cache_bytes(config: LlamaConfig, dtype: torch.dtype, grad_dtype: torch.dtype | None = None) -> tuple[int, int]:
-    """Bytes of one position's keys and values in all layers, and of their gradients; grad_dtype: as in Options."""
-    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return numbers * dtype.itemsize, numbers * (grad_dtype or torch.promote_types(dtype, torch.float32)).itemsize

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
@@ -18,6 +18,31 @@ from .quantize import Linear4bit, check_bitsandbytes, is_in_4bit, is_stored_in_4
 from .stack import Stack
 
 S = TypeVar("S", bound=Stack)
+
+
+class Pretrained(Stack):
+    """A model that comes from a Hugging Face checkpoint and can be written as one."""
+
+    config_class: Any  # of `config`
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        load_in_4bit: bool = False,
+    ) -> Self:
+        """Load a Hugging Face checkpoint directory (`config.json` and safetensors).
+
+        dtype: of all parameters; None takes that of the first tensor in the files.
+        load_in_4bit: store the linear layers' weights in 4 bits, for LoRA; see quantize.py. Raises InputError.
+        """
+        return load_pretrained(lambda c: cls(cls.config_class.from_dict(c)), directory, dtype, device, load_in_4bit)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `config.json` and `model.safetensors`. Raises InputError for an unmerged adapter."""
+        save_pretrained(self, directory)
 
 
 def load_pretrained(

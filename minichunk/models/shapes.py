@@ -67,6 +67,12 @@ def random_model(
     return model
 
 
+def cache_bytes(config: LlamaConfig, dtype: torch.dtype, grad_dtype: torch.dtype | None = None) -> tuple[int, int]:
+    """Bytes of one position's keys and values in all layers, and of their gradients; grad_dtype: as in Options."""
+    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return numbers * dtype.itemsize, numbers * (grad_dtype or torch.promote_types(dtype, torch.float32)).itemsize
+
+
 def write_random_checkpoint(name: str, directory: str | Path, shard_bytes: int = 5 * 10**9) -> list[Path]:
     """Write a checkpoint of this shape with random bfloat16 weights, in shards as Hugging Face's are.
 

@@ -11,7 +11,8 @@ from ..files.documents import load_tokenizer
 from ..files.room import check_room
 from ..files.shipped import SHIPPED_MODEL
 from ..models.adapter import load_adapter
-from ..models.llama import Llama, cache_bytes
+from ..models.llama import Llama
+from ..models.shapes import cache_bytes
 from .options import DTYPES, check_choice, check_device, default_dtype
 
 
