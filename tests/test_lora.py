@@ -93,7 +93,7 @@ def test_dropout_drops_at_its_rate_and_only_in_training() -> None:
     from minichunk.chunks import Chunk
 
     model = with_adapter(dropout=0.25)
-    masks = model.dropout_masks
+    masks = model.masks
     assert masks is not None
     with masks.of(3, [Chunk(0, 400)]):
         mask = masks.draw(torch.zeros(2, 400, 100), "m", 0.25)

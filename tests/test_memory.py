@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -9,23 +10,26 @@ import torch
 from torch import Tensor
 
 import minichunk as mc
+from minichunk.batch import prepare
 from minichunk.chunks import cut
-from minichunk.costs.baselines import ConcatenatingCache, concatenating
-from minichunk.memory.cache import Cache, LayerCache
-from minichunk.seco import fill, new_cache, rebuild
+from minichunk.costs.baselines import Concatenating, concatenating
+from minichunk.memory.cache import LayerCache
+from minichunk.memory.layers import LayerMemories
+from minichunk.protocol import Options
+from minichunk.seco import fill, new_memory, rebuild
 
 from .rounding import exactly, outcome
 from .strategies import build, tiny
 
 
-def saved_bytes_per_chunk(model: mc.Llama, length: int, chunk_size: int) -> list[int]:
+def saved_bytes_per_chunk(model: Any, length: int, chunk_size: int) -> list[int]:
     """Bytes that autograd saves in the rebuild of each chunk, first chunk first, without parameters and batch."""
     ids = torch.randint(23, (1, length))
-    targets = torch.roll(ids, -1, 1)
+    batch, options = prepare(model, ids, ids, None), Options()
     chunks = cut(length, chunk_size)
-    cache = new_cache(model, ids, chunks)
-    fill(model, ids, chunks[:-1], cache)
-    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), ids, targets)}
+    memory = new_memory(model, ids, chunks, options)
+    fill(model, ids, chunks[:-1], memory, options)
+    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *batch)}
     totals = []
     for chunk in chunks:
         storages: dict[int, int] = {}
@@ -37,7 +41,7 @@ def saved_bytes_per_chunk(model: mc.Llama, length: int, chunk_size: int) -> list
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             # The graph stays alive until the count is done, so that no address is used twice.
-            graph = rebuild(model, ids, targets, chunk, cache)
+            graph = rebuild(model, batch, chunk, memory, options)
         totals.append(sum(storages.values()))
         del graph
     return totals
@@ -53,30 +57,27 @@ def test_saved_bytes_do_not_grow_with_the_past() -> None:
 
 
 def test_a_concatenated_past_would_be_noticed() -> None:
-    def new_cache(model: mc.Llama, *_: object) -> ConcatenatingCache:
-        return ConcatenatingCache(model.config.num_hidden_layers)
-
-    with mock.patch(f"{__name__}.new_cache", new_cache):
-        totals = saved_bytes_per_chunk(build(tiny(), seed=0), length=64, chunk_size=8)
+    totals = saved_bytes_per_chunk(Concatenating(build(tiny(), seed=0)), length=64, chunk_size=8)
     assert totals == sorted(set(totals))  # every chunk saves more than the one before
 
 
 @pytest.mark.parametrize(("kept", "rows"), [([0, 1, 2, 3, 4], 12), ([1, 3], 3), ([0, 1, 4], 6), ([4], 0), ([2], 0)])
 def test_gradient_space_for_kept_chunks_alone(kept: list[int], rows: int) -> None:
     """Every kept chunk but the last, which nothing is sent back to; keys up to the last kept one."""
-    seen: list[Cache] = []
+    seen: list[LayerMemories] = []
     model = build(tiny(), seed=0)
     ids = torch.randint(23, (1, 14))
     entries = [mc.Weight(1, 1) if i in kept else None for i in range(5)]
-    original = Cache.__init__
+    original = LayerMemories.__init__
 
-    def spy(self: Cache, *arguments: object, **keywords: object) -> None:
+    def spy(self: LayerMemories, *arguments: object, **keywords: object) -> None:
         original(self, *arguments, **keywords)  # type: ignore[arg-type]
         seen.append(self)
 
-    with mock.patch.object(Cache, "__init__", spy):
+    with mock.patch.object(LayerMemories, "__init__", spy):
         mc.spaco(model, ids, ids, 3, sampler=lambda *_: entries)
     for layer in seen[0].layers:
+        assert isinstance(layer, LayerCache)
         assert layer.key_grads.shape[2] == layer.value_grads.shape[2] == rows
         assert layer.keys.shape[2] == 3 * kept[-1]
 

@@ -14,13 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minichunk as mc
+from minichunk.batch import prepare
 from minichunk.chunks import Chunk, cut
 from minichunk.memory.attention import Past
 from minichunk.memory.cache import LayerCache
 from minichunk.memory.kernels import FlashCPU
 from minichunk.models.dropout import DropoutMasks
-from minichunk.models.llama import Recompute
-from minichunk.seco import new_cache, rebuild
+from minichunk.protocol import Options, Recompute
+from minichunk.seco import fill, new_memory, rebuild
 
 from .gradients import distance, oracle, take_gradients
 from .rounding import exactly, outcome
@@ -33,14 +34,14 @@ spaco_module = sys.modules["minichunk.spaco"]  # the attribute of that name is t
 def masks_of(model: mc.Llama, seed: int, chunks: list[Chunk]) -> Iterator[None]:
     """Within the block the model draws the dropout masks that the chunks draw after this seed, put together."""
     torch.manual_seed(seed)
-    if model.dropout_masks is None:
+    if model.masks is None:
         yield
         return
     step_seed = int(torch.randint(2**62, ()))
     with pytest.MonkeyPatch.context() as patch:
         of = DropoutMasks.of
         patch.setattr(DropoutMasks, "of", lambda self, *_: of(self, step_seed, chunks))
-        with model.dropout_masks.of(step_seed, chunks):
+        with model.masks.of(step_seed, chunks):
             yield
 
 
@@ -137,9 +138,9 @@ def test_a_forward_pass_between_a_rebuild_and_its_backward_changes_nothing(recom
     results = []
     for disturb in (False, True):
         torch.manual_seed(1)
-        chunk = Chunk(0, 6)
-        cache = new_cache(model, ids, [chunk])
-        loss, _, _ = rebuild(model, ids, torch.roll(ids, -1, 1), chunk, cache, recompute)
+        chunk, options = Chunk(0, 6), Options(recompute=recompute, dropout_seed=model.dropout_seed())
+        memory = new_memory(model, ids, [chunk], options)
+        loss, _, _ = rebuild(model, prepare(model, ids, ids, None), chunk, memory, options)
         if disturb:
             model(ids)
         loss.backward()
@@ -153,11 +154,12 @@ def test_recompute_does_not_run_attention_again_unless_told(
 ) -> None:
     model, chunk = build(tiny(layers=3), seed=9), Chunk(4, 8)
     ids = torch.randint(23, (1, 8))
-    cache = new_cache(model, ids, [Chunk(0, 4), chunk])
-    cache.write(0, model.write(ids[:, :4], cache, [Chunk(0, 4)]))
+    options = Options(recompute=recompute)
+    memory = new_memory(model, ids, [Chunk(0, 4), chunk], options)
+    fill(model, ids, [Chunk(0, 4)], memory, options)
     calls, forward = [], FlashCPU.forward
     monkeypatch.setattr(FlashCPU, "forward", lambda self, *a, **k: calls.append(1) or forward(self, *a, **k))
-    loss, _, _ = rebuild(model, ids, ids, chunk, cache, recompute)
+    loss, _, _ = rebuild(model, prepare(model, ids, ids, None), chunk, memory, options)
     loss.backward()
     assert len(calls) == passes * 3 * 2  # in each layer the chunk itself and its past
 
@@ -184,7 +186,7 @@ def test_what_recompute_keeps_goes_with_the_graph() -> None:
 
 
 def no_relay(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("minichunk.memory.cache.Cache.received", lambda *_: [])
+    patch.setattr("minichunk.memory.layers.LayerMemories.received", lambda *_: [])
 
 
 def wrong_order(patch: pytest.MonkeyPatch) -> None:

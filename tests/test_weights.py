@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 
 import minichunk as mc
 from minichunk.chunks import Chunk
-from minichunk.files import checkpoint as weights
+from minichunk.files import checkpoint as checkpoint_module
+from minichunk.files import room
 from minichunk.files.atomic import open_tensors
-from minichunk.memory.cache import Cache
+from minichunk.memory.cache import LayerCache
 from minichunk.models.shapes import write_random_checkpoint
+from minichunk.training.load import check_host_room
 from minichunk.training.options import TrainOptions
 
 from .strategies import build, tiny
@@ -211,7 +213,7 @@ def test_loading_holds_one_tensor_at_a_time(checkpoint: Path, monkeypatch: pytes
         with open_tensors(*arguments) as file:
             yield Spy(file)
 
-    monkeypatch.setattr(weights, "open_tensors", opened)
+    monkeypatch.setattr(checkpoint_module, "open_tensors", opened)
     mc.Llama.from_pretrained(checkpoint, dtype=torch.float32)
     assert len(alive) > 10
     assert most <= 1  # the one that the loop's variable still names
@@ -221,24 +223,26 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_read(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     size = sum(p.numel() for p in build(tiny(), seed=0).parameters())
-    monkeypatch.setattr(weights, "open_tensors", lambda *_: pytest.fail("read"))
-    monkeypatch.setattr(weights, "free_memory", lambda _: 4 * size - 1)
+    monkeypatch.setattr(checkpoint_module, "open_tensors", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(room, "free_memory", lambda _: 4 * size - 1)
     with pytest.raises(mc.InputError, match=r"needs .* on cpu, but only .* free there: take --dtype bfloat16, "):
         mc.Llama.from_pretrained(checkpoint, dtype=torch.float32)
-    monkeypatch.setattr(weights, "free_memory", lambda _: 1)
+    monkeypatch.setattr(room, "free_memory", lambda _: 1)
     with pytest.raises(mc.InputError, match="free there: take --load-in-4bit, a smaller model, or free memory"):
         mc.Llama.from_pretrained(checkpoint, dtype=torch.bfloat16)
 
 
 def test_the_host_memory_of_offload_is_checked_first(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = mc.Llama.from_pretrained(checkpoint, dtype=torch.float32)
-    layer = Cache(model.config, 3, 10, model.model.norm.weight, [Chunk(0, 6)]).layers[0]
-    needed = sum(x.nbytes for part in layer.buffers() for x in part) * model.config.num_hidden_layers
-    monkeypatch.setattr(weights, "free_memory", lambda _: needed)
-    weights.check_host_room(model, 3, 10, 6, None)
-    monkeypatch.setattr(weights, "free_memory", lambda _: needed - 1)
+    layer = model.new_memory(3, 10, [Chunk(0, 6)]).layers[0]
+    assert isinstance(layer, LayerCache)
+    parts = [layer.keys, layer.values, layer.key_grads, layer.value_grads]
+    needed = sum(x.nbytes for x in parts) * model.config.num_hidden_layers
+    monkeypatch.setattr(room, "free_memory", lambda _: needed)
+    check_host_room(model, 3, 10, 6, None)
+    monkeypatch.setattr(room, "free_memory", lambda _: needed - 1)
     with pytest.raises(mc.InputError, match=r"--offload of 10 tokens in each of 3 .* take --cache-grad-dtype bfloat16"):
-        weights.check_host_room(model, 3, 10, 6, None)
+        check_host_room(model, 3, 10, 6, None)
     opened = TrainOptions(model=str(checkpoint), seq_len=18, chunk_size=4, method="spaco", budget=2, sampler="fixed")
     assert opened.cached_positions() == (16, 4)
     assert TrainOptions(seq_len=18, chunk_size=4).cached_positions() == (16, 16)
