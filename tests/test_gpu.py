@@ -138,7 +138,7 @@ def test_peak_memory_is_the_forecast(method: str, recompute: bool, offload: bool
 
 
 def test_deterministic_runs_repeat_every_bit() -> None:
-    from minichunk.training.trainer import deterministic_kernels
+    from minichunk.training.loop import deterministic_kernels
 
     with deterministic_kernels(True):
         first, second = gradient("seco", torch.bfloat16), gradient("seco", torch.bfloat16)

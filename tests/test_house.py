@@ -70,9 +70,13 @@ def test_no_file_is_over_250_lines() -> None:
 
 
 def test_the_algorithm_and_what_it_stands_on_are_at_most_1000_lines() -> None:
+    assert lines_of_core() <= 1000
+
+
+def lines_of_core() -> int:
     """Of code: docstrings, comments and blank lines are for the reader, and not counted."""
     core = {path for pattern in CORE for path in PACKAGE.glob(pattern)} - {PACKAGE / name for name in BESIDE}
-    assert sum(lines_of_code(path) for path in core if path.name not in DOORS) <= 1000
+    return sum(lines_of_code(path) for path in core if path.name not in DOORS)
 
 
 def lines_of_code(path: Path) -> int:
@@ -91,3 +95,7 @@ def lines_of_code(path: Path) -> int:
 
 def lines(path: Path) -> int:
     return len((PACKAGE / path).read_text().splitlines())
+
+
+if __name__ == "__main__":
+    print(lines_of_core())

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from .test_house import lines_of_core
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -17,15 +19,20 @@ def test_the_loop_is_the_one_of_the_source() -> None:
     assert indented in (ROOT / "minichunk" / "seco.py").read_text()
 
 
-def test_every_file_is_in_the_reading_order() -> None:
-    rows = re.findall(r"^\| .*\(minichunk/.*$", README, re.MULTILINE)
-    listed = {name for row in rows for name in re.findall(r"\[`(\w+\.py)`\]\(minichunk/\w+\.py\)", row)}
-    assert listed == {path.name for path in (ROOT / "minichunk").glob("*.py")} - {"__init__.py", "errors.py"}
+def test_the_map_is_the_house() -> None:
+    """Each file at the top, and each wing, has its place; what the package's doors are needs none."""
+    house = README[README.index("## The house") : README.index("## What is tested")]
+    listed = set(re.findall(r"\[`([\w./]+)`\]\(minichunk/\w", house))
+    package = ROOT / "minichunk"
+    files = {path.name for path in package.glob("*.py")} - {"__init__.py", "__main__.py"}
+    wings = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
+    assert listed == files | wings
 
 
-def test_no_file_is_over_250_lines() -> None:
-    long = [path.name for path in (ROOT / "minichunk").glob("*.py") if len(path.read_text().splitlines()) > 250]
-    assert not long
+def test_the_number_of_lines_is_so() -> None:
+    found = re.search(r"are ([\d,]+) lines of code", README)
+    assert found is not None
+    assert int(found[1].replace(",", "")) == lines_of_core()
 
 
 @pytest.mark.parametrize("document", ["README.md", *(str(p.relative_to(ROOT)) for p in ROOT.glob("tutorials/**/*.md"))])

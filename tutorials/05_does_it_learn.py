@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 import torch
 
 import minichunk as mc
-from minichunk.training.trainer import Schedule
+from minichunk.training.loop import Schedule
 
 HERE = Path(__file__).parent if "__file__" in globals() else Path("tutorials")
 KEYS, VALUES, FILLER, PAIRS = 8, 8, 4, 4

@@ -50,8 +50,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 2 for a user's mistake, 1 for a training that failed, 130 after Ctrl-C."""
+    from ..training.loop import NonFiniteLoss
     from ..training.train import Interrupted
-    from ..training.trainer import NonFiniteLoss
 
     try:
         run(build_parser().parse_args(argv))

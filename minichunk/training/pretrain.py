@@ -22,7 +22,7 @@ from ..full import full
 from ..models.config import LlamaConfig
 from ..models.llama import Llama
 from .evaluate import loss_by_position
-from .trainer import Schedule, Trainer
+from .loop import Schedule, Trainer
 
 CONTEXT = 256
 END = "<|endoftext|>"

@@ -8,8 +8,8 @@ from typing import Any
 
 from ..errors import InputError
 from ..files.atomic import make_directory, open_tensors, read_json, write_json, write_tensors, write_text
+from .loop import Trainer
 from .options import TrainOptions
-from .trainer import Trainer
 
 
 class Run:

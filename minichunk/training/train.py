@@ -30,10 +30,10 @@ from ..seco import seco
 from ..spaco import spaco
 from .evaluate import Span, loss_by_position, spans_for
 from .load import check_host_room, load_as_told
+from .loop import NonFiniteLoss, Schedule, Trainer, deterministic_kernels
 from .options import DTYPES, TrainOptions
 from .report import loss_table, peak_memory, plot_run
 from .run import Run
-from .trainer import NonFiniteLoss, Schedule, Trainer, deterministic_kernels
 
 T = TypeVar("T")
 LARGE = 10**9  # parameters from which on a chunk's activations are recomputed unless told otherwise
