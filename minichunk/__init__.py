@@ -2,7 +2,7 @@
 
 from .errors import InputError
 from .full import full
-from .models.adapter import load_adapter, save_adapter
+from .models.adapter_files import load_adapter, save_adapter
 from .models.config import LlamaConfig
 from .models.llama import Llama
 from .models.lora import add_lora, merge_lora

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .chunks import IGNORE, shift
 from .errors import InputError
 from .protocol import Model
+from .targets import IGNORE, shift
 
 
 class Batch(NamedTuple):

@@ -1,16 +1,11 @@
-"""Cutting: a sequence into chunks, chunks into groups for the fill, labels into targets."""
+"""Cutting: a sequence into chunks, chunks into groups for the fill."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch.nn.functional as F
-from torch import Tensor
-
 from .errors import InputError
-
-IGNORE = -100  # Hugging Face's label of a position without a target
 
 
 class Chunk(NamedTuple):
@@ -44,11 +39,3 @@ def groups(chunks: Sequence[Chunk], fill_size: int | None) -> list[Sequence[Chun
         return []
     size = 1 if fill_size is None else fill_size // (chunks[0].stop - chunks[0].start)
     return [chunks[i : i + size] for i in range(0, len(chunks), size)]
-
-
-def shift(labels: Tensor) -> Tensor:
-    """Targets (B, T): what position t has to predict is the label of t + 1, and nothing at the end.
-
-    Done once and before cutting, so that no target is lost where one chunk ends and the next begins.
-    """
-    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)

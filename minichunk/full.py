@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .batch import Batch, prepare
-from .chunks import IGNORE
 from .protocol import Model, Options
+from .targets import IGNORE
 
 
 def full(

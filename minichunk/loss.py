@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .chunks import IGNORE
+from .targets import IGNORE
 
 _TILE_ELEMENTS = 1 << 24  # logits alive at once: 64 MiB in float32
 

@@ -2,8 +2,8 @@
 
 One thing cannot be seen here by a reader who knows only autograd: where `received` comes from. When a chunk is
 backpropagated, what it read of earlier chunks are numbers without a graph, and autograd stops there. So whatever reads
-the memory, in its own backward pass, adds the gradients of what it has read *to the memory* (for keys and values,
-`memory/attention.py`). When all later chunks are done, what an earlier one wrote has its whole gradient there.
+the memory adds, in its own backward pass, the gradients of what it has read *to the memory* (for keys and values:
+memory/attention.py, which hands them to memory/cache.py). Once all later chunks are done, they are complete.
 """
 
 from __future__ import annotations

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import minichunk as mc
-from minichunk.chunks import IGNORE, Chunk, shift
+from minichunk.chunks import Chunk
 from minichunk.models.rope import rope_tables, rotate
+from minichunk.targets import IGNORE, shift
 
 Tensors = dict[str, Tensor]  # a loss, gradients: by name
 

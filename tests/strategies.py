@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import minichunk as mc
-from minichunk.chunks import IGNORE, shift
 from minichunk.memory.attention import BLOCK
 from minichunk.memory.kernels import Plain
 from minichunk.models.config import Llama3Rope
+from minichunk.targets import IGNORE, shift
 
 VOCAB = 23
 

@@ -15,8 +15,6 @@ from minichunk.files.smollm2 import WHEEL_SHA256, _rename, get_smollm2
 from minichunk.training.evaluate import loss_by_position
 from minichunk.training.pretrain import pretrain
 
-from .strategies import tiny
-
 
 def test_the_card_tells_the_truth() -> None:
     card = json.loads((SHIPPED_MODEL / "card.json").read_text())
@@ -54,7 +52,7 @@ def test_a_changed_package_is_refused(tmp_path: Path) -> None:
 def test_rows_of_queries_and_keys_are_put_in_order() -> None:
     """GGUF keeps the two halves of a rotated pair side by side, Hugging Face half a head apart."""
     rows = torch.arange(16.0)[:, None]  # two heads of 8: pairs (0, 1), (2, 3), …
-    name, value = _rename("blk.7.attn_q.weight", rows, tiny(head_dim=8))
+    name, value = _rename("blk.7.attn_q.weight", rows, head_dim=8)
     assert name == "model.layers.7.self_attn.q_proj.weight"
     assert value[:, 0].tolist() == [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15]
-    assert _rename("blk.7.attn_v.weight", rows, tiny())[1] is rows
+    assert _rename("blk.7.attn_v.weight", rows, head_dim=4)[1] is rows

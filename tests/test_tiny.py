@@ -21,7 +21,8 @@ from torch import Tensor
 
 import minichunk as mc
 from minichunk import tiny
-from minichunk.chunks import cut, shift
+from minichunk.chunks import cut
+from minichunk.targets import shift
 
 from .gradients import oracle
 from .rounding import exactly, outcome

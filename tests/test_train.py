@@ -22,7 +22,7 @@ from minichunk.training import train as train_module
 from minichunk.training.evaluate import loss_by_position, spans_for
 from minichunk.training.loop import NonFiniteLoss, Schedule, Trainer, deterministic_kernels
 from minichunk.training.options import TrainOptions
-from minichunk.training.run import Run
+from minichunk.training.run_directory import Run
 from minichunk.training.train import Interrupted, load_data, load_model, make_gradient, train
 
 from .gradients import Tensors, take_gradients

@@ -42,9 +42,10 @@
 import torch
 
 import minichunk as mc
-from minichunk.chunks import cut, shift
+from minichunk.chunks import cut
 from minichunk.costs.baselines import ConcatenatingCache
 from minichunk.loss import summed_loss
+from minichunk.targets import shift
 
 torch.manual_seed(0)
 config = mc.LlamaConfig(

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..batch import Batch, widen_gradients
-from ..chunks import check_fill_size, cut, shift
+from ..chunks import check_fill_size, cut
 from ..errors import InputError
 from ..full import backpropagate
 from ..memory.attention import BLOCK
@@ -29,6 +29,7 @@ from ..models.shapes import cache_bytes, random_model, shape
 from ..protocol import Options, Recompute
 from ..samplers import most_kept
 from ..seco import fill, new_memory, rebuild
+from ..targets import shift
 from .baselines import tiled_full
 from .count import CountBytes
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..batch import prepare
-from ..chunks import cut, shift
+from ..chunks import cut
 from ..full import full
 from ..loss import token_losses
 from ..models.llama import Llama
@@ -24,6 +24,7 @@ from ..protocol import Options, Recompute
 from ..samplers import FixedBudget, Weight
 from ..seco import fill, new_memory, rebuild, seco
 from ..spaco import spaco
+from ..targets import shift
 from ..training.options import DTYPES
 from ..training.report import peak_memory
 from .baselines import concatenating, tiled_full, transformers_llama

@@ -1,12 +1,14 @@
-"""How exact is a half-precision gradient? `python -m minichunk.costs.precision DIR`.
+"""How exact is a half-precision gradient? `python -m minichunk.costs.precision [DIR]`.
 
-Compares, on a real model and text, the bfloat16 gradient of `full` and of SeCO, with the cache's
-gradients summed in float32 and in bfloat16, with the gradient of `full` in float64.
+Attention over pasts of up to 128 blocks, in bfloat16 against float64. With a model beside it: on its weights and a
+text, the bfloat16 gradient of `full` and of SeCO, with the cache's gradients summed in float32 and in bfloat16,
+against the gradient of `full` in float64.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,11 +18,14 @@ from tqdm import tqdm
 from ..files.documents import load_tokenizer, read_documents
 from ..files.shipped import novel
 from ..full import full
+from ..memory.attention import BLOCK, attend
+from ..memory.cache import LayerCache
 from ..models.llama import Llama
 from ..models.lora import PROJECTIONS
 from ..seco import seco
 
 NUM_CHUNKS = (4, 16, 64)
+PASTS = (2048, 16384, 131072, 262144)
 
 
 def gradients(model: Llama) -> Tensor:
@@ -56,12 +61,42 @@ def measure(directory: str, text: Path, tokens: int) -> list[tuple[str, str, flo
     return rows
 
 
+def attention_errors(pasts: Sequence[int] = PASTS) -> list[tuple[int, int, list[float]]]:
+    """(positions of the past, blocks, relative errors of out, dq, dk, dv) of one chunk's bfloat16 attention.
+
+    64 queries in 2 heads that share a key head, of random numbers; against the same kernel in float64.
+    """
+    rows = []
+    for past in tqdm(pasts, desc="attention"):
+        results = []
+        for dtype in (torch.bfloat16, torch.float64):
+            generator = torch.Generator().manual_seed(past)
+
+            def draw(heads: int, n: int, dtype: torch.dtype = dtype, g: torch.Generator = generator) -> Tensor:
+                return torch.randn(1, heads, n, 64, generator=g).bfloat16().to(dtype)
+
+            q, k, v, grad = draw(2, 64), draw(1, 64), draw(1, 64), draw(2, 64)
+            memory = LayerCache((1, 1, past, 64), [], q, torch.float64)
+            memory.keys.copy_(draw(1, past))
+            memory.values.copy_(draw(1, past))
+            inputs = (q.requires_grad_(), k.requires_grad_(), v.requires_grad_())
+            out = attend(*inputs, memory, past)
+            results.append([out.detach(), *torch.autograd.grad(out, inputs, grad)])
+        errors = [float((got - exact).norm() / exact.norm()) for got, exact in zip(*results, strict=True)]
+        rows.append((past, -(-past // BLOCK), errors))
+    return rows
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a checkpoint directory, for example of `minichunk get smollm2`")
+    parser.add_argument("model", nargs="?", help="a checkpoint directory, for example of `minichunk get smollm2`")
     parser.add_argument("--text", type=Path, default=novel("prideprejudice"), help="default: a shipped novel")
     parser.add_argument("--tokens", type=int, default=1024, help="length (default: 1024)")
     arguments = parser.parse_args()
-    print("| bfloat16 gradient | chunks | relative error |\n|---|---:|---:|")
-    for name, chunks, error in measure(arguments.model, arguments.text, arguments.tokens):
-        print(f"| {name} | {chunks} | {error:.4f} |")
+    print("| past | blocks | out | dq | dk | dv |\n|---:|---:|---:|---:|---:|---:|")
+    for past, blocks, errors in attention_errors():
+        print(f"| {past:,} | {blocks} | " + " | ".join(f"{error:.4f}" for error in errors) + " |")
+    if arguments.model is not None:
+        print("\n| bfloat16 gradient | chunks | relative error |\n|---|---:|---:|")
+        for name, chunks, error in measure(arguments.model, arguments.text, arguments.tokens):
+            print(f"| {name} | {chunks} | {error:.4f} |")

@@ -15,6 +15,11 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 }
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
+_WRITTEN = (
+    "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling",
+    "tie_word_embeddings", "attention_bias", "mlp_bias", "bos_token_id",
+)  # fmt: skip
+
 
 def read_config(hugging_face_config: dict[str, Any]) -> dict[str, Any]:
     """The fields of a LlamaConfig, by name, from a parsed `config.json` (the layouts of transformers 4 and 5).
@@ -63,17 +68,12 @@ def read_config(hugging_face_config: dict[str, Any]) -> dict[str, Any]:
 
 def write_config(fields: dict[str, Any]) -> dict[str, Any]:
     """The `config.json` that transformers 4 and 5 and `read_config` read back to the same fields."""
-    names = (
-        *SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "rope_theta",
-        "tie_word_embeddings", "attention_bias", "mlp_bias", "bos_token_id",
-    )  # fmt: skip
     ends = fields["eos_token_id"]
     out: dict[str, Any] = {
         "architectures": _FAMILIES[fields["model_type"]]["architectures"],
         "model_type": fields["model_type"],
         "hidden_act": "silu",
-        **{name: fields[name] for name in names},
-        "rope_scaling": None,
+        **{name: fields[name] for name in (*SIZES, *_WRITTEN)},
         "eos_token_id": list(ends) if isinstance(ends, tuple) else ends,
     }
     if fields["rope_scaling"] is not None:

@@ -9,10 +9,10 @@ from itertools import pairwise
 import torch
 from tqdm import tqdm
 
-from ..chunks import IGNORE, shift
 from ..files.documents import Document, check_vocabulary, collate, cut_documents, read_documents
 from ..loss import token_losses
 from ..models.llama import Llama
+from ..targets import IGNORE, shift
 
 
 @dataclass(frozen=True)

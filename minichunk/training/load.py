@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from ..files.documents import load_tokenizer
 from ..files.room import check_room
 from ..files.shipped import SHIPPED_MODEL
-from ..models.adapter import load_adapter
+from ..models.adapter_files import load_adapter
 from ..models.llama import Llama
 from ..models.shapes import cache_bytes
 from .options import DTYPES, check_choice, check_device, default_dtype

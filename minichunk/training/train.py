@@ -23,7 +23,7 @@ from ..files.documents import Document, check_vocabulary, cut_documents, read_do
 from ..files.room import human_bytes
 from ..files.shipped import EXTENDED_ON, MEASURED_ON, novel
 from ..full import full
-from ..models.adapter import save_adapter
+from ..models.adapter_files import save_adapter
 from ..models.llama import Llama
 from ..models.lora import add_lora
 from ..seco import seco
@@ -33,7 +33,7 @@ from .load import check_host_room, load_as_told
 from .loop import NonFiniteLoss, Schedule, Trainer, deterministic_kernels
 from .options import DTYPES, TrainOptions
 from .report import loss_table, peak_memory, plot_run
-from .run import Run
+from .run_directory import Run
 
 T = TypeVar("T")
 LARGE = 10**9  # parameters from which on a chunk's activations are recomputed unless told otherwise
