@@ -14,6 +14,7 @@ from minichunk.costs import bench as bench_module
 from minichunk.costs.bench import PRESETS, bench
 from minichunk.costs.measure import METHODS, Case, measure
 from minichunk.costs.operations import operations, peak_of
+from minichunk.costs.precision import attention_errors
 from minichunk.costs.results import Result, plot, ratios, read_results, table
 from minichunk.models.lora import add_lora
 from minichunk.models.shapes import random_model
@@ -60,6 +61,12 @@ def test_operations_by_hand(model_directory: Path) -> None:
     assert frozen["linear"] == 10 * (6 * linear + 8 * adapter + 4 * 300 * 8)
     assert peak_of("NVIDIA H200") == 989e12
     assert peak_of("an abacus") is None
+
+
+def test_attention_is_as_exact_over_many_blocks() -> None:
+    (_, one, few), (_, many, more) = attention_errors((64, 8192))
+    assert (one, many) == (1, 4)
+    assert all(error < 0.005 for error in (*few, *more))
 
 
 def test_bench_writes_results_that_can_be_read_and_drawn(model_directory: Path, tmp_path: Path) -> None:
