@@ -14,7 +14,8 @@ from ..chunks import cut
 from ..errors import InputError
 from ..training.options import DTYPES, SAMPLERS, check_4bit, check_choice, check_least
 from ..training.report import human_bytes
-from .forecast import METHODS, Setting, forecast
+from .forecast import forecast
+from .setting import METHODS, Setting
 
 UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 LEFT_OUT = (
