@@ -97,6 +97,7 @@ def run_plan(
     dtype: str,
     cache_grad_dtype: str | None,
     no_recompute: bool,
+    recompute_attention: bool,
     device: str,
     offload: bool,
     host_memory: str,
@@ -116,7 +117,8 @@ def run_plan(
     check_4bit(load_in_4bit, rank)
     setting = Setting(
         model, method, chunk_size, budget, rank, tuple(targets), DTYPES[dtype],
-        DTYPES[cache_grad_dtype] if cache_grad_dtype else None, not no_recompute, device=device,
+        DTYPES[cache_grad_dtype] if cache_grad_dtype else None, "all" if recompute_attention else not no_recompute,
+        device=device,
         offload=offload, load_in_4bit=load_in_4bit, fill_size=fill_size, sampler=sampler,
     )  # fmt: skip
     if table:

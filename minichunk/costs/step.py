@@ -23,7 +23,7 @@ from ..memory.kernels import kernel_for
 from ..memory.layers import LayerMemories, LayerMemory
 from ..memory.offload import OffloadedLayer
 from ..models.llama import Llama
-from ..models.quantize import check_bitsandbytes
+from ..models.quantize import Linear4bit, check_bitsandbytes
 from ..models.shapes import random_model, shape
 from ..protocol import Options, Written
 from ..seco import fill, new_memory, rebuild
@@ -69,13 +69,13 @@ def step_memory(setting: Setting, tokens: int) -> Memory:
 
 def count_step(setting: Setting, tokens: int, num_layers: int) -> tuple[Memory, Trace]:
     """Run the step with so many of the model's layers, and count its bytes."""
+    if setting.load_in_4bit:
+        _first_use_of_bitsandbytes(setting.dtype)
     with ExitStack() as stack:
         stack.enter_context(torch.device("meta"))
         # Not a function mode: recompute runs layers within the backward pass, where such modes are off.
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", _flash))
         count = stack.enter_context(Trace())
-        if setting.load_in_4bit:
-            check_bitsandbytes()
         model = random_model(
             setting.model, setting.dtype, setting.rank, setting.targets, "meta", setting.load_in_4bit, num_layers
         )
@@ -93,6 +93,13 @@ def count_step(setting: Setting, tokens: int, num_layers: int) -> tuple[Memory, 
         cache, grads, host = step(model, batch, setting, count)
     peak = count.peak
     return Memory(peak, weights, adapter, cache, grads, peak - weights - adapter - cache - grads, host), count
+
+
+@functools.cache
+def _first_use_of_bitsandbytes(dtype: torch.dtype) -> None:
+    """Let the library make the table of its levels, which it does once: or the first step would have taken more."""
+    check_bitsandbytes()
+    Linear4bit(torch.empty(64, 64, dtype=dtype, device="meta"), None).weight_as(dtype)
 
 
 def optimizer_states(model: Llama) -> list[Tensor]:
