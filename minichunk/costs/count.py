@@ -48,7 +48,8 @@ class CountBytes(TorchDispatchMode):
 
     def settle(self) -> None:
         """Stop counting what is gone."""
-        for key in [key for key in self._fleeting if self._storages[key][0].expired()]:
+        expired = torch.UntypedStorage._expired  # what StorageWeakRef.expired asks, without its checks
+        for key in [key for key in self._fleeting if expired(self._storages[key][0].cdata)]:
             self._forget(key)
 
     def lasting(self) -> None:

@@ -72,7 +72,6 @@ def count_step(setting: Setting, tokens: int, num_layers: int) -> tuple[Memory, 
     if setting.load_in_4bit:
         _first_use_of_bitsandbytes(setting.dtype)
     with ExitStack() as stack:
-        stack.enter_context(torch.device("meta"))
         # Not a function mode: recompute runs layers within the backward pass, where such modes are off.
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", _flash))
         count = stack.enter_context(Trace())
@@ -86,7 +85,7 @@ def count_step(setting: Setting, tokens: int, num_layers: int) -> tuple[Memory, 
         adapter = sum(p.numel() * p.element_size() for p in trained) + sum(s.numel() * 4 for s in states)
         adapter += sum(p.numel() * max(4, p.element_size()) for p in trained)  # their gradients
         widen_gradients(model)
-        ids = torch.zeros(1, tokens, dtype=torch.int64)
+        ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
         batch = Batch(ids, shift(ids), float(tokens))
         count.start()  # making the model took more, for 4 bits much more; loading it does not
         step = _chunked_step if setting.method in CHUNKED else _whole_step
@@ -105,8 +104,8 @@ def _first_use_of_bitsandbytes(dtype: torch.dtype) -> None:
 def optimizer_states(model: Llama) -> list[Tensor]:
     """AdamW's two moments of every trained parameter, and the float32 copies of those in half precision."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    copies = [torch.zeros(p.shape, dtype=torch.float32) for p in trained if p.dtype.itemsize < 4]
-    return copies + [torch.zeros(p.shape, dtype=torch.float32) for p in trained for _ in range(2)]
+    copies = [torch.zeros_like(p, dtype=torch.float32) for p in trained if p.dtype.itemsize < 4]
+    return copies + [torch.zeros_like(p, dtype=torch.float32) for p in trained for _ in range(2)]
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
@@ -126,7 +125,8 @@ def _chunked_step(model: Llama, batch: Batch, setting: Setting, count: Trace) ->
     chunks = cut(batch.input_ids.shape[1], setting.chunk_size)
     kept = chunks[-setting.kept(len(chunks)) :]
     options = Options(setting.fill_size, setting.recompute, setting.cache_grad_dtype, setting.offload)
-    made = count.without(lambda: new_memory(model, batch.input_ids, kept, options), _host_tensors)
+    with torch.device("meta"):  # the host's part too
+        made = count.without(lambda: new_memory(model, batch.input_ids, kept, options), _host_tensors)
     memory = _InParts(made.layers, kept[:-1], count)
     for layer in made.layers:
         layer.kernel = kernel_for(setting.device, setting.dtype, model.config.head_dim)
