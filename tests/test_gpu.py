@@ -9,7 +9,8 @@ import torch
 
 import minichunk as mc
 from minichunk.chunks import Chunk
-from minichunk.costs.forecast import Setting, step_memory
+from minichunk.costs.setting import Setting
+from minichunk.costs.step import step_memory
 from minichunk.memory import offload
 from minichunk.memory.attention import attend
 from minichunk.memory.cache import LayerCache

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import minichunk as mc
 from minichunk.chunks import Chunk, cut
-from minichunk.costs.forecast import Setting, forecast
+from minichunk.costs.forecast import forecast
+from minichunk.costs.setting import Setting
 from minichunk.memory import offload
 from minichunk.samplers import Weight
 

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import minichunk as mc
+from minichunk.batch import prepare
 from minichunk.command.main import main
+from minichunk.costs.alike import Trace, peak_of
 from minichunk.costs.baselines import tiled_full
 from minichunk.costs.count import CountBytes
-from minichunk.costs.forecast import METHODS, Setting, forecast, optimizer_states, step_memory
+from minichunk.costs.forecast import forecast
 from minichunk.costs.plan import longest_table, parse_bytes
-from minichunk.memory.kernels import kernel_for, use_kernel
+from minichunk.costs.setting import CHUNKED, METHODS, Setting
+from minichunk.costs.step import count_step, optimizer_states, step_memory
+from minichunk.memory.kernels import kernel_for
+from minichunk.memory.layers import LayerMemories
 from minichunk.models.shapes import random_model
 from minichunk.samplers import most_kept
 
@@ -33,8 +39,17 @@ def whole_step(setting: Setting, tokens: int) -> int:
     """Peak bytes of a whole real step on the CPU, through the public functions."""
     num_chunks = -(-tokens // setting.chunk_size)
     kept = setting.kept(num_chunks)
-    with use_kernel(kernel_for(setting.device, setting.dtype, 16)), CountBytes() as count:
+    with CountBytes() as count:
         model = random_model(setting.model, setting.dtype, setting.rank, setting.targets)
+        make = model.new_memory
+
+        def new_memory(*arguments: object) -> LayerMemories:
+            memory = make(*arguments)  # type: ignore[arg-type]
+            for layer in memory.layers:
+                layer.kernel = kernel_for(setting.device, setting.dtype, 16)  # type: ignore[attr-defined]
+            return memory
+
+        model.new_memory = new_memory  # type: ignore[method-assign]
         states = optimizer_states(model)
         ids = torch.zeros(1, tokens, dtype=torch.int64)
         entries = [None] * (num_chunks - kept) + [mc.Weight(1.0, 2.0)] * kept
@@ -54,7 +69,9 @@ def whole_step(setting: Setting, tokens: int) -> int:
                 count.peak = max(peak, count.live)
                 return made
 
-            tiled_full(model, ids, ids, offload=setting.method == "full-recompute-offload", room=room)
+            tiled_full(
+                model, prepare(model, ids, ids, None), offload=setting.method == "full-recompute-offload", room=room
+            )
     assert states
     return count.peak
 
@@ -68,6 +85,62 @@ def test_forecast_is_the_peak_of_a_real_step(
 ) -> None:
     setting = Setting(directory, method, 64, 3, rank, dtype=dtype, recompute=recompute, device="cpu")
     assert step_memory(setting, 1024).peak == pytest.approx(whole_step(setting, 1024), rel=0.02)
+
+
+LAYERS = {  # every option of every method at least once
+    method: [
+        Setting("", method, 64, 3, 4, device="cpu"),
+        Setting("", method, 64, 3, 0),
+        *(
+            [
+                Setting("", method, 64, 3, 4, recompute="all", offload=True),
+                Setting("", method, 64, 3, 0, recompute=False, fill_size=256, device="cpu"),
+            ]
+            if method in CHUNKED
+            else []
+        ),
+    ]
+    for method in METHODS
+}
+
+
+@pytest.mark.parametrize("setting", [s for settings in LAYERS.values() for s in settings], ids=str)
+@pytest.mark.parametrize(("layers", "tied"), [(6, True), (9, False)])
+def test_a_step_counted_with_few_layers_is_the_whole_one(
+    tmp_path: Path, setting: Setting, layers: int, tied: bool
+) -> None:
+    config = tiny(layers, vocab_size=512, hidden_size=64, intermediate_size=128, head_dim=16, tie_word_embeddings=tied)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    setting = replace(setting, model=str(tmp_path))
+    assert step_memory(setting, 512) == count_step(setting, 512, layers)[0]
+
+
+def test_the_peak_may_be_elsewhere_with_many_layers() -> None:
+    """With 3 layers it is at the loss, with 20 at the last layer's end."""
+    few, more, other = Trace(), Trace(), Trace()
+    few.parts = [[("loss", 100), ("layer", 10), ("layer", 20), ("layer", 30)]]
+    more.parts = [[("loss", 100), ("layer", 10), ("layer", 20), ("layer", 30), ("layer", 40)]]
+    other.parts = [[("norm", 100), *more.parts[0][1:-1], ("norm", 40)]]
+    assert peak_of(few, more, 17) == 200
+    assert peak_of(few, other, 17) is None
+
+
+@pytest.mark.parametrize("method", ["seco", "full"])
+@pytest.mark.parametrize("tokens", [70, 700])
+def test_a_short_step_is_counted_as_it_is(directory: str, method: str, tokens: int) -> None:
+    setting = Setting(directory, method, 64, 3)
+    assert forecast(setting).base > tokens
+    assert forecast(setting).at(tokens) == step_memory(setting, tokens)
+
+
+def test_what_recompute_keeps(directory: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """True keeps what attention returned: (1, 64, 64) in bfloat16 and log-sum-exps of 4 heads, in 4 layers."""
+    common = ["plan", "--model", directory, "--chunk-size", "64", "--seq-len", "4096", "--json"]
+    peaks = {}
+    for option in ("--no-recompute", "", "--recompute-attention"):
+        assert main([*common, *([option] if option else [])]) == 0
+        peaks[option] = json.loads(capsys.readouterr().out)["peak_bytes"]
+    assert peaks["--no-recompute"] > peaks[""] > peaks["--recompute-attention"]
 
 
 @pytest.mark.parametrize("method", ["seco", "spaco"])
@@ -134,8 +207,9 @@ def test_an_8b_llama_on_24_gib() -> None:
     assert seco.per_token == pytest.approx(256 * 1024, rel=0.001)
     assert seco.longest(available, 512) >= 30_000
     assert seco.at_base.chunk < 0.5 * 2**30
-    spaco = Setting(method="spaco", sampler="fixed")
-    assert forecast(spaco).longest(available, 512) >= 55_000
+    assert forecast(Setting(method="spaco", sampler="fixed")).longest(available, 512) >= 54_000
+    lean = Setting(method="spaco", sampler="fixed", recompute="all")  # attention's outputs are not kept
+    assert forecast(lean).longest(available, 512) >= 55_000
 
 
 def test_counting_forgets_what_is_freed() -> None:

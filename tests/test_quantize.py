@@ -10,7 +10,8 @@ import torch
 
 import minichunk as mc
 from minichunk.command.main import main
-from minichunk.costs.forecast import Setting, forecast
+from minichunk.costs.forecast import forecast
+from minichunk.costs.setting import Setting
 from minichunk.models.lora import PROJECTIONS, LoraLinear
 from minichunk.models.quantize import Linear4bit
 

@@ -11,7 +11,8 @@ import torch
 
 import minichunk as mc
 from minichunk.costs.count import CountBytes
-from minichunk.costs.forecast import METHODS, Setting, forecast
+from minichunk.costs.forecast import forecast
+from minichunk.costs.setting import METHODS, Setting
 
 torch.manual_seed(0)
 config = mc.LlamaConfig(

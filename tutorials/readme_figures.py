@@ -12,7 +12,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
 
-from minichunk.costs.forecast import Setting, forecast
+from minichunk.costs.forecast import forecast
+from minichunk.costs.setting import Setting
 
 FIGURES = Path(__file__).parent / "figures"
 GRAPH, CACHE, GRADS, EMPTY = "#d95f4b", "#4878b0", "#4a9c5d", "#e6e6e6"

@@ -17,9 +17,10 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..files.atomic import write_json
-from .forecast import Setting, forecast
+from .forecast import forecast
 from .measure import METHODS, Case
 from .results import GIB, Result, plot, ratios, read_results, table
+from .setting import Setting
 
 
 def cpu_cases() -> list[Case]:

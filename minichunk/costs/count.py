@@ -23,6 +23,7 @@ class CountBytes(TorchDispatchMode):
         super().__init__()
         self.live = self.peak = 0
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._fleeting: set[int] = set()  # of them, those that are looked at to see whether they are gone
 
     def add(self, *tensors: Tensor, workspace: int = 0) -> None:
         """Count these tensors' storages, each once; workspace: bytes an operator used within itself."""
@@ -32,6 +33,7 @@ class CountBytes(TorchDispatchMode):
             if known is None or known.expired():
                 self._forget(storage._cdata)
                 self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                self._fleeting.add(storage._cdata)
                 self.live += storage.nbytes()
         if self.live + workspace > self.peak:  # perhaps only because what is gone has not been looked for
             self.settle()
@@ -46,10 +48,16 @@ class CountBytes(TorchDispatchMode):
 
     def settle(self) -> None:
         """Stop counting what is gone."""
-        for key in [key for key, (reference, _) in self._storages.items() if reference.expired()]:
+        expired = torch.UntypedStorage._expired  # what StorageWeakRef.expired asks, without its checks
+        for key in [key for key in self._fleeting if expired(self._storages[key][0].cdata)]:
             self._forget(key)
 
+    def lasting(self) -> None:
+        """All that is counted now will live on: look no more whether it is gone."""
+        self._fleeting.clear()
+
     def _forget(self, key: int) -> None:
+        self._fleeting.discard(key)
         self.live -= self._storages.pop(key, (None, 0))[1]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -14,7 +14,8 @@ from ..chunks import cut
 from ..errors import InputError
 from ..files.room import human_bytes
 from ..training.options import DTYPES, SAMPLERS, check_4bit, check_choice, check_least
-from .forecast import METHODS, Setting, forecast
+from .forecast import forecast
+from .setting import METHODS, Setting
 
 UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 LEFT_OUT = (
@@ -96,6 +97,7 @@ def run_plan(
     dtype: str,
     cache_grad_dtype: str | None,
     no_recompute: bool,
+    recompute_attention: bool,
     device: str,
     offload: bool,
     host_memory: str,
@@ -115,7 +117,8 @@ def run_plan(
     check_4bit(load_in_4bit, rank)
     setting = Setting(
         model, method, chunk_size, budget, rank, tuple(targets), DTYPES[dtype],
-        DTYPES[cache_grad_dtype] if cache_grad_dtype else None, not no_recompute, device=device,
+        DTYPES[cache_grad_dtype] if cache_grad_dtype else None, "all" if recompute_attention else not no_recompute,
+        device=device,
         offload=offload, load_in_4bit=load_in_4bit, fill_size=fill_size, sampler=sampler,
     )  # fmt: skip
     if table:

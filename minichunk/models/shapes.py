@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +52,15 @@ def random_model(
     targets: Sequence[str] = ("q_proj", "v_proj"),
     device: str = "cpu",
     load_in_4bit: bool = False,
+    num_layers: int | None = None,
 ) -> Llama:
-    """A model of this shape with random weights, and LoRA of `rank` unless that is 0. Raises InputError."""
+    """A model of this shape with random weights, and LoRA of `rank` unless that is 0. Raises InputError.
+
+    num_layers: how many it has (None: all of the shape's).
+    """
     config, previous = shape(name), torch.get_default_dtype()
+    if num_layers is not None:
+        config = replace(config, num_hidden_layers=num_layers)
     torch.set_default_dtype(dtype)  # so that no wider copy of the weights is ever made
     try:
         with torch.device(device):

@@ -1,0 +1,56 @@
+"""The options of `minichunk plan`."""
+
+from __future__ import annotations
+
+import argparse
+
+from .parser import Parser
+
+
+def add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
+    from ..models.shapes import NAMES
+
+    plan = commands.add_parser(
+        "plan",
+        help="forecast whether a training fits into memory",
+        description="Runs the real code on tensors without memory, needs no weights and no GPU, and says how much "
+        "memory a training step needs, what it consists of, and the longest sequence that fits.",
+    )
+    plan.add_argument("--model", default="llama-3-8b", metavar="M", help=f"directory or one of {', '.join(NAMES)}")
+    plan.add_argument("--memory", default="24GiB", help="of the device (default: 24GiB)")
+    plan.add_argument("--reserve", default="1GiB", help="of it not to be planned with (default: 1GiB)")
+    plan.add_argument(
+        "--method",
+        default="seco",
+        help="seco, spaco, full, full-recompute, full-recompute-tiled (the loss in tiles) or full-recompute-offload "
+        "(and the layers' inputs in host memory) (default: seco)",
+    )
+    plan.add_argument("--seq-len", type=int, metavar="N", help="tokens to forecast (default: the most that fits)")
+    plan.add_argument("--chunk-size", type=int, default=512, metavar="C", help="tokens per chunk (default: 512)")
+    plan.add_argument("--fill-size", type=int, metavar="N", help="tokens per forward pass of the fill (default: C)")
+    plan.add_argument("--budget", type=int, default=8, metavar="t", help="spaco: chunks kept, with bernoulli on "
+                                                                         "average (default: 8)")  # fmt: skip
+    plan.add_argument("--sampler", default="bernoulli", help="spaco: bernoulli (counted with as many chunks as 99.9 %% "
+                      "of the steps do not exceed), fixed or paper (default: bernoulli)")  # fmt: skip
+    plan.add_argument("--rank", type=int, default=8, metavar="R", help="of LoRA; 0 trains all (default: 8)")
+    plan.add_argument("--targets", nargs="+", default=["q_proj", "v_proj"], help="of LoRA (default: q_proj v_proj)")
+    plan.add_argument("--dtype", default="bfloat16", help="of the model (default: bfloat16)")
+    plan.add_argument("--cache-grad-dtype", help="of the cache's gradients (default: float32)")
+    recompute = plan.add_mutually_exclusive_group()
+    recompute.add_argument(
+        "--no-recompute",
+        action="store_true",
+        help="keep all activations of a chunk. Without this option a chunk keeps each layer's input and what its "
+        "attention returned (4 MiB a layer at 8B and 512 tokens), and the rest is run again",
+    )
+    recompute.add_argument(
+        "--recompute-attention",
+        action="store_true",
+        help="run attention over the past again too, which keeps the layers' inputs alone and takes more time",
+    )
+    plan.add_argument("--load-in-4bit", action="store_true", help="store the frozen base in 4 bits")
+    plan.add_argument("--offload", action="store_true", help="keep the cache and its gradients in host memory")
+    plan.add_argument("--host-memory", default="64GiB", help="for --offload (default: 64GiB)")
+    plan.add_argument("--device", default="cuda", choices=["cpu", "cuda"], help="whose kernels (default: cuda)")
+    plan.add_argument("--table", action="store_true", help="the longest context by memory, model and method, instead")
+    plan.add_argument("--json", action="store_true", help="print one JSON object")
