@@ -46,6 +46,18 @@ def test_a_tutorial_is_short_and_ends_with_exercises(path: Path) -> None:
     assert "PLACEHOLDER" not in text
 
 
+@pytest.mark.parametrize("name", ["01_cache_and_cut.md", "02_seco_by_hand.md", "exercises/README.md"])
+def test_the_page_to_begin_with_is_named_at_the_beginning(name: str) -> None:
+    assert "minichunk/tiny.py)" in " ".join((TUTORIALS / name).read_text().splitlines()[:10])
+
+
+@pytest.mark.parametrize("path", sorted(TUTORIALS.glob("**/*.md")), ids=lambda path: path.stem)
+def test_every_file_that_is_named_exists(path: Path) -> None:
+    files = [str(file) for folder in (TUTORIALS, TUTORIALS.parent / "minichunk") for file in folder.rglob("*.py")]
+    for name in re.findall(r"`([\w/]+\.py)`", path.read_text()):
+        assert any(file.endswith(f"/{name}") for file in files), name
+
+
 def test_the_seventh_port_is_at_most_60_lines() -> None:
     text = (TUTORIALS / "07_porting.py").read_text()
     port = text[text.index("def run_chunk") : text.index("# %% [markdown]\n# ## The check")]

@@ -3,10 +3,13 @@
 #
 # Cut a long text into chunks, run them one after the other, and remember what earlier chunks computed. Inference does
 # this every day with a KV cache. Training can do it too, and this tutorial shows what is easy about it (the forward
-# pass), what it saves (nearly all activations) and what breaks (the gradient). The next one mends what breaks.
+# pass), what it saves (nearly all activations) and what breaks (the gradient). The next one mends what breaks. The
+# whole idea on one page, to read now or to come back to, is [`minichunk/tiny.py`](../minichunk/tiny.py).
 #
 # We take the small Llama that ships with minichunk: 2.76 million parameters, trained on Jane Austen. In float64, so
-# that equal means equal.
+# that equal means equal, to ten digits: float64 rounds by at most 1.1e-16 of a number, and a result has a few hundred
+# operations behind it, with sums of a few hundred terms. Even if all these roundings added up, they would come to about
+# 1e-11 of the terms. A mistake is seen in the first digits.
 
 # %%
 from pathlib import Path
@@ -17,7 +20,6 @@ from tokenizers import Tokenizer
 
 import minichunk as mc
 from minichunk.chunks import cut
-from minichunk.memory.cache import Cache
 
 ASSETS = Path(mc.__file__).parent / "assets"
 model = mc.Llama.from_pretrained(ASSETS / "austen-llama", dtype=torch.float64)
@@ -80,20 +82,20 @@ assert torch.allclose(merged, whole, atol=1e-6)
 # ## The forward pass: chunk by chunk is exact
 #
 # `model(ids)` runs the whole sequence without any cache: ordinary attention, an ordinary Llama. `run_chunks` runs chunk
-# after chunk on top of a `Cache` and writes each chunk's keys and values into it. RoPE needs the true positions, and
-# the cache knows them, because a chunk says where it starts.
+# after chunk on top of a *memory* and writes into it what each chunk leaves behind: in a Llama, the keys and values of
+# every layer, the KV cache. RoPE needs the true positions, and a chunk says where it starts.
 
 # %%
 with torch.no_grad():
     whole = model(ids)  # logits (B, T, V)
-    cache = Cache(model.config, batch=1, capacity=ids.shape[1], like=model.model.norm.weight)
-    pieces = [model.lm_head(hidden) for _, hidden in model.run_chunks(ids, cache, chunk_size)]
-    difference = (torch.cat(pieces, dim=1) - whole).abs().max()
-print(f"largest logit: {whole.abs().max():.1f}; largest difference below 1e-11: {bool(difference < 1e-11)}")
-assert difference < 1e-11
+    memory = model.new_memory(batch=1, capacity=ids.shape[1])
+    pieces = [model.lm_head(hidden) for _, hidden in model.run_chunks(ids, memory, chunk_size)]
+    difference = (torch.cat(pieces, dim=1) - whole).abs().max() / whole.abs().max()
+print(f"largest logit: {whole.abs().max():.1f}; chunk by chunk the same to ten digits: {bool(difference < 1e-10)}")
+assert difference < 1e-10
 
-layer = cache.layers[0]
-print(f"cache of a layer: keys {tuple(layer.keys.shape)}, values {tuple(layer.values.shape)}  (B, G, T, D)")
+layer = memory.layers[0]
+print(f"memory of a layer: keys {tuple(layer.keys.shape)}, values {tuple(layer.values.shape)}  (B, G, T, D)")
 
 # %% [markdown]
 # ## What autograd keeps alive
@@ -113,7 +115,7 @@ def saved_bytes(run):
         return tensor
 
     known = [p.untyped_storage().data_ptr() for p in model.parameters()]
-    known += [x.untyped_storage().data_ptr() for layer in cache.layers for x in (layer.keys, layer.values)]
+    known += [x.untyped_storage().data_ptr() for layer in memory.layers for x in (layer.keys, layer.values)]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run()
     del result
@@ -125,17 +127,18 @@ whole_bytes = [saved_bytes(lambda n=n: model.run(ids[:, :n])) for n in lengths]
 chunk_bytes = []
 for n in lengths:
     last = cut(n, chunk_size)[-1]
-    chunk_bytes.append(saved_bytes(lambda c=last: model.run(ids[:, c.start : c.stop], cache, [c])))
+    chunk_bytes.append(saved_bytes(lambda c=last: model.run(ids[:, c.start : c.stop], memory, [c])))
 print("tokens   whole sequence   last chunk on top of the cache")
 for n, a, b in zip(lengths, whole_bytes, chunk_bytes, strict=True):
     print(f"{n:6}   {a / 2**20:10.1f} MiB   {b / 2**20:10.1f} MiB")
 
 # %% [markdown]
 # The whole sequence's activations grow with its length. A chunk's do not, however long the past is, because attention
-# here holds the cache by reference and saves no part of it (`attention.py`). What still grows is the cache itself:
+# here holds the cache by reference and saves no part of it
+# ([`memory/attention.py`](../minichunk/memory/attention.py)). What still grows is the cache itself:
 
 # %%
-per_token = 2 * sum(layer.keys[0, :, 0].numel() for layer in cache.layers) * 8
+per_token = 2 * sum(layer.keys[0, :, 0].numel() for layer in memory.layers) * 8
 activations = whole_bytes[-1] / ids.shape[1]
 print(f"cache: {per_token / 1024:.1f} KiB per token; activations: {activations / 1024:.1f} KiB per token,", end=" ")
 print(f"{activations / per_token:.0f} times as much")
@@ -182,15 +185,15 @@ print("layer   q_proj   k_proj   v_proj   o_proj   down_proj")
 for i in range(model.config.num_hidden_layers):
     parts = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.down_proj")
     print(f"{i:5}" + "".join(f"{relative[f'model.layers.{i}.{part}.weight']:9.3f}" for part in parts))
-exactly = [n for n, error in relative.items() if error < 1e-12]
-print("\nexact to 1e-12:", ", ".join(n.removeprefix("model.").removesuffix(".weight") for n in exactly))
+exactly = [n for n, error in relative.items() if error < 1e-10]
+print("\nexact to ten digits:", ", ".join(n.removeprefix("model.").removesuffix(".weight") for n in exactly))
 last = f"model.layers.{model.config.num_hidden_layers - 1}."
 assert {f"{last}self_attn.q_proj.weight", f"{last}self_attn.o_proj.weight", f"{last}mlp.down_proj.weight"} <= {*exactly}
 assert all(error > 0.01 for name, error in relative.items() if "k_proj" in name or "v_proj" in name)
 
 # %% [markdown]
-# Read it by its zeros and its large numbers. In the last layer, queries and everything above attention are exact to the
-# last digit: no later chunk looks at them. Keys and values of *every* layer are wrong, because making good keys and
+# Read it by its zeros and its large numbers. In the last layer, queries and everything above attention are exact up to
+# rounding: no later chunk looks at them. Keys and values of *every* layer are wrong, because making good keys and
 # values for later chunks is what was not learnt from; and with them everything below. That is the part of learning that
 # long contexts are about: *what to write down now for use much later*.
 
@@ -212,8 +215,8 @@ plt.show()
 # %%
 seco = gradients(lambda: mc.seco(model, ids, ids, chunk_size))
 worst = max(float((seco[n] - exact[n]).norm() / exact[n].norm()) for n in exact)
-print(f"SeCO, relative error of the worst parameter below 1e-12: {worst < 1e-12}")
-assert worst < 1e-12
+print(f"SeCO, relative error of the worst parameter below 1e-10: {worst < 1e-10}")
+assert worst < 1e-10
 
 # %% [markdown]
 # ## Exercises
@@ -221,6 +224,6 @@ assert worst < 1e-12
 # 1. Which columns of the table would be zero in a model with one layer? Say it first, then build one with
 #    `mc.Llama(mc.LlamaConfig(...))` and look.
 # 2. Repeat the error for chunks of 12, 24 and 96 tokens. Why does it shrink as chunks grow, and why not to zero?
-# 3. Count the saved bytes with `recompute=True` as the last argument of `model.run`. What is left, and why does it
-#    still grow for the whole sequence?
+# 3. Count the saved bytes with `options=Options(recompute=True)`, from `minichunk.protocol`, as an argument of
+#    `model.run`. What is left, and why does it still grow for the whole sequence?
 # 4. Write attention over a cache yourself: `tutorials/exercises/`, exercise 1.

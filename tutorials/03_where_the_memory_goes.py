@@ -60,7 +60,7 @@ figure.suptitle("What is alive when")
 plt.show()
 
 # %% [markdown]
-# (minichunk allocates the cache and its gradients as one buffer at the start, which is why memory below jumps once
+# (minichunk allocates the KV cache and its gradients as one buffer at the start, which is why memory below jumps once
 # instead of climbing. The last chunk has neither, because nobody reads them.)
 #
 # ## The same, measured
@@ -146,6 +146,7 @@ print("method      predicted     measured   measured / predicted")
 for name, points in lines.items():
     ratio = max(points) / predicted[name]
     print(f"{name:10} {predicted[name] / 2**20:6.0f} MiB   {max(points) / 2**20:6.0f} MiB   {ratio:.1f}")
+    assert abs(ratio - 1) < 0.1
 
 # %% [markdown]
 # Pencil and paper come within a tenth. Whoever can predict the bytes knows where they are: most are the MLP's, which is
@@ -194,7 +195,7 @@ for name, line in forecasts.items():
     axes.plot(lengths, [line.at(n).peak / 2**30 for n in lengths], label=name)
 axes.axhline(23, color="gray", ls="--", label="24 GiB, 1 of them reserved")
 axes.set(xlabel="tokens", ylabel="GiB", ylim=(14, 48), title="An 8B Llama with LoRA: six ways to take a step")
-axes.legend()
+axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
 axes.grid(alpha=0.3)
 plt.show()
 for name, line in forecasts.items():
@@ -217,5 +218,6 @@ for name, line in forecasts.items():
 #    which chunk sizes is it worth its time?
 # 2. Predict SeCO's peak for C = 64 and C = 1,024, then measure. Where is the best chunk size, and what besides memory
 #    speaks against a small one?
-# 3. Full logits are 2 V numbers per token. Compute their share for Llama-3-8B (V = 128,256). Then read `loss.py`.
+# 3. Full logits are 2 V numbers per token. Compute their share for Llama-3-8B (V = 128,256). Then read
+#    [`loss.py`](../minichunk/loss.py).
 # 4. How does the picture change without grouped queries (G = H)? At which H / G does SeCO's slope cross `recompute`'s?

@@ -114,14 +114,14 @@ for t in range(1, k):
 print("         paper           fixed           bernoulli")
 print("t of 5   bias    rms     bias    rms     bias    rms")
 for t in range(1, k):
-    cells = [f"{'0' if table[n, t][0] < 1e-12 else f'{table[n, t][0]:.3f}':8}{table[n, t][1]:<8.2f}"
+    cells = [f"{'0' if table[n, t][0] < 1e-10 else f'{table[n, t][0]:.3f}':8}{table[n, t][1]:<8.2f}"
              for n in ("paper", "fixed", "bernoulli")]  # fmt: skip
     print(f"{t}        " + "".join(cells).rstrip())
-assert all(table["bernoulli", t][0] < 1e-12 for t in range(1, k))
+assert all(table["bernoulli", t][0] < 1e-10 for t in range(1, k))
 
 # %% [markdown]
-# - **Bernoulli** (each chunk by its own coin, factor 1/rate on loss and relay) is unbiased to the last digit. The p
-#   coins of a chain are independent, and p factors of 1/rate undo exactly their product. The price: the number of
+# - **Bernoulli** (each chunk by its own coin, factor 1/rate on loss and relay) is unbiased, up to rounding (below 1e-10).
+#   The p coins of a chain are independent, and p factors of 1/rate undo exactly their product. The price: the number of
 #   chunks kept varies, and a draw that keeps many has large factors.
 # - **PaperBudget**, as published: biased, and heavily so for small budgets.
 # - **FixedBudget**, same draws, but k/t on the loss and (k-1)/(t-1) on each relay. Chains through one and two chunks
@@ -211,7 +211,7 @@ for label, rate in (
     ("first less", rates(0.45, 0.6)), ("first always", rates(1.0, 0.4)),
 ):  # fmt: skip
     bias, rms = moments(mc.Bernoulli(rate))
-    assert bias < 1e-12
+    assert bias < 1e-10
     print(f"{label:13} 3 of 5 on average: bias 0, rms {rms:.2f}")
 
 # %% [markdown]

@@ -140,8 +140,10 @@ for path in sorted(GOLDEN.glob("*.safetensors")):
 #
 # What this port leaves out: it concatenates the past in every chunk, which costs a copy of the cache inside the graph
 # and the time to make it. minichunk's cache is one buffer, its attention reads views of it and adds gradients to a
-# second buffer in place: [`cache.py`](../minichunk/memory/cache.py) and [`attention.py`](../minichunk/memory/attention.py) are what
-# to port next.
+# second buffer in place: [`memory/cache.py`](../minichunk/memory/cache.py) and
+# [`memory/attention.py`](../minichunk/memory/attention.py) are what to port next. And a model of another kind, with
+# something else to remember than keys and values, can run under minichunk's own `seco`: what that asks of it is
+# [`protocol.py`](../minichunk/protocol.py).
 #
 # ## Exercises
 #

@@ -1,4 +1,4 @@
-"""Exercise 1: causal attention of one chunk over a cache.
+"""Exercise 1: causal attention of one chunk over a KV cache.
 
 The chunk at hand has queries, keys and values. The keys and values of everything before it are in
 the cache: the past. A query may look at the whole past and, in its own chunk, at its own position

@@ -62,6 +62,6 @@ def attend_backward(
 
     pieces: (k, v) of each piece. grad, out, lse: as for `piece_backward`.
     Returns dq (B, H, C, D), and one (dk, dv) for each piece, in their order. For a piece in the
-    cache, these are what the chunk sends back to earlier chunks.
+    KV cache, these are what the chunk sends back to earlier chunks.
     """
     raise NotImplementedError("attend_backward: the gradients of q and of all pieces, by piece_backward")

@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import minichunk as mc
-from minichunk.chunks import Chunk, check_batch, cut
-from minichunk.memory.cache import Cache
-from minichunk.seco import fill, new_cache, rebuild
+from minichunk.batch import prepare
+from minichunk.chunks import Chunk, cut
+from minichunk.memory.layers import LayerMemories
+from minichunk.protocol import DEFAULTS, Options, Written
+from minichunk.seco import fill, flat, new_memory, rebuild
 
 from ..diagnose import Mistakes, Values, close, compare, hint, require, within
 from .common import CHUNK_SIZE, IGNORE, RELAY, all_edges, batch, check_loss_value, check_walk, tiny_llama
@@ -35,22 +37,25 @@ def _gradients(model: mc.Llama) -> Values:
 
 
 def _walk(input_ids: Tensor, labels: Tensor, kept: list[int], loss_factor: Tensor, relay_factor: Tensor) -> Values:
-    """The gradient when chunk j's loss is multiplied by loss_factor[j], and what j sends to i by relay_factor[i, j]."""
+    """The gradient when chunk j's share of the mean loss is multiplied by loss_factor[j], and what j sends to i by
+    relay_factor[i, j]."""
     model = tiny_llama()
-    targets, _ = check_batch(model, input_ids, labels, None)
+    batch = prepare(model, input_ids, labels, None)
     chunks = cut(input_ids.shape[1], CHUNK_SIZE)
-    cache = new_cache(model, input_ids, [chunks[i] for i in kept])
-    fill(model, input_ids, chunks[: kept[-1]], cache)
-    relayed: dict[int, list[Tensor]] = {}
-    for j in reversed(kept):
-        loss, written, _ = rebuild(model, input_ids, targets, chunks[j], cache)
-        torch.autograd.backward([loss * loss_factor[j], *written], [None, *relayed.get(j, [])])
-        for i in kept[: kept.index(j)]:
-            sent = [relay_factor[i, j] * g for layer in cache.layers for g in layer.received(chunks[i])]
-            relayed[i] = [a + b for a, b in zip(relayed[i], sent, strict=True)] if i in relayed else sent
-        for layer in cache.layers:
-            layer.key_grads.zero_()
-            layer.value_grads.zero_()
+    memory = new_memory(model, input_ids, [chunks[i] for i in kept], DEFAULTS)
+    fill(model, input_ids, chunks[: kept[-1]], memory, DEFAULTS)
+
+    def received(i: int) -> list[Tensor]:
+        return [g.clone() for g in flat(memory.received(chunks[i]))]
+
+    relayed = {i: received(i) for i in kept}  # nothing so far
+    for n, j in reversed(list(enumerate(kept))):
+        before = {i: received(i) for i in kept[:n]}
+        loss, written, _ = rebuild(model, batch, chunks[j], memory, DEFAULTS)
+        torch.autograd.backward([loss * loss_factor[j], *written], [None, *relayed[j]])
+        for i, old in before.items():
+            sent = [now - then for now, then in zip(received(i), old, strict=True)]
+            relayed[i] = [a + relay_factor[i, j] * b for a, b in zip(relayed[i], sent, strict=True)]
     return _gradients(model)
 
 
@@ -61,34 +66,43 @@ class _Spy:
         self.chunks, self.last = chunks, last
         self.filled: set[int] = set()
         self.rebuilt: list[int] = []
-        self.cache: Cache | None = None
+        self.told: set[Chunk] = set()  # the chunks for whose gradients a memory has room
         self.graphs: dict[int, weakref.ref[Callable[[Tensor], None]]] = {}  # by chunk: dead when its graph is
         self.alive: list[int] = []  # the most chunks whose graphs lived at once
-        run, write = model.run, model.write
+        new_memory, run, write = model.new_memory, model.run, model.write
+
+        def spied_new_memory(
+            batch: int, capacity: int, kept: Sequence[Chunk] = (), options: Options = DEFAULTS
+        ) -> LayerMemories:
+            self._see_memory(capacity, kept)
+            return new_memory(batch, capacity, kept, options)
 
         def spied_run(
-            input_ids: Tensor, cache: Cache, chunks: Sequence[Chunk], recompute: bool = False
-        ) -> tuple[Tensor, list[Tensor]]:
-            self._see_rebuild(chunks[0], cache)
-            hidden, written = run(input_ids, cache, chunks, recompute)
-            self._see_graph(chunks[0], [hidden, *written])
+            input_ids: Tensor, memory: LayerMemories, chunks: Sequence[Chunk], options: Options = DEFAULTS
+        ) -> tuple[Tensor, Written]:
+            self._see_rebuild(chunks[0])
+            hidden, written = run(input_ids, memory, chunks, options)
+            self._see_graph(chunks[0], [hidden, *flat(written)])
             return hidden, written
 
-        def spied_write(input_ids: Tensor, cache: Cache, chunks: Sequence[Chunk]) -> list[Tensor]:
-            self._see_fill(chunks, cache)
-            return write(input_ids, cache, chunks)
+        def spied_write(
+            input_ids: Tensor, memory: LayerMemories, chunks: Sequence[Chunk], options: Options = DEFAULTS
+        ) -> Written:
+            self._see_fill(chunks)
+            return write(input_ids, memory, chunks, options)
 
-        model.run, model.write = spied_run, spied_write  # type: ignore[method-assign]
+        model.new_memory = spied_new_memory  # type: ignore[method-assign]
+        model.run, model.write = spied_run, spied_write  # type: ignore[method-assign, assignment]
 
     def _number(self, chunk: Chunk) -> int:
         require(chunk in self.chunks, f"{chunk} is none of the chunks that cut(length, chunk_size) makes.")
         return self.chunks.index(chunk)
 
-    def _see_cache(self, cache: Cache) -> None:
-        capacity = cache.layers[0].buffers()[0][0].shape[2]
+    def _see_memory(self, capacity: int, kept: Sequence[Chunk]) -> None:
+        self.told.update(kept)
         require(
             capacity >= self.chunks[self.last].start,
-            "The cache ends before the last chunk that is rebuilt: new_cache has room for all that lies before the "
+            "The memory ends before the last chunk that is rebuilt: new_memory makes room for all that lies before the "
             "last chunk you name to it. Is the last chunk not rebuilt?",
         )
 
@@ -122,32 +136,29 @@ class _Spy:
             "needed after its backward, and who holds the rest?",
         )
 
-    def _see_fill(self, chunks: Sequence[Chunk], cache: Cache) -> None:
-        self._see_cache(cache)
+    def _see_fill(self, chunks: Sequence[Chunk]) -> None:
         for i in map(self._number, chunks):
             require(
                 i < self.last,
-                f"The fill writes chunk {i + 1}, for which the cache has no room: it holds what lies before the last "
+                f"The fill writes chunk {i + 1}, for which the memory has no room: it holds what lies before the last "
                 f"chunk to be rebuilt, chunk {self.last + 1}. Does anybody look at chunk {i + 1}?",
             )
             self.filled.add(i)
 
-    def _see_rebuild(self, chunk: Chunk, cache: Cache) -> None:
+    def _see_rebuild(self, chunk: Chunk) -> None:
         j = self._number(chunk)
-        self._see_cache(cache)
         for i in sorted({*range(j)} - self.filled):
             raise AssertionError(
                 f"Chunk {j + 1} was rebuilt, but chunk {i + 1} had not been filled: chunk {j + 1} looks at keys and "
                 "values that nobody wrote. Which chunks must the fill write, skipped ones included?"
             )
         self.rebuilt.append(j)
-        self.cache = cache
 
 
 def _chunk_losses(input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Summed loss and number of targets of each chunk, by ordinary inference."""
     model = tiny_llama()
-    targets, _ = check_batch(model, input_ids, labels, None)
+    targets = prepare(model, input_ids, labels, None).targets
     with torch.no_grad():
         logits = model(input_ids)
     losses = F.cross_entropy(logits.mT, targets, ignore_index=IGNORE, reduction="none").sum(0)
@@ -163,20 +174,20 @@ def check_seco(module: ModuleType) -> None:
 
 def _seco_mistakes(input_ids: Tensor, labels: Tensor, counts: Tensor) -> Mistakes:
     k, n, positions = len(counts), int(counts.sum()), input_ids.numel()
-    every, loss, relay = list(range(k)), torch.full((k,), 1 / n, dtype=torch.float64), torch.ones(k, k).double()
+    every, loss, relay = list(range(k)), torch.ones(k).double(), torch.ones(k, k).double()
 
     def walk(loss: Tensor, relay: Tensor) -> Values:
         return _walk(input_ids, labels, every, loss, relay)
 
-    undivided, per_chunk = torch.ones_like(loss), 1 / counts.double()
+    undivided, per_chunk = n * loss, n / counts.double()
     yield (
-        "The gradient of every chunk is missing what later chunks sent back, as if the cache were constant (truncated "
+        "The gradient of every chunk is missing what later chunks sent back, as if the memory were constant (truncated "
         f"backpropagation): {RELAY} To which tensors do the gradients in `received` belong?",
         walk(loss, 0 * relay),
     )
     yield (
         f"The loss is not divided by the number of targets: the gradient is {n} times too large. "
-        "What has check_batch returned beside the targets?",
+        "By which number does rebuild divide, and who has told it?",
         walk(undivided, relay),
     )
     yield (
@@ -195,13 +206,28 @@ def _seco_mistakes(input_ids: Tensor, labels: Tensor, counts: Tensor) -> Mistake
         walk(undivided / positions, relay),
     )
     yield (
+        "The loss is divided by the number of targets a second time. What rebuild returns is divided already: what do "
+        "the chunks' shares of the mean add up to?",
+        walk(loss / n, relay),
+    )
+    yield (
+        "The loss is divided by the number of chunks, but what rebuild returns is a share of the mean over all "
+        "targets: what do the shares of all chunks add up to?",
+        walk(loss / k, relay),
+    )
+    yield (
         "What was received is divided by the number of targets, too, but it came from a loss that was divided already. "
-        "Which of the two has to be divided?",
+        "What is there left to divide?",
         walk(loss, relay / n),
     )
     yield (
         "What was received is divided by the number of targets, but the loss is not. Which of the two has to be?",
         walk(undivided, relay / n),
+    )
+    yield (
+        "Both the loss and what was received are divided by the number of targets, but the loss that rebuild returns "
+        "is divided already, and with it all that is sent back. What is there left to divide?",
+        walk(loss / n, relay / n),
     )
     for i, j in sorted(all_edges(k)):
         cut_off = relay.clone()
@@ -214,7 +240,7 @@ def _seco_mistakes(input_ids: Tensor, labels: Tensor, counts: Tensor) -> Mistake
         words = f"The gradient of chunk {i + 1} is missing all that later chunks sent back: {RELAY}"
         yield words, walk(loss, cut_off)
     yield (
-        "Every chunk receives only what the very next chunk sent back. Does the cache's sum of gradients survive?",
+        "Every chunk receives only what the very next chunk sent back. Does the memory's sum of gradients survive?",
         walk(loss, relay.triu(1).tril(1)),
     )
 
@@ -240,6 +266,7 @@ def _check_seco(module: ModuleType) -> None:
             "The returned loss is the sum of the chunks' means, not the mean of all targets.",
             {name: (losses / counts).sum()},
         ),
+        ("The returned loss is divided by the number of targets twice.", {name: losses.sum() / n / n}),
     ]
     check_loss_value(total, losses / n, mistakes)
     spy.check_graphs()
@@ -258,7 +285,7 @@ def _spaco_mistakes(input_ids: Tensor, labels: Tensor, entries: Sequence[mc.Weig
     receiver, by_loss = relay[:, None] * matrix, loss[:, None] * matrix
 
     def walk(loss: Tensor, relay: Tensor) -> Values:
-        return _walk(input_ids, labels, kept, loss / n, relay)
+        return _walk(input_ids, labels, kept, loss, relay)
 
     yield (
         "The loss is not scaled, as in Algorithm 2 as printed: a chain through one chunk survives only sometimes, too. "
@@ -291,6 +318,10 @@ def _spaco_mistakes(input_ids: Tensor, labels: Tensor, entries: Sequence[mc.Weig
         walk(loss * n, receiver),
     )
     yield (
+        "The loss is divided by the number of targets a second time: what rebuild returns is divided already.",
+        walk(loss / n, receiver),
+    )
+    yield (
         "The loss is multiplied by weight.loss and by weight.relay. The relay's factor is for what was received.",
         walk(loss * relay, receiver),
     )
@@ -309,10 +340,9 @@ def _check_spaco(module: ModuleType) -> None:
     with hint(*KEYS_AND_VALUES):
         total = module.spaco(model, input_ids, labels, CHUNK_SIZE, entries)
     check_walk(spy.rebuilt, kept)
-    assert spy.cache is not None
     require(
-        spy.cache.kept <= {chunks[i] for i in kept},
-        "new_cache was told of chunks that are skipped: it has set memory aside for gradients that nobody will fetch. "
+        spy.told <= {chunks[i] for i in kept},
+        "new_memory was told of chunks that are skipped: it has set memory aside for gradients that nobody will fetch. "
         "Which chunks will be rebuilt?",
     )
     compare(_gradients(model), _gradients(oracle), _spaco_mistakes(input_ids, labels, entries, n))

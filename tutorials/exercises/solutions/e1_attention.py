@@ -1,4 +1,4 @@
-"""Solution 1: causal attention of one chunk over a cache."""
+"""Solution 1: causal attention of one chunk over a KV cache."""
 
 from __future__ import annotations
 

@@ -8,20 +8,23 @@ import torch
 from torch import Tensor
 
 from minichunk import Llama, Weight
-from minichunk.chunks import check_batch, cut
-from minichunk.seco import fill, new_cache, rebuild
+from minichunk.batch import prepare
+from minichunk.chunks import cut
+from minichunk.protocol import Options
+from minichunk.seco import fill, new_memory, rebuild
+
+OPTIONS = Options()
 
 
 def seco(model: Llama, input_ids: Tensor, labels: Tensor, chunk_size: int) -> Tensor:
     """Add the exact gradient of the mean loss to `.grad`; return the loss, detached (Algorithm 1)."""
-    targets, divisor = check_batch(model, input_ids, labels, None)
+    batch = prepare(model, input_ids, labels, None)
     chunks = cut(input_ids.shape[1], chunk_size)
-    cache = new_cache(model, input_ids, chunks)
-    fill(model, input_ids, chunks[:-1], cache)  # the walk starts with the last chunk: nobody reads it from the cache
+    memory = new_memory(model, input_ids, chunks, OPTIONS)
+    fill(model, input_ids, chunks[:-1], memory, OPTIONS)  # the walk starts with the last chunk: nobody reads it
     total = torch.zeros(())
     for chunk in reversed(chunks):
-        loss, written, received = rebuild(model, input_ids, targets, chunk, cache)
-        loss = loss / divisor
+        loss, written, received = rebuild(model, batch, chunk, memory, OPTIONS)
         torch.autograd.backward([loss, *written], [None, *received])
         total = total + loss.detach()
     return total
@@ -29,18 +32,18 @@ def seco(model: Llama, input_ids: Tensor, labels: Tensor, chunk_size: int) -> Te
 
 def spaco(model: Llama, input_ids: Tensor, labels: Tensor, chunk_size: int, entries: Sequence[Weight | None]) -> Tensor:
     """Add an estimate of the gradient to `.grad`; return one of the loss, detached (Algorithm 2)."""
-    targets, divisor = check_batch(model, input_ids, labels, None)
+    batch = prepare(model, input_ids, labels, None)
     chunks = cut(input_ids.shape[1], chunk_size)
     kept = [(chunk, weight) for chunk, weight in zip(chunks, entries, strict=True) if weight is not None]
     total = torch.zeros(())
     if not kept:
         return total
-    cache = new_cache(model, input_ids, [chunk for chunk, _ in kept])
+    memory = new_memory(model, input_ids, [chunk for chunk, _ in kept], OPTIONS)
     before_last = chunks[: chunks.index(kept[-1][0])]
-    fill(model, input_ids, before_last, cache)  # skipped chunks too: later ones look at their keys and values
+    fill(model, input_ids, before_last, memory, OPTIONS)  # skipped chunks too: later ones look at what they wrote
     for chunk, weight in reversed(kept):
-        loss, written, received = rebuild(model, input_ids, targets, chunk, cache)
-        loss = weight.loss * loss / divisor
+        loss, written, received = rebuild(model, batch, chunk, memory, OPTIONS)
+        loss = weight.loss * loss
         torch.autograd.backward([loss, *written], [None, *(weight.relay * g for g in received)])
         total = total + loss.detach()
     return total
