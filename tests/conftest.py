@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from pathlib import Path
 
@@ -23,6 +24,10 @@ settings.register_profile("same", **common, derandomize=True)
 settings.register_profile("explore", **common, print_blob=True)
 settings.register_profile("explore-few", **common | {"max_examples": 10}, print_blob=True)
 settings.load_profile("same")
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # a process for each core, not all cores for each process
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
