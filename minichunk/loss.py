@@ -1,8 +1,8 @@
 """Next-token loss in tiles, so that the logits of a chunk never exist at once.
 
 A tile is all tokens by a part of the vocabulary: each part of the LM head is read for all tokens together, however
-few fit into a tile of whole rows (65 at a vocabulary of 128,256). The softmax needs all of a row, so the tiles are
-computed twice: first for the log-sum-exp, then, last one first, for the gradient.
+few would fit into a tile of whole rows (130 at a vocabulary of 128,256). The softmax needs all of a row, so the tiles
+are computed twice: first for the log-sum-exp, then, last one first, for the gradient.
 
 Shapes: N tokens (B*C), E hidden size, V vocabulary; hidden (N, E), weight (V, E), targets int64 (N).
 """
@@ -49,7 +49,7 @@ class _SummedLoss(torch.autograd.Function):
         (grad,) = grads
         dhidden, dweight = ctx.saved_tensors
         return (
-            None if dhidden is None else (dhidden * grad[None]).to(dhidden.dtype),
+            None if dhidden is None else (dhidden * grad[None]).to(dhidden.dtype),  # [None]: multiplied in float32
             None if dweight is None else dweight * grad,
             None,
         )

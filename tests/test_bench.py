@@ -13,7 +13,7 @@ from minichunk.command.main import main
 from minichunk.costs import bench as bench_module
 from minichunk.costs.bench import PRESETS, bench
 from minichunk.costs.measure import METHODS, Case, measure
-from minichunk.costs.operations import operations, peak_of
+from minichunk.costs.operations import operations, peak_operations
 from minichunk.costs.precision import attention_errors
 from minichunk.costs.results import Result, plot, ratios, read_results, table
 from minichunk.models.lora import add_lora
@@ -59,8 +59,8 @@ def test_operations_by_hand(model_directory: Path) -> None:
     assert frozen["attention"] == pairs * 4 * 4 * 4 * 2 * (1 + 2.5)  # its output is kept
     assert operations(model, [], cut(10, 10), recompute="all")["attention"] == pairs * 4 * 4 * 4 * 2 * (1 + 1 + 2.5)
     assert frozen["linear"] == 10 * (6 * linear + 8 * adapter + 4 * 300 * 8)
-    assert peak_of("NVIDIA H200") == 989e12
-    assert peak_of("an abacus") is None
+    assert peak_operations("NVIDIA H200") == 989e12
+    assert peak_operations("an abacus") is None
 
 
 def test_attention_is_as_exact_over_many_blocks() -> None:

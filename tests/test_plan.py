@@ -189,6 +189,14 @@ def test_spaco_is_counted_with_what_its_coins_may_keep(directory: str) -> None:
     assert forecast(coins).at(longest).peak <= 8 * 2**20 < forecast(coins).at(longest + 64).peak
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_chunk_longer_than_the_base(directory: str, method: str) -> None:
+    """Of methods without chunks the base is 1,024 tokens."""
+    found = forecast(Setting(directory, method, 1500, 3, device="cpu"))
+    assert found.longest(64 * 2**20, 1500) % 1500 == 0
+    assert found.longest(0, 1500) == 0
+
+
 @pytest.mark.parametrize("method", ["seco", "spaco"])
 def test_growth_is_linear(directory: str, method: str) -> None:
     setting = Setting(directory, method, 128, 3)

@@ -13,7 +13,7 @@ from minichunk.command.main import main
 from minichunk.costs.forecast import forecast
 from minichunk.costs.setting import Setting
 from minichunk.models.lora import PROJECTIONS, LoraLinear
-from minichunk.models.quantize import Linear4bit
+from minichunk.models.quantize import Linear4bit, count_parameters
 
 from .rounding import exactly, outcome
 from .strategies import build, tiny
@@ -72,6 +72,13 @@ def test_what_is_stored_and_what_is_not(directory: Path) -> None:
     exact = mc.Llama.from_pretrained(directory).get_submodule("model.layers.0.self_attn.q_proj").weight
     error = (layer.weight_as(torch.float32) - exact).norm() / exact.norm()
     assert 0.02 < error < 0.12
+
+
+def test_parameters_are_counted_whatever_stores_them(directory: Path) -> None:
+    """Those in 4 bits are buffers; `train` recomputes the layers of a large model by this count."""
+    plain = mc.Llama.from_pretrained(directory)
+    packed = mc.Llama.from_pretrained(directory, load_in_4bit=True)
+    assert count_parameters(packed) == count_parameters(plain) == sum(p.numel() for p in plain.parameters())
 
 
 def test_no_unpacked_weight_is_kept_for_the_backward(directory: Path) -> None:

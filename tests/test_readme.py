@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -41,3 +42,9 @@ def test_links_lead_somewhere(document: str) -> None:
     links = re.findall(r"\]\((?!https?:)([^)#\s]+)", text)
     missing = [link for link in links if not (ROOT / document).parent.joinpath(link).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("document", [str(p.relative_to(ROOT)) for p in ROOT.rglob("*.md") if ".venv" not in p.parts])
+def test_modules_that_are_to_be_run_exist(document: str) -> None:
+    named = re.findall(r"python -m (minichunk(?:\.\w+)*)", (ROOT / document).read_text())
+    assert not [name for name in named if importlib.util.find_spec(name) is None]

@@ -319,6 +319,8 @@ def test_same_seed_same_bits() -> None:
         ({"chunk_size": 9, "fill_size": 8}, "fill_size is 8, but must be at least the chunk size, 9"),
         ({"input_ids": torch.zeros(0, 2, dtype=torch.int64)}, "must be int64"),
         ({"num_targets": 0}, "num_targets is 0"),
+        ({"recompute": "al"}, "recompute is 'al', but must be False, True or 'all'"),
+        ({"recompute": 1}, "recompute is 1, but must be"),
     ],
 )
 def test_wrong_arguments_are_named(change: dict[str, object], words: str) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from ..memory.attention import BLOCK
 from .setting import CHUNKED, Setting
-from .step import Memory, step_memory
+from .step import StepBytes, step_memory
 
 BATCH = 2 * torch.int64.itemsize  # bytes per token: input_ids and targets
 
@@ -24,25 +24,25 @@ class Forecast:
     """
 
     setting: Setting
-    at_base: Memory
+    at_base: StepBytes
     base: int
     per_token: float
     host_per_token: float = 0.0
 
-    def at(self, tokens: int) -> Memory:
+    def at(self, tokens: int) -> StepBytes:
         if tokens < self.base:
             return step_memory(self.setting, tokens)
         m = self.at_base
         if self.setting.method not in CHUNKED:
             more = tokens - self.base
             peak, host = m.peak + round(more * self.per_token), m.host + round(more * self.host_per_token)
-            return Memory(peak, m.weights, m.adapter_and_optimizer, 0, 0, m.chunk + peak - m.peak, host)
+            return StepBytes(peak, m.weights, m.adapter_and_optimizer, 0, 0, m.chunk + peak - m.peak, host)
         cache, grads = self._cache(tokens)
         batch = (tokens - self.base) * BATCH
         if self.setting.offload:
-            return Memory(m.peak + batch, m.weights, m.adapter_and_optimizer, 0, 0, m.chunk + batch, cache + grads)
+            return StepBytes(m.peak + batch, m.weights, m.adapter_and_optimizer, 0, 0, m.chunk + batch, cache + grads)
         fixed = m.weights + m.adapter_and_optimizer + m.chunk + batch
-        return Memory(fixed + cache + grads, m.weights, m.adapter_and_optimizer, cache, grads, m.chunk + batch)
+        return StepBytes(fixed + cache + grads, m.weights, m.adapter_and_optimizer, cache, grads, m.chunk + batch)
 
     def _cache(self, tokens: int) -> tuple[int, int]:
         size, num_chunks = self.setting.chunk_size, -(-tokens // self.setting.chunk_size)
@@ -59,7 +59,7 @@ class Forecast:
             found = self.at(num_chunks * chunk_size)
             return found.peak <= available and (host is None or found.host <= host)
 
-        low, high = 0, self.base // chunk_size  # low fits, high does not
+        low, high = 0, max(1, self.base // chunk_size)  # low fits; high is doubled until it does not
         while fits(high):
             low, high = high, 2 * high
         while high - low > 1:

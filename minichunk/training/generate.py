@@ -84,10 +84,12 @@ def continue_text(
     check_least({"max_new_tokens": (max_new_tokens, 1), "temperature": (temperature, 0), "seed": (seed, 0)})
     if seed >= 2**32:
         raise InputError(f"--seed is {seed}, but must be below 2^32")
+    if not prompt:
+        raise InputError("the prompt is empty: give the beginning of a text")
+    if not 0 < top_p <= 1:
+        raise InputError(f"--top-p is {top_p}, but must be such that 0 < top_p <= 1")
     llama, tokenizer = load_as_told(model, adapter, dtype, device, load_in_4bit)
     ids = tokenizer.encode(prompt).ids
-    if not ids:
-        raise InputError("the prompt is empty: give the beginning of a text")
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.tensor([ids], device=llama.model.norm.weight.device)
     out = generate(llama, input_ids, max_new_tokens, temperature=temperature, top_p=top_p, generator=generator)

@@ -26,6 +26,7 @@ from ..full import full
 from ..models.adapter_files import save_adapter
 from ..models.llama import Llama
 from ..models.lora import add_lora
+from ..models.quantize import count_parameters
 from ..seco import seco
 from ..spaco import spaco
 from .evaluate import Span, loss_by_position, spans_for
@@ -70,8 +71,9 @@ def _train(options: TrainOptions, resumed: Run | None, before: list[Span] | None
     training, validation, line = load_data(options, model, tokenizer)
     run = resumed or Run.new(options.output)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    recompute = options.recompute_attention or total >= LARGE if options.recompute is None else options.recompute
+    total = count_parameters(model)
+    large = options.recompute_attention or total >= LARGE
+    recompute = large if options.recompute is None else options.recompute
     options = replace(options, output=str(run.directory), recompute=recompute)
     say(f"model   {options.model}: {total:,} parameters, {trainable:,} of them trained, {options.dtype}")
     say(f"data    {line}")
