@@ -148,7 +148,7 @@ def make_gradient(options: TrainOptions) -> Callable[[Llama, Tensor, Tensor, int
     def gradient(
         model: Llama, input_ids: Tensor, labels: Tensor, num_targets: int, generator: torch.Generator
     ) -> Tensor:
-        arguments: dict[str, Any] = {"num_targets": num_targets, "recompute": options.recompute}
+        arguments: dict[str, Any] = {"num_targets": num_targets, "recompute": bool(options.recompute)}
         if options.method == "full":
             return full(model, input_ids, labels, **arguments)
         grad_dtype = DTYPES[options.cache_grad_dtype] if options.cache_grad_dtype else None
