@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,11 @@ _INDEX = "model.safetensors.index.json"
 
 def checkpoint_bytes(directory: Path) -> int:
     """Size of the files that hold the tensors. Raises InputError if there are none."""
-    return sum(path.stat().st_size for path in _find_tensors(directory) if path.is_file())
+    return _size(_find_tensors(directory))
+
+
+def _size(files: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def read_checkpoint(
@@ -30,7 +34,8 @@ def read_checkpoint(
     shapes: what the model needs, by name. tied: names of copies of those, which may be there too and are not read.
     Raises InputError, naming the file and the tensor, for one that is missing, unknown or of another shape.
     """
-    names_by_file, size = _find_tensors(directory), checkpoint_bytes(directory)
+    names_by_file = _find_tensors(directory)
+    size = _size(names_by_file)
     bar = tqdm(total=size, desc=f"load {directory.name}", unit="B", unit_scale=True, leave=False, disable=size < 10**9)
     found: set[str] = set()
     for path, names in names_by_file.items():

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -16,8 +15,6 @@ from ..files.room import check_room
 from .lora import adapters
 from .quantize import Linear4bit, check_bitsandbytes, is_in_4bit, is_stored_in_4bit
 from .stack import Stack
-
-S = TypeVar("S", bound=Stack)
 
 
 class Pretrained(Stack):
@@ -37,51 +34,52 @@ class Pretrained(Stack):
 
         dtype: of all parameters; None takes that of the first tensor in the files.
         load_in_4bit: store the linear layers' weights in 4 bits, for LoRA; see quantize.py. Raises InputError.
+        Tensor by tensor onto the device: the host holds one at a time.
         """
-        return load_pretrained(lambda c: cls(cls.config_class.from_dict(c)), directory, dtype, device, load_in_4bit)
+        if load_in_4bit:
+            check_bitsandbytes()
+        directory = Path(directory)
+        if not directory.is_dir():
+            raise InputError(f"{directory} is not a directory with a Hugging Face checkpoint")
+        config_path = directory / "config.json"
+        config = read_json(config_path)
+        try:
+            with torch.device("meta"):  # shapes without memory
+                model = cls(cls.config_class.from_dict(config))
+        except InputError as error:
+            raise InputError(f"{config_path}: {error}" if str(error).startswith("config:") else str(error)) from None
+        wanted = dict(model.named_parameters())  # a tied LM head is named once, as the embedding
+        size = checkpoint_bytes(directory)
+        wide = sum(p.numel() for p in wanted.values()) * dtype.itemsize if dtype is not None else size
+        ways = [] if dtype is not None and dtype.itemsize == 2 else ["--dtype bfloat16"]
+        ways += [] if load_in_4bit else ["--load-in-4bit"]
+        advice = "take " + ", ".join([*ways, "a smaller model"]) + ", or free memory"
+        check_room(str(directory), wide * 0.3 if load_in_4bit else wide, torch.device(device), advice)
+        tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - wanted.keys()
+        shapes = {name: p.shape for name, p in wanted.items()}
+        for name, tensor in read_checkpoint(directory, shapes, tied, device):
+            dtype = dtype or tensor.dtype  # one for all: the memory has the model's
+            _assign(model, name, tensor.to(dtype), load_in_4bit)
+        model.tie_weights()
+        return model
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`. Raises InputError for an unmerged adapter."""
-        save_pretrained(self, directory)
-
-
-def load_pretrained(
-    build: Callable[[dict[str, Any]], S],
-    directory: str | Path,
-    dtype: torch.dtype | None,
-    device: str | torch.device,
-    load_in_4bit: bool,
-) -> S:
-    """The model that `build` makes of the directory's config.json, with the directory's weights.
-
-    The other arguments are those of `Llama.from_pretrained`. Tensor by tensor: the host holds one at a time.
-    """
-    if load_in_4bit:
-        check_bitsandbytes()
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise InputError(f"{directory} is not a directory with a Hugging Face checkpoint")
-    config_path = directory / "config.json"
-    config = read_json(config_path)
-    try:
-        with torch.device("meta"):  # shapes without memory
-            model = build(config)
-    except InputError as error:
-        raise InputError(f"{config_path}: {error}" if str(error).startswith("config:") else str(error)) from None
-    wanted = dict(model.named_parameters())  # a tied LM head is named once, as the embedding
-    size = checkpoint_bytes(directory)
-    wide = sum(p.numel() for p in wanted.values()) * dtype.itemsize if dtype is not None else size
-    ways = [] if dtype is not None and dtype.itemsize == 2 else ["--dtype bfloat16"]
-    ways += [] if load_in_4bit else ["--load-in-4bit"]
-    advice = "take " + ", ".join([*ways, "a smaller model"]) + ", or free memory"
-    check_room(str(directory), wide * 0.3 if load_in_4bit else wide, torch.device(device), advice)
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - wanted.keys()
-    shapes = {name: p.shape for name, p in wanted.items()}
-    for name, tensor in read_checkpoint(directory, shapes, tied, device):
-        dtype = dtype or tensor.dtype  # one for all: the memory has the model's
-        _assign(model, name, tensor.to(dtype), load_in_4bit)
-    model.tie_weights()
-    return model
+        """Write `config.json` and `model.safetensors`. Raises InputError for an adapter or a 4-bit base."""
+        if adapters(self):
+            raise InputError(
+                "the model has an unmerged LoRA adapter: call merge_lora(model) first to fold it in, "
+                "or save_adapter(model, directory) to save it alone"
+            )
+        if is_in_4bit(self):
+            raise InputError("a model in 4 bits is not written: load it without load_in_4bit first")
+        if self.config_class.from_dict(self.config.to_dict()) != self.config:
+            raise InputError(
+                f"no config.json describes this model: a {self.config.model_type} implies other biases or q/k norms "
+                "than its config has; choose the model_type that has them"
+            )
+        tensors = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
+        write_checkpoint(directory, {**self.config.to_dict(), "torch_dtype": dtype}, tensors)
 
 
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor, load_in_4bit: bool) -> None:
@@ -92,23 +90,3 @@ def _assign(model: nn.Module, name: str, tensor: torch.Tensor, load_in_4bit: boo
         setattr(model.get_submodule(parent), own_name, Linear4bit(tensor, module.bias))
     else:
         setattr(module, child, nn.Parameter(tensor, requires_grad=not isinstance(module, Linear4bit)))
-
-
-def save_pretrained(model: Stack, directory: str | Path) -> None:
-    """Write `config.json` and `model.safetensors`. Raises InputError for an adapter or a 4-bit base."""
-    if adapters(model):
-        raise InputError(
-            "the model has an unmerged LoRA adapter: call merge_lora(model) first to fold it in, "
-            "or save_adapter(model, directory) to save it alone"
-        )
-    if is_in_4bit(model):
-        raise InputError("a model in 4 bits is not written: load it without load_in_4bit first")
-    config: Any = model.config
-    if type(config).from_dict(config.to_dict()) != config:
-        raise InputError(
-            f"no config.json describes this model: a {config.model_type} implies other biases or q/k norms "
-            "than its config has; choose the model_type that has them"
-        )
-    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    write_checkpoint(directory, {**config.to_dict(), "torch_dtype": dtype}, tensors)
