@@ -6,6 +6,8 @@ from .models.adapter_files import load_adapter, save_adapter
 from .models.config import LlamaConfig
 from .models.llama import Llama
 from .models.lora import add_lora, merge_lora
+from .models.ssm import StateSpace
+from .models.ssm_config import StateSpaceConfig
 from .samplers import Bernoulli, FixedBudget, PaperBudget, Weight
 from .seco import seco
 from .spaco import spaco
@@ -19,6 +21,8 @@ __all__ = [
     "Llama",
     "LlamaConfig",
     "PaperBudget",
+    "StateSpace",
+    "StateSpaceConfig",
     "Weight",
     "add_lora",
     "full",

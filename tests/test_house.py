@@ -15,7 +15,10 @@ PACKAGE = Path(minichunk.__file__).parent
 WINGS = ("", "files", "memory", "models", "training", "costs", "porting", "command")
 DOORS = ("__init__.py", "__main__.py")  # what the package offers, made of all of it
 # The algorithm and what it stands on.
-CORE = ("*.py", "memory/*.py", "models/stack.py", "models/llama.py", "models/rope.py", "models/config.py")
+CORE = (
+    "*.py", "memory/*.py", "models/stack.py", "models/decoder.py", "models/llama.py", "models/ssm.py", "models/rope.py",
+    "models/config.py", "models/ssm_config.py",
+)  # fmt: skip
 BESIDE = ("tiny.py", "memory/kernels.py", "memory/offload.py")  # the idea by itself; speed, to be read later
 
 NO_CODE = (

@@ -30,6 +30,7 @@ from ..training.report import peak_memory
 from .baselines import concatenating, tiled_full, transformers_llama
 from .count import CountBytes
 from .operations import operations, peak_operations
+from .products import Float32Products
 
 METHODS = (
     "full", "full-recompute", "full-recompute-tiled", "full-recompute-offload", "transformers", "seco", "spaco",
@@ -78,6 +79,7 @@ def measure(case: Case) -> dict[str, Any]:
     if case.memory_cap is not None and device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, case.memory_cap / total), device)
+    by_float32 = Float32Products() if Float32Products.needed(DTYPES[case.dtype], device) else None
     try:
         torch.manual_seed(0)
         model = _model(case)
@@ -85,7 +87,8 @@ def measure(case: Case) -> dict[str, Any]:
         ids = torch.randint(shape(case.model).vocab_size, (1, case.tokens), generator=torch.Generator().manual_seed(0))
         ids = ids.to(device)
         warm_up = ids[:, : min(case.tokens, 2 * min(case.chunk_size, 64))]
-        run(warm_up)
+        with by_float32 or nullcontext():
+            run(warm_up)
         model.zero_grad(set_to_none=True)
         _synchronize(device)
         before = peak_memory(device)
@@ -97,7 +100,7 @@ def measure(case: Case) -> dict[str, Any]:
             return {"seconds": step, "extrapolated": True, "parts": parts, "peak_bytes": peak_memory(device)}
         counted = CountBytes() if case.count else None
         began = time.perf_counter()
-        with counted or nullcontext():
+        with by_float32 or nullcontext(), counted or nullcontext():
             if counted is not None:
                 counted.add(*model.parameters(), *model.buffers(), ids)
             loss = run(ids)
@@ -111,6 +114,8 @@ def measure(case: Case) -> dict[str, Any]:
         "start_bytes": before,
         "loss": float(loss),
     }
+    if by_float32 is not None:
+        sample["half_precision_products"] = "in float32, rounded"
     if counted is not None:
         sample["counted_bytes"] = counted.peak
     if (done := _operations(case, model)) is not None:

@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ..chunks import Chunk
-from ..protocol import Written
+from ..protocol import Options, Written
+
+
+@dataclass
+class Extent:
+    """What a layer is told that makes a memory of its own.
+
+    Room for `batch` sequences of up to `capacity` positions, and for the gradients of the kept chunks alone.
+    like: a tensor of the model's dtype, on its device.
+    """
+
+    batch: int
+    capacity: int
+    kept: Sequence[Chunk]
+    options: Options
+    like: Tensor
+    _common: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def wide_dtype(self) -> torch.dtype:
+        """The model's, or float32 where that is wider."""
+        return torch.promote_types(self.like.dtype, torch.float32)
+
+    def common(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What layers of the same kind share: the first one to ask makes it."""
+        if key not in self._common:
+            self._common[key] = make()
+        return self._common[key]
 
 
 class LayerMemory(Protocol):

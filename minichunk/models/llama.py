@@ -6,31 +6,16 @@ E hidden size, V vocabulary. Parameter names are Hugging Face's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..chunks import Chunk
 from ..memory.attention import Past
 from ..memory.cache import LayerCache
-from ..memory.layers import LayerMemories, LayerMemory
+from ..memory.layers import Extent, LayerMemory
 from ..memory.offload import OffloadedLayer, Stage
-from ..protocol import DEFAULTS, Options
 from .config import LlamaConfig
-from .pretrained import Pretrained
+from .decoder import Decoder, RMSNorm
 from .rope import Rope, rope_tables, rotate
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -38,7 +23,7 @@ class Attention(nn.Module):
         super().__init__()
         E, D = config.hidden_size, config.head_dim
         H, G = config.num_attention_heads, config.num_key_value_heads
-        self.head_dim = D
+        self.head_dim, self.groups = D, G
         self.q_proj = nn.Linear(E, H * D, bias=config.attention_bias)
         self.k_proj = nn.Linear(E, G * D, bias=config.attention_bias)
         self.v_proj = nn.Linear(E, G * D, bias=config.attention_bias)
@@ -101,18 +86,17 @@ class Layer(nn.Module):
         """What `forward` writes, and no more."""
         return self.self_attn.keys_values(self.input_layernorm(x), rope)
 
+    def new_memory(self, extent: Extent) -> LayerMemory:
+        """For keys and values, and the gradients that are sent back to them."""
+        B, G, D, kept = extent.batch, self.self_attn.groups, self.self_attn.head_dim, extent.kept
+        grad_dtype = extent.options.cache_grad_dtype or extent.wide_dtype
+        if extent.options.offload:
+            stage = extent.common(Stage, lambda: Stage((2, B, G, D), extent.like, grad_dtype))
+            return OffloadedLayer(stage, extent.capacity, kept)
+        return LayerCache((B, G, extent.capacity, D), kept, extent.like, grad_dtype)
 
-class Decoder(nn.Module):
-    """Everything but the LM head; the name and its parts' names are Hugging Face's."""
 
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-
-class Llama(Pretrained):
+class Llama(Decoder):
     """A decoder-only transformer: Llama 1-3, Mistral without a window, Qwen2, Qwen3.
 
     `Llama(config)` has random weights; `Llama.from_pretrained(directory)` has trained ones.
@@ -122,48 +106,7 @@ class Llama(Pretrained):
     config_class = LlamaConfig
 
     def __init__(self, config: LlamaConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.model = Decoder(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        for parameter in self.parameters():
-            if parameter.ndim == 2:
-                nn.init.normal_(parameter, std=0.02)
-        for name, parameter in self.named_parameters():
-            if name.endswith(".bias"):
-                nn.init.zeros_(parameter)
-        self.tie_weights()
-
-    def tie_weights(self) -> None:
-        """Let embedding and LM head be one parameter, where the config says so."""
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
-
-    @property
-    def embedding(self) -> nn.Embedding:
-        return self.model.embed_tokens
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        return self.model.layers
-
-    @property
-    def norm(self) -> RMSNorm:
-        return self.model.norm
+        super().__init__(config, (Layer(config) for _ in range(config.num_hidden_layers)))
 
     def shared(self, x: Tensor, start: int) -> tuple[Rope]:
         return (rope_tables(self.config, start, start + x.shape[1], x),)
-
-    def new_memory(
-        self, batch: int, capacity: int, kept: Sequence[Chunk] = (), options: Options = DEFAULTS
-    ) -> LayerMemories:
-        """Keys and values for `batch` sequences of up to `capacity` positions, and gradients for the kept chunks."""
-        G, D, like = self.config.num_key_value_heads, self.config.head_dim, self.norm.weight
-        grad_dtype = options.cache_grad_dtype or torch.promote_types(like.dtype, torch.float32)
-        layers: list[LayerMemory]
-        if options.offload:
-            stage = Stage((2, batch, G, D), like, grad_dtype)
-            layers = [OffloadedLayer(stage, capacity, kept) for _ in self.layers]
-        else:
-            layers = [LayerCache((batch, G, capacity, D), kept, like, grad_dtype) for _ in self.layers]
-        return LayerMemories(layers, kept)

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..chunks import Chunk, cut, span
-from ..memory.layers import LayerMemories
+from ..memory.layers import Extent, LayerMemories
 from ..protocol import DEFAULTS, Options, Written
 from .dropout import DropoutMasks
 
 
 class Stack(nn.Module):
-    """A `protocol.Model`, but for `new_memory`: embedding, layers, norm, LM head.
+    """A `protocol.Model`: embedding, layers, norm, LM head. The layers may be of different kinds.
 
     A layer is called as `layer(x, past, *shared)` with x (B, T, E) and returns the next x and what it writes;
     `layer.writes(x, past, *shared)` returns the latter alone. `past` is what it sees of its memory (None: it runs
-    the whole sequence at once), `shared` what all layers get.
+    the whole sequence at once), `shared` what all layers get. `layer.new_memory(extent)` makes that memory.
     """
 
     config: Any  # with `to_dict` and `from_dict`, in the terms of config.json
@@ -50,7 +50,9 @@ class Stack(nn.Module):
         self, batch: int, capacity: int, kept: Sequence[Chunk] = (), options: Options = DEFAULTS
     ) -> LayerMemories:
         """See protocol.Model."""
-        raise NotImplementedError
+        extent = Extent(batch, capacity, kept, options, next(self.norm.parameters()))
+        layers: Any = self.layers
+        return LayerMemories([layer.new_memory(extent) for layer in layers], kept)
 
     def dropout_seed(self) -> int | None:
         """See protocol.Model."""

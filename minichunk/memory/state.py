@@ -1,0 +1,118 @@
+"""States: what chunks hand on in recurrent layers, and the adjoints that come back.
+
+Where keys and values stay to be read by all later chunks, a state is read by the next one, which hands on a state of
+its own. So what is sent back to a state, the loss's derivative by it, is the adjoint state of adjoint sharding
+(arXiv 2501.00692), and a memory of one state per chunk is all that grows with the length.
+
+Part of a state passes through a chunk as it is, decayed by a factor that the fill knows. The adjoint passes back by
+the same factor, whatever else the chunk does with the state: so the memory carries this part itself, and a chunk that
+is run again leaves it out. For SeCO it is all the same. For SpaCO the far past is no longer at the mercy of a coin
+for every chunk on the way.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..chunks import Chunk
+from .layers import Extent
+from .scan import scan
+
+
+class Before(NamedTuple):
+    """What a recurrent layer sees of its memory: what was handed on to these chunks, and how long each of them is."""
+
+    states: tuple[Tensor, ...]
+    lengths: Sequence[int]
+
+
+def scan_chunks(
+    x: Tensor, log_a: Tensor, b: Tensor, c: Tensor, h: Tensor, lengths: Sequence[int]
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """`scan` over adjacent chunks: y, and for each chunk the state after it and what is left in it of the one before.
+
+    The state's gradient does not pass through a chunk by that decay: the memory carries it.
+    """
+    outputs, written = [], []
+    parts = (z.split(list(lengths), dim=-2) for z in (x, log_a, b, c))
+    for x, log_a, b, c in zip(*parts, strict=True):
+        y, end = scan(x, log_a, b, c, h)
+        decay = log_a.detach().sum(-2, keepdim=True).exp()  # (…, 1, N)
+        outputs.append(y)
+        written.append((end - decay * (h - h.detach()), decay))
+        h = end
+    return torch.cat(outputs, dim=-2), written
+
+
+class Handed:
+    """One tensor that chunks hand on: where kept chunks begin, and its gradient on the way back through all of them.
+
+    zero: before position 0. decay: a tensor of the shape of the decays, which broadcast against it.
+    With `offload` it waits in host memory; the layer gets it on its own device.
+    """
+
+    def __init__(self, zero: Tensor, decay: Tensor, extent: Extent) -> None:
+        # Where it will be asked for: where kept chunks begin, the last one too, which receives nothing.
+        self.starts = sorted({extent.capacity, *(chunk.start for chunk in extent.kept)})
+        self.rows = {start: row for row, start in enumerate(self.starts)}
+        self.end, self.last = 0, zero  # what the last chunk that was written has handed on
+        offload, shape = extent.options.offload, (len(self.rows), *zero.shape)
+        home = torch.device("cpu") if offload else zero.device
+        self.states = zero.new_empty(shape, device=home, pin_memory=offload and zero.is_cuda)
+        self.states[self.rows.get(0, slice(0))] = 0  # the first chunk has no other before it
+        self.through = decay.new_ones((len(self.rows), *decay.shape))  # a kept chunk
+        self.skipped = decay.new_ones((len(self.rows), *decay.shape))  # all chunks from a kept one to the next
+        self.read: dict[int, Tensor] = {}  # leaves, by row: autograd adds up in `.grad` what is sent back
+        self.adjoint = zero
+
+    def before(self, start: int) -> Tensor:
+        row = self.rows.get(start)
+        h = self.last if row is None or start == self.end else self.states[row].to(self.last.device, non_blocking=True)
+        h = h.detach()
+        if row and torch.is_grad_enabled():  # not the first row: there is a kept chunk before it
+            self.read[row] = h.requires_grad_()
+        return h
+
+    def write(self, chunk: Chunk, value: Tensor, decay: Tensor) -> None:
+        row = bisect_right(self.starts, chunk.start) - 1
+        if row >= 0:
+            (self.through if self.starts[row] == chunk.start else self.skipped)[row] *= decay
+        self.end, self.last = chunk.stop, value
+        if chunk.stop in self.rows:
+            self.states[self.rows[chunk.stop]].copy_(value, non_blocking=True)
+
+    def received(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        row = self.rows[chunk.start]
+        sent = self.read.pop(row + 1, None)
+        adjoint = self.adjoint if sent is None or sent.grad is None else self.adjoint + sent.grad
+        adjoint = adjoint * self.skipped[row]
+        self.adjoint = adjoint * self.through[row]
+        return adjoint, torch.zeros_like(self.through[row])
+
+
+class LayerState:
+    """A recurrent layer's memory: all that one chunk hands on to the next. See layers.LayerMemory.
+
+    What is written are, for each chunk, pairs of a tensor and its decay.
+    """
+
+    def __init__(self, handed: Sequence[Handed]) -> None:
+        self.handed = handed
+
+    def past(self, chunks: Sequence[Chunk], keep: bool) -> Before:
+        lengths = [stop - start for start, stop in chunks]
+        return Before(tuple(part.before(chunks[0].start) for part in self.handed), lengths)
+
+    def write(self, chunks: Sequence[Chunk], written: tuple[Tensor, ...]) -> None:
+        pairs = iter(zip(written[::2], written[1::2], strict=True))
+        for chunk in chunks:
+            for part in self.handed:
+                part.write(chunk, *next(pairs))
+
+    def received(self, chunk: Chunk) -> tuple[Tensor, ...]:
+        return tuple(tensor for part in self.handed for tensor in part.received(chunk))

@@ -1,0 +1,36 @@
+"""Which model a checkpoint is: its config.json's `model_type` says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import InputError
+from ..files.atomic import read_json
+from .llama import Llama
+from .pretrained import Pretrained
+from .ssm import StateSpace
+from .ssm_config import MODEL_TYPE as STATE_SPACE
+
+OTHERS: dict[str, type[Pretrained]] = {STATE_SPACE: StateSpace}
+
+
+def model_class(config: dict[str, Any]) -> type[Pretrained]:
+    """The class of a parsed config.json; a Llama, which says what it does not know, unless it is another's."""
+    return OTHERS.get(str(config.get("model_type")), Llama)
+
+
+def load_model(
+    directory: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    load_in_4bit: bool = False,
+) -> Pretrained:
+    """As `from_pretrained` of the checkpoint's own class, see there. Raises InputError."""
+    path = Path(directory) / "config.json"
+    if Path(directory).is_dir() and not path.is_file():
+        raise InputError(f"{directory} has no config.json: it is not a Hugging Face checkpoint")
+    kind = model_class(read_json(path)) if path.is_file() else Llama
+    return kind.from_pretrained(directory, dtype, device, load_in_4bit)
