@@ -17,7 +17,7 @@ DOORS = ("__init__.py", "__main__.py")  # what the package offers, made of all o
 # The algorithm and what it stands on.
 CORE = (
     "*.py", "memory/*.py", "models/stack.py", "models/decoder.py", "models/llama.py", "models/ssm.py", "models/rope.py",
-    "models/config.py", "models/ssm_config.py",
+    "models/config.py",
 )  # fmt: skip
 BESIDE = ("tiny.py", "memory/kernels.py", "memory/offload.py")  # the idea by itself; speed, to be read later
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import InputError
+from .config_fields import check_present, end_tokens, number
 
 # What each supported model_type implies where its config.json is silent.
 _FAMILIES: dict[str, dict[str, Any]] = {
@@ -33,26 +34,20 @@ def read_config(hugging_face_config: dict[str, Any]) -> dict[str, Any]:
             f"config: model_type {model_type!r} is not supported; supported are {', '.join(sorted(_FAMILIES))}"
         )
     family = _FAMILIES[model_type]
-    missing = [name for name in SIZES if c.get(name) is None]
-    if missing:
-        raise InputError(f"config: the field {missing[0]} is missing")
+    check_present(c, SIZES)
     for name in SIZES:
-        _number(c, name)
+        number(c, name)
     _refuse_what_we_do_not_compute(c)
     theta, scaling = _rope(c)
     bias = bool(c.get("attention_bias", False))
     heads = c["num_attention_heads"]
     head_dim = c.get("head_dim") or family.get("head_dim") or c["hidden_size"] // heads
-    ends = c.get("eos_token_id")
-    ends = tuple(ends) if isinstance(ends, list) else ends
-    if not all(isinstance(end, int) for end in (ends if isinstance(ends, tuple) else (ends or 0,))):
-        raise InputError(f"config: eos_token_id is {ends!r}, but must be a token id, a list of them, or null")
     return dict(
         **{name: c[name] for name in SIZES},
         num_key_value_heads=c.get("num_key_value_heads") or heads,
         head_dim=head_dim,
         max_position_embeddings=c.get("max_position_embeddings", 2048),
-        rms_norm_eps=_number(c, "rms_norm_eps", 1e-6),
+        rms_norm_eps=number(c, "rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
         tie_word_embeddings=bool(c.get("tie_word_embeddings", False)),
@@ -62,7 +57,7 @@ def read_config(hugging_face_config: dict[str, Any]) -> dict[str, Any]:
         qk_norm=family.get("qk_norm", False),
         model_type=model_type,
         bos_token_id=c.get("bos_token_id"),
-        eos_token_id=ends,
+        eos_token_id=end_tokens(c),
     )
 
 
@@ -112,7 +107,7 @@ def _rope(c: dict[str, Any]) -> tuple[float, dict[str, float] | None]:
     rope = c.get(field) or {}
     if not isinstance(rope, dict):
         raise InputError(f"config: {field} is {rope!r}, but must be an object or null")
-    theta = _number(rope, "rope_theta", _number(c, "rope_theta", 10000.0))
+    theta = number(rope, "rope_theta", number(c, "rope_theta", 10000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None
@@ -120,15 +115,7 @@ def _rope(c: dict[str, Any]) -> tuple[float, dict[str, float] | None]:
         raise InputError(f"config: {field}.rope_type {kind!r} is not supported; supported are 'default' and 'llama3'")
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     for name in names:
-        _number(rope, name, where=f"{field}.")
+        number(rope, name, where=f"{field}.")
     if rope["high_freq_factor"] <= rope["low_freq_factor"]:
         raise InputError(f"config: {field}.high_freq_factor must be larger than {field}.low_freq_factor")
     return theta, {name: rope[name] for name in names}
-
-
-def _number(c: dict[str, Any], name: str, default: float | None = None, where: str = "") -> float:
-    """A field that must be a finite number above 0; absent: the default, if there is one."""
-    value = c.get(name, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-        raise InputError(f"config: {where}{name} is {value!r}, but must be a number above 0")
-    return float(value)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import InputError
+from ..files.config_fields import check_sizes, first_eos
 from ..files.config_json import SIZES, read_config, write_config
 
 
@@ -49,10 +50,7 @@ class LlamaConfig:
     eos_token_id: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in (*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"config: {name} is {value!r}, but must be a whole number of at least 1")
+        check_sizes(vars(self), (*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings"))
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(
                 f"config: num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -70,7 +68,7 @@ class LlamaConfig:
 
     def first_eos(self) -> int | None:
         """The end token that a written text gets, if there is any; a model may know several."""
-        return self.eos_token_id[0] if isinstance(self.eos_token_id, tuple) else self.eos_token_id
+        return first_eos(self.eos_token_id)
 
     def to_dict(self) -> dict[str, Any]:
         """The `config.json` that transformers 4 and 5 and `from_dict` read back to the same model."""

@@ -6,11 +6,13 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..errors import InputError
+from ..files.config_fields import check_model_type, check_present, check_sizes, end_tokens, first_eos, number
 from .config import LlamaConfig
 
 MODEL_TYPE = "state_space"
 KINDS = ("state", "full_attention")
 _SIZES = ("vocab_size", "hidden_size", "state_size", "num_hidden_layers", "max_position_embeddings")
+_NUMBERS = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0}
 _ATTENTION = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 
 
@@ -31,7 +33,7 @@ class StateSpaceConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = False
-    eos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
     intermediate_size: int | None = None
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
@@ -39,10 +41,7 @@ class StateSpaceConfig:
     rope_theta: float = 10000.0
 
     def __post_init__(self) -> None:
-        for name in _SIZES:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise InputError(f"config: {name} is {value!r}, but must be a whole number of at least 1")
+        check_sizes(vars(self), _SIZES)
         if not self.layer_types:
             object.__setattr__(self, "layer_types", ("state",) * self.num_hidden_layers)
         wrong = [kind for kind in self.layer_types if kind not in KINDS]
@@ -67,29 +66,21 @@ class StateSpaceConfig:
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> StateSpaceConfig:
         """From a parsed `config.json`. Raises InputError, naming the field."""
-        if config.get("model_type") != MODEL_TYPE:
-            raise InputError(f"config: model_type is {config.get('model_type')!r}, but must be {MODEL_TYPE!r}")
-        missing = [name for name in _SIZES[:-1] if config.get(name) is None]
-        if missing:
-            raise InputError(f"config: the field {missing[0]} is missing")
-        known: dict[str, Any] = {
-            field.name: config[field.name] for field in fields(cls) if config.get(field.name) is not None
-        }
-        unknown = config.keys() - {field.name for field in fields(cls)} - {"model_type", "torch_dtype", "dtype"}
+        check_model_type(config, MODEL_TYPE)
+        check_present(config, _SIZES[:-1])
+        names = {field.name for field in fields(cls)}
+        known: dict[str, Any] = {name: config[name] for name in names if config.get(name) is not None}
+        unknown = config.keys() - names - {"model_type", "torch_dtype", "dtype"}
         if unknown:
             raise InputError(f"config: the field {min(unknown)} is not one of a {MODEL_TYPE} model")
-        for name in ("rms_norm_eps", "rope_theta"):
-            value = known.get(name, 1.0)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-                raise InputError(f"config: {name} is {value!r}, but must be a number above 0")
-        if not isinstance(known.get("layer_types", []), list | tuple):
+        if not isinstance(known.get("layer_types", []), list):
             raise InputError(f"config: layer_types is {known['layer_types']!r}, but must be a list")
-        known["layer_types"] = tuple(known.get("layer_types", ()))
-        return cls(**known)
+        known |= {"layer_types": tuple(known.get("layer_types", ())), "eos_token_id": end_tokens(config)}
+        return cls(**known | {name: number(known, name, default) for name, default in _NUMBERS.items()})
 
     def first_eos(self) -> int | None:
         """The end token that a written text gets, if there is any."""
-        return self.eos_token_id
+        return first_eos(self.eos_token_id)
 
     def to_dict(self) -> dict[str, Any]:
         """The `config.json` that `from_dict` reads back."""
