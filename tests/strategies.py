@@ -20,6 +20,7 @@ from minichunk.models.config import Llama3Rope
 from minichunk.targets import IGNORE, shift
 
 VOCAB = 23
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def examples(count: int) -> settings:
@@ -86,8 +87,6 @@ def models(draw: st.DrawFn, lora: bool = True) -> mc.Llama:
     model = build(draw(configs()), draw(st.integers(0, 2**31)), draw(st.sampled_from([0.25, 1.0])))
     kind = draw(st.sampled_from(["all", "lora", "dropout"])) if lora else "all"
     if kind != "all":
-        from minichunk.models.lora import PROJECTIONS
-
         targets = draw(st.lists(st.sampled_from(PROJECTIONS), min_size=1, max_size=7, unique=True))
         dropout = 0.3 if kind == "dropout" else 0.0
         mc.add_lora(model, draw(st.integers(1, 3)), 4, targets, dropout)

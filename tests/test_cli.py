@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import NoReturn
 
@@ -37,6 +38,32 @@ def test_train_then_resume_then_generate(
     words = ["--model", str(model_directory), "--adapter", "runs/1/adapter", "--max-new-tokens", "5"]
     assert main(["generate", "It is", *words]) == 0
     assert capsys.readouterr().out.startswith("It is")
+
+
+@pytest.mark.parametrize("kinds", [(), ("state", "full_attention")], ids=["states", "hybrid"])
+def test_all_commands_take_a_state_space_model(
+    train: list[str], model_directory: Path, text: Path, tmp_path: Path, kinds: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    attention = {"intermediate_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+    config = mc.StateSpaceConfig(300, 8, 4, 2, kinds, max_position_embeddings=16, **attention)  # type: ignore[arg-type]
+    directory = tmp_path / "states"
+    mc.StateSpace(config).save_pretrained(directory)
+    shutil.copy(model_directory / "tokenizer.json", directory)
+    train = [*train, "--model", str(directory)]
+    assert main([*train, "--method", "spaco", "--budget", "2", "--offload"]) == 0
+    trained = json.loads((tmp_path / "runs/1/adapter/adapter_config.json").read_text())["target_modules"]
+    assert {"a_proj", "b_proj", "c_proj"} <= set(trained)
+    assert main([*train, "--rank", "0", "--output", "all"]) == 0
+    assert main(["train", "--resume", "--output", "all"]) == 0
+    adapted = ["--model", str(directory), "--adapter", "runs/1/adapter"]
+    for model in (adapted, ["--model", "all/model"]):
+        assert main(["evaluate", *model, "--data", str(text), "--seq-len", "40", "--chunk-size", "8"]) == 0
+        assert "nats per token" in capsys.readouterr().out
+        assert main(["generate", "It is", *model, "--max-new-tokens", "5"]) == 0
+        assert capsys.readouterr().out.startswith("It is")
+    assert main(["plan", "--model", str(directory), "--seq-len", "4096", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["breakdown"]["cache"] > 0
 
 
 @pytest.mark.parametrize(

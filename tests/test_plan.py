@@ -11,6 +11,7 @@ import torch
 
 import minichunk as mc
 from minichunk.batch import prepare
+from minichunk.chunks import cut
 from minichunk.command.main import main
 from minichunk.costs.alike import Trace, peak_of
 from minichunk.costs.baselines import tiled_full
@@ -21,7 +22,7 @@ from minichunk.costs.setting import CHUNKED, METHODS, Setting
 from minichunk.costs.step import count_step, optimizer_states, step_memory
 from minichunk.memory.kernels import kernel_for
 from minichunk.memory.layers import LayerMemories
-from minichunk.models.shapes import random_model
+from minichunk.models.shapes import memory_bytes, random_model
 from minichunk.samplers import most_kept
 
 from .strategies import tiny
@@ -46,7 +47,8 @@ def whole_step(setting: Setting, tokens: int) -> int:
         def new_memory(*arguments: object) -> LayerMemories:
             memory = make(*arguments)  # type: ignore[arg-type]
             for layer in memory.layers:
-                layer.kernel = kernel_for(setting.device, setting.dtype, 16)  # type: ignore[attr-defined]
+                if hasattr(layer, "kernel"):
+                    layer.kernel = kernel_for(setting.device, setting.dtype, 16)
             return memory
 
         model.new_memory = new_memory  # type: ignore[method-assign]
@@ -85,6 +87,39 @@ def test_forecast_is_the_peak_of_a_real_step(
 ) -> None:
     setting = Setting(directory, method, 64, 3, rank, dtype=dtype, recompute=recompute, device="cpu")
     assert step_memory(setting, 1024).peak == pytest.approx(whole_step(setting, 1024), rel=0.02)
+
+
+@pytest.fixture(scope="module", params=["state", "hybrid"])
+def state_space(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp(request.param)
+    kinds = ("state", "full_attention", "state") if request.param == "hybrid" else ("state",) * 6
+    attention = {"intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    config = mc.StateSpaceConfig(512, 64, 8, len(kinds), kinds, **attention)  # type: ignore[arg-type]
+    (path / "config.json").write_text(json.dumps(config.to_dict()))
+    return str(path)
+
+
+@pytest.mark.parametrize("method", ["seco", "spaco"])
+@pytest.mark.parametrize(("recompute", "offload"), [(True, True), (False, False)])
+def test_a_step_of_a_state_space_model_is_forecast(
+    state_space: str, method: str, recompute: bool, offload: bool
+) -> None:
+    """Also further on, where only the states at the ends of chunks are more; as counted in a real step."""
+    setting = Setting(state_space, method, 256, 3, 0, dtype=torch.float32, recompute=recompute, device="cpu")
+    setting = replace(setting, offload=offload)
+    found = step_memory(setting, 1024)
+    assert found.peak + found.host == pytest.approx(whole_step(setting, 1024), rel=0.02)
+    further = forecast(setting).at(3328)
+    assert further.peak + further.host == pytest.approx(whole_step(setting, 3328), rel=0.02)
+
+
+def test_what_a_state_remembers(tmp_path: Path) -> None:
+    """P · N numbers in float32 per chunk and layer, and a decay of N; a thousand times the length adds no gradients."""
+    config = mc.StateSpaceConfig(512, 64, 8, 3)
+    chunks = cut(6400, 64)
+    remembered, gradients = memory_bytes(config, torch.bfloat16, chunks)
+    assert (remembered, gradients) == (100 * 3 * (64 * 8 + 2 * 8) * 4, 0)
+    assert memory_bytes(config, torch.bfloat16, chunks[-4:])[0] == 4 * 3 * (64 * 8 + 2 * 8) * 4
 
 
 LAYERS = {  # every option of every method at least once

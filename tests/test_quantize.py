@@ -12,11 +12,11 @@ import minichunk as mc
 from minichunk.command.main import main
 from minichunk.costs.forecast import forecast
 from minichunk.costs.setting import Setting
-from minichunk.models.lora import PROJECTIONS, LoraLinear
+from minichunk.models.lora import LoraLinear
 from minichunk.models.quantize import Linear4bit, count_parameters
 
 from .rounding import exactly, outcome
-from .strategies import build, tiny
+from .strategies import PROJECTIONS, build, tiny
 
 pytest.importorskip("bitsandbytes")
 CONFIG = tiny(vocab_size=64, hidden_size=64, intermediate_size=96, head_dim=16, attention_bias=True, model_type="qwen2")

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import minichunk as mc
-from minichunk.chunks import Chunk
+from minichunk.chunks import Chunk, cut
 from minichunk.files import checkpoint as checkpoint_module
 from minichunk.files import room
 from minichunk.files.atomic import open_tensors
@@ -239,13 +239,14 @@ def test_the_host_memory_of_offload_is_checked_first(checkpoint: Path, monkeypat
     parts = [layer.keys, layer.values, layer.key_grads, layer.value_grads]
     needed = sum(x.nbytes for x in parts) * model.config.num_hidden_layers
     monkeypatch.setattr(room, "free_memory", lambda _: needed)
-    check_host_room(model, 3, 10, 6, None)
+    kept = [Chunk(0, 6), Chunk(10, 12)]
+    check_host_room(model, 3, kept, None)
     monkeypatch.setattr(room, "free_memory", lambda _: needed - 1)
     with pytest.raises(mc.InputError, match=r"--offload of 10 tokens in each of 3 .* take --cache-grad-dtype bfloat16"):
-        check_host_room(model, 3, 10, 6, None)
+        check_host_room(model, 3, kept, None)
     opened = TrainOptions(model=str(checkpoint), seq_len=18, chunk_size=4, method="spaco", budget=2, sampler="fixed")
-    assert opened.cached_positions() == (16, 4)
-    assert TrainOptions(seq_len=18, chunk_size=4).cached_positions() == (16, 16)
+    assert opened.most_kept() == [Chunk(12, 16), Chunk(16, 18)]
+    assert TrainOptions(seq_len=18, chunk_size=4).most_kept() == cut(18, 4)
 
 
 def test_a_random_checkpoint_in_shards_loads(tmp_path: Path) -> None:

@@ -33,7 +33,9 @@ def add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
     plan.add_argument("--sampler", default="bernoulli", help="spaco: bernoulli (counted with as many chunks as 99.9 %% "
                       "of the steps do not exceed), fixed or paper (default: bernoulli)")  # fmt: skip
     plan.add_argument("--rank", type=int, default=8, metavar="R", help="of LoRA; 0 trains all (default: 8)")
-    plan.add_argument("--targets", nargs="+", default=["q_proj", "v_proj"], help="of LoRA (default: q_proj v_proj)")
+    plan.add_argument(
+        "--targets", nargs="+", metavar="NAME", help="of LoRA (default: q_proj v_proj; without attention, all layers)"
+    )
     plan.add_argument("--dtype", default="bfloat16", help="of the model (default: bfloat16)")
     plan.add_argument("--cache-grad-dtype", help="of the cache's gradients (default: float32)")
     recompute = plan.add_mutually_exclusive_group()

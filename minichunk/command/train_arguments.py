@@ -76,7 +76,7 @@ def add_train(commands: argparse._SubParsersAction[Parser]) -> None:
     lora = train.add_argument_group("LoRA")
     lora.add_argument("--rank", type=int, metavar="R", help="of the adapter; 0 trains all parameters (default: 8)")
     lora.add_argument("--alpha", type=float, metavar="X", help="the update is alpha / rank · B A (default: 16)")
-    lora.add_argument("--targets", nargs="+", metavar="NAME", help="layers with an adapter (default: all seven)")
+    lora.add_argument("--targets", nargs="+", metavar="NAME", help="layers with an adapter (default: all linear ones)")
     lora.add_argument("--load-in-4bit", action="store_true", help="store the frozen base in 4 bits (bitsandbytes)")
     lora.add_argument("--dropout", type=float, metavar="X", help="on the adapter's input (default: 0)")
     run = train.add_argument_group("run")

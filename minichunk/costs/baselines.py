@@ -17,7 +17,7 @@ from torch import Tensor
 from ..batch import Batch
 from ..chunks import Chunk, cut
 from ..loss import summed_loss
-from ..memory.layers import LayerMemories
+from ..memory.layers import Held, LayerMemories
 from ..models.llama import Llama
 from ..models.stack import Stack
 from ..protocol import Options
@@ -40,6 +40,10 @@ class ConcatenatingLayer:
 
     def received(self, chunk: Chunk) -> tuple[Tensor, ...]:
         return tuple(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.chunks[chunk.start])
+
+    def tensors(self) -> Held:
+        leaves = [leaf for pair in self.chunks.values() for leaf in pair]
+        return Held(leaves, [leaf.grad for leaf in leaves if leaf.grad is not None])
 
 
 class ConcatenatingPast:

@@ -18,8 +18,8 @@ BATCH = 2 * torch.int64.itemsize  # bytes per token: input_ids and targets
 class Forecast:
     """The memory at any length: what a step of `base` tokens needs, and what a longer one has more.
 
-    Of a chunked step only the batch and the cache grow: keys and values of all chunks but the last, gradients for
-    all kept chunks but the last. Of the others the activations grow, evenly from `base` tokens on.
+    Of a chunked step only the batch and the memory grow: keys and values of all chunks but the last, gradients for
+    all kept chunks but the last, or states. Of the others the activations grow, evenly from `base` tokens on.
     per_token, host_per_token: that growth in bytes; SpaCO's without the gradients of more kept chunks.
     """
 
@@ -37,17 +37,12 @@ class Forecast:
             more = tokens - self.base
             peak, host = m.peak + round(more * self.per_token), m.host + round(more * self.host_per_token)
             return StepBytes(peak, m.weights, m.adapter_and_optimizer, 0, 0, m.chunk + peak - m.peak, host)
-        cache, grads = self._cache(tokens)
+        cache, grads = self.setting.memory_bytes(tokens)
         batch = (tokens - self.base) * BATCH
         if self.setting.offload:
             return StepBytes(m.peak + batch, m.weights, m.adapter_and_optimizer, 0, 0, m.chunk + batch, cache + grads)
         fixed = m.weights + m.adapter_and_optimizer + m.chunk + batch
         return StepBytes(fixed + cache + grads, m.weights, m.adapter_and_optimizer, cache, grads, m.chunk + batch)
-
-    def _cache(self, tokens: int) -> tuple[int, int]:
-        size, num_chunks = self.setting.chunk_size, -(-tokens // self.setting.chunk_size)
-        cache, grads = self.setting.bytes_per_position()
-        return cache * size * (num_chunks - 1), grads * size * max(0, self.setting.kept(num_chunks) - 1)
 
     def longest(self, available: int, chunk_size: int, host: int | None = None) -> int:
         """Tokens, in whole chunks, that fit into `available` bytes on the device and `host` bytes (None: any number).
@@ -80,6 +75,7 @@ def forecast(setting: Setting) -> Forecast:
         return Forecast(setting, first, base, per_token, host_per_token)
     num_chunks = max(BLOCK, setting.fill_size or 0) // size + 3  # a block, or a pass of the fill, on a longer past
     at_base = step_memory(setting, num_chunks * size)
-    cache, grads = setting.bytes_per_position()
-    grows = cache + (grads if setting.method == "seco" else 0)
-    return Forecast(setting, at_base, num_chunks * size, *((BATCH, grows) if setting.offload else (BATCH + grows, 0)))
+    base = num_chunks * size
+    (cache, grads), (more_cache, more_grads) = setting.memory_bytes(base), setting.memory_bytes(base + size)
+    grows = (more_cache - cache + (more_grads - grads if setting.method == "seco" else 0)) / size
+    return Forecast(setting, at_base, base, *((BATCH, grows) if setting.offload else (BATCH + grows, 0)))

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from ..batch import prepare
-from ..chunks import cut
+from ..chunks import Chunk, cut
 from ..full import full
 from ..loss import token_losses
+from ..models.auto import load_model
 from ..models.llama import Llama
 from ..models.lora import add_lora
-from ..models.shapes import cache_bytes, random_model, shape
+from ..models.pretrained import Pretrained
+from ..models.shapes import memory_bytes, random_model, shape
 from ..protocol import Options, Recompute
 from ..samplers import FixedBudget, Weight
 from ..seco import fill, new_memory, rebuild, seco
@@ -125,23 +127,24 @@ def measure(case: Case) -> dict[str, Any]:
             peak_operations(torch.cuda.get_device_name(device)) if ids.is_cuda else None
         )
     if case.method in ("seco", "spaco"):
-        sample["cache_bytes"] = _cache_bytes(case, model)
+        sample["cache_bytes"] = _cache_bytes(case)
     return sample
 
 
-def _model(case: Case) -> Llama:
+def _model(case: Case) -> Pretrained:
     """The weights of a checkpoint where there are any, else random ones."""
     if any(Path(case.model).glob("*.safetensors")):
-        model = Llama.from_pretrained(case.model, DTYPES[case.dtype], case.device)
+        model = load_model(case.model, DTYPES[case.dtype], case.device)
         if case.rank:
             add_lora(model, case.rank, 2 * case.rank)
         return model
     return random_model(case.model, DTYPES[case.dtype], case.rank, device=case.device)
 
 
-def _method(case: Case, model: Llama) -> Any:
+def _method(case: Case, model: Pretrained) -> Any:
     size = case.chunk_size
     if case.method == "transformers":
+        assert isinstance(model, Llama)
         theirs = transformers_llama(model)
         model.requires_grad_(False).to("meta")  # one copy of the weights is enough
 
@@ -176,27 +179,32 @@ def _entries(case: Case, tokens: int) -> list[Weight | None]:
     return FixedBudget(case.budget or num_chunks)(num_chunks, torch.Generator().manual_seed(case.seed))
 
 
-def _operations(case: Case, model: Llama) -> dict[str, float] | None:
+def _cut(case: Case) -> tuple[list[Chunk], list[Weight | None]]:
+    return cut(case.tokens, case.chunk_size), _entries(case, case.tokens)
+
+
+def _operations(case: Case, model: Pretrained) -> dict[str, float] | None:
     """Those of the step, where we know them."""
-    chunks = cut(case.tokens, case.chunk_size)
+    if not isinstance(model, Llama):
+        return None
     if case.method.startswith("full"):
         recompute: Recompute = "all" if case.method != "full" else False
         return operations(model, [], cut(case.tokens, case.tokens), recompute)
     if case.method in ("seco", "spaco"):
-        weights = _entries(case, case.tokens)
+        chunks, weights = _cut(case)
         kept = [chunk for chunk, weight in zip(chunks, weights, strict=True) if weight is not None]
         return operations(model, [chunk for chunk in chunks if chunk < kept[-1]], kept, case.recompute)
     return None
 
 
-def _cache_bytes(case: Case, model: Llama) -> int:
-    """Of the keys and values before the last chunk that is kept."""
-    kept = [i for i, weight in enumerate(_entries(case, case.tokens)) if weight is not None]
-    return kept[-1] * case.chunk_size * cache_bytes(model.config, model.norm.weight.dtype)[0]
+def _cache_bytes(case: Case) -> int:
+    """Of what is remembered of all that lies before the last chunk that is kept."""
+    kept = [chunk for chunk, weight in zip(*_cut(case), strict=True) if weight is not None]
+    return memory_bytes(shape(case.model), DTYPES[case.dtype], kept)[0]
 
 
 @torch.no_grad()
-def _forward(model: Llama, ids: Tensor, chunk_size: int) -> Tensor:
+def _forward(model: Pretrained, ids: Tensor, chunk_size: int) -> Tensor:
     """Inference: the loss of every chunk, over the cache."""
     memory = model.new_memory(*ids.shape)
     targets = shift(ids)
@@ -206,7 +214,7 @@ def _forward(model: Llama, ids: Tensor, chunk_size: int) -> Tensor:
     return total / (ids.shape[1] - 1)
 
 
-def measure_parts(case: Case, model: Llama, ids: Tensor) -> list[tuple[int, float]]:
+def measure_parts(case: Case, model: Pretrained, ids: Tensor) -> list[tuple[int, float]]:
     """Where a whole step would take too long: seconds of the fill, as (0, s), and of single chunks, as (stop, s).
 
     The chunks end at a quarter, a half, three quarters and the whole of the sequence; the last one relays nothing.

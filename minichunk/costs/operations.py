@@ -59,6 +59,7 @@ def _print_table(name: str, tokens: int, chunk_size: int = 512, rank: int = 8) -
     from ..models.shapes import random_model
 
     model = random_model(name, torch.bfloat16, rank, device="meta")
+    assert isinstance(model, Llama)
     chunks = cut(tokens, chunk_size)
     print(f"{name}, {tokens:,} tokens, chunk {chunk_size}, LoRA rank {rank} on q and v; 10^15 operations a step")
     print("| recompute | linear layers | attention | all |\n|---|---:|---:|---:|")

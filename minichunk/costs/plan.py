@@ -93,7 +93,7 @@ def run_plan(
     budget: int,
     sampler: str,
     rank: int,
-    targets: list[str],
+    targets: list[str] | None,
     dtype: str,
     cache_grad_dtype: str | None,
     no_recompute: bool,
@@ -116,7 +116,7 @@ def run_plan(
     check_least(least)
     check_4bit(load_in_4bit, rank)
     setting = Setting(
-        model, method, chunk_size, budget, rank, tuple(targets), DTYPES[dtype],
+        model, method, chunk_size, budget, rank, tuple(targets) if targets else None, DTYPES[dtype],
         DTYPES[cache_grad_dtype] if cache_grad_dtype else None, "all" if recompute_attention else not no_recompute,
         device=device,
         offload=offload, load_in_4bit=load_in_4bit, fill_size=fill_size, sampler=sampler,

@@ -21,7 +21,7 @@ from ..full import full
 from ..memory.attention import BLOCK, attend
 from ..memory.cache import LayerCache
 from ..models.llama import Llama
-from ..models.lora import PROJECTIONS
+from ..models.lora import linear_layers
 from ..seco import seco
 
 NUM_CHUNKS = (4, 16, 64)
@@ -30,8 +30,9 @@ PASTS = (2048, 16384, 131072, 262144)
 
 def gradients(model: Llama) -> Tensor:
     """The gradients of all weight matrices in the layers as one float64 vector; clears them."""
-    found = [p.grad.double().flatten() for name, p in model.named_parameters() if name.split(".")[-2] in PROJECTIONS
-             and p.grad is not None]  # fmt: skip
+    linear = linear_layers(model)
+    parameters = [p for name, p in model.named_parameters() if name.split(".")[-2] in linear]
+    found = [p.grad.double().flatten() for p in parameters if p.grad is not None]
     model.zero_grad(set_to_none=True)
     return torch.cat(found)
 

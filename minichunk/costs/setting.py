@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from ..chunks import check_fill_size, cut
 from ..errors import InputError
-from ..models.shapes import cache_bytes, shape
-from ..protocol import Recompute
+from ..models.shapes import memory_bytes, shape
+from ..protocol import Options, Recompute
 from ..samplers import most_kept
 
 CHUNKED = ("seco", "spaco")
@@ -25,7 +25,7 @@ class Setting:
     chunk_size: int = 512
     budget: int = 8
     rank: int = 8
-    targets: tuple[str, ...] = ("q_proj", "v_proj")
+    targets: tuple[str, ...] | None = None
     dtype: torch.dtype = torch.bfloat16
     cache_grad_dtype: torch.dtype | None = None
     recompute: Recompute = True
@@ -39,11 +39,15 @@ class Setting:
         """The most chunks that a step keeps, see `most_kept`."""
         return most_kept(self.sampler, self.budget, num_chunks) if self.method == "spaco" else num_chunks
 
-    def bytes_per_position(self, num_layers: int | None = None) -> tuple[int, int]:
-        """Of keys and values, and of their gradients; in so many layers (None: in all)."""
-        config = shape(self.model)
-        config = config if num_layers is None else replace(config, num_hidden_layers=num_layers)
-        return cache_bytes(config, self.dtype, self.cache_grad_dtype)
+    def options(self) -> Options:
+        """As seco and spaco would be told."""
+        return Options(self.fill_size, self.recompute, self.cache_grad_dtype, self.offload)
+
+    def memory_bytes(self, tokens: int) -> tuple[int, int]:
+        """What is remembered of so many tokens, and the gradients sent back to it, where the last chunks are kept."""
+        chunks = cut(tokens, self.chunk_size)
+        kept = chunks[-self.kept(len(chunks)) :]
+        return memory_bytes(shape(self.model), self.dtype, kept, self.options())
 
     def check(self) -> None:
         """Raise InputError for a method or a size that cannot be."""

@@ -19,13 +19,14 @@ from torch import Tensor
 from ..batch import Batch, widen_gradients
 from ..chunks import Chunk, cut
 from ..full import backpropagate
+from ..memory.cache import LayerCache
 from ..memory.kernels import kernel_for
 from ..memory.layers import LayerMemories, LayerMemory
 from ..memory.offload import OffloadedLayer
-from ..models.llama import Llama
+from ..models.pretrained import Pretrained
 from ..models.quantize import Linear4bit, check_bitsandbytes
-from ..models.shapes import random_model, shape
-from ..protocol import Options, Written
+from ..models.shapes import alike, random_model, shape
+from ..protocol import Written
 from ..seco import fill, new_memory, rebuild
 from ..targets import shift
 from .alike import Trace, peak_of
@@ -52,13 +53,14 @@ class StepBytes:
 def step_memory(setting: Setting, tokens: int) -> StepBytes:
     """What a training step of `tokens` tokens takes: counted with few layers, which are alike. Raises InputError."""
     setting.check()
-    num_layers = shape(setting.model).num_hidden_layers
-    if num_layers <= MORE:
-        return count_step(setting, tokens, num_layers)[0]
+    config = shape(setting.model)
+    num_layers = config.num_hidden_layers
+    if num_layers <= MORE or not alike(config):
+        return count_step(setting, tokens, None)[0]
     (few, few_trace), (more, more_trace) = (count_step(setting, tokens, n) for n in (FEW, MORE))
     peak = peak_of(few_trace, more_trace, num_layers - FEW)
     if peak is None:
-        return count_step(setting, tokens, num_layers)[0]
+        return count_step(setting, tokens, None)[0]
 
     def line(name: str) -> int:
         at_few: int = getattr(few, name)
@@ -68,8 +70,8 @@ def step_memory(setting: Setting, tokens: int) -> StepBytes:
     return StepBytes(peak, weights, adapter, cache, grads, peak - weights - adapter - cache - grads, line("host"))
 
 
-def count_step(setting: Setting, tokens: int, num_layers: int) -> tuple[StepBytes, Trace]:
-    """Run the step with so many of the model's layers, and count its bytes."""
+def count_step(setting: Setting, tokens: int, num_layers: int | None) -> tuple[StepBytes, Trace]:
+    """Run the step with so many of the model's layers (None: all), and count its bytes."""
     if setting.load_in_4bit:
         _first_use_of_bitsandbytes(setting.dtype)
     with ExitStack() as stack:
@@ -102,7 +104,7 @@ def _first_use_of_bitsandbytes(dtype: torch.dtype) -> None:
     Linear4bit(torch.empty(64, 64, dtype=dtype, device="meta"), None).weight_as(dtype)
 
 
-def optimizer_states(model: Llama) -> list[Tensor]:
+def optimizer_states(model: Pretrained) -> list[Tensor]:
     """AdamW's two moments of every trained parameter, and the float32 copies of those in half precision."""
     trained = [p for p in model.parameters() if p.requires_grad]
     copies = [torch.zeros_like(p, dtype=torch.float32) for p in trained if p.dtype.itemsize < 4]
@@ -115,7 +117,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
     return out
 
 
-def _chunked_step(model: Llama, batch: Batch, setting: Setting, count: Trace) -> tuple[int, int, int]:
+def _chunked_step(model: Pretrained, batch: Batch, setting: Setting, count: Trace) -> tuple[int, int, int]:
     """The heaviest parts of a training step; bytes of the cache and of its gradients on the device, and on the host.
 
     seco.py and spaco.py call the same functions.
@@ -125,12 +127,16 @@ def _chunked_step(model: Llama, batch: Batch, setting: Setting, count: Trace) ->
     """
     chunks = cut(batch.input_ids.shape[1], setting.chunk_size)
     kept = chunks[-setting.kept(len(chunks)) :]
-    options = Options(setting.fill_size, setting.recompute, setting.cache_grad_dtype, setting.offload)
+    options = setting.options()
     with torch.device("meta"):  # the host's part too
-        made = count.without(lambda: new_memory(model, batch.input_ids, kept, options), _host_tensors)
+        made = count.without(
+            lambda: new_memory(model, batch.input_ids, kept, options),
+            lambda memory: [x for held in memory.tensors() for x in held] if setting.offload else [],
+        )
     memory = _InParts(made.layers, kept[:-1], count)
     for layer in made.layers:
-        layer.kernel = kernel_for(setting.device, setting.dtype, model.config.head_dim)
+        if isinstance(layer, LayerCache | OffloadedLayer):
+            layer.kernel = kernel_for(setting.device, setting.dtype, model.config.head_dim)
     group = (setting.fill_size or setting.chunk_size) // setting.chunk_size
     count.next_part()
     fill(model, batch.input_ids, chunks[:-1][-group:], memory, options)
@@ -142,8 +148,7 @@ def _chunked_step(model: Llama, batch: Batch, setting: Setting, count: Trace) ->
             received = [1.0 * g for g in received]
         torch.autograd.backward([loss, *written], [None, *received])
         del loss, written, received
-    cache, grads = setting.bytes_per_position(len(model.layers))
-    cache, grads = cache * kept[-1].start, grads * sum(chunk.stop - chunk.start for chunk in kept[:-1])
+    cache, grads = made.tensors().bytes()
     return (0, 0, cache + grads) if setting.offload else (cache, grads, 0)
 
 
@@ -163,13 +168,7 @@ class _InParts(LayerMemories):
         return super().received(chunk)
 
 
-def _host_tensors(memory: Any) -> list[Tensor]:
-    """What an offloaded memory keeps in host memory."""
-    layers = [layer for layer in memory.layers if isinstance(layer, OffloadedLayer)]
-    return [x for layer in layers for x in (*layer.blocks, *layer.grads)]
-
-
-def _whole_step(model: Llama, batch: Batch, setting: Setting, count: Trace) -> tuple[int, int, int]:
+def _whole_step(model: Pretrained, batch: Batch, setting: Setting, count: Trace) -> tuple[int, int, int]:
     """A step without chunks; returns as `_chunked_step`."""
     if setting.method in ("full", "full-recompute"):
         backpropagate(model, batch, recompute=setting.method == "full-recompute")

@@ -7,6 +7,7 @@ gradients that later chunks send back are added in place, so that the past is ne
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -14,6 +15,22 @@ from torch import Tensor
 from ..chunks import Chunk, span
 from .attention import Past
 from .kernels import Kernel
+from .layers import Held
+
+
+@lru_cache(maxsize=4)
+def slots_of(kept: tuple[Chunk, ...]) -> tuple[list[tuple[int, int, int]], int]:
+    """Where the gradients of kept chunks are, as (start, stop, offset in the buffer), and how long that must be."""
+    slots: list[tuple[int, int, int]] = []
+    room = 0
+    for start, stop in kept:
+        if slots and slots[-1][1] == start:  # adjacent chunks share a slot
+            first, _, offset = slots.pop()
+            slots.append((first, stop, offset))
+        else:
+            slots.append((start, stop, room))
+        room += stop - start
+    return slots, room
 
 
 class LayerCache:
@@ -32,15 +49,7 @@ class LayerCache:
         B, G, _, D = shape
         self.keys = like.new_empty(shape)
         self.values = like.new_empty(shape)
-        self.slots: list[tuple[int, int, int]] = []  # (start, stop, offset in the gradient buffer)
-        room = 0
-        for start, stop in kept:
-            if self.slots and self.slots[-1][1] == start:  # adjacent chunks share a slot
-                first, _, offset = self.slots.pop()
-                self.slots.append((first, stop, offset))
-            else:
-                self.slots.append((start, stop, room))
-            room += stop - start
+        self.slots, room = slots_of(tuple(kept))
         self.key_grads = like.new_zeros((B, G, room, D), dtype=grad_dtype)
         self.value_grads = like.new_zeros((B, G, room, D), dtype=grad_dtype)
 
@@ -71,3 +80,6 @@ class LayerCache:
         first, _, offset = next(slot for slot in self.slots if slot[0] <= chunk.start < slot[1])
         rows = slice(offset + chunk.start - first, offset + chunk.stop - first)
         return self.key_grads[:, :, rows].to(self.keys.dtype), self.value_grads[:, :, rows].to(self.values.dtype)
+
+    def tensors(self) -> Held:
+        return Held([self.keys, self.values], [self.key_grads, self.value_grads])

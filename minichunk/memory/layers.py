@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +40,18 @@ class Extent:
         return self._common[key]
 
 
+class Held(NamedTuple):
+    """What a memory remembers, and the gradients that are sent back to it (empty where these do not grow)."""
+
+    remembered: list[Tensor]
+    gradients: list[Tensor]
+
+    def bytes(self) -> tuple[int, int]:
+        """Of the one and of the other."""
+        remembered, gradients = (sum(x.numel() * x.element_size() for x in held) for held in self)
+        return remembered, gradients
+
+
 class LayerMemory(Protocol):
     """What a layer's memory is asked. All else is between it and its layer, which is handed its `past`."""
 
@@ -52,6 +64,9 @@ class LayerMemory(Protocol):
 
     def received(self, chunk: Chunk) -> tuple[Tensor, ...]:
         """The gradients sent back to what a kept chunk wrote, in its order and dtype."""
+
+    def tensors(self) -> Held:
+        """All that grows with the length."""
 
 
 class LayerMemories:
@@ -69,3 +84,8 @@ class LayerMemories:
 
     def received(self, chunk: Chunk) -> Written:
         return [layer.received(chunk) for layer in self.layers] if chunk in self.kept else []
+
+    def tensors(self) -> Held:
+        """Those of all layers."""
+        held = [layer.tensors() for layer in self.layers]
+        return Held([x for one in held for x in one.remembered], [x for one in held for x in one.gradients])

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..chunks import Chunk
 from .attention import BLOCK, Past
 from .kernels import Kernel
+from .layers import Held
 
 
 def streams_of(like: Tensor) -> torch.device | None:
@@ -206,3 +207,6 @@ class OffloadedLayer:
         main.hold(here)
         keys, values = here.to(self.stage.like.dtype).permute(1, 2, 3, 0, 4)
         return keys, values
+
+    def tensors(self) -> Held:
+        return Held(self.blocks, self.grads)

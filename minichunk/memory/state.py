@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..chunks import Chunk
-from .layers import Extent
+from .layers import Extent, Held
 from .scan import scan
 
 
@@ -49,6 +49,13 @@ def scan_chunks(
     return torch.cat(outputs, dim=-2), written
 
 
+def starts_of(extent: Extent) -> tuple[list[int], dict[int, int]]:
+    """Where a state will be asked for, and the rows of these: where kept chunks begin, also the last, which is not
+    among `extent.kept`."""
+    starts = sorted({extent.capacity, *(chunk.start for chunk in extent.kept)})
+    return starts, {start: row for row, start in enumerate(starts)}
+
+
 class Handed:
     """One tensor that chunks hand on: where kept chunks begin, and its gradient on the way back through all of them.
 
@@ -57,16 +64,16 @@ class Handed:
     """
 
     def __init__(self, zero: Tensor, decay: Tensor, extent: Extent) -> None:
-        # Where it will be asked for: where kept chunks begin, the last one too, which receives nothing.
-        self.starts = sorted({extent.capacity, *(chunk.start for chunk in extent.kept)})
-        self.rows = {start: row for row, start in enumerate(self.starts)}
+        self.starts, self.rows = extent.common(Handed, lambda: starts_of(extent))
         self.end, self.last = 0, zero  # what the last chunk that was written has handed on
-        offload, shape = extent.options.offload, (len(self.rows), *zero.shape)
-        home = torch.device("cpu") if offload else zero.device
-        self.states = zero.new_empty(shape, device=home, pin_memory=offload and zero.is_cuda)
+        self.decay = torch.ones_like(decay)  # over all chunks since the last kept one
+        home = torch.device("cpu") if extent.options.offload and zero.is_cuda else zero.device
+
+        def room(like: Tensor) -> Tensor:
+            return like.new_empty((len(self.rows), *like.shape), device=home, pin_memory=home != like.device)
+
+        self.states, self.through, self.skipped = room(zero), room(decay), room(decay)
         self.states[self.rows.get(0, slice(0))] = 0  # the first chunk has no other before it
-        self.through = decay.new_ones((len(self.rows), *decay.shape))  # a kept chunk
-        self.skipped = decay.new_ones((len(self.rows), *decay.shape))  # all chunks from a kept one to the next
         self.read: dict[int, Tensor] = {}  # leaves, by row: autograd adds up in `.grad` what is sent back
         self.adjoint = zero
 
@@ -79,9 +86,13 @@ class Handed:
         return h
 
     def write(self, chunk: Chunk, value: Tensor, decay: Tensor) -> None:
-        row = bisect_right(self.starts, chunk.start) - 1
+        row = bisect_right(self.starts, chunk.start) - 1  # of the last kept chunk so far
         if row >= 0:
-            (self.through if self.starts[row] == chunk.start else self.skipped)[row] *= decay
+            kept = self.starts[row] == chunk.start
+            self.decay = torch.ones_like(decay) if kept else self.decay * decay
+            self.skipped[row].copy_(self.decay, non_blocking=True)
+            if kept:
+                self.through[row].copy_(decay, non_blocking=True)
         self.end, self.last = chunk.stop, value
         if chunk.stop in self.rows:
             self.states[self.rows[chunk.stop]].copy_(value, non_blocking=True)
@@ -90,9 +101,9 @@ class Handed:
         row = self.rows[chunk.start]
         sent = self.read.pop(row + 1, None)
         adjoint = self.adjoint if sent is None or sent.grad is None else self.adjoint + sent.grad
-        adjoint = adjoint * self.skipped[row]
-        self.adjoint = adjoint * self.through[row]
-        return adjoint, torch.zeros_like(self.through[row])
+        adjoint = adjoint * self.skipped[row].to(adjoint.device, non_blocking=True)
+        self.adjoint = adjoint * self.through[row].to(adjoint.device, non_blocking=True)
+        return adjoint, torch.zeros_like(self.decay)
 
 
 class LayerState:
@@ -116,3 +127,6 @@ class LayerState:
 
     def received(self, chunk: Chunk) -> tuple[Tensor, ...]:
         return tuple(tensor for part in self.handed for tensor in part.received(chunk))
+
+    def tensors(self) -> Held:
+        return Held([x for part in self.handed for x in (part.states, part.through, part.skipped)], [])

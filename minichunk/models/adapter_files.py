@@ -8,7 +8,7 @@ import torch
 
 from ..errors import InputError
 from ..files.peft import LoraConfig, read_adapter, write_adapter
-from .lora import PROJECTIONS, adapters, add_lora
+from .lora import adapters, add_lora, linear_layers
 from .quantize import Linear4bit
 from .stack import Stack
 
@@ -40,9 +40,9 @@ def load_adapter(model: Stack, directory: str | Path) -> None:
     """
     (rank, alpha, dropout), path, tensors = read_adapter(directory)
     names = {name.removesuffix(f".lora_{x}.weight") for name in tensors for x in "AB"}
-    targets = sorted({name.rpartition(".")[2] for name in names} & set(PROJECTIONS))
+    targets = sorted({name.rpartition(".")[2] for name in names} & set(linear_layers(model)))
     if not targets:
-        raise InputError(f"{path} has no LoRA weights of {', '.join(PROJECTIONS)}")
+        raise InputError(f"{path} has no LoRA weights of {', '.join(linear_layers(model))}")
     _check_shapes(model, targets, rank, tensors, path)
     if not adapters(model):
         add_lora(model, rank, alpha, targets, dropout)

@@ -22,6 +22,17 @@ def model_class(config: dict[str, Any]) -> type[Pretrained]:
     return OTHERS.get(str(config.get("model_type")), Llama)
 
 
+def class_of(config: Any) -> type[Pretrained]:
+    """The class of a config object."""
+    kinds: list[type[Pretrained]] = [Llama, *OTHERS.values()]
+    return next(kind for kind in kinds if isinstance(config, kind.config_class))
+
+
+def read_model_config(config: dict[str, Any]) -> Any:
+    """The config object of a parsed config.json. Raises InputError."""
+    return model_class(config).config_class.from_dict(config)
+
+
 def load_model(
     directory: str | Path,
     dtype: torch.dtype | None = None,

@@ -13,8 +13,6 @@ from .dropout import DropoutMasks
 from .quantize import Linear4bit, is_in_4bit
 from .stack import Stack
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 
 class LoraLinear(nn.Linear):
     """y = x Wᵀ + b + scale · dropout(x) Aᵀ Bᵀ with W and b frozen, A (rank, in), B (out, rank).
@@ -62,24 +60,36 @@ def adapters(model: Stack) -> dict[str, LoraLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
 
 
+def linear_layers(model: Stack) -> list[str]:
+    """Names that an adapter can be put at: those of the linear layers, each once, without the LM head."""
+    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear | Linear4bit))
+    names = dict.fromkeys(name.rpartition(".")[2] for name in linear)
+    return [name for name in names if name not in ("lm_head", "lora_A", "lora_B", "base")]
+
+
 def add_lora(
     model: Stack,
     rank: int = 8,
     alpha: float = 16,
-    targets: Sequence[str] = ("q_proj", "v_proj"),
+    targets: Sequence[str] | None = None,
     dropout: float = 0.0,
 ) -> None:
     """Freeze the model and put a trainable adapter beside each linear layer named in `targets`.
+
+    targets: None: q_proj and v_proj where the model has attention, else all its linear layers but the LM head.
 
     Every parameter keeps its name; `<layer>.lora_A.weight` (rank, in) and `<layer>.lora_B.weight`
     (out, rank) come beside it, in float32 (float64 for a float64 model). The update is alpha / rank · B A.
     Raises InputError for a wrong value and for a model that has an adapter already.
     """
+    known = linear_layers(model)
+    if targets is None:
+        targets = [name for name in ("q_proj", "v_proj") if name in known] or known
     if isinstance(targets, str):
         targets = [targets]
-    wrong = [name for name in targets if name not in PROJECTIONS]
+    wrong = [name for name in targets if name not in known]
     if wrong or not targets:
-        raise InputError(f"LoRA targets are {list(targets)}, but must be some of {', '.join(PROJECTIONS)}")
+        raise InputError(f"LoRA targets are {list(targets)}, but must be some of {', '.join(known)}")
     if rank < 1 or not alpha > 0 or not 0 <= dropout < 1:
         raise InputError(
             f"LoRA needs rank >= 1, alpha > 0 and 0 <= dropout < 1, got rank {rank}, alpha {alpha}, dropout {dropout}"

@@ -5,18 +5,23 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from ..chunks import Chunk
 from ..errors import InputError
 from ..files.atomic import make_directory, read_json, write_json, write_tensors
+from ..protocol import DEFAULTS, Options
+from .auto import class_of, read_model_config
 from .config import LlamaConfig
-from .llama import Llama
 from .lora import add_lora
+from .pretrained import Pretrained
 from .quantize import quantize
+from .ssm_config import StateSpaceConfig
 
 _FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -30,18 +35,23 @@ _SHAPES: dict[str, tuple[Any, ...]] = {
     "qwen2.5-14b": (5120, 13824, 48, 40, 8, 128, 152064, 1000000.0, False),
     "qwen2.5-32b": (5120, 27648, 64, 40, 8, 128, 152064, 1000000.0, False),
 }
-NAMES = tuple(_SHAPES)
+# As many parameters as adjoint sharding's largest model (arXiv 2501.00692), which says no more of its shape. Whatever
+# the shape, a state in all layers has a third as many numbers as the layers have parameters.
+_STATE_SPACES = {"state-space-1.27b": StateSpaceConfig(32768, 4096, 256, 318)}
+NAMES = (*_SHAPES, *_STATE_SPACES)
 
 
-def shape(name: str) -> LlamaConfig:
+def shape(name: str) -> Any:
     """The config of a named shape, or of a checkpoint directory (its config.json alone). Raises InputError."""
+    if name in _STATE_SPACES:
+        return _STATE_SPACES[name]
     if name in _SHAPES:
         fields = dict(zip(_FIELDS, _SHAPES[name], strict=True))
         if name.startswith("qwen2"):
             fields |= {"model_type": "qwen2", "attention_bias": True}
         return LlamaConfig(**fields, max_position_embeddings=8192)
     if (Path(name) / "config.json").is_file():
-        return LlamaConfig.from_dict(read_json(Path(name) / "config.json"))
+        return read_model_config(read_json(Path(name) / "config.json"))
     raise InputError(f"--model {name!r} is neither a directory with a config.json nor one of {', '.join(NAMES)}")
 
 
@@ -49,24 +59,17 @@ def random_model(
     name: str,
     dtype: torch.dtype,
     rank: int = 0,
-    targets: Sequence[str] = ("q_proj", "v_proj"),
+    targets: Sequence[str] | None = None,
     device: str = "cpu",
     load_in_4bit: bool = False,
     num_layers: int | None = None,
-) -> Llama:
+) -> Pretrained:
     """A model of this shape with random weights, and LoRA of `rank` unless that is 0. Raises InputError.
 
-    num_layers: how many it has (None: all of the shape's).
+    targets: of LoRA, see `add_lora`. num_layers: how many it has (None: all of the shape's), if they are alike.
     """
-    config, previous = shape(name), torch.get_default_dtype()
-    if num_layers is not None:
-        config = replace(config, num_hidden_layers=num_layers)
-    torch.set_default_dtype(dtype)  # so that no wider copy of the weights is ever made
-    try:
-        with torch.device(device):
-            model = Llama(config)
-    finally:
-        torch.set_default_dtype(previous)
+    config = shape(name)
+    model = _random(config if num_layers is None else with_layers(config, num_layers), dtype, device)
     if load_in_4bit:
         quantize(model)
     if rank:
@@ -74,10 +77,46 @@ def random_model(
     return model
 
 
-def cache_bytes(config: LlamaConfig, dtype: torch.dtype, grad_dtype: torch.dtype | None = None) -> tuple[int, int]:
-    """Bytes of one position's keys and values in all layers, and of their gradients; grad_dtype: as in Options."""
-    numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return numbers * dtype.itemsize, numbers * (grad_dtype or torch.promote_types(dtype, torch.float32)).itemsize
+def _random(config: Any, dtype: torch.dtype, device: str) -> Pretrained:
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # so that no wider copy of the weights is ever made
+    try:
+        with torch.device(device):
+            return class_of(config)(config)
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def alike(config: Any) -> bool:
+    """Whether all layers are of one kind."""
+    return len(set(getattr(config, "layer_types", ()))) <= 1
+
+
+def with_layers(config: Any, num_layers: int) -> Any:
+    """The same shape with another number of layers, which are alike."""
+    kinds = {"layer_types": config.layer_types[:1] * num_layers} if getattr(config, "layer_types", ()) else {}
+    return replace(config, num_hidden_layers=num_layers, **kinds)
+
+
+def memory_bytes(
+    config: Any, dtype: torch.dtype, kept: Sequence[Chunk], options: Options = DEFAULTS, batch: int = 1
+) -> tuple[int, int]:
+    """What is remembered in a step whose kept chunks are these, and the gradients sent back to it, in bytes.
+
+    As the model's own memory has it: keys and values of all positions before the last kept chunk, or states.
+    """
+    few, model = _without_memory(config, dtype)
+    with torch.device("meta"):
+        found = model.new_memory(batch, kept[-1].start, kept[:-1], options).tensors().bytes()
+    return found[0] * few, found[1] * few
+
+
+@lru_cache(maxsize=8)
+def _without_memory(config: Any, dtype: torch.dtype) -> tuple[int, Pretrained]:
+    """A model on meta tensors, and how many times its layers stand for the config's."""
+    one = alike(config)
+    model = _random(with_layers(config, 1) if one else config, dtype, "meta")
+    return config.num_hidden_layers if one else 1, model
 
 
 def write_random_checkpoint(name: str, directory: str | Path, shard_bytes: int = 5 * 10**9) -> list[Path]:
@@ -87,7 +126,7 @@ def write_random_checkpoint(name: str, directory: str | Path, shard_bytes: int =
     """
     config, directory = shape(name), make_directory(directory)
     with torch.device("meta"):
-        shapes = {n: p.shape for n, p in Llama(config).named_parameters()}
+        shapes = {n: p.shape for n, p in class_of(config)(config).named_parameters()}
     shards: list[list[str]] = [[]]
     room = shard_bytes
     for tensor_name, size in shapes.items():

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from ..files.documents import Document, check_vocabulary, collate, cut_documents, read_documents
 from ..loss import token_losses
-from ..models.llama import Llama
+from ..models.pretrained import Pretrained
 from ..targets import IGNORE, shift
 
 
@@ -26,7 +26,7 @@ class Span:
 
 @torch.no_grad()
 def loss_by_position(
-    model: Llama,
+    model: Pretrained,
     documents: Sequence[Document],
     chunk_size: int,
     spans: Sequence[tuple[int, int]],
@@ -40,7 +40,7 @@ def loss_by_position(
     length = max(len(document) for document in documents)
     sums = torch.zeros(length, dtype=torch.float64)
     counts = torch.zeros(length, dtype=torch.float64)
-    like = model.model.norm.weight
+    like = model.lm_head.weight
     was_training = model.training
     model.eval()
     for document in documents:
@@ -86,14 +86,14 @@ def evaluate_files(
 
     check_least({"seq_len": (seq_len, 2), "documents": (documents, 1), "chunk_size": (chunk_size, 1)})
     chat = load_chat_template(model or SHIPPED_MODEL)
-    llama, tokenizer = load_as_told(model, adapter, dtype, device, load_in_4bit)
-    found = read_documents(data or [novel(MEASURED_ON)], tokenizer, llama.config.first_eos(), chat)
-    check_vocabulary(found, llama.config.vocab_size)
+    language_model, tokenizer = load_as_told(model, adapter, dtype, device, load_in_4bit)
+    found = read_documents(data or [novel(MEASURED_ON)], tokenizer, language_model.config.first_eos(), chat)
+    check_vocabulary(found, language_model.config.vocab_size)
     pieces, line = cut_documents(found, seq_len)
     pieces = sorted(pieces, key=len, reverse=True)[:documents]
-    spans = spans_for(llama.config.max_position_embeddings, len(pieces[0]))
+    spans = spans_for(language_model.config.max_position_embeddings, len(pieces[0]))
     with tqdm(total=len(pieces), desc="evaluate", unit="document", leave=False) as bar:
-        losses = loss_by_position(llama, pieces, chunk_size, spans, bar.update)
+        losses = loss_by_position(language_model, pieces, chunk_size, spans, bar.update)
     print(f"{line}\n\nmean loss, nats per token ({len(pieces)} documents)")
     for span in losses:
         print(f"{f'{span.start:,} to {span.stop:,}':18} {span.loss:7.3f}")

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..models.llama import Llama
+from ..models.pretrained import Pretrained
 
 
 @torch.no_grad()
 def generate(
-    model: Llama,
+    model: Pretrained,
     input_ids: Tensor,
     max_new_tokens: int,
     *,
@@ -88,9 +88,9 @@ def continue_text(
         raise InputError("the prompt is empty: give the beginning of a text")
     if not 0 < top_p <= 1:
         raise InputError(f"--top-p is {top_p}, but must be such that 0 < top_p <= 1")
-    llama, tokenizer = load_as_told(model, adapter, dtype, device, load_in_4bit)
+    language_model, tokenizer = load_as_told(model, adapter, dtype, device, load_in_4bit)
     ids = tokenizer.encode(prompt).ids
     generator = torch.Generator().manual_seed(seed)
-    input_ids = torch.tensor([ids], device=llama.model.norm.weight.device)
-    out = generate(llama, input_ids, max_new_tokens, temperature=temperature, top_p=top_p, generator=generator)
+    input_ids = torch.tensor([ids], device=language_model.lm_head.weight.device)
+    out = generate(language_model, input_ids, max_new_tokens, temperature=temperature, top_p=top_p, generator=generator)
     return tokenizer.decode(out[0].tolist())

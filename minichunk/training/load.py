@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 
+from ..chunks import Chunk
 from ..files.documents import load_tokenizer
 from ..files.room import check_room
 from ..files.shipped import SHIPPED_MODEL
 from ..models.adapter_files import load_adapter
-from ..models.llama import Llama
-from ..models.shapes import cache_bytes
+from ..models.auto import load_model
+from ..models.pretrained import Pretrained
+from ..models.shapes import memory_bytes
+from ..protocol import Options
 from .options import DTYPES, check_choice, check_device, default_dtype
 
 
@@ -22,7 +26,7 @@ def load_as_told(
     dtype: str | None = None,
     device: str | None = None,
     load_in_4bit: bool = False,
-) -> tuple[Llama, Tokenizer]:
+) -> tuple[Pretrained, Tokenizer]:
     """The model of a checkpoint directory, with an adapter if one is named, and its tokenizer.
 
     None: the shipped model; no adapter; CUDA where there is one; bfloat16 on CUDA, else float32.
@@ -32,20 +36,21 @@ def load_as_told(
     device = check_device(device)
     directory = directory or SHIPPED_MODEL
     tokenizer = load_tokenizer(directory)
-    model = Llama.from_pretrained(directory, DTYPES[dtype or default_dtype(device)], device, load_in_4bit)
+    model = load_model(directory, DTYPES[dtype or default_dtype(device)], device, load_in_4bit)
     if adapter is not None:
         load_adapter(model, adapter)
     return model, tokenizer
 
 
-def check_host_room(model: Llama, batch: int, tokens: int, rows: int, grad_dtype: torch.dtype | None) -> None:
-    """Raise InputError unless the host has room for the cache of `--offload`.
+def check_host_room(model: Pretrained, batch: int, kept: Sequence[Chunk], grad_dtype: torch.dtype | None) -> None:
+    """Raise InputError unless the host has room for the memory of `--offload`.
 
-    batch: sequences at a time. tokens: positions with keys and values. rows: those with gradients.
+    batch: sequences at a time. kept: the most chunks that a step backpropagates.
     """
-    cache, grads = cache_bytes(model.config, model.norm.weight.dtype, grad_dtype)
+    options = Options(cache_grad_dtype=grad_dtype, offload=True)
+    needed = sum(memory_bytes(model.config, model.lm_head.weight.dtype, kept, options, batch))
     ways = [] if grad_dtype is not None and grad_dtype.itemsize == 2 else ["--cache-grad-dtype bfloat16"]
     ways += ["a smaller --batch-size"] if batch > 1 else []
-    what = f"--offload of {tokens:,} tokens" + (f" in each of {batch} sequences" if batch > 1 else "")
+    what = f"--offload of {kept[-1].start:,} tokens" + (f" in each of {batch} sequences" if batch > 1 else "")
     advice = "take " + ", ".join([*ways, "a shorter --seq-len"]) + ", or free memory"
-    check_room(what, batch * (cache * tokens + grads * rows), torch.device("cpu"), advice)
+    check_room(what, needed, torch.device("cpu"), advice)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..files.documents import Document, collate, step_documents
-from ..models.llama import Llama
+from ..models.pretrained import Pretrained
 
 # Adds the gradient of the mean loss of (model, input_ids, labels), given num_targets and a generator.
-Gradient = Callable[[Llama, Tensor, Tensor, int, torch.Generator], Tensor]
+Gradient = Callable[[Pretrained, Tensor, Tensor, int, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: Llama,
+        model: Pretrained,
         documents: Sequence[Document],
         gradient: Gradient,
         schedule: Schedule,

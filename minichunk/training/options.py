@@ -8,10 +8,9 @@ from typing import Any, Literal
 
 import torch
 
-from ..chunks import cut
+from ..chunks import Chunk, cut
 from ..errors import InputError
 from ..files.shipped import SHIPPED_MODEL
-from ..models.lora import PROJECTIONS
 from ..samplers import Bernoulli, FixedBudget, PaperBudget, most_kept
 from ..spaco import Sampler
 
@@ -86,7 +85,7 @@ class TrainOptions:
     clip: float = 1.0
     rank: int = 8
     alpha: float = 16.0
-    targets: tuple[str, ...] = PROJECTIONS
+    targets: tuple[str, ...] | None = None
     dropout: float = 0.0
     load_in_4bit: bool = False
     dtype: str | None = None
@@ -149,11 +148,10 @@ class TrainOptions:
         if self.cap is not None and self.sampler != "paper":
             raise InputError("--cap belongs to --sampler paper")
 
-    def cached_positions(self) -> tuple[int, int]:
-        """Positions of a piece that have keys and values in the cache, and those that have gradients there."""
-        k = len(cut(self.seq_len, self.chunk_size))
-        kept = most_kept(self.sampler, self.budget, k) if self.budget is not None else k
-        return (k - 1) * self.chunk_size, max(0, kept - 1) * self.chunk_size
+    def most_kept(self) -> list[Chunk]:
+        """The most chunks of a piece that a step backpropagates: as many, at the end of it."""
+        chunks = cut(self.seq_len, self.chunk_size)
+        return chunks[-most_kept(self.sampler, self.budget, len(chunks)) :] if self.budget is not None else chunks
 
     def make_sampler(self) -> Sampler:
         """The sampler of `--sampler` and `--budget`; Bernoulli keeps `budget` chunks on average."""

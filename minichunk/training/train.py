@@ -24,8 +24,8 @@ from ..files.room import human_bytes
 from ..files.shipped import EXTENDED_ON, MEASURED_ON, novel
 from ..full import full
 from ..models.adapter_files import save_adapter
-from ..models.llama import Llama
-from ..models.lora import add_lora
+from ..models.lora import add_lora, linear_layers
+from ..models.pretrained import Pretrained
 from ..models.quantize import count_parameters
 from ..seco import seco
 from ..spaco import spaco
@@ -65,9 +65,7 @@ def train(options: TrainOptions, resume: bool = False, say: Callable[[str], obje
 def _train(options: TrainOptions, resumed: Run | None, before: list[Span] | None, say: Callable[[str], object]) -> Path:
     model, tokenizer = load_model(options)
     if options.offload:
-        check_host_room(
-            model, options.batch_size, *options.cached_positions(), DTYPES.get(options.cache_grad_dtype or "")
-        )
+        check_host_room(model, options.batch_size, options.most_kept(), DTYPES.get(options.cache_grad_dtype or ""))
     training, validation, line = load_data(options, model, tokenizer)
     run = resumed or Run.new(options.output)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -112,16 +110,18 @@ def _train(options: TrainOptions, resumed: Run | None, before: list[Span] | None
     return run.directory
 
 
-def load_model(options: TrainOptions) -> tuple[Llama, Tokenizer]:
+def load_model(options: TrainOptions) -> tuple[Pretrained, Tokenizer]:
     """The model with its adapter (or all parameters trainable), and its tokenizer. Raises InputError."""
     torch.manual_seed(options.seed)  # the adapter's initial weights
     model, tokenizer = load_as_told(options.model, None, options.dtype, options.device, options.load_in_4bit)
     if options.rank:
-        add_lora(model, options.rank, options.alpha, options.targets, options.dropout)
+        add_lora(model, options.rank, options.alpha, options.targets or linear_layers(model), options.dropout)
     return model, tokenizer
 
 
-def load_data(options: TrainOptions, model: Llama, tokenizer: Tokenizer) -> tuple[list[Document], list[Document], str]:
+def load_data(
+    options: TrainOptions, model: Pretrained, tokenizer: Tokenizer
+) -> tuple[list[Document], list[Document], str]:
     """Training and validation pieces, and a line that says what was kept. Raises InputError."""
     chat = load_chat_template(_known(options.model)) if options.chat_template else None
 
@@ -142,11 +142,11 @@ def load_data(options: TrainOptions, model: Llama, tokenizer: Tokenizer) -> tupl
     return training, longest_first[: options.eval_documents], line
 
 
-def make_gradient(options: TrainOptions) -> Callable[[Llama, Tensor, Tensor, int, torch.Generator], Tensor]:
+def make_gradient(options: TrainOptions) -> Callable[[Pretrained, Tensor, Tensor, int, torch.Generator], Tensor]:
     """The method of the options as a function of model, input_ids, labels, num_targets, generator."""
 
     def gradient(
-        model: Llama, input_ids: Tensor, labels: Tensor, num_targets: int, generator: torch.Generator
+        model: Pretrained, input_ids: Tensor, labels: Tensor, num_targets: int, generator: torch.Generator
     ) -> Tensor:
         arguments: dict[str, Any] = {"num_targets": num_targets, "recompute": bool(options.recompute)}
         if options.method == "full":
@@ -163,7 +163,7 @@ def make_gradient(options: TrainOptions) -> Callable[[Llama, Tensor, Tensor, int
     return gradient
 
 
-def _evaluate(model: Llama, documents: Sequence[Document], options: TrainOptions, title: str) -> list[Span]:
+def _evaluate(model: Pretrained, documents: Sequence[Document], options: TrainOptions, title: str) -> list[Span]:
     if not documents:
         return []
     spans = spans_for(model.config.max_position_embeddings, max(len(document) for document in documents))
@@ -218,7 +218,9 @@ def _interrupt_flag() -> Iterator[list[int]]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _write_results(model: Llama, run: Run, options: TrainOptions, before: list[Span], after: list[Span]) -> list[Path]:
+def _write_results(
+    model: Pretrained, run: Run, options: TrainOptions, before: list[Span], after: list[Span]
+) -> list[Path]:
     context = model.config.max_position_embeddings
     written = [run.metrics]
     if options.rank:
