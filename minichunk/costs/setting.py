@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from ..models.shapes import memory_bytes, shape
 from ..protocol import Options, Recompute
 from ..samplers import most_kept
 
+FEW = 8  # chunks from which on their memory grows evenly
 CHUNKED = ("seco", "spaco")
 METHODS = (*CHUNKED, "full", "full-recompute", "full-recompute-tiled", "full-recompute-offload")
 
@@ -44,10 +46,28 @@ class Setting:
         return Options(self.fill_size, self.recompute, self.cache_grad_dtype, self.offload)
 
     def memory_bytes(self, tokens: int) -> tuple[int, int]:
-        """What is remembered of so many tokens, and the gradients sent back to it, where the last chunks are kept."""
-        chunks = cut(tokens, self.chunk_size)
-        kept = chunks[-self.kept(len(chunks)) :]
-        return memory_bytes(shape(self.model), self.dtype, kept, self.options())
+        """What is remembered of so many tokens, and the gradients sent back to it, where the last chunks are kept.
+
+        Every further chunk, and every further one that is kept, takes as much as the one before.
+        """
+        num_chunks = -(-tokens // self.chunk_size)
+        kept = self.kept(num_chunks)
+        if num_chunks <= FEW:
+            return self._memory_bytes(num_chunks, kept)
+        few_kept = min(kept, FEW - 1)
+        base, longer = self._memory_bytes(FEW, few_kept), self._memory_bytes(FEW + 1, few_kept)
+        more_kept = self._memory_bytes(FEW + 1, few_kept + 1)
+        further, further_kept = num_chunks - FEW, kept - few_kept
+        remembered, gradients = (
+            few + further * (more - few) + further_kept * (most - more)
+            for few, more, most in zip(base, longer, more_kept, strict=True)
+        )
+        return remembered, gradients
+
+    @functools.cache  # noqa: B019 (a setting is a value, and there are few)
+    def _memory_bytes(self, num_chunks: int, kept: int) -> tuple[int, int]:
+        chunks = cut(num_chunks * self.chunk_size, self.chunk_size)
+        return memory_bytes(shape(self.model), self.dtype, chunks[-kept:], self.options())
 
     def check(self) -> None:
         """Raise InputError for a method or a size that cannot be."""
