@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -32,6 +32,8 @@ from .rounding import exactly, measure, outcome
 from .strategies import Batch, batches, blocks_of, build, examples, remember, state_models, tiny_state
 from .test_spaco import expectation
 
+EVERY_OTHER = [mc.Weight(0.5 + i, 2.0 - i) if i % 2 == 0 else None for i in range(14)]
+EVERY_THIRD = [mc.Weight(0.5 + i, 2.0 - i) if i % 3 == 0 else None for i in range(14)]
 WEIGHTS = st.none() | st.builds(mc.Weight, st.floats(-2, 2), st.floats(-2, 2))
 
 
@@ -39,11 +41,18 @@ def some_ids(length: int, batch: int = 2, seed: int = 0) -> Tensor:
     return torch.randint(23, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-@examples(30)
+def plain_case(layers: str, **others: Any) -> dict[str, Any]:
+    """14 tokens in chunks of 2, whatever else is drawn."""
+    ids = some_ids(14)
+    return {"model": build(tiny_state(layers), seed=0), "batch": Batch(ids, ids), "chunk_size": 2, **others}
+
+
+@examples(16)
+@example(**plain_case("sas", fill_chunks=3, extra=1, block=3, recompute=True, offload=True))
 @given(
     model=state_models(),
     batch=batches(),
-    chunk_size=st.integers(1, 16),
+    chunk_size=st.integers(1, 9),
     fill_chunks=st.integers(0, 4),
     extra=st.integers(0, 3),
     block=st.integers(1, 6),
@@ -67,7 +76,7 @@ def test_seco_equals_full(
         exact.check(outcome(model, lambda: mc.seco(model, batch.input_ids, batch.labels, chunk_size, **keywords)))
 
 
-@examples(8)
+@examples(5)
 @given(model=state_models(), first=batches(), second=batches(), chunk_size=st.integers(1, 9))
 def test_accumulated_batches_equal_full(model: mc.StateSpace, first: Batch, second: Batch, chunk_size: int) -> None:
     count = first.num_targets + second.num_targets
@@ -78,7 +87,7 @@ def test_accumulated_batches_equal_full(model: mc.StateSpace, first: Batch, seco
     exactly(model, lambda: both(mc.full)).check(outcome(model, lambda: both(mc.seco, chunk_size)))
 
 
-@examples(8)
+@examples(5)
 @given(model=state_models(), batch=batches())
 def test_full_equals_the_loop(model: mc.StateSpace, batch: Batch) -> None:
     """The oracle itself, against a loop over tokens."""
@@ -87,7 +96,9 @@ def test_full_equals_the_loop(model: mc.StateSpace, batch: Batch) -> None:
     exact.check(outcome(model, lambda: mc.full(model, batch.input_ids, batch.labels)))
 
 
-@examples(15)
+@examples(8)
+@example(**plain_case("ss", weights=EVERY_OTHER, fill_chunks=1, offload=False))
+@example(**plain_case("sas", weights=EVERY_THIRD, fill_chunks=2, offload=True))
 @given(
     model=state_models(max_layers=3),
     batch=batches(),
