@@ -100,7 +100,7 @@ def truncated(model: mc.StateSpace, batch: Batch, window: int, size: int | None,
     return outcome(model, lambda: mc.seco(twin, batch.input_ids, batch.labels, size, **keywords))
 
 
-@examples(8)
+@examples(6)
 @given(
     model=state_models(letters="s", max_layers=3),
     batch=batches(max_length=10),

@@ -47,7 +47,7 @@ def plain_case(layers: str, **others: Any) -> dict[str, Any]:
     return {"model": build(tiny_state(layers), seed=0), "batch": Batch(ids, ids), "chunk_size": 2, **others}
 
 
-@examples(16)
+@examples(12)
 @example(**plain_case("sas", fill_chunks=3, extra=1, block=3, recompute=True, offload=True))
 @given(
     model=state_models(),
