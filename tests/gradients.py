@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +12,15 @@ from torch import Tensor
 import minichunk as mc
 from minichunk.chunks import Chunk
 from minichunk.models.rope import rope_tables, rotate
+from minichunk.models.ssm import StateLayer
 from minichunk.targets import IGNORE, shift
+
+from .recurrence import loop
 
 Tensors = dict[str, Tensor]  # a loss, gradients: by name
 
 
-def take_gradients(model: mc.Llama) -> Tensors:
+def take_gradients(model: Any) -> Tensors:
     """The gradients of all trainable parameters (zeros where there is none); clears them."""
     grads = {
         name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
@@ -48,8 +52,16 @@ def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
     return x.detach() + (x - x.detach()) * factor
 
 
+class Relays(NamedTuple):
+    """A sequence cut into chunks, as the oracle needs it."""
+
+    chunks: Sequence[Chunk]
+    own: Tensor  # bool (T, T): both positions are in one chunk
+    factor: Tensor  # (T, 1): the relay factor of the chunk of each position, 0 if that is skipped
+
+
 def oracle(
-    model: mc.Llama,
+    model: Any,
     input_ids: Tensor,
     labels: Tensor,
     chunks: Sequence[Chunk],
@@ -59,11 +71,11 @@ def oracle(
     """What SpaCO computes, by plain autograd through the whole sequence at once; adds to `.grad`.
 
     A key or value that is seen from a later chunk is one whose gradient is multiplied by its own
-    chunk's relay factor (0 if that chunk is skipped); a chunk's loss is multiplied by its loss
-    factor. No cache, no chunk attention, no tiled loss: naive softmax over T x T scores.
+    chunk's relay factor (0 if that chunk is skipped), and so is what a chunk adds to a state; a chunk's loss is
+    multiplied by its loss factor. No cache, no chunk attention, no scan, no tiled loss: naive softmax over T x T
+    scores, and a loop over tokens.
     """
-    config, T = model.config, input_ids.shape[1]
-    H, G, D = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    T = input_ids.shape[1]
     x = model.model.embed_tokens(input_ids)
     owner = torch.zeros(T, dtype=torch.int64)
     relay, loss_factor = x.new_zeros(T, 1), x.new_zeros(T)
@@ -72,22 +84,12 @@ def oracle(
         owner[rows] = j
         if weight is not None:
             relay[rows], loss_factor[rows] = weight.relay, weight.loss
-    own = owner[:, None] == owner[None, :]  # (T, T)
-    causal = torch.ones(T, T, dtype=torch.bool).tril()
-    rope = rope_tables(config, 0, T, x)
+    relays = Relays(chunks, owner[:, None] == owner[None, :], relay)
     for layer in model.model.layers:
-        attention = layer.self_attn
-        h = layer.input_layernorm(x)
-        q, (k, v) = attention.heads(attention.q_proj(h)), attention.keys_values(h, rope)
-        q = rotate(attention.q_norm(q) if config.qk_norm else q, rope)
-        k, v = (t.repeat_interleave(H // G, dim=1) for t in (k, v))  # (B, H, T, D)
-        k_past, v_past = scale_gradient(k, relay), scale_gradient(v, relay)
-        scores = torch.where(own, q @ k.mT, q @ k_past.mT) / D**0.5
-        scores = scores.masked_fill(~causal, -torch.inf)
-        p = (scores - scores.logsumexp(-1, keepdim=True)).exp()  # a softmax, rounded where the merge of pieces rounds
-        y = (p * own) @ v + (p * ~own) @ v_past
-        x = x + attention.o_proj(y.transpose(1, 2).flatten(2))
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
+        if isinstance(layer, StateLayer):
+            x = through_state(layer, x, relays)
+        else:
+            x = through_attention(layer, x, relays, getattr(model.config, "attention", model.config))
     logits = model.lm_head(model.model.norm(x))
     targets = shift(labels)
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
@@ -97,9 +99,40 @@ def oracle(
     return loss.detach()
 
 
-def gradients_by_chain_length(
-    model: mc.Llama, input_ids: Tensor, labels: Tensor, chunks: Sequence[Chunk]
-) -> list[Tensors]:
+def through_attention(layer: Any, x: Tensor, relays: Relays, config: mc.LlamaConfig) -> Tensor:
+    """The next x (B, T, E), where keys and values that a later chunk sees are relayed."""
+    H, G, D, T = config.num_attention_heads, config.num_key_value_heads, config.head_dim, x.shape[1]
+    causal = torch.ones(T, T, dtype=torch.bool).tril()
+    rope = rope_tables(config, 0, T, x)
+    attention = layer.self_attn
+    h = layer.input_layernorm(x)
+    q, (k, v) = attention.heads(attention.q_proj(h)), attention.keys_values(h, rope)
+    q = rotate(attention.q_norm(q) if config.qk_norm else q, rope)
+    k, v = (t.repeat_interleave(H // G, dim=1) for t in (k, v))  # (B, H, T, D)
+    k_past, v_past = scale_gradient(k, relays.factor), scale_gradient(v, relays.factor)
+    scores = torch.where(relays.own, q @ k.mT, q @ k_past.mT) / D**0.5
+    scores = scores.masked_fill(~causal, -torch.inf)
+    p = (scores - scores.logsumexp(-1, keepdim=True)).exp()  # a softmax, rounded where the merge of pieces rounds
+    y = (p * relays.own) @ v + (p * ~relays.own) @ v_past
+    x = x + attention.o_proj(y.transpose(1, 2).flatten(2))
+    return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+def through_state(layer: StateLayer, x: Tensor, relays: Relays) -> Tensor:
+    """The next x (B, T, P), where all that a chunk does with a state is relayed but its decay, which is not scaled."""
+    u = layer.norm(x)
+    inputs = u, F.logsigmoid(layer.a_proj(u)), layer.b_proj(u), layer.c_proj(u)
+    h, outputs = layer.nothing(u), []
+    for chunk in relays.chunks:
+        part = [z[:, chunk.start : chunk.stop] for z in inputs]
+        outputs.append(loop(*part, h)[0])
+        of_the_chunk = loop(*part, h.detach())[1][-1]
+        passes = (h - h.detach()) * part[1].detach().sum(1, keepdim=True).exp()
+        h = scale_gradient(of_the_chunk, relays.factor[chunk.start]) + passes
+    return x + torch.cat(outputs, 1)
+
+
+def gradients_by_chain_length(model: Any, input_ids: Tensor, labels: Tensor, chunks: Sequence[Chunk]) -> list[Tensors]:
     """The parts of the exact gradient that come through chains of 1, 2, …, k chunks.
 
     With every relay multiplied by r, a chain through p chunks is multiplied by r^(p-1): the

@@ -23,8 +23,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import minichunk as mc
-
 from .gradients import Tensors, combine, take_gradients
 
 EPS = 2.0**-40  # far above float64's rounding, and far below where the response stops being linear
@@ -153,14 +151,14 @@ def measure(compute: Callable[[], Tensors]) -> Exact:
     return Exact(values, noise)
 
 
-def outcome(model: mc.Llama, run: Callable[[], Tensor]) -> Tensors:
+def outcome(model: Any, run: Callable[[], Tensor]) -> Tensors:
     """The loss that `run` returns, and the gradients of all trainable parameters that it adds to cleared ones."""
     take_gradients(model)
     loss = run()
     return {"loss": loss.detach(), **take_gradients(model)}
 
 
-def exactly(model: mc.Llama, oracle: Callable[[], Tensor]) -> Exact:
+def exactly(model: Any, oracle: Callable[[], Tensor]) -> Exact:
     """The loss and the gradients of an oracle, with their noise."""
     return measure(lambda: outcome(model, oracle))
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import minichunk as mc
 from minichunk.memory.attention import BLOCK
 from minichunk.memory.kernels import Plain
 from minichunk.models.config import Llama3Rope
+from minichunk.models.ssm import StateLayer
 from minichunk.targets import IGNORE, shift
 
 VOCAB = 23
@@ -39,10 +41,10 @@ def blocks_of(size: int) -> Iterator[None]:
         yield
 
 
-def build(config: mc.LlamaConfig, seed: int, scale: float = 0.25) -> mc.Llama:
+def build(config: Any, seed: int, scale: float = 0.25) -> Any:
     """A float64 model whose attention is far from uniform; the larger `scale`, the worse its conditioning."""
     torch.manual_seed(seed)
-    model = mc.Llama(config).double()
+    model = (mc.Llama if isinstance(config, mc.LlamaConfig) else mc.StateSpace)(config).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             is_norm, is_embedding = "norm" in name, "embed" in name
@@ -57,6 +59,18 @@ def tiny(layers: int = 2, **changes: object) -> mc.LlamaConfig:
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4,
     }  # fmt: skip
     return mc.LlamaConfig(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+def tiny_state(layers: int | str = 2, **changes: object) -> mc.StateSpaceConfig:
+    """The same for states: a number of layers, or a letter for each of them, s for a state or a for attention."""
+    letters = "s" * layers if isinstance(layers, int) else layers
+    kinds = tuple({"s": "state", "a": "full_attention"}[letter] for letter in letters)
+    attention = {"intermediate_size": 12, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
+    fields = {
+        "vocab_size": VOCAB, "hidden_size": 8, "state_size": 3, "num_hidden_layers": len(letters),
+        "layer_types": kinds, **(attention if "a" in letters else {}),
+    }  # fmt: skip
+    return mc.StateSpaceConfig(**{**fields, **changes})  # type: ignore[arg-type]
 
 
 @st.composite
@@ -95,6 +109,29 @@ def models(draw: st.DrawFn, lora: bool = True) -> mc.Llama:
                 if "lora_B" in name:  # zero at first, which would hide the gradient of A
                     parameter.copy_(torch.randn_like(parameter))
     return model
+
+
+@st.composite
+def state_models(draw: st.DrawFn, letters: str = "sa", max_layers: int = 4) -> mc.StateSpace:
+    """State-space models and hybrids, that forget at once or remember for hundreds of tokens."""
+    layers = "".join(draw(st.lists(st.sampled_from(letters), min_size=1, max_size=max_layers)))
+    config = tiny_state(
+        layers,
+        hidden_size=draw(st.integers(4, 12)),
+        state_size=draw(st.integers(1, 4)),
+        rms_norm_eps=draw(st.sampled_from([1e-6, 1e-3])),
+        tie_word_embeddings=draw(st.booleans()),
+    )
+    model = build(config, draw(st.integers(0, 2**31)), draw(st.sampled_from([0.25, 1.0])))
+    remember(model, draw(st.sampled_from([-4.0, 0.0, 2.0, 6.0])))
+    return model
+
+
+def remember(model: mc.StateSpace, logit: float) -> None:
+    """Move the gates: the larger `logit`, the longer the states remember."""
+    for layer in model.layers:
+        if isinstance(layer, StateLayer):
+            layer.a_proj.bias.data += logit
 
 
 @dataclass

@@ -33,7 +33,7 @@ def scan(x: Tensor, log_a: Tensor, b: Tensor, c: Tensor, h: Tensor) -> tuple[Ten
     added = x.mT @ (b * between[..., -1, :, :])  # (…, n, P, N): what each block adds to the state at its end
     since = log_a.cumsum(-2).exp()  # (…, n, L, N): what is left at t of the state before the block
     left = since[..., -1:, :]  # (…, n, 1, N)
-    before = []
+    h, before = torch.broadcast_tensors(h, added[..., 0, :, :])[0], []
     for block in range(x.shape[-3]):
         before.append(h)
         h = h * left[..., block, :, :] + added[..., block, :, :]

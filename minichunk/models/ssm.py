@@ -37,12 +37,16 @@ class StateLayer(nn.Module):
         self.a_proj.bias.copy_(torch.logspace(0.1, 3, self.state_size, dtype=torch.float64).sub(1).log())
 
     def forward(self, x: Tensor, past: Before | None, *_: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if past is None:  # the whole sequence at once
+            past = Before((self.nothing(x),), [x.shape[1]])
+        y, written = scan_chunks(*self.terms(x), past.states[0], past.lengths)
+        return x + y.to(x.dtype), tuple(tensor for pair in written for tensor in pair)
+
+    def terms(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the recurrence is made of: u (B, T, P), log A, B and C (B, T, N)."""
         u = self.norm(x)
         a, b, c = (project(u).to(self.wide(u)) for project in (self.a_proj, self.b_proj, self.c_proj))
-        if past is None:  # the whole sequence at once
-            past = Before((self.nothing(u),), [u.shape[1]])
-        y, written = scan_chunks(u.to(b.dtype), F.logsigmoid(a), b, c, past.states[0], past.lengths)
-        return x + y.to(x.dtype), tuple(tensor for pair in written for tensor in pair)
+        return u.to(b.dtype), F.logsigmoid(a), b, c
 
     def writes(self, x: Tensor, past: Before | None, *shared: Any) -> tuple[Tensor, ...]:
         """What `forward` writes."""

@@ -1,0 +1,244 @@
+"""Adjoint sharding as the paper has it (arXiv 2501.00692): a sum of vector-Jacobian products, truncated or whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import minichunk as mc
+from minichunk.chunks import cut
+from minichunk.models import truncated as truncated_module
+from minichunk.models.truncated import LayerReach, TruncatedStateSpace, truncation_errors
+from minichunk.targets import IGNORE, shift
+
+from .gradients import Tensors, combine
+from .recurrence import loop
+from .rounding import Exact, exactly, measure, outcome
+from .strategies import Batch, batches, build, examples, remember, state_models, tiny_state
+
+
+class Literal:
+    """The paper's sum, one vector-Jacobian product for each (layer, t, i), for one text; eq. 7 with its window T̄.
+
+    cotangents: of which layer's output each layer takes the loss's gradient: "own", or "last" as in Proposition 3.
+    The gradients of norms, embedding and head, which the paper leaves out, are there too.
+    """
+
+    def __init__(self, model: mc.StateSpace, window: int, cotangents: str = "own") -> None:
+        self.model, self.window, self.cotangents = model, window, cotangents
+        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        self.grads = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+
+    def run(self, ids: Tensor, labels: Tensor, num_targets: int) -> Tensors:
+        """The loss and all gradients of one text: ids (T,)."""
+        model = self.model
+        inputs = [model.embedding(ids).detach()]  # what each layer is given, and what the last one returns: (T, P)
+        for layer in model.layers:
+            inputs.append(inputs[-1] + self.recurrence(layer, layer.norm(inputs[-1]))[0].detach())
+        top = inputs.pop().requires_grad_()
+        logits = model.lm_head(model.norm(top))
+        loss = F.cross_entropy(logits, shift(labels[None])[0], ignore_index=IGNORE, reduction="sum") / num_targets
+        last = cotangent = self.add(loss, [model.lm_head.weight, model.norm.weight], top, None)  # (T, P)
+        for layer, x in zip(reversed(model.layers), reversed(inputs), strict=True):
+            cotangent = cotangent + self.through(layer, x, last if self.cotangents == "last" else cotangent)
+        self.grads[self.names[model.embedding.weight]].index_add_(0, ids, cotangent)
+        return {"loss": loss.detach(), **self.grads}
+
+    def recurrence(self, layer: Any, u: Tensor) -> tuple[Tensor, list[Tensor]]:
+        return loop(u, F.logsigmoid(layer.a_proj(u)), layer.b_proj(u), layer.c_proj(u), layer.nothing(u[None])[0])
+
+    def through(self, layer: Any, x: Tensor, cotangent: Tensor) -> Tensor:
+        """Add a layer's gradients for the cotangent of its output; return that of its input x, both (T, P)."""
+        x = x.clone().requires_grad_()
+        normed = layer.norm(x)
+        u = normed.detach()
+        a, b, c = (layer.a_proj(u).sigmoid().detach(), layer.b_proj(u).detach(), layer.c_proj(u).detach())
+        states = [torch.zeros_like(u[0, :, None] * b[0]), *(h.detach() for h in self.recurrence(layer, u)[1])]
+        of_a, of_b, of_c, of_u = (torch.zeros_like(z) for z in (a, b, c, u))
+        for t in range(len(u)):
+            of_c[t] = cotangent[t] @ states[t + 1]
+            adjoint = cotangent[t, :, None] * c[t]  # (P, N)
+            for i in range(t, max(-1, t - self.window), -1):
+                of_a[i] += (adjoint * states[i]).sum(0)
+                of_b[i] += u[i] @ adjoint
+                of_u[i] += adjoint @ b[i]
+                adjoint = adjoint * a[i]
+        nets: list[tuple[Callable[[Tensor], Tensor], Any, Tensor]] = [
+            (lambda z: layer.a_proj(z).sigmoid(), layer.a_proj, of_a),
+            (layer.b_proj, layer.b_proj, of_b),
+            (layer.c_proj, layer.c_proj, of_c),
+        ]
+        for net, linear, of_output in nets:
+            leaf = u.clone().requires_grad_()
+            of_u += self.add(net(leaf), [linear.weight, linear.bias], leaf, of_output)
+        return self.add(normed, [layer.norm.weight], x, of_u)
+
+    def add(self, output: Tensor, parameters: Sequence[Tensor], of: Tensor, cotangent: Tensor | None) -> Tensor:
+        *grads, wanted = torch.autograd.grad(output, [*parameters, of], cotangent)
+        for parameter, grad in zip(parameters, grads, strict=True):
+            self.grads[self.names[parameter]] += grad
+        return wanted
+
+
+def literal(model: mc.StateSpace, batch: Batch, window: int, cotangents: str = "own") -> Tensors:
+    texts = zip(batch.input_ids, batch.labels, strict=True)
+    return combine([(1.0, Literal(model, window, cotangents).run(*text, batch.num_targets)) for text in texts])
+
+
+def truncated(model: mc.StateSpace, batch: Batch, window: int, size: int | None, **keywords: Any) -> Tensors:
+    """By `full`, or in chunks by `seco`."""
+    twin = TruncatedStateSpace(model, window)
+    if size is None:
+        return outcome(model, lambda: mc.full(twin, batch.input_ids, batch.labels))
+    return outcome(model, lambda: mc.seco(twin, batch.input_ids, batch.labels, size, **keywords))
+
+
+@examples(6)
+@given(
+    model=state_models(letters="s", max_layers=3),
+    batch=batches(max_length=10),
+    window=st.integers(1, 11),
+    chunk_size=st.integers(1, 10),
+    fill_chunks=st.integers(1, 3),
+    recompute=st.sampled_from([False, True, "all"]),
+)
+def test_truncated_gradients_are_the_literal_sum(
+    model: mc.StateSpace, batch: Batch, window: int, chunk_size: int, fill_chunks: int, recompute: Any
+) -> None:
+    """Windows shorter and longer than a chunk, and than the text."""
+    exact = measure(lambda: literal(model, batch, window))
+    whole = measure(lambda: truncated(model, batch, window, None))  # two scans, whose difference is rounded too
+    exact.check(whole.values, beside=whole)
+    keywords = {"fill_size": fill_chunks * chunk_size, "recompute": recompute}
+    exact.check(truncated(model, batch, window, chunk_size, **keywords), beside=whole)
+
+
+def some(layers: int, length: int, seed: int = 0, rows: int = 1) -> tuple[mc.StateSpace, Batch]:
+    model = build(tiny_state(layers), seed)
+    remember(model, 2.0)
+    ids = torch.randint(23, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return model, Batch(ids, ids)
+
+
+def window_of_one_less(patch: pytest.MonkeyPatch) -> None:
+    scan = truncated_module.truncated_scan
+    patch.setattr(truncated_module, "truncated_scan", lambda *terms: scan(*terms[:-1], terms[-1] - 1))
+
+
+def nothing_sent_back(patch: pytest.MonkeyPatch) -> None:
+    received = LayerReach.received
+    patch.setattr(LayerReach, "received", lambda self, chunk: tuple(0 * z for z in received(self, chunk)))
+
+
+def reach_of_one_chunk(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(LayerReach, "is_within", lambda self, chunk, start: chunk.stop == start)
+
+
+def far_part_kept(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(truncated_module, "truncated_scan", lambda *terms: truncated_module.scan(*terms[:-1]))
+
+
+@pytest.mark.parametrize("mistake", [window_of_one_less, nothing_sent_back, reach_of_one_chunk, far_part_kept])
+def test_a_mistake_would_be_noticed(mistake: Callable[[pytest.MonkeyPatch], None]) -> None:
+    model, batch = some(2, 11)
+    exact, whole = measure(lambda: literal(model, batch, 5)), measure(lambda: truncated(model, batch, 5, None))
+    exact.check(truncated(model, batch, 5, 3), beside=whole)
+    with pytest.MonkeyPatch.context() as patch:
+        mistake(patch)
+        with pytest.raises(AssertionError, match="is off by"):
+            exact.check(truncated(model, batch, 5, 3), beside=whole)
+
+
+def test_sampled_chunks_give_it_on_average() -> None:
+    """SpaCO, unchanged: what is read of earlier tokens is relayed as keys and values are."""
+    model, batch = some(2, 8)
+    twin, draws = TruncatedStateSpace(model, 4), []
+    for p, entries in mc.Bernoulli([0.5, 0.3, 0.6, 0.4]).outcomes(4):
+        sampler = {"sampler": lambda *_, entries=entries: entries}
+        draws.append((p, outcome(model, lambda s=sampler: mc.spaco(twin, batch.input_ids, batch.labels, 2, **s))))
+    got, expected = combine(draws), truncated(model, batch, 4, None)
+    for name, x in expected.items():
+        torch.testing.assert_close(got[name], x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("window", "kept", "inputs", "states"),
+    [(1, [0, 1, 2, 3], 0, 5), (3, [0, 1, 2, 3], 4, 5), (5, [3], 3, 4), (6, [1], 3, 4), (9, [], 3, 4)],
+)
+def test_only_what_is_within_reach_is_remembered(window: int, kept: list[int], inputs: int, states: int) -> None:
+    """Of the chunks before the last kept one, of which each is 3 tokens long."""
+    model, batch = some(1, 15)
+    chunks = cut(15, 3)
+    last = 4 if kept != [1] else 3
+    memory = TruncatedStateSpace(model, window).new_memory(1, chunks[last].start, [chunks[i] for i in kept])
+    for chunk in chunks[:last]:
+        memory.write([chunk], TruncatedStateSpace(model, window).write(batch.input_ids[:, :3], memory, [chunk]))
+    (layer,) = memory.layers
+    assert isinstance(layer, LayerReach)
+    assert (len(layer.inputs), len(layer.states)) == (inputs, states)
+
+
+def test_a_window_of_the_whole_text_truncates_nothing() -> None:
+    model, batch = some(2, 9)
+    errors = truncation_errors(model, batch.input_ids, batch.labels, [1, 2, 4, 7, 9, 100])
+    assert [window for window, _ in errors] == [1, 2, 4, 7, 9, 100]
+    assert errors[0][1] > errors[2][1] > errors[3][1] > 1e-6
+    assert [error for _, error in errors[4:]] == [0, 0]
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_through_k_layers_a_loss_reaches_k_times_as_far() -> None:
+    """K · (window - 1) tokens back, and no further: seen from the embedding of each token."""
+    for layers in (1, 2, 3):
+        model, _ = some(layers, 12)
+        twin, x = TruncatedStateSpace(model, 3), torch.randn(1, 12, 8, dtype=torch.float64, requires_grad=True)
+        y = x
+        for layer in twin.layers:
+            y, _ = layer(y, None)
+        y[:, -1].sum().backward()
+        assert x.grad is not None
+        size = x.grad.norm(dim=-1)[0]
+        assert [int(n) for n in (size > 1e-12).nonzero()] == list(range(11 - 2 * layers, 12))
+
+
+@pytest.mark.parametrize("window", [0, -1, 1.5, True, None])
+def test_a_wrong_window_is_named(window: Any) -> None:
+    with pytest.raises(mc.InputError, match=f"window is {window}, but must be a whole number of tokens"):
+        TruncatedStateSpace(build(tiny_state(1), 0), window)
+
+
+def test_attention_layers_are_refused() -> None:
+    with pytest.raises(mc.InputError, match="attention layers, but truncated gradients are for states alone"):
+        TruncatedStateSpace(build(tiny_state("sa"), 0), 4)
+
+
+@pytest.mark.parametrize("layers", [2, 3, 4])
+def test_proposition_3_is_right_for_the_last_layer_only(layers: int) -> None:
+    """Every layer takes the loss's gradient at the last layer's output, as printed; or at its own, and all is right."""
+    model, batch = some(layers, 16)
+    exact = exactly(model, lambda: mc.full(model, batch.input_ids, batch.labels))
+    exact.check(literal(model, batch, window=16), beside=measure(lambda: literal(model, batch, window=16)))
+    printed = literal(model, batch, window=16, cotangents="last")
+    last = {name: x for name, x in printed.items() if name.startswith(f"model.layers.{layers - 1}.")}
+    assert last
+    Exact({name: exact.values[name] for name in last}, exact.noise).check(last)
+    for i, (error, cosine) in enumerate(by_layer(exact.values, printed, layers)):
+        print(f"layer {i + 1} of {layers}: relative error {error:.2g}, cosine {cosine:.2f}")
+        assert (error > 0.1 and cosine < 0.999) if i < layers - 1 else error < 1e-12
+
+
+def by_layer(exact: Tensors, got: Tensors, layers: int) -> list[tuple[float, float]]:
+    """Relative error and cosine of each layer's gradient."""
+    rows = []
+    for i in range(layers):
+        names = [name for name in exact if name.startswith(f"model.layers.{i}.")]
+        e, g = (torch.cat([tensors[name].flatten() for name in names]) for tensors in (exact, got))
+        rows.append((float((g - e).norm() / e.norm()), float(g @ e / g.norm() / e.norm())))
+    return rows

@@ -1,0 +1,389 @@
+"""The same two methods, unchanged, on states: SeCO is exact, SpaCO unbiased, and what is relayed is the adjoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import minichunk as mc
+from minichunk.chunks import Chunk, cut
+from minichunk.memory.layers import LayerMemories
+from minichunk.memory.scan import scan
+from minichunk.memory.state import Handed
+from minichunk.models.auto import load_model
+from minichunk.models.ssm import StateLayer
+from minichunk.protocol import Recompute
+from minichunk.targets import shift
+
+from .gradients import oracle, take_gradients
+from .recurrence import loop
+from .rounding import exactly, measure, outcome
+from .strategies import Batch, batches, blocks_of, build, examples, remember, state_models, tiny_state
+from .test_spaco import expectation
+
+EVERY_OTHER = [mc.Weight(0.5 + i, 2.0 - i) if i % 2 == 0 else None for i in range(14)]
+EVERY_THIRD = [mc.Weight(0.5 + i, 2.0 - i) if i % 3 == 0 else None for i in range(14)]
+WEIGHTS = st.none() | st.builds(mc.Weight, st.floats(-2, 2), st.floats(-2, 2))
+
+
+def some_ids(length: int, batch: int = 2, seed: int = 0) -> Tensor:
+    return torch.randint(23, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def plain_case(layers: str, **others: Any) -> dict[str, Any]:
+    """14 tokens in chunks of 2, whatever else is drawn."""
+    ids = some_ids(14)
+    return {"model": build(tiny_state(layers), seed=0), "batch": Batch(ids, ids), "chunk_size": 2, **others}
+
+
+@examples(12)
+@example(**plain_case("sas", fill_chunks=3, extra=1, block=3, recompute=True, offload=True))
+@given(
+    model=state_models(),
+    batch=batches(),
+    chunk_size=st.integers(1, 9),
+    fill_chunks=st.integers(0, 4),
+    extra=st.integers(0, 3),
+    block=st.integers(1, 6),
+    recompute=st.sampled_from([False, True, "all"]),
+    offload=st.booleans(),
+)
+def test_seco_equals_full(
+    model: mc.StateSpace,
+    batch: Batch,
+    chunk_size: int,
+    fill_chunks: int,
+    extra: int,
+    block: int,
+    recompute: Recompute,
+    offload: bool,
+) -> None:
+    fill_size = fill_chunks * chunk_size + extra if fill_chunks else None
+    exact = exactly(model, lambda: mc.full(model, batch.input_ids, batch.labels))
+    keywords = {"fill_size": fill_size, "recompute": recompute, "offload": offload}
+    with blocks_of(block):
+        exact.check(outcome(model, lambda: mc.seco(model, batch.input_ids, batch.labels, chunk_size, **keywords)))
+
+
+@examples(5)
+@given(model=state_models(), first=batches(), second=batches(), chunk_size=st.integers(1, 9))
+def test_accumulated_batches_equal_full(model: mc.StateSpace, first: Batch, second: Batch, chunk_size: int) -> None:
+    count = first.num_targets + second.num_targets
+
+    def both(method: Callable[..., Tensor], *size: int) -> Tensor:
+        return sum(method(model, b.input_ids, b.labels, *size, num_targets=count) for b in (first, second))
+
+    exactly(model, lambda: both(mc.full)).check(outcome(model, lambda: both(mc.seco, chunk_size)))
+
+
+@examples(5)
+@given(model=state_models(), batch=batches())
+def test_full_equals_the_loop(model: mc.StateSpace, batch: Batch) -> None:
+    """The oracle itself, against a loop over tokens."""
+    whole = [Chunk(0, batch.input_ids.shape[1])]
+    exact = exactly(model, lambda: oracle(model, batch.input_ids, batch.labels, whole, [mc.Weight(1, 1)]))
+    exact.check(outcome(model, lambda: mc.full(model, batch.input_ids, batch.labels)))
+
+
+@examples(8)
+@example(**plain_case("ss", weights=EVERY_OTHER, fill_chunks=1, offload=False))
+@example(**plain_case("sas", weights=EVERY_THIRD, fill_chunks=2, offload=True))
+@given(
+    model=state_models(max_layers=3),
+    batch=batches(),
+    chunk_size=st.integers(1, 6),
+    weights=st.lists(WEIGHTS, min_size=14, max_size=14),
+    fill_chunks=st.integers(1, 3),
+    offload=st.booleans(),
+)
+def test_any_draw_equals_the_oracle(
+    model: mc.StateSpace,
+    batch: Batch,
+    chunk_size: int,
+    weights: list[mc.Weight | None],
+    fill_chunks: int,
+    offload: bool,
+) -> None:
+    """One draw with arbitrary factors, against autograd through the whole sequence."""
+    chunks = cut(batch.input_ids.shape[1], chunk_size)
+    entries = weights[: len(chunks)]
+    exact = exactly(model, lambda: oracle(model, batch.input_ids, batch.labels, chunks, entries))
+    keywords = {"sampler": lambda *_: entries, "fill_size": fill_chunks * chunk_size, "offload": offload}
+    exact.check(outcome(model, lambda: mc.spaco(model, batch.input_ids, batch.labels, chunk_size, **keywords)))
+
+
+@pytest.mark.parametrize(("layers", "rates"), [("ss", [0.3, 0.2, 0.5, 0.35]), ("sas", [0.4, 0.7, 0.3])])
+def test_bernoulli_is_unbiased(layers: str, rates: list[float]) -> None:
+    """The expectation over all draws, enumerated: what passes through skipped chunks needs no coin."""
+    model, ids = build(tiny_state(layers), seed=0), some_ids(len(rates) * 2, batch=1)
+    remember(model, 3.0)
+    got, draws = expectation(model, ids, ids, 2, mc.Bernoulli(rates))
+    exactly(model, lambda: mc.full(model, ids, ids)).check(got, beside=draws)
+
+
+def received_states(model: mc.StateSpace, ids: Tensor, chunk_size: int) -> dict[tuple[int, int], Tensor]:
+    """What SeCO relays to the state of each layer at the end of each chunk, by layer and position."""
+    found: dict[tuple[int, int], Tensor] = {}
+    original = LayerMemories.received
+
+    def spy(self: LayerMemories, chunk: Chunk) -> Any:
+        received = original(self, chunk)
+        found.update({(i, chunk.stop): layer[0] for i, layer in enumerate(received)})
+        return received
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LayerMemories, "received", spy)
+        mc.seco(model, ids, ids, chunk_size)
+    model.zero_grad()
+    return found
+
+
+def test_what_is_relayed_is_the_adjoint() -> None:
+    """One layer: λ = Σ_t dL/dy[t] · c[t] ∏ a over the tokens after the state, by its closed form."""
+    model, ids, size = build(tiny_state(1), seed=1), some_ids(11), 4
+    layer = model.layers[0]
+    remember(model, 2.0)
+
+    def adjoints() -> dict[str, Tensor]:
+        x = model.embedding(ids)
+        u = layer.norm(x)
+        log_a, c = F.logsigmoid(layer.a_proj(u)), layer.c_proj(u)
+        y = layer(x, None)[0].detach().requires_grad_()
+        loss = F.cross_entropy(model.lm_head(model.norm(y)).flatten(0, 1), shift(ids).flatten(), ignore_index=-100)
+        (dy,) = torch.autograd.grad(loss, y)  # (B, T, P)
+        left = {stop: log_a[:, stop:].cumsum(1).exp() for stop in (4, 8)}  # ∏ a
+        return {str(stop): (dy[:, stop:].mT @ (c[:, stop:] * prod)).detach() for stop, prod in left.items()}
+
+    found = received_states(model, ids, size)
+    measure(adjoints).check({str(stop): adjoint for (_, stop), adjoint in found.items()})
+
+
+def test_what_is_relayed_is_the_adjoint_in_every_layer() -> None:
+    """The total derivative of the loss by what is handed on, with all that it does to the layers above, by autograd."""
+    model, ids = build(tiny_state(3), seed=2), some_ids(11)
+    remember(model, 2.0)
+
+    def adjoints() -> dict[str, Tensor]:
+        x, states = model.embedding(ids), {}
+        for i, layer in enumerate(model.layers):
+            u, outputs = layer.norm(x), []
+            inputs = u, F.logsigmoid(layer.a_proj(u)), layer.b_proj(u), layer.c_proj(u)
+            h = layer.nothing(u)
+            for chunk in cut(11, 4):
+                y, of_chunk = loop(*(z[:, chunk.start : chunk.stop] for z in inputs), h)
+                outputs.append(y)
+                h = of_chunk[-1].clone()  # what is handed on, not what the chunk's own output is made of
+                states[f"{i} {chunk.stop}"] = h
+            x = x + torch.cat(outputs, 1)
+        loss = F.cross_entropy(model.lm_head(model.norm(x)).flatten(0, 1), shift(ids).flatten(), ignore_index=-100)
+        wanted = {name: state for name, state in states.items() if not name.endswith("11")}
+        return dict(zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True))
+
+    found = received_states(model, ids, 4)
+    measure(adjoints).check({f"{i} {stop}": adjoint for (i, stop), adjoint in found.items()})
+
+
+def no_adjoint(patch: pytest.MonkeyPatch) -> None:
+    """The chunks are backpropagated by themselves."""
+    patch.setattr(Handed, "before", lambda self, start, before=Handed.before: before(self, start).detach())
+
+
+def no_carry(patch: pytest.MonkeyPatch) -> None:
+    """What the rebuilt chunk leaves out is lost."""
+    write = Handed.write
+    patch.setattr(Handed, "write", lambda self, chunk, value, decay: write(self, chunk, value, 0 * decay))
+
+
+def state_of_the_chunk_before(patch: pytest.MonkeyPatch) -> None:
+    """The fill remembers what the chunk has read in the place of what it leaves."""
+    write = Handed.write
+    patch.setattr(Handed, "write", lambda self, chunk, value, decay: write(self, chunk, self.last, decay))
+
+
+@pytest.mark.parametrize("mistake", [no_adjoint, no_carry, state_of_the_chunk_before])
+def test_a_mistake_would_be_noticed(mistake: Callable[[pytest.MonkeyPatch], None]) -> None:
+    model, ids = build(tiny_state(2), seed=3), some_ids(11)
+    exact = exactly(model, lambda: mc.full(model, ids, ids))
+    exact.check(outcome(model, lambda: mc.seco(model, ids, ids, 4)))
+    with pytest.MonkeyPatch.context() as patch:
+        mistake(patch)
+        with pytest.raises(AssertionError, match="is off by"):
+            exact.check(outcome(model, lambda: mc.seco(model, ids, ids, 4)))
+
+
+@pytest.mark.parametrize(
+    ("kept", "starts"), [([0, 1, 2, 3, 4], [0, 3, 6, 9, 12]), ([1, 3], [3, 9]), ([4], [12]), ([0], [0])]
+)
+def test_states_where_kept_chunks_begin_and_nowhere_else(kept: list[int], starts: list[int]) -> None:
+    model, ids, seen = build(tiny_state(2), seed=4), some_ids(14), []
+    entries = [mc.Weight(1, 1) if i in kept else None for i in range(5)]
+    original = Handed.__init__
+
+    def spy(self: Handed, *arguments: Any) -> None:
+        original(self, *arguments)
+        seen.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Handed, "__init__", spy)
+        mc.spaco(model, ids, ids, 3, sampler=lambda *_: entries)
+    for part in seen:
+        assert part.starts == starts
+        assert part.states.shape == (len(starts), 2, 8, 3)
+        assert not part.read  # no state's gradient outlives the chunk that it was sent to
+
+
+@contextmanager
+def coins_at_every_chunk() -> Iterator[None]:
+    """Within the block a chunk hands on its whole state, with its graph, and the memory carries nothing."""
+
+    def scan_chunks(x: Tensor, log_a: Tensor, b: Tensor, c: Tensor, h: Tensor, lengths: Any) -> Any:
+        outputs, written = [], []
+        for part in zip(*(z.split(list(lengths), dim=-2) for z in (x, log_a, b, c)), strict=True):
+            y, h = scan(*part, h)
+            outputs.append(y)
+            written.append((h, torch.zeros_like(part[1][..., :1, :])))
+        return torch.cat(outputs, dim=-2), written
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minichunk.models.ssm.scan_chunks", scan_chunks)
+        yield
+
+
+def parts(model: mc.StateSpace, ids: Tensor, chunk_size: int) -> dict[tuple[int, int], Tensor]:
+    """All gradients as one vector, by (i, j): what the loss of chunk j sends to the parameters in chunk i.
+
+    One layer only, where no chain visits more chunks than these two: then they decide every draw.
+    """
+    k = -(-ids.shape[1] // chunk_size)
+
+    def gradient(entries: list[mc.Weight | None]) -> Tensor:
+        mc.spaco(model, ids, ids, chunk_size, sampler=lambda *_: entries)
+        return torch.cat([g.flatten() for g in take_gradients(model).values()])
+
+    found = {}
+    for j in range(k):
+        found[j, j] = gradient([mc.Weight(1, 1) if n == j else None for n in range(k)])
+        for i in range(j):
+            both = [mc.Weight(float(n == j), 1) if n in (i, j) else None for n in range(k)]
+            found[i, j] = gradient(both) - found[j, j]
+    return found
+
+
+def factors(entries: Sequence[mc.Weight | None], pairs: Iterable[tuple[int, int]], coins: bool) -> Tensor:
+    """By what a draw multiplies each part: by its two ends' weights, or by those of all chunks on the way."""
+    w = [0.0 if entry is None else entry.relay for entry in entries]
+    return torch.tensor([math.prod(w[i : j + 1] if coins else w[i : j + 1 : max(1, j - i)]) for i, j in pairs]).double()
+
+
+@pytest.fixture(scope="module")
+def long_memory() -> tuple[mc.StateSpace, Tensor]:
+    """One layer with gates near 0.998, and a text of 120 tokens."""
+    model = build(tiny_state(1), seed=0)
+    with torch.no_grad():
+        model.layers[0].a_proj.weight.mul_(0.1)
+        model.layers[0].a_proj.bias.fill_(6.2)
+    return model, some_ids(120, batch=1)
+
+
+@pytest.mark.parametrize("coins", [False, True])
+def test_a_draw_is_made_of_parts(long_memory: tuple[mc.StateSpace, Tensor], coins: bool) -> None:
+    """With a bypass through skipped chunks, and, for the contrast, without one."""
+    model, ids = long_memory
+    found = parts(model, ids, 24)
+    entries = [mc.Weight(2.0, 2.0), mc.Weight(3.0, 3.0), None, mc.Weight(5.0, 5.0), mc.Weight(7.0, 7.0)]
+    expected = (factors(entries, found, coins)[:, None] * torch.stack(list(found.values()))).sum(0)
+    with coins_at_every_chunk() if coins else nullcontext():
+        mc.spaco(model, ids, ids, 24, sampler=lambda *_: entries)
+    got = torch.cat([g.flatten() for g in take_gradients(model).values()])
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_bypass_keeps_the_deviation_small(long_memory: tuple[mc.StateSpace, Tensor]) -> None:
+    """Relative standard deviation at rate 1/4 and 10 chunks, over all 1024 draws: without it the far past is noise."""
+    found = parts(*long_memory, 12)
+    assert deviation(found, 10, coins=False) < 2
+    assert deviation(found, 10, coins=True) > 10
+
+
+def deviation(found: dict[tuple[int, int], Tensor], num_chunks: int, coins: bool) -> float:
+    """√E‖estimate - gradient‖² / ‖gradient‖, over all draws at rate 1/4."""
+    stacked = torch.stack(list(found.values()))
+    gradient, total = stacked.sum(0), 0.0
+    for p, entries in mc.Bernoulli(1 / 4).outcomes(num_chunks):
+        estimate = factors(entries, found, coins) @ stacked
+        total += p * float((estimate - gradient).square().sum())
+    return (total / float(gradient.square().sum())) ** 0.5
+
+
+@pytest.mark.parametrize("layers", ["ss", "sas"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_checkpoint_is_found_and_read_again(layers: str, tied: bool, tmp_path: Path) -> None:
+    config = tiny_state(layers, tie_word_embeddings=tied, eos_token_id=(3, 4), rope_theta=500.0, rms_norm_eps=1e-4)
+    model = build(config, seed=5)
+    model.save_pretrained(tmp_path)
+    again = load_model(tmp_path)
+    assert isinstance(again, mc.StateSpace)
+    assert again.config == config
+    assert (again.lm_head.weight is again.embedding.weight) == tied
+    ids = some_ids(9)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(x, model.state_dict()[name]) for name, x in again.state_dict().items())
+    torch.testing.assert_close(again(ids), model(ids), rtol=1e-12, atol=1e-12)
+    assert load_model(tmp_path, dtype=torch.bfloat16)(ids).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "mamba2"}, "model_type is 'mamba2', but must be 'state_space'"),
+        ({"model_type": "llama"}, "model_type is 'llama', but must be 'state_space'"),
+        ({"state_size": None}, "the field state_size is missing"),
+        ({"state_size": 0}, "state_size is 0, but must be a whole number"),
+        ({"hidden_size": True}, "hidden_size is True"),
+        ({"num_hidden_layers": "3"}, "num_hidden_layers is '3'"),
+        ({"max_position_embeddings": 1.5}, "max_position_embeddings is 1.5"),
+        ({"layer_types": ["state"]}, r"layer_types is \['state'\], but must be .* for each of the 3 layers"),
+        ({"layer_types": ["state", "state", "conv"]}, "layer_types is .*'conv'.*'state' or 'full_attention'"),
+        ({"layer_types": "state"}, "layer_types is 'state', but must be a list"),
+        ({"head_dim": None}, "head_dim is missing, which the attention layers need"),
+        ({"head_dim": 3}, "head_dim is 3"),
+        ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) must be a multiple"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0, but must be a number above 0"),
+        ({"rope_theta": "x"}, "rope_theta is 'x'"),
+        ({"eos_token_id": "x"}, "eos_token_id is 'x'"),
+        ({"state_sise": 4}, "the field state_sise is not one of a state_space model"),
+    ],
+)
+def test_a_wrong_config_names_the_field(change: dict[str, Any], words: str) -> None:
+    config = tiny_state("sas").to_dict()
+    assert mc.StateSpaceConfig.from_dict(config) == tiny_state("sas")
+    with pytest.raises(mc.InputError, match=words):
+        mc.StateSpaceConfig.from_dict({**config, **change})
+
+
+def test_layers_are_states_unless_the_config_says_otherwise() -> None:
+    config = {"model_type": "state_space", "vocab_size": 5, "hidden_size": 4, "state_size": 2, "num_hidden_layers": 2}
+    read = mc.StateSpaceConfig.from_dict({**config, "torch_dtype": "float32", "layer_types": None})
+    assert read.layer_types == ("state", "state")
+    assert read.attention is None
+    assert replace(read, eos_token_id=(2, 1)).first_eos() == 2
+
+
+def test_untrained_gates_remember_for_1_to_1000_tokens() -> None:
+    torch.manual_seed(0)
+    layer = mc.StateSpace(tiny_state(1, state_size=16)).layers[0]
+    assert isinstance(layer, StateLayer)
+    tokens = 1 / (1 - layer.a_proj.bias.detach().sigmoid())
+    assert 1 < float(tokens.min()) < 1.5
+    assert float(tokens.max()) == pytest.approx(1000, rel=1e-3)
