@@ -59,9 +59,7 @@ class Mamba2Config:
             raise InputError(f"config: num_heads ({self.num_heads}) must be a multiple of n_groups ({self.n_groups})")
         low, high = self.time_step_limit
         if not 0 <= low <= high:
-            raise InputError(
-                f"config: time_step_limit is {[low, high]}, but must be two numbers, 0 <= least <= greatest"
-            )
+            raise InputError(f"config: time_step_limit is {[low, high]}, but must be [least, greatest], both from 0 on")
 
     @property
     def inner_size(self) -> int:
