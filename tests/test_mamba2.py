@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,6 +21,7 @@ import minichunk as mc
 from minichunk.chunks import Chunk
 from minichunk.memory.state import Handed, LayerState
 from minichunk.models.auto import load_model
+from minichunk.models.quantize import Linear4bit
 from minichunk.protocol import Recompute
 from minichunk.targets import IGNORE, shift
 
@@ -29,7 +29,8 @@ from .gradients import Tensors, combine, distance, take_gradients
 from .rounding import Exact, exactly, measure, outcome, weighted
 from .strategies import VOCAB, Batch, batches, examples
 
-Theirs = transformers.Mamba2ForCausalLM
+transformers = pytest.importorskip("transformers")
+Theirs: Any = transformers.Mamba2ForCausalLM
 
 
 class StaysFloat64(TorchFunctionMode):
@@ -238,6 +239,17 @@ def test_transformers_loads_ours(tied: bool, tmp_path: Path) -> None:
         got = getattr(theirs.config, name)
         assert (tuple(got) if isinstance(got, list) else got) == value, name
     assert mc.Mamba2.from_pretrained(tmp_path).config == config
+
+
+def test_a_base_in_4_bits(tmp_path: Path) -> None:
+    """in_proj and out_proj are stored so, and what stays trainable gets its exact gradient."""
+    pytest.importorskip("bitsandbytes")
+    build(tiny()).save_pretrained(tmp_path)
+    model = mc.Mamba2.from_pretrained(tmp_path, load_in_4bit=True)
+    names = {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    assert names == {f"backbone.layers.{i}.mixer.{name}_proj" for i in range(3) for name in ("in", "out")}
+    ids = torch.randint(VOCAB, (1, 9))
+    exactly(model, lambda: mc.full(model, ids, ids)).check(outcome(model, lambda: mc.seco(model, ids, ids, 2)))
 
 
 def same_tensors(one: torch.nn.Module, other: torch.nn.Module) -> bool:

@@ -67,7 +67,7 @@ class _Linear(torch.autograd.Function):
 
 def is_stored_in_4bit(name: str) -> bool:
     """Whether a 4-bit base stores the linear module of this name so: those of the layers, not the LM head."""
-    return name.startswith("model.layers.")
+    return ".layers." in name
 
 
 def is_in_4bit(model: nn.Module) -> bool:
