@@ -45,9 +45,9 @@ class GatedNorm(nn.Module):
 
 
 class Mixer(nn.Module):
-    """h[t] = exp(-A dt[t]) h[t-1] + dt[t] x[t] b[t]ᵀ,  y[t] = h[t] c[t] + D x[t] for each head; then a gated norm.
+    """h[t] = exp(-A dt[t]) h[t-1] + dt[t] x[t] b[t]ᵀ, y[t] = h[t] c[t] + D x[t] for each head; then a norm, gated by z.
 
-    The gate z, x, b, c and the time step dt are linear in the input; x, b and c go through the convolution.
+    z, x, b, c and the time step dt are linear in the input; x, b and c go through the convolution.
     """
 
     def __init__(self, config: Mamba2Config) -> None:
@@ -55,8 +55,8 @@ class Mixer(nn.Module):
         E, H, G, N = config.hidden_size, config.num_heads, config.n_groups, config.state_size
         self.heads, self.state_shape = (G, H // G), (G, H // G, config.head_dim, N)
         self.limits, self.kernel = config.time_step_limit, config.conv_kernel
-        self.inner, self.shared = config.inner_size, G * N  # sizes of x; of b and of c
-        channels = self.inner + 2 * self.shared
+        self.inner, self.outer = config.inner_size, G * N  # sizes of x; of b and of c
+        channels = self.inner + 2 * self.outer
         self.in_proj = nn.Linear(E, self.inner + channels + H, bias=config.use_bias)
         self.conv1d = nn.Conv1d(channels, channels, self.kernel, groups=channels, bias=config.use_conv_bias)
         self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.empty(H)) for _ in range(3))
@@ -86,12 +86,12 @@ class Mixer(nn.Module):
         self, convolved: Tensor, dt: Tensor, h: Tensor, lengths: Sequence[int]
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """y (B, T, H·P), and for each chunk the state (B, G, H/G, P, N) at its end with its decay (B, G, H/G, 1, 1)."""
-        x, b, c = convolved.to(h.dtype).split([self.inner, self.shared, self.shared], dim=-1)
+        x, b, c = convolved.to(h.dtype).split([self.inner, self.outer, self.outer], dim=-1)
         dt = F.softplus(dt.to(h.dtype) + self.dt_bias).clamp(*self.limits)
         x, dt = by_head(x, self.heads), by_head(dt, self.heads)  # (B, G, H/G, T, P) and (B, G, H/G, T, 1)
         b, c = by_head(b, (self.heads[0], 1)), by_head(c, (self.heads[0], 1))  # (B, G, 1, T, N)
-        A, D = (parameter.to(h.dtype).view(*self.heads, 1, 1) for parameter in (self.A_log, self.D))
-        y, states = scan_chunks(x * dt, -A.exp() * dt, b, c, h, lengths)
+        A_log, D = (parameter.to(h.dtype).view(*self.heads, 1, 1) for parameter in (self.A_log, self.D))
+        y, states = scan_chunks(x * dt, -A_log.exp() * dt, b, c, h, lengths)
         return (y + D * x).movedim(-2, 1).flatten(2), states
 
     def nothing(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,7 +101,7 @@ class Mixer(nn.Module):
 
     @torch.no_grad()
     def draw(self, config: Mamba2Config) -> None:
-        """Random weights as transformers draws them: time steps in even steps of the logarithm, gates from 1 to H."""
+        """Random weights as transformers draws them: heads that decay by 1 to H, and short time steps."""
         self.A_log.copy_(torch.arange(1, self.A_log.numel() + 1).log())
         self.D.fill_(1)
         low, high = math.log(config.time_step_min), math.log(config.time_step_max)
