@@ -6,6 +6,8 @@ from .models.adapter_files import load_adapter, save_adapter
 from .models.config import LlamaConfig
 from .models.llama import Llama
 from .models.lora import add_lora, merge_lora
+from .models.mamba2 import Mamba2
+from .models.mamba2_config import Mamba2Config
 from .models.ssm import StateSpace
 from .models.ssm_config import StateSpaceConfig
 from .samplers import Bernoulli, FixedBudget, PaperBudget, Weight
@@ -20,6 +22,8 @@ __all__ = [
     "InputError",
     "Llama",
     "LlamaConfig",
+    "Mamba2",
+    "Mamba2Config",
     "PaperBudget",
     "StateSpace",
     "StateSpaceConfig",

@@ -34,9 +34,9 @@ def scan(x: Tensor, log_a: Tensor, b: Tensor, c: Tensor, h: Tensor) -> tuple[Ten
     since = log_a.cumsum(-2).exp()  # (…, n, L, N): what is left at t of the state before the block
     left = since[..., -1:, :]  # (…, n, 1, N)
     h, before = torch.broadcast_tensors(h, added[..., 0, :, :])[0], []
-    for block in range(x.shape[-3]):
+    for part, more in zip(left.unbind(-3), added.unbind(-3), strict=True):
         before.append(h)
-        h = h * left[..., block, :, :] + added[..., block, :, :]
+        h = h * part + more
     y = scores @ x + (c * since) @ torch.stack(before, -3).mT
     return y.flatten(-3, -2)[..., :T, :], h
 

@@ -10,11 +10,13 @@ import torch
 from ..errors import InputError
 from ..files.atomic import read_json
 from .llama import Llama
+from .mamba2 import Mamba2
+from .mamba2_config import MODEL_TYPE as MAMBA2
 from .pretrained import Pretrained
 from .ssm import StateSpace
 from .ssm_config import MODEL_TYPE as STATE_SPACE
 
-OTHERS: dict[str, type[Pretrained]] = {STATE_SPACE: StateSpace}
+OTHERS: dict[str, type[Pretrained]] = {STATE_SPACE: StateSpace, MAMBA2: Mamba2}
 
 
 def model_class(config: dict[str, Any]) -> type[Pretrained]:

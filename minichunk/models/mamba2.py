@@ -1,0 +1,192 @@
+"""Mamba-2 (arXiv 2405.21060), leaf to root: a scan with one gate per head, behind a short convolution.
+
+Two tensors go from chunk to chunk: the state, and the convolution's last inputs, its *tail*.
+
+Shapes: B batch, T tokens of this call, K kernel of the convolution, E hidden size; H heads of P channels each, in
+G groups that share the N numbers of b and of c. Parameter names are Hugging Face's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..memory.layers import Extent
+from ..memory.state import Before, Handed, LayerState, scan_chunks
+from .decoder import RMSNorm
+from .mamba2_config import Mamba2Config
+from .pretrained import Pretrained
+
+
+class StreamNorm(RMSNorm):
+    """RMSNorm of the residual stream, which may be wider than the weights: the result has their dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
+
+
+class GatedNorm(nn.Module):
+    """RMSNorm of each group of y · silu(z)."""
+
+    def __init__(self, size: int, groups: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.group_size, self.eps = size // groups, eps
+
+    def forward(self, y: Tensor, z: Tensor) -> Tensor:
+        y = (y * F.silu(z.to(y.dtype))).unflatten(-1, (-1, self.group_size))
+        return F.rms_norm(y, (self.group_size,), eps=self.eps).flatten(-2) * self.weight
+
+
+class Mixer(nn.Module):
+    """h[t] = exp(-A dt[t]) h[t-1] + dt[t] x[t] b[t]ᵀ, y[t] = h[t] c[t] + D x[t] for each head; then a norm, gated by z.
+
+    z, x, b, c and the time step dt are linear in the input; x, b and c go through the convolution.
+    """
+
+    def __init__(self, config: Mamba2Config) -> None:
+        super().__init__()
+        E, H, G, N = config.hidden_size, config.num_heads, config.n_groups, config.state_size
+        self.heads, self.state_shape = (G, H // G), (G, H // G, config.head_dim, N)
+        self.limits, self.kernel = config.time_step_limit, config.conv_kernel
+        self.inner, self.outer = config.inner_size, G * N  # sizes of x; of b and of c
+        channels = self.inner + 2 * self.outer
+        self.in_proj = nn.Linear(E, self.inner + channels + H, bias=config.use_bias)
+        self.conv1d = nn.Conv1d(channels, channels, self.kernel, groups=channels, bias=config.use_conv_bias)
+        self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.empty(H)) for _ in range(3))
+        self.norm = GatedNorm(self.inner, G, config.layer_norm_epsilon)
+        self.out_proj = nn.Linear(self.inner, E, bias=config.use_bias)
+
+    def forward(self, u: Tensor, past: Before | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        z, convolved, dt = self.in_proj(u).split([self.inner, self.conv1d.in_channels, self.dt_bias.numel()], dim=-1)
+        if past is None:  # the whole sequence at once
+            past = Before(self.nothing(u), [u.shape[1]])
+        convolved, tails = self.convolve(convolved, past.states[1], past.lengths)
+        y, states = self.scan(convolved, dt, past.states[0], past.lengths)
+        written = tuple(tensor for pairs in zip(states, tails, strict=True) for pair in pairs for tensor in pair)
+        return self.out_proj(self.norm(y, z).to(u.dtype)), written
+
+    def convolve(self, x: Tensor, tail: Tensor, lengths: Sequence[int]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """The convolution of x (B, T, C), and for each chunk the tail (B, K-1, C) at its end with a decay of 0.
+
+        What a short chunk passes on of the tail before it is in its graph: there is nothing left for the memory.
+        """
+        x = torch.cat([tail, x], dim=1)  # (B, K-1+T, C)
+        # Copies: a slice would keep the whole of x in memory.
+        tails = [(x[:, end : end + self.kernel - 1].clone(), x.new_zeros(())) for end in accumulate(lengths)]
+        return F.silu(self.conv1d(x.mT).mT), tails
+
+    def scan(
+        self, convolved: Tensor, dt: Tensor, h: Tensor, lengths: Sequence[int]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """y (B, T, H·P), and for each chunk the state (B, G, H/G, P, N) at its end with its decay (B, G, H/G, 1, 1)."""
+        x, b, c = convolved.to(h.dtype).split([self.inner, self.outer, self.outer], dim=-1)
+        dt = F.softplus(dt.to(h.dtype) + self.dt_bias).clamp(*self.limits)
+        x, dt = by_head(x, self.heads), by_head(dt, self.heads)  # (B, G, H/G, T, P) and (B, G, H/G, T, 1)
+        b, c = by_head(b, (self.heads[0], 1)), by_head(c, (self.heads[0], 1))  # (B, G, 1, T, N)
+        A_log, D = (parameter.to(h.dtype).view(*self.heads, 1, 1) for parameter in (self.A_log, self.D))
+        y, states = scan_chunks(x * dt, -A_log.exp() * dt, b, c, h, lengths)
+        return (y + D * x).movedim(-2, 1).flatten(2), states
+
+    def nothing(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Before the first token: the state, float32 at least, and the tail."""
+        state = u.new_zeros(u.shape[0], *self.state_shape, dtype=torch.promote_types(u.dtype, torch.float32))
+        return state, u.new_zeros(u.shape[0], self.kernel - 1, self.conv1d.in_channels)
+
+    @torch.no_grad()
+    def draw(self, config: Mamba2Config) -> None:
+        """Random weights as transformers draws them: heads that decay by 1 to H, and short time steps."""
+        self.A_log.copy_(torch.arange(1, self.A_log.numel() + 1).log())
+        self.D.fill_(1)
+        low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+        dt = torch.empty_like(self.dt_bias).uniform_(low, high).exp().clamp(min=config.time_step_floor)
+        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus, the other way round
+        for module in (self.conv1d, self.out_proj):
+            nn.init.kaiming_uniform_(module.weight, a=5**0.5)
+        if config.rescale_prenorm_residual:
+            self.out_proj.weight /= config.num_hidden_layers**0.5
+
+
+def by_head(x: Tensor, heads: tuple[int, int]) -> Tensor:
+    """(B, T, C) to (B, *heads, T, C / heads)."""
+    return x.unflatten(-1, (*heads, -1)).movedim(1, -2)
+
+
+class Mamba2Layer(nn.Module):
+    def __init__(self, config: Mamba2Config) -> None:
+        super().__init__()
+        self.norm, self.mixer = StreamNorm(config.hidden_size, config.layer_norm_epsilon), Mixer(config)
+        self.wide = config.residual_in_fp32
+
+    def forward(self, x: Tensor, past: Before | None, *_: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
+        y, written = self.mixer(self.norm(x), past)
+        x = x.to(torch.promote_types(x.dtype, torch.float32)) if self.wide else x
+        return x + y, written
+
+    def writes(self, x: Tensor, past: Before | None, *_: Any) -> tuple[Tensor, ...]:
+        """What `forward` writes."""
+        written: tuple[Tensor, ...] = self.mixer(self.norm(x), past)[1]
+        return written
+
+    def new_memory(self, extent: Extent) -> LayerState:
+        """For states and tails at the ends of chunks, and what is sent back to them."""
+        state, tail = self.mixer.nothing(extent.like.new_empty(extent.batch, 0, 0))
+        return LayerState([Handed(state, state[..., :1, :1], extent), Handed(tail, tail.new_empty(()), extent)])
+
+
+class Backbone(nn.Module):
+    """Everything but the LM head."""
+
+    def __init__(self, config: Mamba2Config) -> None:
+        super().__init__()
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Mamba2Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm_f = StreamNorm(config.hidden_size, config.layer_norm_epsilon)
+
+
+class Mamba2(Pretrained):
+    """A Mamba-2 with the weights' names of Hugging Face's `Mamba2ForCausalLM`.
+
+    `Mamba2(config)` has random weights; `Mamba2.from_pretrained(directory)` has trained ones.
+    """
+
+    config: Mamba2Config
+    config_class = Mamba2Config
+
+    def __init__(self, config: Mamba2Config) -> None:
+        super().__init__()
+        self.config = config
+        self.backbone = Backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=config.initializer_range)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+        for module in self.modules():
+            if isinstance(module, Mixer):
+                module.draw(config)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Let embedding and LM head be one parameter, where the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.backbone.embeddings.weight
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.backbone.embeddings
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.backbone.layers
+
+    @property
+    def norm(self) -> StreamNorm:
+        return self.backbone.norm_f

@@ -1,0 +1,347 @@
+"""Mamba-2: transformers' numbers and files, and SeCO and SpaCO with two tensors handed from chunk to chunk."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import minichunk as mc
+from minichunk.chunks import Chunk
+from minichunk.memory.state import Handed, LayerState
+from minichunk.models.auto import load_model
+from minichunk.models.quantize import Linear4bit
+from minichunk.protocol import Recompute
+from minichunk.targets import IGNORE, shift
+
+from .gradients import Tensors, combine, distance, take_gradients
+from .rounding import Exact, exactly, measure, outcome, weighted
+from .strategies import VOCAB, Batch, batches, examples
+
+transformers = pytest.importorskip("transformers")
+Theirs: Any = transformers.Mamba2ForCausalLM
+
+
+class StaysFloat64(TorchFunctionMode):
+    """Within the block nothing in float64 is made float32, as transformers' model does here and there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        narrows = func is torch.Tensor.float or (func is torch.Tensor.to and torch.float32 in (*args, *kwargs.values()))
+        return args[0] if narrows and args[0].dtype == torch.float64 else func(*args, **kwargs)
+
+
+def tiny(**changes: Any) -> mc.Mamba2Config:
+    fields = {
+        "vocab_size": VOCAB, "hidden_size": 8, "state_size": 3, "num_hidden_layers": 3, "num_heads": 4, "head_dim": 4,
+        "n_groups": 2, "eos_token_id": None,
+    }  # fmt: skip
+    return mc.Mamba2Config(**{**fields, **changes})
+
+
+def randomize(model: mc.Mamba2, seed: int) -> mc.Mamba2:
+    """In float64, with gates that remember for about 1 to 100 tokens, and nothing that is 0 or 1 by default."""
+    generator = torch.Generator().manual_seed(seed)
+    model = model.double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            draw = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+            wide = any(part in name for part in ("embed", "A_log", "dt_bias", "conv1d"))
+            parameter.copy_(
+                draw * (1.0 if wide else 0.4) + ("norm" in name or name.endswith("D")) - 2 * ("dt_b" in name)
+            )
+    return model
+
+
+def build(config: mc.Mamba2Config, seed: int = 0) -> mc.Mamba2:
+    return randomize(mc.Mamba2(config), seed)
+
+
+def reference(model: mc.Mamba2, chunk_size: int = 4) -> Theirs:
+    """transformers' model with the same weights, which it takes strictly."""
+    config = transformers.Mamba2Config.from_dict({**model.config.to_dict(), "chunk_size": chunk_size})
+    theirs = Theirs(config).double()
+    theirs.load_state_dict(model.state_dict())
+    return theirs
+
+
+def their_outcome(theirs: Theirs, batch: Batch) -> Tensors:
+    """Its logits and loss, and the gradients of all parameters."""
+    with StaysFloat64():
+        logits = theirs(batch.input_ids, use_cache=False).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), shift(batch.labels).flatten(), ignore_index=IGNORE)
+        loss.backward()
+    return {"logits": logits.detach(), "loss": loss.detach(), **take_gradients(theirs)}
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> mc.Mamba2Config:
+    groups, per_group, expand = draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 2))
+    heads, size = groups * per_group, expand * draw(st.integers(1, 3))
+    return tiny(
+        hidden_size=heads * size // expand, state_size=draw(st.integers(1, 4)),
+        num_hidden_layers=draw(st.integers(1, 3)), num_heads=heads, head_dim=size, n_groups=groups, expand=expand,
+        conv_kernel=draw(st.integers(1, 5)), layer_norm_epsilon=draw(st.sampled_from([1e-5, 1e-3])),
+        time_step_limit=draw(st.sampled_from([(0.0, math.inf), (0.1, 0.3), (0.0, 0.2)])),
+        use_bias=draw(st.booleans()), use_conv_bias=draw(st.booleans()), tie_word_embeddings=draw(st.booleans()),
+        residual_in_fp32=draw(st.booleans()), eos_token_id=draw(st.sampled_from([None, 3, (3, 4)])),
+    )  # fmt: skip
+
+
+@examples(35)
+@given(
+    config=configs(),
+    batch=batches(),
+    seed=st.integers(0, 2**31),
+    chunk_size=st.integers(1, 8),
+    fill_chunks=st.integers(1, 3),
+    blocks=st.tuples(*[st.integers(1, 6)] * 2),
+    recompute=st.sampled_from([False, True, "all"]),
+    offload=st.booleans(),
+)
+def test_logits_and_gradients_equal_transformers(
+    config: mc.Mamba2Config,
+    batch: Batch,
+    seed: int,
+    chunk_size: int,
+    fill_chunks: int,
+    blocks: tuple[int, int],
+    recompute: Recompute,
+    offload: bool,
+) -> None:
+    """By `full` and by `seco`, chunks shorter than the convolution's kernel too; blocks: their scan's, and ours."""
+    model = build(config, seed)
+    theirs = reference(model, blocks[0])
+    exact = measure(lambda: their_outcome(theirs, batch))
+    logits = {"logits": model(batch.input_ids)}
+    keywords = {"fill_size": fill_chunks * chunk_size, "recompute": recompute, "offload": offload}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("minichunk.memory.scan.BLOCK", blocks[1])
+        exact.check(outcome(model, lambda: mc.full(model, batch.input_ids, batch.labels)) | logits)
+        step = outcome(model, lambda: mc.seco(model, batch.input_ids, batch.labels, chunk_size, **keywords))
+        exact.check(step | logits)
+
+
+@pytest.mark.parametrize(("length", "chunk_size"), [(4, 1), (8, 3)])
+def test_spaco_is_unbiased(length: int, chunk_size: int) -> None:
+    """Averaged over all draws it is the exact gradient: a state's adjoint passes skipped chunks, a tail's does not."""
+    model, ids = build(tiny(num_hidden_layers=2)), torch.randint(VOCAB, (2, length))
+    chunks = math.ceil(length / chunk_size)
+    got: list[tuple[float, Tensors]] = []
+    draws: list[tuple[float, Exact]] = []
+    for probability, entries in mc.Bernoulli([0.9, 0.3, 0.5, 0.7][:chunks]).outcomes(chunks):
+
+        def draw(entries: Any = entries) -> Tensor:
+            return mc.spaco(model, ids, ids, chunk_size, sampler=lambda *_: entries)
+
+        got.append((probability, outcome(model, draw)))
+        draws.append((probability, exactly(model, draw)))
+    exactly(model, lambda: mc.full(model, ids, ids)).check(combine(got), beside=weighted(draws))
+
+
+def no_tail(patch: pytest.MonkeyPatch) -> None:
+    """What comes back to a chunk's last inputs is dropped."""
+    original = LayerState.received
+
+    def received(self: LayerState, chunk: Chunk) -> tuple[Tensor, ...]:
+        state, state_decay, tail, tail_decay = original(self, chunk)
+        return state, state_decay, torch.zeros_like(tail), tail_decay
+
+    patch.setattr(LayerState, "received", received)
+
+
+def no_state(patch: pytest.MonkeyPatch) -> None:
+    original = LayerState.received
+
+    def received(self: LayerState, chunk: Chunk) -> tuple[Tensor, ...]:
+        state, *others = original(self, chunk)
+        return torch.zeros_like(state), *others
+
+    patch.setattr(LayerState, "received", received)
+
+
+def lasting_tail(patch: pytest.MonkeyPatch) -> None:
+    """The memory carries the tail's gradient on, which the graph of a chunk carries already."""
+    original = Handed.write
+    patch.setattr(Handed, "write", lambda self, chunk, x, decay: original(self, chunk, x, decay + (decay.ndim == 0)))
+
+
+@pytest.mark.parametrize("break_it", [None, no_tail, no_state, lasting_tail])
+@pytest.mark.parametrize("chunk_size", [2, 5])  # shorter and longer than the tail
+def test_negative_controls(break_it: Callable[[pytest.MonkeyPatch], None] | None, chunk_size: int) -> None:
+    model, ids = build(tiny(), seed=1), torch.randint(VOCAB, (1, 12))
+    exact = exactly(model, lambda: mc.full(model, ids, ids))
+    with pytest.MonkeyPatch.context() as patch:
+        if break_it is not None:
+            break_it(patch)
+        got = outcome(model, lambda: mc.seco(model, ids, ids, chunk_size))
+    if break_it is None:
+        exact.check(got)
+    else:
+        assert distance(got, exact.values) > 1e-2
+
+
+def test_a_tail_does_not_keep_its_chunk_in_memory() -> None:
+    model, ids = build(tiny()), torch.randint(VOCAB, (1, 50))
+    _, written = model.run(ids, model.new_memory(1, 50), [Chunk(0, 20), Chunk(20, 50)])
+    assert [x.shape[1:] for x in written[0]] == [(2, 2, 4, 3), (2, 2, 1, 1), (3, 28), ()] * 2
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in written[0][2::4])
+
+
+@pytest.mark.parametrize("limit", [(0.0, math.inf), (0.1, 0.3)])
+@pytest.mark.parametrize("chunk_size", [1, 3, 100])
+def test_generate_equals_transformers(limit: tuple[float, float], chunk_size: int) -> None:
+    model, prompt = build(tiny(time_step_limit=limit), seed=5), torch.randint(VOCAB, (2, 7))
+    theirs = reference(model).eval()
+    ours = mc.generate(model, prompt, 9, chunk_size=chunk_size)
+    # Token by token, with its own cache, transformers leaves time_step_limit out.
+    with StaysFloat64():
+        expected = theirs.generate(prompt, max_new_tokens=9, do_sample=False, use_cache=limit[1] == math.inf)
+    assert torch.equal(ours, expected)
+    assert len(set(ours[0, 7:].tolist())) > 3
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_transformers_checkpoint_loads(tied: bool, tmp_path: Path) -> None:
+    model = build(tiny(tie_word_embeddings=tied, use_bias=True, eos_token_id=(3, 4)))
+    reference(model).save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert isinstance(loaded, mc.Mamba2)
+    assert loaded.config == model.config
+    assert same_tensors(loaded, model)
+    assert (loaded.lm_head.weight is loaded.backbone.embeddings.weight) == tied
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_transformers_loads_ours(tied: bool, tmp_path: Path) -> None:
+    config = tiny(
+        tie_word_embeddings=tied, use_conv_bias=False, residual_in_fp32=False, time_step_limit=(0.1, math.inf),
+        max_position_embeddings=77, pad_token_id=None, bos_token_id=5, eos_token_id=(3, 4), conv_kernel=3,
+    )  # fmt: skip
+    model = build(config)
+    model.save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert isinstance(theirs, Theirs)
+    assert theirs.dtype == torch.float64
+    assert same_tensors(theirs, model)
+    for name, value in asdict(config).items():
+        got = getattr(theirs.config, name)
+        assert (tuple(got) if isinstance(got, list) else got) == value, name
+    assert mc.Mamba2.from_pretrained(tmp_path).config == config
+
+
+def test_a_base_in_4_bits(tmp_path: Path) -> None:
+    """in_proj and out_proj are stored so, and what stays trainable gets its exact gradient."""
+    pytest.importorskip("bitsandbytes")
+    build(tiny()).save_pretrained(tmp_path)
+    model = mc.Mamba2.from_pretrained(tmp_path, load_in_4bit=True)
+    names = {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    assert names == {f"backbone.layers.{i}.mixer.{name}_proj" for i in range(3) for name in ("in", "out")}
+    ids = torch.randint(VOCAB, (1, 9))
+    exactly(model, lambda: mc.full(model, ids, ids)).check(outcome(model, lambda: mc.seco(model, ids, ids, 2)))
+
+
+def same_tensors(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    tensors, others = one.state_dict(), other.state_dict()
+    return tensors.keys() == others.keys() and all(torch.equal(tensors[name], others[name]) for name in others)
+
+
+@given(config=configs())
+@examples(60)
+def test_config_json_and_back(config: mc.Mamba2Config) -> None:
+    assert mc.Mamba2Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_an_absent_field_is_what_transformers_takes_it_for() -> None:
+    """transformers 5 leaves out what is a default of all models."""
+    needed = {name: asdict(tiny())[name] for name in ("vocab_size", "state_size", "num_hidden_layers")}
+    config = mc.Mamba2Config.from_dict(
+        {"model_type": "mamba2", **needed, "hidden_size": 32, "num_heads": 16, "head_dim": 4}
+    )
+    theirs = transformers.Mamba2Config()
+    absent = asdict(config).keys() - needed.keys() - {"hidden_size", "num_heads", "head_dim"}
+    assert config.max_position_embeddings == 2048
+    for name in absent - {"max_position_embeddings"}:
+        assert getattr(config, name) == getattr(theirs, name), name
+
+
+def test_random_weights_are_drawn_as_transformers_draws_them() -> None:
+    """The same numbers where nothing is random; else the same mean and standard deviation, of 256 numbers or more."""
+    sizes = {"hidden_size": 128, "num_heads": 256, "head_dim": 1, "state_size": 16, "use_bias": True}
+    steps = {"time_step_min": 0.5, "time_step_max": 4.0}  # of the size where a softplus is neither linear nor exp
+    config = tiny(**sizes, **steps, num_hidden_layers=2, rescale_prenorm_residual=True, initializer_range=0.05)
+    ours = dict(mc.Mamba2(config).named_parameters())
+    theirs = dict(Theirs(transformers.Mamba2Config.from_dict(config.to_dict())).named_parameters())
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        x, expected = ours[name].detach(), expected.detach()
+        if name.endswith(("A_log", "D", "bias", "norm.weight", "norm_f.weight")) and "dt_bias" not in name:
+            assert torch.equal(x, expected), name
+        else:
+            assert float(x.std() / expected.std()) == pytest.approx(1, abs=0.15), name
+            assert float((x.mean() - expected.mean()) / expected.std()) == pytest.approx(0, abs=0.3), name
+    drawn = F.softplus(ours["backbone.layers.0.mixer.dt_bias"].detach())
+    assert 0.499 < float(drawn.min()) < 0.55 < 3.6 < float(drawn.max()) < 4.001
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_bfloat16(wide: bool) -> None:
+    """The residual stream is float32 where the config says so, states and their gradients always."""
+    model, ids = build(tiny(residual_in_fp32=wide)).bfloat16(), torch.randint(VOCAB, (2, 20))
+    oracle = mc.Mamba2(model.config).double()
+    oracle.load_state_dict(model.state_dict())
+    exact = exactly(oracle, lambda: mc.full(oracle, ids, ids))
+    seen: list[torch.dtype] = []
+    model.backbone.layers[1].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    got = outcome(model, lambda: mc.seco(model, ids, ids, 6, recompute=True))
+    exact.check(got, unit=2.0**-9)
+    assert {x.dtype for x in got.values()} == {torch.float32}
+    assert set(seen) == {torch.float32 if wide else torch.bfloat16}
+    hidden, written = model.run(ids)
+    assert hidden.dtype == torch.bfloat16
+    assert [x.dtype for x in written[0]] == [torch.float32] * 2 + [torch.bfloat16] * 2
+
+
+CONFIG = {**tiny().to_dict(), "chunk_size": 256, "use_cache": True, "rms_norm": True, "time_step_rank": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "mamba"}, "model_type is 'mamba', but must be 'mamba2'"),
+        ({"state_size": None}, "state_size is missing"),
+        ({"n_groups": 0}, "n_groups is 0, but must be a whole number"),
+        ({"n_groups": 3}, r"num_heads \(4\) must be a multiple of n_groups \(3\)"),
+        ({"head_dim": 5}, r"num_heads \(4\) times head_dim \(5\) must be expand \(2\) times hidden_size \(8\)"),
+        ({"expand": 2.5}, "expand is 2.5, but must be a whole number"),
+        ({"conv_kernel": "4"}, "conv_kernel is '4', but must be a whole number"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported; it must be 'silu'"),
+        ({"rms_norm": False}, "rms_norm = False is not supported; it must be true"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config = .* must be absent"),
+        ({"use_bias": "yes"}, "use_bias is 'yes', but must be true or false"),
+        ({"layer_norm_epsilon": 0}, "layer_norm_epsilon is 0, but must be a number above 0"),
+        ({"time_step_limit": [0.3, 0.1]}, r"time_step_limit is \[0.3, 0.1\], but must be \[least, greatest\]"),
+        ({"time_step_limit": [0.1]}, r"time_step_limit is \[0.1\], but must be a list of two numbers"),
+        ({"time_step_limit": 3}, "time_step_limit is 3, but must be a list of two numbers"),
+        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>', but must be a token id"),
+    ],
+)
+def test_a_wrong_config_is_refused(change: dict[str, Any], words: str) -> None:
+    assert mc.Mamba2Config.from_dict(CONFIG) == tiny()
+    with pytest.raises(mc.InputError, match=words):
+        mc.Mamba2Config.from_dict(CONFIG | change)
+
+
+def test_first_eos() -> None:
+    assert [replace(tiny(), eos_token_id=ends).first_eos() for ends in (None, 3, (4, 5))] == [None, 3, 4]
