@@ -1,4 +1,7 @@
-"""The README's two drawn figures: `python tutorials/readme_figures.py` writes figures/seco.png and memory.png."""
+"""The README's drawn figures: `python tutorials/readme_figures.py` writes seco.png, memory.png and state-memory.png.
+
+It also prints the README's table of a state-space model.
+"""
 
 from __future__ import annotations
 
@@ -95,6 +98,33 @@ def draw_memory() -> None:
     figure.savefig(FIGURES / "memory.png", dpi=110, facecolor="white", bbox_inches="tight")
 
 
+def draw_state_memory() -> None:
+    """The same for a state-space model of 1.27 billion parameters, of which all are trained; and a table."""
+    figure, axes = plt.subplots(figsize=(8, 4.2))
+    lengths = [4096 * n for n in range(1, 65)]
+    rows = {
+        "full": Setting("state-space-1.27b", "full", rank=0),
+        "full, layers recomputed": Setting("state-space-1.27b", "full-recompute", rank=0),
+        "SeCO, chunks of 1,024": Setting("state-space-1.27b", "seco", 1024, rank=0),
+        "SeCO, chunks of 4,096": Setting("state-space-1.27b", "seco", 4096, rank=0),
+        "SpaCO, 8 chunks of 4,096": Setting("state-space-1.27b", "spaco", 4096, rank=0),
+    }
+    backpropagation = forecast(rows["full, layers recomputed"]).at(35_000).peak
+    print("| | 35,000 tokens | 100,000 | 1,000,000 | the longest where backpropagation has 35,000 |")
+    print("|---|---:|---:|---:|---:|")
+    for label, setting in rows.items():
+        line = forecast(setting)
+        axes.plot(lengths, [line.at(tokens).peak / 2**30 for tokens in lengths], label=label, lw=2)
+        cells = [f"{line.at(tokens).peak / 2**30:,.0f} GiB" for tokens in (35_000, 100_000, 1_000_000)]
+        print(f"| {label} | {' | '.join(cells)} | {line.longest(backpropagation, setting.chunk_size):,} |")
+    axes.set(xlabel="tokens", ylabel="GiB", ylim=(0, 400), xlim=(0, lengths[-1]))
+    axes.set_title("A state-space model of 1.27 billion parameters, all trained: what a training step needs")
+    axes.legend(loc="upper right")
+    axes.grid(alpha=0.3)
+    figure.savefig(FIGURES / "state-memory.png", dpi=110, facecolor="white", bbox_inches="tight")
+
+
 if __name__ == "__main__":
     draw_seco()
     draw_memory()
+    draw_state_memory()
