@@ -12,6 +12,7 @@ import torch
 
 import minichunk as mc
 from minichunk.command.main import build_parser, main
+from minichunk.models.auto import class_of
 
 
 @pytest.fixture
@@ -40,20 +41,27 @@ def test_train_then_resume_then_generate(
     assert capsys.readouterr().out.startswith("It is")
 
 
-@pytest.mark.parametrize("kinds", [(), ("state", "full_attention")], ids=["states", "hybrid"])
+KINDS = ("state", "full_attention")
+WITH_STATES = {
+    "states": mc.StateSpaceConfig(300, 8, 4, 2),
+    "hybrid": mc.StateSpaceConfig(
+        300, 8, 4, 2, KINDS, intermediate_size=12, num_attention_heads=2, num_key_value_heads=1, head_dim=4
+    ),
+    "mamba2": mc.Mamba2Config(300, 8, 4, 2, num_heads=2, head_dim=8, n_groups=1),
+}
+
+
+@pytest.mark.parametrize("kind", WITH_STATES)
 def test_all_commands_take_a_state_space_model(
-    train: list[str], model_directory: Path, text: Path, tmp_path: Path, kinds: tuple[str, ...],
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    attention = {"intermediate_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
-    config = mc.StateSpaceConfig(300, 8, 4, 2, kinds, max_position_embeddings=16, **attention)  # type: ignore[arg-type]
-    directory = tmp_path / "states"
-    mc.StateSpace(config).save_pretrained(directory)
+    train: list[str], model_directory: Path, text: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, directory = WITH_STATES[kind], tmp_path / "states"
+    class_of(config)(config).save_pretrained(directory)
     shutil.copy(model_directory / "tokenizer.json", directory)
     train = [*train, "--model", str(directory)]
     assert main([*train, "--method", "spaco", "--budget", "2", "--offload"]) == 0
     trained = json.loads((tmp_path / "runs/1/adapter/adapter_config.json").read_text())["target_modules"]
-    assert {"a_proj", "b_proj", "c_proj"} <= set(trained)
+    assert set(trained) >= ({"in_proj", "out_proj"} if kind == "mamba2" else {"a_proj", "b_proj", "c_proj"})
     assert main([*train, "--rank", "0", "--output", "all"]) == 0
     assert main(["train", "--resume", "--output", "all"]) == 0
     adapted = ["--model", str(directory), "--adapter", "runs/1/adapter"]

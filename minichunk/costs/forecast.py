@@ -20,7 +20,7 @@ class Forecast:
 
     Of a chunked step only the batch and the memory grow: keys and values of all chunks but the last, gradients for
     all kept chunks but the last, or states. Of the others the activations grow, evenly from `base` tokens on.
-    per_token, host_per_token: that growth in bytes; SpaCO's without the gradients of more kept chunks.
+    per_token, host_per_token: that growth in bytes; SpaCO's without what more kept chunks take.
     """
 
     setting: Setting
@@ -76,6 +76,6 @@ def forecast(setting: Setting) -> Forecast:
     num_chunks = max(BLOCK, setting.fill_size or 0) // size + 3  # a block, or a pass of the fill, on a longer past
     at_base = step_memory(setting, num_chunks * size)
     base = num_chunks * size
-    (cache, grads), (more_cache, more_grads) = setting.memory_bytes(base), setting.memory_bytes(base + size)
-    grows = (more_cache - cache + (more_grads - grads if setting.method == "seco" else 0)) / size
+    chunk, kept_chunk = setting.growth()
+    grows = (sum(chunk) + (sum(kept_chunk) if setting.method == "seco" else 0)) / size
     return Forecast(setting, at_base, base, *((BATCH, grows) if setting.offload else (BATCH + grows, 0)))

@@ -55,14 +55,16 @@ class Setting:
         if num_chunks <= FEW:
             return self._memory_bytes(num_chunks, kept)
         few_kept = min(kept, FEW - 1)
-        base, longer = self._memory_bytes(FEW, few_kept), self._memory_bytes(FEW + 1, few_kept)
-        more_kept = self._memory_bytes(FEW + 1, few_kept + 1)
-        further, further_kept = num_chunks - FEW, kept - few_kept
+        few, chunk, kept_chunk = self._memory_bytes(FEW, few_kept), *self.growth(few_kept)
         remembered, gradients = (
-            few + further * (more - few) + further_kept * (most - more)
-            for few, more, most in zip(base, longer, more_kept, strict=True)
+            few[i] + (num_chunks - FEW) * chunk[i] + (kept - few_kept) * kept_chunk[i] for i in range(2)
         )
         return remembered, gradients
+
+    def growth(self, kept: int = FEW - 1) -> tuple[tuple[int, int], tuple[int, int]]:
+        """What one more chunk adds to both where `kept` chunks are kept, and what one more of those kept adds."""
+        before, longer, more = (self._memory_bytes(*n) for n in ((FEW, kept), (FEW + 1, kept), (FEW + 1, kept + 1)))
+        return (longer[0] - before[0], longer[1] - before[1]), (more[0] - longer[0], more[1] - longer[1])
 
     @functools.cache  # noqa: B019 (a setting is a value, and there are few)
     def _memory_bytes(self, num_chunks: int, kept: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "attention_bias": True, "attention_out_bias": False},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "qk_norm": True, "head_dim": 128},
 }
+_OTHERS = ("mamba2", "state_space")  # which have a config of their own
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 _WRITTEN = (
@@ -31,7 +32,8 @@ def read_config(hugging_face_config: dict[str, Any]) -> dict[str, Any]:
     model_type = c.get("model_type", "llama")
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         raise InputError(
-            f"config: model_type {model_type!r} is not supported; supported are {', '.join(sorted(_FAMILIES))}"
+            f"config: model_type {model_type!r} is not supported; supported are {', '.join(sorted(_FAMILIES))}, and "
+            f"beside the Llama's {' and '.join(_OTHERS)}"
         )
     family = _FAMILIES[model_type]
     check_present(c, SIZES)

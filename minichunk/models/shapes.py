@@ -19,6 +19,7 @@ from ..protocol import DEFAULTS, Options
 from .auto import class_of, read_model_config
 from .config import LlamaConfig
 from .lora import add_lora
+from .mamba2_config import Mamba2Config
 from .pretrained import Pretrained
 from .quantize import quantize
 from .ssm_config import StateSpaceConfig
@@ -35,9 +36,19 @@ _SHAPES: dict[str, tuple[Any, ...]] = {
     "qwen2.5-14b": (5120, 13824, 48, 40, 8, 128, 152064, 1000000.0, False),
     "qwen2.5-32b": (5120, 27648, 64, 40, 8, 128, 152064, 1000000.0, False),
 }
+
+
+def _mamba2(hidden_size: int, num_layers: int) -> Mamba2Config:
+    return Mamba2Config(50288, hidden_size, 128, num_layers, hidden_size // 32, 64, 1, tie_word_embeddings=True)
+
+
 # As many parameters as adjoint sharding's largest model (arXiv 2501.00692), which says no more of its shape. Whatever
 # the shape, a state in all layers has a third as many numbers as the layers have parameters.
-_STATE_SPACES = {"state-space-1.27b": StateSpaceConfig(32768, 4096, 256, 318)}
+_STATE_SPACES: dict[str, Any] = {
+    "mamba2-130m": _mamba2(768, 24),
+    "mamba2-2.7b": _mamba2(2560, 64),
+    "state-space-1.27b": StateSpaceConfig(32768, 4096, 256, 318),
+}
 NAMES = (*_SHAPES, *_STATE_SPACES)
 
 
