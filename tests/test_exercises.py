@@ -230,7 +230,8 @@ MISTAKES = [
     ("state", "hand_on(h, end, decay)], [None, weight.relay * adjoint])\n            sent = h.grad\n"
      "            total = total + loss.detach()\n        adjoint = decays[j] * adjoint + sent\n",
      "end], [None, weight.relay * adjoint])\n            sent = h.grad\n"
-     "            total = total + loss.detach()\n        adjoint = sent\n", "In spaco: A skipped chunk ends everything"),
+     "            total = total + loss.detach()\n        adjoint = sent\n",
+     "In spaco: A skipped chunk ends everything"),
     ("state", "[loss, hand_on(h, end, decay)], [None, weight.relay * adjoint]", "loss",
      "Every chunk learns from its own loss alone"),
     ("state", "weight.relay * adjoint", "adjoint", "In spaco: What is relayed is not scaled"),

@@ -14,7 +14,6 @@ import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from torch import Tensor
 
-from ..files.documents import read_documents
 from ..files.shipped import EXTENDED_ON, MEASURED_ON, TRAINED_ON, novel
 from ..models.ssm import StateSpace
 from ..models.ssm_config import StateSpaceConfig
@@ -40,15 +39,15 @@ def bytes_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def unigram_losses(tokenizer: Tokenizer) -> dict[str, float]:
-    """Of the held-out novels, nats per token: of a model that knows nothing but how frequent each byte is."""
+def unigram_losses() -> dict[str, float]:
+    """Of the held-out novels, nats per byte: of a model that knows nothing but how frequent each byte is."""
 
-    def ids(names: Sequence[str]) -> Tensor:
-        return torch.cat([d.input_ids for d in read_documents([novel(name) for name in names], tokenizer)])
+    def read(names: Sequence[str]) -> Tensor:
+        return torch.tensor(list(b"".join(novel(name).read_bytes() for name in names)))
 
-    counts = torch.bincount(ids(TRAINED_ON), minlength=CONFIG.vocab_size) + 1.0  # as if all had been seen once more
+    counts = torch.bincount(read(TRAINED_ON), minlength=256) + 1.0  # as if all had been seen once more
     losses = -(counts / counts.sum()).log()
-    return {name: float(losses[ids([name])].double().mean()) for name in (EXTENDED_ON, MEASURED_ON)}
+    return {name: float(losses[read([name])].double().mean()) for name in (EXTENDED_ON, MEASURED_ON)}
 
 
 def pretrain_state(
@@ -71,7 +70,7 @@ def pretrain_state(
     )
     train(trainer)
     card = write_model(directory, trainer, tokenizer, evaluate_every)
-    beside = " and ".join(f"{loss:.2f}" for loss in unigram_losses(tokenizer).values())
+    beside = " and ".join(f"{loss:.2f}" for loss in unigram_losses().values())
     write_readme(
         directory,
         card,
