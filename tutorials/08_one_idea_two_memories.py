@@ -153,7 +153,7 @@ def deviation(model, ids, kind=None):
 
 
 rows = {
-    "Llama": [deviation(llama, words[:, : 24 * k]) for k in (2, 4, 6)],
+    "Llama": [deviation(llama, words[:, : 24 * k]) for k in (2, 4)],
     "state, plain": [deviation(state, letters[:, : 24 * k], Plain) for k in (2, 4, 6)],
     "state": [deviation(state, letters[:, : 24 * k], StateLayer) for k in (2, 4, 6)],
     "long memory, plain": [deviation(one, letters[:, : 24 * k], Plain) for k in (2, 4, 6, 8)],
@@ -164,9 +164,9 @@ for name, row in rows.items():
     print(f"{name:18} " + "".join(f"{x:6.1f}" for x in row))
 
 # %% [markdown]
-# In a Llama further chunks do not hurt: none is more than one hop away. The state that was trained on novels does not
-# mind either, because its loss hardly depends on what is far back. Where it does, which is what long contexts are for,
-# the plain memory fails: the noise grows with every coin on the way.
+# In a Llama more chunks do not hurt: none is more than one hop away. Nor in the state that was trained on novels: its
+# loss hardly depends on what is far back. Where it does, which is what long contexts are for, the plain memory fails:
+# the noise grows with every coin on the way.
 #
 # ## The bypass, in two lines
 #
