@@ -13,13 +13,14 @@ import torch
 from safetensors import safe_open
 
 from minichunk.command.main import main
-from minichunk.porting.golden import configs, golden
+from minichunk.porting.golden import cases, golden
 
-from . import numpy_llama
+from . import numpy_llama, numpy_state
 from .rounding import Exact, Noise, measure
 
 COMMITTED = Path(__file__).parent / "golden"
-NAMES = list(configs())
+NAMES = list(cases())
+LLAMAS = [name for name in NAMES if name != "state"]
 
 
 def read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
@@ -30,7 +31,7 @@ def read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
 @cache
 def noise(name: str) -> Noise:
     """Of every tensor of one file."""
-    return measure(lambda: golden(configs()[name], seed=NAMES.index(name))).noise
+    return measure(lambda: golden(cases()[name], seed=NAMES.index(name))).noise
 
 
 def check(name: str, got: dict[str, Any], expected: dict[str, np.ndarray]) -> None:
@@ -60,35 +61,53 @@ def test_nothing_else_is_committed_and_it_is_small() -> None:
     assert sum(path.stat().st_size for path in files) <= 2_000_000
 
 
+@pytest.mark.parametrize("name", LLAMAS)
+def test_numpy_rotates_by_the_same_angles(name: str) -> None:
+    metadata, tensors = read(COMMITTED / f"{name}.safetensors")
+    rope = numpy_llama.rope_tables(json.loads(metadata["config"]), tensors["input_ids"].shape[1])
+    for got, key in zip(rope, ("rope.cos", "rope.sin"), strict=True):
+        np.testing.assert_allclose(got, tensors[key], rtol=0, atol=1e-6)
+
+
+def numpy_model(name: str) -> tuple[Any, Any, dict[str, str], dict[str, np.ndarray]]:
+    """A model in NumPy, `spaco` for it, and its file's metadata and tensors."""
+    metadata, tensors = read(COMMITTED / f"{name}.safetensors")
+    config = json.loads(metadata["config"])
+    weights = {key.removeprefix("weights."): value for key, value in tensors.items() if key.startswith("weights.")}
+    if name == "state":
+        return numpy_state.StateSpace(config, weights), numpy_state.spaco, metadata, tensors
+    rope = (tensors["rope.cos"], tensors["rope.sin"])
+    return numpy_llama.Llama(config, weights, rope), numpy_llama.spaco, metadata, tensors
+
+
 @pytest.mark.parametrize("method", ["seco", "spaco"])
 @pytest.mark.parametrize("name", NAMES)
 def test_numpy_reproduces_every_number(name: str, method: str) -> None:
-    metadata, tensors = read(COMMITTED / f"{name}.safetensors")
-    config, ids = json.loads(metadata["config"]), tensors["input_ids"]
-    weights = {key.removeprefix("weights."): value for key, value in tensors.items() if key.startswith("weights.")}
-    rope = numpy_llama.rope_tables(config, ids.shape[1])
-    for got, key in zip(rope, ("rope.cos", "rope.sin"), strict=True):
-        np.testing.assert_allclose(got, tensors[key], rtol=0, atol=1e-6)
-    model = numpy_llama.Llama(config, weights, (tensors["rope.cos"], tensors["rope.sin"]))
-    size = int(metadata["chunk_size"])
+    model, spaco, metadata, tensors = numpy_model(name)
+    ids, size = tensors["input_ids"], int(metadata["chunk_size"])
     draw = json.loads(metadata["spaco"]) if method == "spaco" else [(1.0, 1.0)] * -(-ids.shape[1] // size)
-    got = numpy_llama.spaco(model, ids, tensors["labels"], size, draw)
+    got = spaco(model, ids, tensors["labels"], size, draw)
     expected = {key: value for key, value in tensors.items() if key.startswith(f"{method}.")}
     check(name, {f"{method}.{key}": value for key, value in got.items()}, expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_numpy_in_one_piece_is_full(name: str) -> None:
-    metadata, tensors = read(COMMITTED / f"{name}.safetensors")
-    weights = {key.removeprefix("weights."): value for key, value in tensors.items() if key.startswith("weights.")}
-    model = numpy_llama.Llama(json.loads(metadata["config"]), weights, (tensors["rope.cos"], tensors["rope.sin"]))
+    model, spaco, _, tensors = numpy_model(name)
     ids = tensors["input_ids"]
-    got = numpy_llama.spaco(model, ids, tensors["labels"], ids.shape[1], [(1.0, 1.0)])
+    got = spaco(model, ids, tensors["labels"], ids.shape[1], [(1.0, 1.0)])
     expected = {key: value for key, value in tensors.items() if key.startswith("full.")}
     grads = {f"full.grad.{key}": value for key, value in model.grad.items()}
     check(name, {"full.loss": got["loss"], **grads}, expected)
     last = {key: tensors[key.replace("full.grad", "seco.chunk.0.grad")] for key in grads}
     check(name, {"full.loss": tensors["seco.loss"], **last}, expected)
+
+
+def test_the_draw_for_a_state_shows_what_passes_through_a_skipped_and_through_a_kept_chunk() -> None:
+    """Without either, or with the relay's factor on it, what chunk 0 is given would be something else."""
+    _, tensors = read(COMMITTED / "state.safetensors")
+    for layer in range(3):
+        assert np.abs(tensors[f"spaco.chunk.0.layer.{layer}.adjoint"]).max() > 1e-4
 
 
 def test_a_file_in_the_place_of_the_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

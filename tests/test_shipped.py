@@ -1,35 +1,52 @@
-"""The shipped model: what it is, that its script is reproducible, and the package that `get` reads."""
+"""The shipped models: what they are, that their scripts are reproducible, and the package that `get` reads."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import minichunk as mc
 from minichunk.files.documents import cut_documents, load_tokenizer, read_documents
-from minichunk.files.shipped import MEASURED_ON, SHIPPED_MODEL, TRAINED_ON, novel
+from minichunk.files.shipped import MEASURED_ON, SHIPPED_MODEL, SHIPPED_STATE, TRAINED_ON, novel
 from minichunk.files.smollm2 import WHEEL_SHA256, _rename, get_smollm2
+from minichunk.models.auto import load_model
 from minichunk.training.evaluate import loss_by_position
 from minichunk.training.pretrain import pretrain
+from minichunk.training.pretrain_state import pretrain_state, unigram_losses
 
 
-def test_the_card_tells_the_truth() -> None:
-    card = json.loads((SHIPPED_MODEL / "card.json").read_text())
-    model = mc.Llama.from_pretrained(SHIPPED_MODEL, dtype=torch.float32)
+@pytest.mark.parametrize("directory", [SHIPPED_MODEL, SHIPPED_STATE], ids=lambda path: path.name)
+def test_the_card_tells_the_truth(directory: Path) -> None:
+    card = json.loads((directory / "card.json").read_text())
+    model: Any = load_model(directory, dtype=torch.float32)
     assert sum(p.numel() for p in model.parameters()) == card["parameters"]
     assert model.config.max_position_embeddings == card["context"]
     assert MEASURED_ON not in TRAINED_ON
-    pieces, _ = cut_documents(read_documents([novel(MEASURED_ON)], load_tokenizer(SHIPPED_MODEL)), card["context"])
+    pieces, _ = cut_documents(read_documents([novel(MEASURED_ON)], load_tokenizer(directory)), card["context"])
     (span,) = loss_by_position(model, pieces[::16], card["context"], [(0, card["context"])])
     # A sixteenth of the novel: near the whole's loss, and far from that of chance.
     assert span.loss == pytest.approx(card["held_out_loss_nats_per_token"][MEASURED_ON], abs=0.15)
 
 
-def test_it_is_small() -> None:
+def test_they_are_small() -> None:
     assert sum(path.stat().st_size for path in SHIPPED_MODEL.iterdir()) <= 6_000_000
+    assert sum(path.stat().st_size for path in SHIPPED_STATE.iterdir()) <= 300_000
+
+
+def test_the_state_has_learnt_more_than_how_frequent_bytes_are() -> None:
+    tokenizer = load_tokenizer(SHIPPED_STATE)
+    learnt = json.loads((SHIPPED_STATE / "card.json").read_text())["held_out_loss_nats_per_token"]
+    unigram = unigram_losses()
+    assert all(learnt[name] < 0.6 * unigram[name] for name in learnt)
+    said = " and ".join(f"{loss:.2f}" for loss in unigram.values())
+    assert f"Frequencies of bytes alone give {said}." in (SHIPPED_STATE / "README.md").read_text()
+    text = novel(MEASURED_ON).read_bytes()[:1000]
+    assert len(tokenizer.encode(text.decode()).ids) == 1000
+    assert tokenizer.decode(tokenizer.encode(text.decode()).ids) == text.decode()
 
 
 def test_pretraining_is_reproducible(tmp_path: Path) -> None:
@@ -40,6 +57,19 @@ def test_pretraining_is_reproducible(tmp_path: Path) -> None:
     # And the shipped tokenizer and config are what this script makes.
     for file in ("tokenizer.json", "config.json"):
         assert (tmp_path / "a" / file).read_bytes() == (SHIPPED_MODEL / file).read_bytes()
+
+
+def test_pretraining_the_state_is_reproducible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(novel(MEASURED_ON).read_text()[:5000])  # to read all novels takes longer than to test this
+    for module in ("pretrain", "pretrain_state"):
+        monkeypatch.setattr(f"minichunk.training.{module}.novel", lambda name: text)
+    for name in ("a", "b"):
+        pretrain_state(tmp_path / name, steps=2, batch_size=1)
+    for file in ("model.safetensors", "tokenizer.json", "config.json", "card.json", "README.md"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    for file in ("tokenizer.json", "config.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (SHIPPED_STATE / file).read_bytes()
 
 
 def test_a_changed_package_is_refused(tmp_path: Path) -> None:

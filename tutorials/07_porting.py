@@ -116,7 +116,7 @@ def check(name):
     return len(errors), max(errors, key=errors.get), max(errors.values())
 
 
-for path in sorted(GOLDEN.glob("*.safetensors")):
+for path in sorted({*GOLDEN.glob("*.safetensors")} - {GOLDEN / "state.safetensors"}):  # that one is no Llama
     count, worst, error = check(path.stem)
     print(f"{path.stem:14} {count} tensors agree to 1e-5: {error < 1e-5}")
     assert error < 1e-5, (worst, error)

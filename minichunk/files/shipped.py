@@ -1,4 +1,4 @@
-"""What comes with the package: a small trained model, and novels."""
+"""What comes with the package: a small trained model, a smaller one with a state, and novels."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 
 ASSETS = Path(__file__).parents[1] / "assets"
 SHIPPED_MODEL = ASSETS / "austen-llama"
-TRAINED_ON = ("emma", "mansfieldpark", "prideprejudice", "sensesensibility")  # the shipped model
+SHIPPED_STATE = ASSETS / "austen-state"  # a StateSpace, whose tokens are bytes
+TRAINED_ON = ("emma", "mansfieldpark", "prideprejudice", "sensesensibility")  # the shipped models
 EXTENDED_ON, MEASURED_ON = "persuasion", "northangerabbey"  # the main job
 
 

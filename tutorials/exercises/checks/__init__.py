@@ -15,6 +15,7 @@ from .merge import check_merge
 from .relay import check_relay
 from .samplers import check_samplers
 from .seco import check_seco
+from .state import check_state
 
 EXERCISES = [
     Exercise(1, "attention", check_attention),
@@ -24,4 +25,5 @@ EXERCISES = [
     Exercise(5, "seco", check_seco),
     Exercise(6, "samplers", check_samplers),
     Exercise(7, "lora", check_lora),
+    Exercise(8, "state", check_state),
 ]
