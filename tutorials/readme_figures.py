@@ -116,7 +116,8 @@ def draw_state_memory() -> None:
         line = forecast(setting)
         axes.plot(lengths, [line.at(tokens).peak / 2**30 for tokens in lengths], label=label, lw=2)
         cells = [f"{line.at(tokens).peak / 2**30:,.0f} GiB" for tokens in (35_000, 100_000, 1_000_000)]
-        print(f"| {label} | {' | '.join(cells)} | {line.longest(backpropagation, setting.chunk_size):,} |")
+        longest = line.longest(backpropagation, setting.chunk_size)
+        print(f"| {label} | {' | '.join(cells)} | {f'{longest:,}' if longest < 10**9 else 'over a billion'} |")
     axes.set(xlabel="tokens", ylabel="GiB", ylim=(0, 400), xlim=(0, lengths[-1]))
     axes.set_title("A state-space model of 1.27 billion parameters, all trained: what a training step needs")
     axes.legend(loc="upper right")

@@ -100,7 +100,7 @@ def pretrain(
 
 def write_model(directory: Path, trainer: Trainer, tokenizer: Tokenizer, evaluate_every: int) -> dict[str, Any]:
     """Write the trained model in bfloat16 and its tokenizer; measure the held-out loss, write and return its card."""
-    model: Any = trainer.model.to(torch.bfloat16)
+    model = trainer.model.to(torch.bfloat16)
     model.save_pretrained(directory)
     tokenizer.save(str(directory / "tokenizer.json"))
     model.float()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer, pre_tokenizers
@@ -59,7 +58,7 @@ def pretrain_state(
     """
     paths, tokenizer = [novel(name) for name in TRAINED_ON], bytes_tokenizer()
     torch.manual_seed(seed)
-    model: Any = StateSpace(CONFIG)
+    model = StateSpace(CONFIG)
     trainer = Trainer(
         model,
         overlapping_pieces(paths, tokenizer, CONTEXT),
