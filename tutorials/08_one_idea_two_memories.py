@@ -241,8 +241,7 @@ for W in (1, 4, 16, 64):
 
 # %% [markdown]
 # The error falls with the window, but nothing is gained: a scan's backward costs the same however far back it looks,
-# and this takes two ([`models/truncated.py`](../minichunk/models/truncated.py) does it across chunks too). With SeCO the
-# exact gradient needs the activations of one chunk, and no window.
+# and this takes two ([across chunks too](../minichunk/models/truncated.py)). SeCO is exact, with no window.
 #
 # ## Exercises
 #
