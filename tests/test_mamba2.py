@@ -286,6 +286,7 @@ def test_random_weights_are_drawn_as_transformers_draws_them() -> None:
     sizes = {"hidden_size": 128, "num_heads": 256, "head_dim": 1, "state_size": 16, "use_bias": True}
     steps = {"time_step_min": 0.5, "time_step_max": 4.0}  # of the size where a softplus is neither linear nor exp
     config = tiny(**sizes, **steps, num_hidden_layers=2, rescale_prenorm_residual=True, initializer_range=0.05)
+    torch.manual_seed(0)  # a few hundred numbers have no exact deviation
     ours = dict(mc.Mamba2(config).named_parameters())
     theirs = dict(Theirs(transformers.Mamba2Config.from_dict(config.to_dict())).named_parameters())
     assert ours.keys() == theirs.keys()
