@@ -29,7 +29,7 @@ from minichunk.targets import shift
 from .gradients import oracle, take_gradients
 from .recurrence import loop
 from .rounding import exactly, measure, outcome
-from .strategies import Batch, batches, blocks_of, build, examples, remember, state_models, tiny_state
+from .strategies import Batch, batches, blocks_of, build, examples, remember, state_models, tiny, tiny_state
 from .test_spaco import expectation
 
 EVERY_OTHER = [mc.Weight(0.5 + i, 2.0 - i) if i % 2 == 0 else None for i in range(14)]
@@ -370,6 +370,23 @@ def test_a_wrong_config_names_the_field(change: dict[str, Any], words: str) -> N
     assert mc.StateSpaceConfig.from_dict(config) == tiny_state("sas")
     with pytest.raises(mc.InputError, match=words):
         mc.StateSpaceConfig.from_dict({**config, **change})
+
+
+def test_lists_are_as_good_as_tuples(tmp_path: Path) -> None:
+    """In a config that a user writes: it is a value, and can be saved."""
+    kinds, ends, limits = ["state", "full_attention", "state"], [3, 4], [0.0, 1.0]
+
+    def with_these(make: Callable[[Any], Any]) -> list[Any]:
+        return [
+            tiny_state("sas", layer_types=make(kinds), eos_token_id=make(ends)),
+            mc.Mamba2Config(23, 8, 3, 1, 4, 4, 2, time_step_limit=make(limits)),
+            tiny(eos_token_id=make(ends)),
+        ]
+
+    listed, configs = with_these(list), with_these(tuple)
+    assert listed == configs
+    assert [hash(config) for config in listed] == [hash(config) for config in configs]
+    mc.StateSpace(listed[0]).save_pretrained(tmp_path)
 
 
 def test_layers_are_states_unless_the_config_says_otherwise() -> None:
