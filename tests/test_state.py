@@ -23,7 +23,8 @@ from minichunk.memory.scan import scan
 from minichunk.memory.state import Handed
 from minichunk.models.auto import load_model
 from minichunk.models.ssm import StateLayer
-from minichunk.protocol import Recompute
+from minichunk.protocol import DEFAULTS, Recompute
+from minichunk.seco import fill
 from minichunk.targets import shift
 
 from .gradients import oracle, take_gradients
@@ -130,6 +131,21 @@ def test_bernoulli_is_unbiased(layers: str, rates: list[float]) -> None:
     remember(model, 3.0)
     got, draws = expectation(model, ids, ids, 2, mc.Bernoulli(rates))
     exactly(model, lambda: mc.full(model, ids, ids)).check(got, beside=draws)
+
+
+@pytest.mark.parametrize(("target", "graphs"), [("q_proj", [False, False, True, True]), ("b_proj", [True] * 4)])
+def test_what_lies_below_all_that_learns_has_no_graph(target: str, graphs: list[bool]) -> None:
+    """Nor is the state that such a layer is handed a leaf: there is nothing that its adjoint would reach."""
+    model, ids, chunks = build(tiny_state("ssas"), seed=6), some_ids(9), cut(9, 3)
+    mc.add_lora(model, 2, 4, [target])
+    memory = model.new_memory(2, 6, chunks[:2])
+    fill(model, ids, chunks[:2], memory, DEFAULTS)
+    seen: list[bool] = []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda _, inputs, output: seen.append(output[0].requires_grad))
+    model.run(ids[:, 3:6], memory, [chunks[1]])
+    assert seen == graphs
+    exactly(model, lambda: mc.full(model, ids, ids)).check(outcome(model, lambda: mc.seco(model, ids, ids, 3)))
 
 
 def received_states(model: mc.StateSpace, ids: Tensor, chunk_size: int) -> dict[tuple[int, int], Tensor]:
