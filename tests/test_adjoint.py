@@ -183,6 +183,7 @@ def test_only_what_is_within_reach_is_remembered(window: int, kept: list[int], i
     (layer,) = memory.layers
     assert isinstance(layer, LayerReach)
     assert (len(layer.inputs), len(layer.states)) == (inputs, states)
+    assert [len(held) for held in memory.tensors()] == [3 * inputs + states, 0]
 
 
 def test_a_window_of_the_whole_text_truncates_nothing() -> None:

@@ -113,6 +113,16 @@ def test_a_step_of_a_state_space_model_is_forecast(
     assert further.peak + further.host == pytest.approx(whole_step(setting, 3328), rel=0.02)
 
 
+def test_offloaded_states_come_to_the_device(tmp_path: Path) -> None:
+    """One chunk's at a time: those of all layers, which its graph keeps. On the CPU it is a copy too."""
+    config = mc.StateSpaceConfig(512, 128, 64, 6)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    setting = Setting(str(tmp_path), "seco", 32, 3, 0, dtype=torch.float32, device="cpu")
+    here, away = (step_memory(replace(setting, offload=offload), 256) for offload in (False, True))
+    assert here.peak - away.peak == away.host - 6 * 128 * 64 * 4
+    assert away.peak + away.host == pytest.approx(whole_step(replace(setting, offload=True), 256), rel=0.001)
+
+
 def test_what_a_state_remembers(tmp_path: Path) -> None:
     """P · N numbers in float32 per chunk and layer, and a decay of N; a thousand times the length adds no gradients."""
     config = mc.StateSpaceConfig(512, 64, 8, 3)

@@ -23,13 +23,14 @@ from minichunk.memory.scan import scan
 from minichunk.memory.state import Handed
 from minichunk.models.auto import load_model
 from minichunk.models.ssm import StateLayer
-from minichunk.protocol import Recompute
+from minichunk.protocol import DEFAULTS, Recompute
+from minichunk.seco import fill
 from minichunk.targets import shift
 
 from .gradients import oracle, take_gradients
 from .recurrence import loop
 from .rounding import exactly, measure, outcome
-from .strategies import Batch, batches, blocks_of, build, examples, remember, state_models, tiny_state
+from .strategies import Batch, batches, blocks_of, build, examples, remember, state_models, tiny, tiny_state
 from .test_spaco import expectation
 
 EVERY_OTHER = [mc.Weight(0.5 + i, 2.0 - i) if i % 2 == 0 else None for i in range(14)]
@@ -130,6 +131,21 @@ def test_bernoulli_is_unbiased(layers: str, rates: list[float]) -> None:
     remember(model, 3.0)
     got, draws = expectation(model, ids, ids, 2, mc.Bernoulli(rates))
     exactly(model, lambda: mc.full(model, ids, ids)).check(got, beside=draws)
+
+
+@pytest.mark.parametrize(("target", "graphs"), [("q_proj", [False, False, True, True]), ("b_proj", [True] * 4)])
+def test_what_lies_below_all_that_learns_has_no_graph(target: str, graphs: list[bool]) -> None:
+    """Nor is the state that such a layer is handed a leaf: there is nothing that its adjoint would reach."""
+    model, ids, chunks = build(tiny_state("ssas"), seed=6), some_ids(9), cut(9, 3)
+    mc.add_lora(model, 2, 4, [target])
+    memory = model.new_memory(2, 6, chunks[:2])
+    fill(model, ids, chunks[:2], memory, DEFAULTS)
+    seen: list[bool] = []
+    for layer in model.layers:
+        layer.register_forward_hook(lambda _, inputs, output: seen.append(output[0].requires_grad))
+    model.run(ids[:, 3:6], memory, [chunks[1]])
+    assert seen == graphs
+    exactly(model, lambda: mc.full(model, ids, ids)).check(outcome(model, lambda: mc.seco(model, ids, ids, 3)))
 
 
 def received_states(model: mc.StateSpace, ids: Tensor, chunk_size: int) -> dict[tuple[int, int], Tensor]:
@@ -370,6 +386,23 @@ def test_a_wrong_config_names_the_field(change: dict[str, Any], words: str) -> N
     assert mc.StateSpaceConfig.from_dict(config) == tiny_state("sas")
     with pytest.raises(mc.InputError, match=words):
         mc.StateSpaceConfig.from_dict({**config, **change})
+
+
+def test_lists_are_as_good_as_tuples(tmp_path: Path) -> None:
+    """In a config that a user writes: it is a value, and can be saved."""
+    kinds, ends, limits = ["state", "full_attention", "state"], [3, 4], [0.0, 1.0]
+
+    def with_these(make: Callable[[Any], Any]) -> list[Any]:
+        return [
+            tiny_state("sas", layer_types=make(kinds), eos_token_id=make(ends)),
+            mc.Mamba2Config(23, 8, 3, 1, 4, 4, 2, time_step_limit=make(limits)),
+            tiny(eos_token_id=make(ends)),
+        ]
+
+    listed, configs = with_these(list), with_these(tuple)
+    assert listed == configs
+    assert [hash(config) for config in listed] == [hash(config) for config in configs]
+    mc.StateSpace(listed[0]).save_pretrained(tmp_path)
 
 
 def test_layers_are_states_unless_the_config_says_otherwise() -> None:

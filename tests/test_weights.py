@@ -244,6 +244,10 @@ def test_the_host_memory_of_offload_is_checked_first(checkpoint: Path, monkeypat
     monkeypatch.setattr(room, "free_memory", lambda _: needed - 1)
     with pytest.raises(mc.InputError, match=r"--offload of 10 tokens in each of 3 .* take --cache-grad-dtype bfloat16"):
         check_host_room(model, 3, kept, None)
+    states = mc.StateSpace(mc.StateSpaceConfig(23, 8, 3, 2))  # have no gradients that would grow
+    monkeypatch.setattr(room, "free_memory", lambda _: 1)
+    with pytest.raises(mc.InputError, match=r"free there: take a smaller --batch-size, a shorter --seq-len, or free"):
+        check_host_room(states, 3, kept, None)
     opened = TrainOptions(model=str(checkpoint), seq_len=18, chunk_size=4, method="spaco", budget=2, sampler="fixed")
     assert opened.most_kept() == [Chunk(12, 16), Chunk(16, 18)]
     assert TrainOptions(seq_len=18, chunk_size=4).most_kept() == cut(18, 4)

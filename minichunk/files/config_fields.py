@@ -8,6 +8,13 @@ from typing import Any
 from ..errors import InputError
 
 
+def lists_to_tuples(config: Any) -> None:
+    """Let a frozen config be a value, also where it was given a list, as JSON has them."""
+    for name, value in vars(config).items():
+        if isinstance(value, list):
+            object.__setattr__(config, name, tuple(value))
+
+
 def check_sizes(values: Mapping[str, Any], names: Collection[str]) -> None:
     """Raise InputError unless each of these fields is a whole number of at least 1."""
     for name in names:

@@ -67,7 +67,8 @@ class Handed:
         self.starts, self.rows = extent.common(Handed, lambda: starts_of(extent))
         self.end, self.last = 0, zero  # what the last chunk that was written has handed on
         self.decay = torch.ones_like(decay)  # over all chunks since the last kept one
-        home = torch.device("cpu") if extent.options.offload and zero.is_cuda else zero.device
+        self.offload = extent.options.offload
+        home = torch.device("cpu") if self.offload and zero.is_cuda else zero.device
 
         def room(like: Tensor) -> Tensor:
             return like.new_empty((len(self.rows), *like.shape), device=home, pin_memory=home != like.device)
@@ -75,15 +76,22 @@ class Handed:
         self.states, self.through, self.skipped = room(zero), room(decay), room(decay)
         self.states[self.rows.get(0, slice(0))] = 0  # the first chunk has no other before it
         self.read: dict[int, Tensor] = {}  # leaves, by row: autograd adds up in `.grad` what is sent back
-        self.adjoint = zero
+        self.adjoint = zero  # of what the last chunk that was backpropagated had been handed
 
     def before(self, start: int) -> Tensor:
         row = self.rows.get(start)
-        h = self.last if row is None or start == self.end else self.states[row].to(self.last.device, non_blocking=True)
+        h = self.last if row is None or start == self.end else self._here(self.states[row])
         h = h.detach()
-        if row and torch.is_grad_enabled():  # not the first row: there is a kept chunk before it
-            self.read[row] = h.requires_grad_()
+        if row is not None and torch.is_grad_enabled():
+            later = self.read.pop(row + 1, None)  # of a chunk that is done: all but the gradient can go
+            if later is not None and later.grad is not None:
+                self.adjoint = self.adjoint + later.grad
+            if row:  # not the first row: there is a kept chunk before it
+                self.read[row] = h.requires_grad_()
         return h
+
+    def _here(self, stored: Tensor) -> Tensor:
+        return stored.to(self.last.device, non_blocking=True, copy=self.offload)
 
     def write(self, chunk: Chunk, value: Tensor, decay: Tensor) -> None:
         row = bisect_right(self.starts, chunk.start) - 1  # of the last kept chunk so far
@@ -99,10 +107,8 @@ class Handed:
 
     def received(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         row = self.rows[chunk.start]
-        sent = self.read.pop(row + 1, None)
-        adjoint = self.adjoint if sent is None or sent.grad is None else self.adjoint + sent.grad
-        adjoint = adjoint * self.skipped[row].to(adjoint.device, non_blocking=True)
-        self.adjoint = adjoint * self.through[row].to(adjoint.device, non_blocking=True)
+        adjoint = self.adjoint * self._here(self.skipped[row])
+        self.adjoint = adjoint * self._here(self.through[row])
         return adjoint, torch.zeros_like(self.decay)
 
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..errors import InputError
-from ..files.config_fields import check_sizes, first_eos
+from ..files.config_fields import check_sizes, first_eos, lists_to_tuples
 from ..files.config_json import SIZES, read_config, write_config
 
 
@@ -50,6 +50,7 @@ class LlamaConfig:
     eos_token_id: int | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        lists_to_tuples(self)
         check_sizes(vars(self), (*SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings"))
         if self.num_attention_heads % self.num_key_value_heads:
             raise InputError(

@@ -6,7 +6,15 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..errors import InputError
-from ..files.config_fields import check_model_type, check_present, check_sizes, end_tokens, first_eos, number
+from ..files.config_fields import (
+    check_model_type,
+    check_present,
+    check_sizes,
+    end_tokens,
+    first_eos,
+    lists_to_tuples,
+    number,
+)
 
 MODEL_TYPE = "mamba2"
 _NEEDED = ("vocab_size", "hidden_size", "state_size", "num_hidden_layers", "num_heads", "head_dim")
@@ -49,6 +57,7 @@ class Mamba2Config:
     rescale_prenorm_residual: bool = False
 
     def __post_init__(self) -> None:
+        lists_to_tuples(self)
         check_sizes(vars(self), _SIZES)
         if self.num_heads * self.head_dim != self.inner_size:
             raise InputError(
@@ -60,6 +69,10 @@ class Mamba2Config:
         low, high = self.time_step_limit
         if not 0 <= low <= high:
             raise InputError(f"config: time_step_limit is {[low, high]}, but must be [least, greatest], both from 0 on")
+        if self.time_step_min > self.time_step_max:
+            raise InputError(
+                f"config: time_step_min ({self.time_step_min}) must not be above time_step_max ({self.time_step_max})"
+            )
 
     @property
     def inner_size(self) -> int:

@@ -6,7 +6,15 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from ..errors import InputError
-from ..files.config_fields import check_model_type, check_present, check_sizes, end_tokens, first_eos, number
+from ..files.config_fields import (
+    check_model_type,
+    check_present,
+    check_sizes,
+    end_tokens,
+    first_eos,
+    lists_to_tuples,
+    number,
+)
 from .config import LlamaConfig
 
 MODEL_TYPE = "state_space"
@@ -41,6 +49,7 @@ class StateSpaceConfig:
     rope_theta: float = 10000.0
 
     def __post_init__(self) -> None:
+        lists_to_tuples(self)
         check_sizes(vars(self), _SIZES)
         if not self.layer_types:
             object.__setattr__(self, "layer_types", ("state",) * self.num_hidden_layers)

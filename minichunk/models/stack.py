@@ -75,7 +75,10 @@ class Stack(nn.Module):
         x, shared = self._begin(input_ids, chunks)
         written = []
         for i, layer in enumerate(self.layers):
-            past = memory.layers[i].past(chunks, keep=options.recompute is True) if memory is not None else None
+            # Below the first layer that learns, the past needs no gradient either: there is nothing to hand it to.
+            learns = x.requires_grad or any(p.requires_grad for p in layer.parameters())
+            with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+                past = memory.layers[i].past(chunks, keep=options.recompute is True) if memory is not None else None
             if options.recompute:
                 # On top of a memory dropout draws its masks from seeds: no generator's state to replay.
                 x, wrote = checkpoint(

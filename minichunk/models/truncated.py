@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..chunks import Chunk
 from ..errors import InputError
 from ..full import full
-from ..memory.layers import Extent
+from ..memory.layers import Extent, Held
 from ..memory.scan import scan
 from .decoder import RMSNorm
 from .ssm import StateLayer, StateSpace
@@ -122,6 +122,10 @@ class LayerReach:
             B, P, N, C = *state.shape, chunk.stop - chunk.start
             return state, state.new_zeros(B, C, P), state.new_zeros(B, C, N), state.new_zeros(B, C, N)
         return state, *(torch.zeros_like(z) if z.grad is None else z.grad for z in self.inputs.pop(chunk))
+
+    def tensors(self) -> Held:
+        leaves = [z for inputs in self.inputs.values() for z in inputs]
+        return Held([*self.states.values(), *leaves], [z.grad for z in leaves if z.grad is not None])
 
 
 class TruncatedStateSpace(Stack):

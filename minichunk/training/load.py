@@ -48,9 +48,10 @@ def check_host_room(model: Pretrained, batch: int, kept: Sequence[Chunk], grad_d
     batch: sequences at a time. kept: the most chunks that a step backpropagates.
     """
     options = Options(cache_grad_dtype=grad_dtype, offload=True)
-    needed = sum(memory_bytes(model.config, model.lm_head.weight.dtype, kept, options, batch))
-    ways = [] if grad_dtype is not None and grad_dtype.itemsize == 2 else ["--cache-grad-dtype bfloat16"]
+    remembered, gradients = memory_bytes(model.config, model.lm_head.weight.dtype, kept, options, batch)
+    wide = grad_dtype is None or grad_dtype.itemsize > 2
+    ways = ["--cache-grad-dtype bfloat16"] if gradients and wide else []
     ways += ["a smaller --batch-size"] if batch > 1 else []
     what = f"--offload of {kept[-1].start:,} tokens" + (f" in each of {batch} sequences" if batch > 1 else "")
     advice = "take " + ", ".join([*ways, "a shorter --seq-len"]) + ", or free memory"
-    check_room(what, needed, torch.device("cpu"), advice)
+    check_room(what, remembered + gradients, torch.device("cpu"), advice)
