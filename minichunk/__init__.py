@@ -3,6 +3,7 @@
 from .errors import InputError
 from .full import full
 from .models.adapter_files import load_adapter, save_adapter
+from .models.auto import load_model
 from .models.config import LlamaConfig
 from .models.llama import Llama
 from .models.lora import add_lora, merge_lora
@@ -32,6 +33,7 @@ __all__ = [
     "full",
     "generate",
     "load_adapter",
+    "load_model",
     "merge_lora",
     "save_adapter",
     "seco",

@@ -42,7 +42,7 @@ def seco(
     recompute: within a chunk, keep only the layers' inputs and what attention returned, and run the rest of each
         layer again for its backward; "all": run attention over the whole past again too.
     cache_grad_dtype: of the sum of gradients sent back to keys and values; None: float32, or the model's if wider.
-    offload: keep keys, values and their gradients in host memory; the device holds two blocks of them at a time.
+    offload: keep what grows in host memory; of keys, values and their gradients the device holds two blocks.
     Raises InputError for a batch or a size that does not fit.
     """
     check_fill_size(fill_size, chunk_size)

@@ -33,7 +33,7 @@ def read_config(hugging_face_config: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         raise InputError(
             f"config: model_type {model_type!r} is not supported; supported are {', '.join(sorted(_FAMILIES))}, and "
-            f"beside the Llama's {' and '.join(_OTHERS)}"
+            f"by minichunk.load_model also {' and '.join(_OTHERS)}"
         )
     family = _FAMILIES[model_type]
     check_present(c, SIZES)

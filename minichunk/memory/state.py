@@ -103,7 +103,8 @@ class Handed:
                 self.through[row].copy_(decay, non_blocking=True)
         self.end, self.last = chunk.stop, value
         if chunk.stop in self.rows:
-            self.states[self.rows[chunk.stop]].copy_(value, non_blocking=True)
+            stored = self.states[self.rows[chunk.stop]].copy_(value, non_blocking=True)
+            self.last = value if self.offload else stored
 
     def received(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         row = self.rows[chunk.start]

@@ -44,18 +44,18 @@ def _mamba2(hidden_size: int, num_layers: int) -> Mamba2Config:
 
 # As many parameters as adjoint sharding's largest model (arXiv 2501.00692), which says no more of its shape. Whatever
 # the shape, a state in all layers has a third as many numbers as the layers have parameters.
-_STATE_SPACES: dict[str, Any] = {
+_RECURRENT: dict[str, Any] = {
     "mamba2-130m": _mamba2(768, 24),
     "mamba2-2.7b": _mamba2(2560, 64),
     "state-space-1.27b": StateSpaceConfig(32768, 4096, 256, 318),
 }
-NAMES = (*_SHAPES, *_STATE_SPACES)
+NAMES = (*_SHAPES, *_RECURRENT)
 
 
 def shape(name: str) -> Any:
     """The config of a named shape, or of a checkpoint directory (its config.json alone). Raises InputError."""
-    if name in _STATE_SPACES:
-        return _STATE_SPACES[name]
+    if name in _RECURRENT:
+        return _RECURRENT[name]
     if name in _SHAPES:
         fields = dict(zip(_FIELDS, _SHAPES[name], strict=True))
         if name.startswith("qwen2"):
@@ -116,10 +116,10 @@ def memory_bytes(
 
     As the model's own memory has it: keys and values of all positions before the last kept chunk, or states.
     """
-    few, model = _without_memory(config, dtype)
+    times, model = _without_memory(config, dtype)
     with torch.device("meta"):
         found = model.new_memory(batch, kept[-1].start, kept[:-1], options).tensors().bytes()
-    return found[0] * few, found[1] * few
+    return found[0] * times, found[1] * times
 
 
 @lru_cache(maxsize=8)
