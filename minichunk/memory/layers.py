@@ -48,8 +48,7 @@ class Held(NamedTuple):
 
     def bytes(self) -> tuple[int, int]:
         """Of the one and of the other."""
-        remembered, gradients = (sum(x.numel() * x.element_size() for x in held) for held in self)
-        return remembered, gradients
+        return sum(x.nbytes for x in self.remembered), sum(x.nbytes for x in self.gradients)
 
 
 class LayerMemory(Protocol):

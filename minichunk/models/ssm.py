@@ -45,8 +45,9 @@ class StateLayer(nn.Module):
     def terms(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the recurrence is made of: u (B, T, P), log A, B and C (B, T, N)."""
         u = self.norm(x)
-        a, b, c = (project(u).to(self.wide(u)) for project in (self.a_proj, self.b_proj, self.c_proj))
-        return u.to(b.dtype), F.logsigmoid(a), b, c
+        wide = self.nothing(u).dtype
+        a, b, c = (project(u).to(wide) for project in (self.a_proj, self.b_proj, self.c_proj))
+        return u.to(wide), F.logsigmoid(a), b, c
 
     def writes(self, x: Tensor, past: Before | None, *shared: Any) -> tuple[Tensor, ...]:
         """What `forward` writes."""
@@ -59,13 +60,9 @@ class StateLayer(nn.Module):
         return LayerState([Handed(zero, zero[:, :1], extent)])
 
     def nothing(self, u: Tensor) -> Tensor:
-        """The state (B, P, N) before the first token."""
-        return u.new_zeros(u.shape[0], u.shape[2], self.state_size, dtype=self.wide(u))
-
-    @staticmethod
-    def wide(u: Tensor) -> torch.dtype:
-        """Gates and states are float32 at least: a product of many gates near 1 has no use for eight bits."""
-        return torch.promote_types(u.dtype, torch.float32)
+        """The state (B, P, N) before the first token, in float32 at least: a product of many gates near 1 has no use
+        for eight bits."""
+        return u.new_zeros(u.shape[0], u.shape[2], self.state_size, dtype=torch.promote_types(u.dtype, torch.float32))
 
 
 def make_layer(config: StateSpaceConfig, kind: str) -> nn.Module:
