@@ -119,7 +119,8 @@ def test_offloaded_states_come_to_the_device(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     setting = Setting(str(tmp_path), "seco", 32, 3, 0, dtype=torch.float32, device="cpu")
     here, away = (step_memory(replace(setting, offload=offload), 256) for offload in (False, True))
-    assert here.peak - away.peak == away.host - 6 * 128 * 64 * 4
+    one = 6 * 128 * 64 * 4  # in all layers; what the last chunk handed on stays on the device, too
+    assert here.peak - away.peak == away.host - 2 * one
     assert away.peak + away.host == pytest.approx(whole_step(replace(setting, offload=True), 256), rel=0.001)
 
 
