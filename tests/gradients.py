@@ -85,11 +85,12 @@ def oracle(
         if weight is not None:
             relay[rows], loss_factor[rows] = weight.relay, weight.loss
     relays = Relays(chunks, owner[:, None] == owner[None, :], relay)
-    for layer in model.model.layers:
+    for i, layer in enumerate(model.model.layers):
         if isinstance(layer, StateLayer):
             x = through_state(layer, x, relays)
         else:
-            x = through_attention(layer, x, relays, getattr(model.config, "attention", model.config))
+            window = windows[i] if (windows := getattr(model.config, "windows", list)()) else None
+            x = through_attention(layer, x, relays, getattr(model.config, "attention", model.config), window)
     logits = model.lm_head(model.model.norm(x))
     targets = shift(labels)
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
@@ -99,10 +100,12 @@ def oracle(
     return loss.detach()
 
 
-def through_attention(layer: Any, x: Tensor, relays: Relays, config: mc.LlamaConfig) -> Tensor:
-    """The next x (B, T, E), where keys and values that a later chunk sees are relayed."""
+def through_attention(
+    layer: Any, x: Tensor, relays: Relays, config: mc.LlamaConfig, window: int | None = None
+) -> Tensor:
+    """The next x (B, T, E), where keys and values that a later chunk sees are relayed, `window` positions at most."""
     H, G, D, T = config.num_attention_heads, config.num_key_value_heads, config.head_dim, x.shape[1]
-    causal = torch.ones(T, T, dtype=torch.bool).tril()
+    seen = torch.ones(T, T, dtype=torch.bool).tril().triu(1 - (window or T))
     rope = rope_tables(config, 0, T, x)
     attention = layer.self_attn
     h = layer.input_layernorm(x)
@@ -111,7 +114,7 @@ def through_attention(layer: Any, x: Tensor, relays: Relays, config: mc.LlamaCon
     k, v = (t.repeat_interleave(H // G, dim=1) for t in (k, v))  # (B, H, T, D)
     k_past, v_past = scale_gradient(k, relays.factor), scale_gradient(v, relays.factor)
     scores = torch.where(relays.own, q @ k.mT, q @ k_past.mT) / D**0.5
-    scores = scores.masked_fill(~causal, -torch.inf)
+    scores = scores.masked_fill(~seen, -torch.inf)
     p = (scores - scores.logsumexp(-1, keepdim=True)).exp()  # a softmax, rounded where the merge of pieces rounds
     y = (p * relays.own) @ v + (p * ~relays.own) @ v_past
     x = x + attention.o_proj(y.transpose(1, 2).flatten(2))

@@ -21,27 +21,40 @@ from minichunk.memory import kernels
 from minichunk.memory.attention import attend
 from minichunk.memory.cache import LayerCache
 from minichunk.memory.kernels import FlashCPU, FlashCUDA, Kernel, Plain, kernel_for, pick_kernel
+from minichunk.memory.pattern import FULL, Window
 
 from .gradients import Tensors, distance
 from .rounding import Exact, measure
-from .strategies import blocks_of, examples
+from .strategies import blocks_of, examples, windows
 
 KERNELS = [Plain(), FlashCPU()]
 NAMES = ["output", "dq", "dk", "dv", "dk of the past", "dv of the past"]
 
 
-def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None, sinks: int = 0
+) -> torch.Tensor:
     """Bottom-right causal attention of the last C of T positions; keys and values of all T."""
     H, C, D = q.shape[1:]
     k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
     T = k.shape[2]
-    visible = torch.arange(T) <= torch.arange(T - C, T)[:, None]
+    back = torch.arange(T - C, T)[:, None] - torch.arange(T)
+    visible = (back >= 0) & ((back < (window or T)) | (torch.arange(T) < sinks))
     scores = (q @ k.mT / D**0.5).masked_fill(~visible, -torch.inf)
     return (scores - scores.logsumexp(-1, keepdim=True)).exp() @ v
 
 
 def run(
-    kernel: Kernel, B: int, H: int, G: int, C: int, past: int, D: int, dtype: torch.dtype, transposed: bool
+    kernel: Kernel,
+    B: int,
+    H: int,
+    G: int,
+    C: int,
+    past: int,
+    D: int,
+    dtype: torch.dtype,
+    transposed: bool,
+    pattern: Window = FULL,
 ) -> tuple[Tensors, Exact]:
     """(got, expected) of the output and of the gradients of q, k, v and the past's k and v."""
     generator = torch.Generator().manual_seed(B + 10 * H + 100 * C + 1000 * past + D)
@@ -59,13 +72,14 @@ def run(
     memory.keys.fill_(torch.nan)
     memory.values.fill_(torch.nan)
     memory.keys[:, :, :past], memory.values[:, :, :past] = k_past.detach(), v_past.detach()
-    out = attend(q, k, v, memory, past, kernel)
+    out = attend(q, k, v, memory, past, kernel, pattern)
     own = torch.autograd.grad(out, (q, k, v), grad)
 
     wide = [x.detach().double().requires_grad_() for x in (q, k, v, k_past, v_past)]
 
     def expected() -> Tensors:
-        out = reference(wide[0], torch.cat([wide[3], wide[1]], 2), torch.cat([wide[4], wide[2]], 2))
+        keys_values = (torch.cat([wide[3], wide[1]], 2), torch.cat([wide[4], wide[2]], 2))
+        out = reference(wide[0], *keys_values, pattern.window, pattern.sinks)
         return dict(zip(NAMES, [out, *torch.autograd.grad(out, wide, grad.double())], strict=True))
 
     got = dict(zip(NAMES, [out, *own, memory.key_grads, memory.value_grads], strict=True))
@@ -90,6 +104,58 @@ def test_attention_over_the_cache(
     with blocks_of(block):
         got, exact = run(kernel, B, G * per_group, G, C, past, D, torch.float64, transposed)
     exact.check(got)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=["plain", "flash-cpu"])
+@examples(150)
+@given(
+    B=st.integers(1, 2),
+    G=st.integers(1, 3),
+    per_group=st.integers(1, 3),
+    C=st.integers(1, 20),
+    past=st.integers(0, 40),
+    D=st.integers(1, 9),
+    transposed=st.booleans(),
+    block=st.integers(1, 6) | st.just(64),
+    pattern=windows(24, 12),
+)
+def test_attention_within_a_window(
+    kernel: Kernel,
+    B: int,
+    G: int,
+    per_group: int,
+    C: int,
+    past: int,
+    D: int,
+    transposed: bool,
+    block: int,
+    pattern: Any,
+) -> None:
+    """Chunks before, across and behind the place from which on a window leaves something out; sinks in the chunk too.
+
+    Blocks of the past, and tiles of queries, are of a size.
+    """
+    with blocks_of(block):
+        got, exact = run(kernel, B, G * per_group, G, C, past, D, torch.float64, transposed, pattern)
+    exact.check(got)
+
+
+@examples(50)
+@given(start=st.integers(0, 30), length=st.integers(1, 30), pattern=windows(20, 10))
+def test_parts_are_the_rule(start: int, length: int, pattern: Window) -> None:
+    """Together they see what the rule says, and nothing twice."""
+    stop = start + length
+    seen = torch.zeros(length, stop, dtype=torch.int64)
+    at = start
+    for part in pattern.parts(start, stop):
+        assert part.start == at
+        for i in range(part.start, part.stop):
+            seen[i - start, max(part.low, i - part.window + 1) : i + 1] += 1
+            seen[i - start, : part.whole] += 1
+        at = part.stop
+    assert at == stop
+    back = torch.arange(start, stop)[:, None] - torch.arange(stop)
+    assert torch.equal(seen, ((back >= 0) & ((back < pattern.window) | (torch.arange(stop) < pattern.sinks))).long())
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=["plain", "flash-cpu"])
@@ -266,11 +332,11 @@ def test_cuda_kernel_calls_fit_the_operators(monkeypatch: pytest.MonkeyPatch) ->
     with FakeTensorMode(allow_non_fake_inputs=True):
         q = torch.zeros(2, 6, 16, 64, dtype=torch.bfloat16)
         k = torch.zeros(2, 2, 48, 64, dtype=torch.bfloat16)
-        out, lse = kernel.forward(q, k, k, causal=False)
+        out, lse = kernel.forward(q, k, k, window=None)
         assert out.shape == q.shape
         assert lse.shape == (2, 6, 16)
-        grads = kernel.backward(out, q, k, k, out, lse, causal=False)
+        grads = kernel.backward(out, q, k, k, out, lse, window=None)
         assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
-        kernel.backward(out, q, k, k, out, lse.mT.contiguous().mT, causal=False)
+        kernel.backward(out, q, k, k, out, lse.mT.contiguous().mT, window=None)
     assert given[5].is_contiguous()  # the kernel reads lse row after row, whatever its strides
     assert (given[12].dtype, given[12].shape) == (torch.uint64, (2,))  # seed and offset
