@@ -25,6 +25,7 @@ LLAMA3 = {
 }  # fmt: skip
 FULL, SLIDING = "full_attention", "sliding_attention"
 WINDOWS = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9}
+MIXED = [SLIDING, FULL, SLIDING]
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "llama, tied": {"model_type": "llama", "tie_word_embeddings": True},
@@ -37,11 +38,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3, biases": {"model_type": "qwen3", "head_dim": 8, "attention_bias": True},
     "mistral, window": {"model_type": "mistral", "sliding_window": 7},
     "mistral, window of one": {"model_type": "mistral", "sliding_window": 1},
-    "ministral": {"model_type": "ministral", "head_dim": 4, "sliding_window": 9, "layer_types": [SLIDING, FULL, SLIDING]},
+    "ministral": {"model_type": "ministral", "head_dim": 4, "sliding_window": 9, "layer_types": MIXED},
     "ministral, all alike": {"model_type": "ministral", "head_dim": 4, "sliding_window": 12},
     "qwen2, windows": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
     "qwen2, windows by layer": {
-        "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 10, "layer_types": [SLIDING, FULL, SLIDING],
+        "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 10, "layer_types": MIXED,
     },
     "qwen3, windows": {
         "model_type": "qwen3", "head_dim": 8, "use_sliding_window": True, "sliding_window": 20, "max_window_layers": 0,
@@ -73,9 +74,11 @@ def test_parity_with_transformers(name: str, tmp_path: Path) -> None:
     exact.check(got, unit=2.0**-24)  # their norms and rotary tables work in float32, whatever the model's dtype
     exact.check({"logits": ours(ids), **outcome(ours, lambda: mc.seco(ours, ids, labels, 7))})
 
-    theirs.eval()
-    written = theirs.generate(ids[:, :12], max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
-    assert torch.equal(mc.generate(ours, ids[:, :12], 20, chunk_size=5), written)
+    prompt = ids[:, :12]
+    keywords = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    keywords["use_cache"] = ours.config.sliding_window != 1  # of a window of one their cache keeps everything
+    written = theirs.eval().generate(prompt, max_new_tokens=20, **keywords)
+    assert torch.equal(mc.generate(ours, prompt, 20, temperature=0, chunk_size=5), written)
 
     # Their files, whole and in shards; config.json in the layout of transformers 5 and in the older one.
     for name, keywords in (("theirs", {}), ("sharded", {"max_shard_size": "8KB"})):
