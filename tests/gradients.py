@@ -85,12 +85,11 @@ def oracle(
         if weight is not None:
             relay[rows], loss_factor[rows] = weight.relay, weight.loss
     relays = Relays(chunks, owner[:, None] == owner[None, :], relay)
-    for i, layer in enumerate(model.model.layers):
+    for layer in model.model.layers:
         if isinstance(layer, StateLayer):
             x = through_state(layer, x, relays)
         else:
-            window = windows[i] if (windows := getattr(model.config, "windows", list)()) else None
-            x = through_attention(layer, x, relays, getattr(model.config, "attention", model.config), window)
+            x = through_attention(layer, x, relays, getattr(model.config, "attention", model.config))
     logits = model.lm_head(model.model.norm(x))
     targets = shift(labels)
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
@@ -100,12 +99,13 @@ def oracle(
     return loss.detach()
 
 
-def through_attention(
-    layer: Any, x: Tensor, relays: Relays, config: mc.LlamaConfig, window: int | None = None
-) -> Tensor:
-    """The next x (B, T, E), where keys and values that a later chunk sees are relayed, `window` positions at most."""
+def through_attention(layer: Any, x: Tensor, relays: Relays, config: mc.LlamaConfig) -> Tensor:
+    """The next x (B, T, E), where keys and values that a later chunk sees are relayed."""
     H, G, D, T = config.num_attention_heads, config.num_key_value_heads, config.head_dim, x.shape[1]
-    seen = torch.ones(T, T, dtype=torch.bool).tril().triu(1 - (window or T))
+    window, sinks = layer.self_attn.pattern.window or T, layer.self_attn.pattern.sinks
+    seen = torch.ones(T, T, dtype=torch.bool).triu(1 - window)
+    seen[:, :sinks] = True
+    seen = seen.tril()
     rope = rope_tables(config, 0, T, x)
     attention = layer.self_attn
     h = layer.input_layernorm(x)

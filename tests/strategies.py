@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -112,6 +112,7 @@ def configs(draw: st.DrawFn) -> mc.LlamaConfig:
 @st.composite
 def models(draw: st.DrawFn, lora: bool = True) -> mc.Llama:
     model = build(draw(configs()), draw(st.integers(0, 2**31)), draw(st.sampled_from([0.25, 1.0])))
+    give_sinks(model, draw(st.integers(0, 4)))
     kind = draw(st.sampled_from(["all", "lora", "dropout"])) if lora else "all"
     if kind != "all":
         targets = draw(st.lists(st.sampled_from(PROJECTIONS), min_size=1, max_size=7, unique=True))
@@ -122,6 +123,13 @@ def models(draw: st.DrawFn, lora: bool = True) -> mc.Llama:
                 if "lora_B" in name:  # zero at first, which would hide the gradient of A
                     parameter.copy_(torch.randn_like(parameter))
     return model
+
+
+def give_sinks(model: mc.Llama, sinks: int) -> None:
+    """Let what has a window see the first positions too, for which a config.json has no field."""
+    for layer in model.layers:
+        if layer.self_attn.pattern.window is not None:
+            layer.self_attn.pattern = replace(layer.self_attn.pattern, sinks=sinks)
 
 
 @st.composite

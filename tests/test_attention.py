@@ -160,8 +160,9 @@ def test_parts_are_the_rule(start: int, length: int, pattern: Window) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=["plain", "flash-cpu"])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
-def test_lower_precision(kernel: Kernel, dtype: torch.dtype, bound: float) -> None:
-    got, exact = run(kernel, 2, 6, 2, 33, 300, 16, dtype, transposed=True)
+@pytest.mark.parametrize("pattern", [FULL, Window(40, 5)])
+def test_lower_precision(kernel: Kernel, dtype: torch.dtype, bound: float, pattern: Window) -> None:
+    got, exact = run(kernel, 2, 6, 2, 33, 300, 16, dtype, transposed=True, pattern=pattern)
     for name, expected in exact.values.items():
         assert float((got[name].detach().double() - expected).norm() / expected.norm()) < bound, name
 
@@ -253,6 +254,14 @@ def own_lse(
     return ops._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, *rest)
 
 
+def without_a_mask(*args: Any, attn_mask: object = None) -> Any:
+    return ops._scaled_dot_product_flash_attention_for_cpu(*args)
+
+
+def backward_without_a_mask(*args: Any, attn_mask: object = None) -> Any:
+    return ops._scaled_dot_product_flash_attention_for_cpu_backward(*args)
+
+
 def no_number(*args: Any) -> Any:
     dq, dk, dv = ops._scaled_dot_product_flash_attention_for_cpu_backward(*args)
     return dq, dk, dv * torch.nan
@@ -272,6 +281,8 @@ def a_little_off(*args: Any) -> Any:
         (CPU_FORWARD, another_lse, "lse of a causal piece is off by 0.44"),
         (CPU_FORWARD, lse_of_positions_before_heads, r"lse of a causal piece has shape \(1, 6, 4\), not \(1, 4, 6\)"),
         (CPU_FORWARD, causal_from_the_other_end, "out of a causal piece is off by"),
+        (CPU_FORWARD, without_a_mask, "out of a windowed piece is off by"),
+        (CPU_BACKWARD, backward_without_a_mask, "dq of a windowed piece is off by"),
         (CPU_BACKWARD, another_signature, "TypeError: another_signature"),
         (CPU_BACKWARD, raises, "RuntimeError: no kernel image"),
         (CPU_BACKWARD, own_lse, "dq of a causal piece is off by"),
@@ -322,11 +333,15 @@ def test_cuda_kernel_calls_fit_the_operators(monkeypatch: pytest.MonkeyPatch) ->
     """Shapes of the CUDA calls, checked without a device: fake tensors run the operators' signatures."""
     given: list[Any] = []
 
-    def backward(*args: Any) -> Any:
-        given[:] = args
-        return ops._flash_attention_backward(*args)
+    def forward(*args: Any, **sides: int) -> Any:
+        given[:] = [*args, sides]
+        return ops._flash_attention_forward(*args, **sides)
 
-    operators = {"_flash_attention_forward": ops._flash_attention_forward, "_flash_attention_backward": backward}
+    def backward(*args: Any, **sides: int) -> Any:
+        given[:] = [*args, sides]
+        return ops._flash_attention_backward(*args, **sides)
+
+    operators = {"_flash_attention_forward": forward, "_flash_attention_backward": backward}
     monkeypatch.setattr(kernels, "aten", SimpleNamespace(**operators))
     kernel = FlashCUDA()
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -337,6 +352,13 @@ def test_cuda_kernel_calls_fit_the_operators(monkeypatch: pytest.MonkeyPatch) ->
         assert lse.shape == (2, 6, 16)
         grads = kernel.backward(out, q, k, k, out, lse, window=None)
         assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
+        for window, keys, sides in ((16, q[:, :2], {}), (33, k, {"window_size_left": 32, "window_size_right": 0})):
+            out, lse = kernel.forward(q, keys, keys, window)
+            assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
+            assert (given[8], given[-1]) == (True, sides)  # causal
+            grads = kernel.backward(out, q, keys, keys, out, lse, window)
+            assert [g.shape for g in grads] == [q.shape, keys.shape, keys.shape]
+            assert (given[11], given[-1]) == (True, sides)
         kernel.backward(out, q, k, k, out, lse.mT.contiguous().mT, window=None)
     assert given[5].is_contiguous()  # the kernel reads lse row after row, whatever its strides
     assert (given[12].dtype, given[12].shape) == (torch.uint64, (2,))  # seed and offset

@@ -55,7 +55,7 @@ class Attention(nn.Module):
         k, v = self.keys_values(x, rope)
         if past is None:  # the whole sequence at once: ordinary attention, nothing of ours
             mask = self.pattern.mask(q.shape[2], device=q.device)
-            y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         else:
             y = past.attend(q, k, v, self.pattern)
         y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H*D)
