@@ -96,6 +96,14 @@ def test_negative_controls(break_it: Callable[[pytest.MonkeyPatch], None] | None
             exact.check(got)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_reach_that_begins_within_a_block_of_host_memory(recompute: bool) -> None:
+    model = windowed()
+    exact = exactly(model, lambda: mc.full(model, IDS, IDS))
+    with blocks_of(3):
+        exact.check(outcome(model, lambda: mc.seco(model, IDS, IDS, 4, offload=True, recompute=recompute)))
+
+
 @pytest.mark.parametrize("offload", [False, True])
 def test_a_layer_with_a_window_reads_its_reach_and_the_sinks(offload: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """And sends gradients there, and nowhere else."""

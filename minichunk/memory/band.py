@@ -83,7 +83,7 @@ def backward_in_tiles(
     operator: Callable[..., Any], grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v. operator: the backward of PyTorch's flash attention for the CPU."""
-    # Sums over tiles in at least float32. (Not zeros_like, which would keep the strides of a transposed tensor.)
+    # Sums over tiles in at least float32, as of blocks of the past.
     wide = torch.promote_types(k.dtype, torch.float32)
     dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape, dtype=wide), v.new_zeros(v.shape, dtype=wide)
     for tiles in cut_into_tiles(q.shape[2], window):
