@@ -102,7 +102,10 @@ def oracle(
 def through_attention(layer: Any, x: Tensor, relays: Relays, config: mc.LlamaConfig) -> Tensor:
     """The next x (B, T, E), where keys and values that a later chunk sees are relayed."""
     H, G, D, T = config.num_attention_heads, config.num_key_value_heads, config.head_dim, x.shape[1]
-    causal = torch.ones(T, T, dtype=torch.bool).tril()
+    window, sinks = layer.self_attn.pattern.window or T, layer.self_attn.pattern.sinks
+    seen = torch.ones(T, T, dtype=torch.bool).triu(1 - window)
+    seen[:, :sinks] = True
+    seen = seen.tril()
     rope = rope_tables(config, 0, T, x)
     attention = layer.self_attn
     h = layer.input_layernorm(x)
@@ -111,7 +114,7 @@ def through_attention(layer: Any, x: Tensor, relays: Relays, config: mc.LlamaCon
     k, v = (t.repeat_interleave(H // G, dim=1) for t in (k, v))  # (B, H, T, D)
     k_past, v_past = scale_gradient(k, relays.factor), scale_gradient(v, relays.factor)
     scores = torch.where(relays.own, q @ k.mT, q @ k_past.mT) / D**0.5
-    scores = scores.masked_fill(~causal, -torch.inf)
+    scores = scores.masked_fill(~seen, -torch.inf)
     p = (scores - scores.logsumexp(-1, keepdim=True)).exp()  # a softmax, rounded where the merge of pieces rounds
     y = (p * relays.own) @ v + (p * ~relays.own) @ v_past
     x = x + attention.o_proj(y.transpose(1, 2).flatten(2))

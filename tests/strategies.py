@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import minichunk as mc
+from minichunk.memory import band
 from minichunk.memory.attention import BLOCK
 from minichunk.memory.kernels import Plain
+from minichunk.memory.pattern import Window
 from minichunk.models.config import Llama3Rope
 from minichunk.models.ssm import StateLayer
 from minichunk.targets import IGNORE, shift
@@ -32,12 +34,15 @@ def examples(count: int) -> settings:
 
 @contextmanager
 def blocks_of(size: int) -> Iterator[None]:
-    """Within the block the past is cut into pieces of `size` positions, in every module that has the constant."""
+    """Within the block the past is cut into pieces of `size` positions, in every module that has the constant, and so
+    are a band's queries."""
     with pytest.MonkeyPatch.context() as patch:
         for name, module in list(sys.modules.items()):
             if name.startswith("minichunk.") and getattr(module, "BLOCK", None) == BLOCK:
                 patch.setattr(module, "BLOCK", size)
         patch.setattr(Plain, "piece", size)
+        patch.setattr(band, "TILE", size)
+        patch.setattr(band, "KEYS", 3 * size)
         yield
 
 
@@ -73,15 +78,21 @@ def tiny_state(layers: int | str = 2, **changes: object) -> mc.StateSpaceConfig:
     return mc.StateSpaceConfig(**{**fields, **changes})  # type: ignore[arg-type]
 
 
+def windows(longest: int, sinks: int = 0) -> st.SearchStrategy[Window]:
+    return st.builds(Window, st.integers(1, longest), st.integers(0, sinks))
+
+
 @st.composite
 def configs(draw: st.DrawFn) -> mc.LlamaConfig:
     groups, per_group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     rope = draw(st.none() | st.just(Llama3Rope(4.0, 1.0, 2.0, 16)))
+    layers = draw(st.integers(1, 4))
+    kinds = draw(st.just(()) | st.tuples(*[st.sampled_from(["full_attention", "sliding_attention"])] * layers))
     return mc.LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=draw(st.integers(4, 12)),
         intermediate_size=draw(st.integers(3, 10)),
-        num_hidden_layers=draw(st.integers(1, 4)),
+        num_hidden_layers=layers,
         num_attention_heads=groups * per_group,
         num_key_value_heads=groups,
         head_dim=2 * draw(st.integers(1, 4)),
@@ -93,12 +104,15 @@ def configs(draw: st.DrawFn) -> mc.LlamaConfig:
         attention_out_bias=draw(st.booleans()),
         mlp_bias=draw(st.booleans()),
         qk_norm=draw(st.booleans()),
+        sliding_window=draw(st.integers(1, 9)) if "sliding_attention" in kinds else None,
+        layer_types=kinds,
     )
 
 
 @st.composite
 def models(draw: st.DrawFn, lora: bool = True) -> mc.Llama:
     model = build(draw(configs()), draw(st.integers(0, 2**31)), draw(st.sampled_from([0.25, 1.0])))
+    give_sinks(model, draw(st.integers(0, 4)))
     kind = draw(st.sampled_from(["all", "lora", "dropout"])) if lora else "all"
     if kind != "all":
         targets = draw(st.lists(st.sampled_from(PROJECTIONS), min_size=1, max_size=7, unique=True))
@@ -109,6 +123,13 @@ def models(draw: st.DrawFn, lora: bool = True) -> mc.Llama:
                 if "lora_B" in name:  # zero at first, which would hide the gradient of A
                     parameter.copy_(torch.randn_like(parameter))
     return model
+
+
+def give_sinks(model: mc.Llama, sinks: int) -> None:
+    """Let what has a window see the first positions too, for which a config.json has no field."""
+    for layer in model.layers:
+        if layer.self_attn.pattern.window is not None:
+            layer.self_attn.pattern = replace(layer.self_attn.pattern, sinks=sinks)
 
 
 @st.composite

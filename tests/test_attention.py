@@ -21,27 +21,40 @@ from minichunk.memory import kernels
 from minichunk.memory.attention import attend
 from minichunk.memory.cache import LayerCache
 from minichunk.memory.kernels import FlashCPU, FlashCUDA, Kernel, Plain, kernel_for, pick_kernel
+from minichunk.memory.pattern import FULL, Window
 
 from .gradients import Tensors, distance
 from .rounding import Exact, measure
-from .strategies import blocks_of, examples
+from .strategies import blocks_of, examples, windows
 
 KERNELS = [Plain(), FlashCPU()]
 NAMES = ["output", "dq", "dk", "dv", "dk of the past", "dv of the past"]
 
 
-def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None, sinks: int = 0
+) -> torch.Tensor:
     """Bottom-right causal attention of the last C of T positions; keys and values of all T."""
     H, C, D = q.shape[1:]
     k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
     T = k.shape[2]
-    visible = torch.arange(T) <= torch.arange(T - C, T)[:, None]
+    back = torch.arange(T - C, T)[:, None] - torch.arange(T)
+    visible = (back >= 0) & ((back < (window or T)) | (torch.arange(T) < sinks))
     scores = (q @ k.mT / D**0.5).masked_fill(~visible, -torch.inf)
     return (scores - scores.logsumexp(-1, keepdim=True)).exp() @ v
 
 
 def run(
-    kernel: Kernel, B: int, H: int, G: int, C: int, past: int, D: int, dtype: torch.dtype, transposed: bool
+    kernel: Kernel,
+    B: int,
+    H: int,
+    G: int,
+    C: int,
+    past: int,
+    D: int,
+    dtype: torch.dtype,
+    transposed: bool,
+    pattern: Window = FULL,
 ) -> tuple[Tensors, Exact]:
     """(got, expected) of the output and of the gradients of q, k, v and the past's k and v."""
     generator = torch.Generator().manual_seed(B + 10 * H + 100 * C + 1000 * past + D)
@@ -59,13 +72,14 @@ def run(
     memory.keys.fill_(torch.nan)
     memory.values.fill_(torch.nan)
     memory.keys[:, :, :past], memory.values[:, :, :past] = k_past.detach(), v_past.detach()
-    out = attend(q, k, v, memory, past, kernel)
+    out = attend(q, k, v, memory, past, kernel, pattern)
     own = torch.autograd.grad(out, (q, k, v), grad)
 
     wide = [x.detach().double().requires_grad_() for x in (q, k, v, k_past, v_past)]
 
     def expected() -> Tensors:
-        out = reference(wide[0], torch.cat([wide[3], wide[1]], 2), torch.cat([wide[4], wide[2]], 2))
+        keys_values = (torch.cat([wide[3], wide[1]], 2), torch.cat([wide[4], wide[2]], 2))
+        out = reference(wide[0], *keys_values, pattern.window, pattern.sinks)
         return dict(zip(NAMES, [out, *torch.autograd.grad(out, wide, grad.double())], strict=True))
 
     got = dict(zip(NAMES, [out, *own, memory.key_grads, memory.value_grads], strict=True))
@@ -93,9 +107,62 @@ def test_attention_over_the_cache(
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=["plain", "flash-cpu"])
+@examples(150)
+@given(
+    B=st.integers(1, 2),
+    G=st.integers(1, 3),
+    per_group=st.integers(1, 3),
+    C=st.integers(1, 20),
+    past=st.integers(0, 40),
+    D=st.integers(1, 9),
+    transposed=st.booleans(),
+    block=st.integers(1, 6) | st.just(64),
+    pattern=windows(24, 12),
+)
+def test_attention_within_a_window(
+    kernel: Kernel,
+    B: int,
+    G: int,
+    per_group: int,
+    C: int,
+    past: int,
+    D: int,
+    transposed: bool,
+    block: int,
+    pattern: Any,
+) -> None:
+    """Chunks before, across and behind the place from which on a window leaves something out; sinks in the chunk too.
+
+    Blocks of the past, and tiles of queries, are of a size.
+    """
+    with blocks_of(block):
+        got, exact = run(kernel, B, G * per_group, G, C, past, D, torch.float64, transposed, pattern)
+    exact.check(got)
+
+
+@examples(50)
+@given(start=st.integers(0, 30), length=st.integers(1, 30), pattern=windows(20, 10))
+def test_parts_are_the_rule(start: int, length: int, pattern: Window) -> None:
+    """Together they see what the rule says, and nothing twice."""
+    stop = start + length
+    seen = torch.zeros(length, stop, dtype=torch.int64)
+    at = start
+    for part in pattern.parts(start, stop):
+        assert part.start == at
+        for i in range(part.start, part.stop):
+            seen[i - start, max(part.low, i - part.window + 1) : i + 1] += 1
+            seen[i - start, : part.whole] += 1
+        at = part.stop
+    assert at == stop
+    back = torch.arange(start, stop)[:, None] - torch.arange(stop)
+    assert torch.equal(seen, ((back >= 0) & ((back < pattern.window) | (torch.arange(stop) < pattern.sinks))).long())
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=["plain", "flash-cpu"])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
-def test_lower_precision(kernel: Kernel, dtype: torch.dtype, bound: float) -> None:
-    got, exact = run(kernel, 2, 6, 2, 33, 300, 16, dtype, transposed=True)
+@pytest.mark.parametrize("pattern", [FULL, Window(40, 5)])
+def test_lower_precision(kernel: Kernel, dtype: torch.dtype, bound: float, pattern: Window) -> None:
+    got, exact = run(kernel, 2, 6, 2, 33, 300, 16, dtype, transposed=True, pattern=pattern)
     for name, expected in exact.values.items():
         assert float((got[name].detach().double() - expected).norm() / expected.norm()) < bound, name
 
@@ -187,6 +254,14 @@ def own_lse(
     return ops._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, *rest)
 
 
+def without_a_mask(*args: Any, attn_mask: object = None) -> Any:
+    return ops._scaled_dot_product_flash_attention_for_cpu(*args)
+
+
+def backward_without_a_mask(*args: Any, attn_mask: object = None) -> Any:
+    return ops._scaled_dot_product_flash_attention_for_cpu_backward(*args)
+
+
 def no_number(*args: Any) -> Any:
     dq, dk, dv = ops._scaled_dot_product_flash_attention_for_cpu_backward(*args)
     return dq, dk, dv * torch.nan
@@ -206,6 +281,8 @@ def a_little_off(*args: Any) -> Any:
         (CPU_FORWARD, another_lse, "lse of a causal piece is off by 0.44"),
         (CPU_FORWARD, lse_of_positions_before_heads, r"lse of a causal piece has shape \(1, 6, 4\), not \(1, 4, 6\)"),
         (CPU_FORWARD, causal_from_the_other_end, "out of a causal piece is off by"),
+        (CPU_FORWARD, without_a_mask, "out of a windowed piece is off by"),
+        (CPU_BACKWARD, backward_without_a_mask, "dq of a windowed piece is off by"),
         (CPU_BACKWARD, another_signature, "TypeError: another_signature"),
         (CPU_BACKWARD, raises, "RuntimeError: no kernel image"),
         (CPU_BACKWARD, own_lse, "dq of a causal piece is off by"),
@@ -256,21 +333,32 @@ def test_cuda_kernel_calls_fit_the_operators(monkeypatch: pytest.MonkeyPatch) ->
     """Shapes of the CUDA calls, checked without a device: fake tensors run the operators' signatures."""
     given: list[Any] = []
 
-    def backward(*args: Any) -> Any:
-        given[:] = args
-        return ops._flash_attention_backward(*args)
+    def forward(*args: Any, **sides: int) -> Any:
+        given[:] = [*args, sides]
+        return ops._flash_attention_forward(*args, **sides)
 
-    operators = {"_flash_attention_forward": ops._flash_attention_forward, "_flash_attention_backward": backward}
+    def backward(*args: Any, **sides: int) -> Any:
+        given[:] = [*args, sides]
+        return ops._flash_attention_backward(*args, **sides)
+
+    operators = {"_flash_attention_forward": forward, "_flash_attention_backward": backward}
     monkeypatch.setattr(kernels, "aten", SimpleNamespace(**operators))
     kernel = FlashCUDA()
     with FakeTensorMode(allow_non_fake_inputs=True):
         q = torch.zeros(2, 6, 16, 64, dtype=torch.bfloat16)
         k = torch.zeros(2, 2, 48, 64, dtype=torch.bfloat16)
-        out, lse = kernel.forward(q, k, k, causal=False)
+        out, lse = kernel.forward(q, k, k, window=None)
         assert out.shape == q.shape
         assert lse.shape == (2, 6, 16)
-        grads = kernel.backward(out, q, k, k, out, lse, causal=False)
+        grads = kernel.backward(out, q, k, k, out, lse, window=None)
         assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
-        kernel.backward(out, q, k, k, out, lse.mT.contiguous().mT, causal=False)
+        for window, keys, sides in ((16, q[:, :2], {}), (33, k, {"window_size_left": 32, "window_size_right": 0})):
+            out, lse = kernel.forward(q, keys, keys, window)
+            assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
+            assert (given[8], given[-1]) == (True, sides)  # causal
+            grads = kernel.backward(out, q, keys, keys, out, lse, window)
+            assert [g.shape for g in grads] == [q.shape, keys.shape, keys.shape]
+            assert (given[11], given[-1]) == (True, sides)
+        kernel.backward(out, q, k, k, out, lse.mT.contiguous().mT, window=None)
     assert given[5].is_contiguous()  # the kernel reads lse row after row, whatever its strides
     assert (given[12].dtype, given[12].shape) == (torch.uint64, (2,))  # seed and offset

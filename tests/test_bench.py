@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,9 @@ def test_operations_by_hand(model_directory: Path) -> None:
     assert frozen["attention"] == pairs * 4 * 4 * 4 * 2 * (1 + 2.5)  # its output is kept
     assert operations(model, [], cut(10, 10), recompute="all")["attention"] == pairs * 4 * 4 * 4 * 2 * (1 + 1 + 2.5)
     assert frozen["linear"] == 10 * (6 * linear + 8 * adapter + 4 * 300 * 8)
+    model.config = replace(model.config, sliding_window=4, layer_types=("full_attention", "sliding_attention"))
+    windowed = operations(model, [], cut(10, 3), recompute=True)["attention"]
+    assert windowed == (pairs + 4 * 4 / 2 + 6 * 4) * 4 * 4 * 4 * (1 + 2.5)
     assert peak_operations("NVIDIA H200") == 989e12
     assert peak_operations("an abacus") is None
 

@@ -19,7 +19,10 @@ CORE = (
     "*.py", "memory/*.py", "models/stack.py", "models/decoder.py", "models/llama.py", "models/ssm.py", "models/rope.py",
     "models/config.py",
 )  # fmt: skip
-BESIDE = ("tiny.py", "memory/kernels.py", "memory/offload.py")  # the idea by itself; speed, to be read later
+# The idea by itself; speed, to be read later; a part of the past, without which attention sees all of it.
+BESIDE = (
+    "tiny.py", "memory/kernels.py", "memory/band.py", "memory/offload.py", "memory/scan.py", "memory/pattern.py",
+)  # fmt: skip
 
 NO_CODE = (
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,

@@ -23,6 +23,9 @@ LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+FULL, SLIDING = "full_attention", "sliding_attention"
+WINDOWS = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9}
+MIXED = [SLIDING, FULL, SLIDING]
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "llama, tied": {"model_type": "llama", "tie_word_embeddings": True},
@@ -33,7 +36,18 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 8},
     "qwen3, biases": {"model_type": "qwen3", "head_dim": 8, "attention_bias": True},
-}
+    "mistral, window": {"model_type": "mistral", "sliding_window": 7},
+    "mistral, window of one": {"model_type": "mistral", "sliding_window": 1},
+    "ministral": {"model_type": "ministral", "head_dim": 4, "sliding_window": 9, "layer_types": MIXED},
+    "ministral, all alike": {"model_type": "ministral", "head_dim": 4, "sliding_window": 12},
+    "qwen2, windows": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2},
+    "qwen2, windows by layer": {
+        "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 10, "layer_types": MIXED,
+    },
+    "qwen3, windows": {
+        "model_type": "qwen3", "head_dim": 8, "use_sliding_window": True, "sliding_window": 20, "max_window_layers": 0,
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -42,7 +56,9 @@ def test_parity_with_transformers(name: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     ours = build(mc.LlamaConfig.from_dict({**BASE, **ARCHITECTURES[name]}), seed=0)
     ours.save_pretrained(tmp_path / "ours")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float64)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", dtype=torch.float64, attn_implementation="eager"
+    )
     ids = torch.randint(23, (2, 50), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[0, 5:9] = -100
@@ -57,6 +73,12 @@ def test_parity_with_transformers(name: str, tmp_path: Path) -> None:
     got = {"logits": found.logits, "loss": found.loss.detach(), **take_gradients(theirs)}
     exact.check(got, unit=2.0**-24)  # their norms and rotary tables work in float32, whatever the model's dtype
     exact.check({"logits": ours(ids), **outcome(ours, lambda: mc.seco(ours, ids, labels, 7))})
+
+    prompt = ids[:, :12]
+    keywords = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    keywords["use_cache"] = ours.config.sliding_window != 1  # of a window of one their cache keeps everything
+    written = theirs.eval().generate(prompt, max_new_tokens=20, **keywords)
+    assert torch.equal(mc.generate(ours, prompt, 20, temperature=0, chunk_size=5), written)
 
     # Their files, whole and in shards; config.json in the layout of transformers 5 and in the older one.
     for name, keywords in (("theirs", {}), ("sharded", {"max_shard_size": "8KB"})):
@@ -74,9 +96,15 @@ def test_parity_with_transformers(name: str, tmp_path: Path) -> None:
     ("change", "words"),
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
-        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window = 4096 is not supported"),
-        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9}, "sliding_window = 9"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
+        ({"model_type": "ministral", "sliding_window": None, "layer_types": [SLIDING] * 3}, "sliding_window is None"),
+        ({"model_type": "qwen2", "layer_types": [SLIDING] * 3}, "sliding_window is None"),
+        ({"model_type": "mistral", "layer_types": [SLIDING, FULL, FULL]}, "'ministral' is the same model"),
+        ({"use_sliding_window": True, "sliding_window": 9}, "sliding_window = 9"),
+        ({"layer_types": [FULL, SLIDING]}, "layer_types is .* for each of the 3 layers"),
+        ({"layer_types": [FULL, FULL, SLIDING], "sliding_window": 3}, "sliding_window is None"),
+        ({"model_type": "qwen3", "layer_types": [FULL, FULL, "chunked_attention"]}, "layer_types is .*chunked"),
+        ({**WINDOWS, "max_window_layers": "2"}, "max_window_layers is '2'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type 'yarn'"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.rope_type 'linear'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "rope_scaling.low_freq_factor"),
@@ -88,7 +116,6 @@ def test_parity_with_transformers(name: str, tmp_path: Path) -> None:
         ({"head_dim": 5}, "head_dim is 5"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
         ({"vocab_size": None}, "vocab_size is missing"),
-        ({"model_type": "mistral"}, "sliding_window = 4096 is not supported"),
         ({"model_type": ["llama"]}, "model_type"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0"),
         ({"hidden_size": "8"}, "hidden_size is '8'"),
@@ -116,3 +143,31 @@ def test_the_two_layouts_of_rope_are_the_same() -> None:
 def test_a_config_survives_the_round_trip(name: str) -> None:
     config = mc.LlamaConfig.from_dict({**BASE, **ARCHITECTURES[name], "eos_token_id": [1, 2]})
     assert mc.LlamaConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("fields", "window", "kinds"),
+    [
+        ({"model_type": "mistral"}, 4096, (SLIDING,) * 3),  # absent
+        ({"model_type": "mistral", "use_sliding_window": False}, 4096, (SLIDING,) * 3),  # a field that it does not know
+        ({"model_type": "mistral", "sliding_window": None}, None, ()),
+        ({"model_type": "ministral"}, 4096, (SLIDING,) * 3),
+        ({"model_type": "llama", "sliding_window": 9}, None, ()),
+        ({"model_type": "qwen2", "sliding_window": 9}, None, ()),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}, 4096, (FULL, SLIDING, SLIDING)),
+        (WINDOWS, None, ()),  # max_window_layers is 28 where it is absent
+        ({**WINDOWS, "layer_types": [FULL, SLIDING, FULL], "max_window_layers": 0}, 9, (FULL, SLIDING, FULL)),
+    ],
+)
+def test_windows_are_read_as_transformers_does(
+    fields: dict[str, Any], window: int | None, kinds: tuple[str, ...]
+) -> None:
+    config = mc.LlamaConfig.from_dict({**BASE, **fields})
+    assert (config.sliding_window, config.layer_types) == (window, kinds)
+    assert mc.LlamaConfig.from_dict(config.to_dict()) == config
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoConfig.for_model(**{**BASE, **fields})
+    if fields["model_type"] not in ("llama", "mistral"):  # which have no such field
+        assert tuple(theirs.layer_types) == (kinds or (FULL,) * 3)
+    if fields["model_type"] != "llama":
+        assert window in (theirs.sliding_window, None)

@@ -23,6 +23,7 @@ from minichunk.costs.step import count_step, optimizer_states, step_memory
 from minichunk.memory.kernels import kernel_for
 from minichunk.memory.layers import LayerMemories
 from minichunk.models.shapes import memory_bytes, random_model
+from minichunk.protocol import Recompute
 from minichunk.samplers import most_kept
 
 from .strategies import tiny
@@ -122,6 +123,25 @@ def test_offloaded_states_come_to_the_device(tmp_path: Path) -> None:
     one = 6 * 128 * 64 * 4  # in all layers; what the last chunk handed on stays on the device, too
     assert here.peak - away.peak == away.host - 2 * one
     assert away.peak + away.host == pytest.approx(whole_step(replace(setting, offload=True), 256), rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("method", "recompute", "offload", "kinds"),
+    [("seco", False, False, "sfs"), ("seco", "all", True, "ssss"), ("spaco", True, False, "ssss")],
+)
+def test_a_step_with_windows_is_forecast(
+    tmp_path: Path, method: str, recompute: Recompute, offload: bool, kinds: str
+) -> None:
+    """Layers of both kinds, and of one, which a few of them stand for."""
+    fields = tiny(len(kinds), vocab_size=512, hidden_size=64, intermediate_size=128, head_dim=16).to_dict()
+    names = {"s": "sliding_attention", "f": "full_attention"}
+    windows = {"model_type": "ministral", "sliding_window": 200, "layer_types": [names[kind] for kind in kinds]}
+    (tmp_path / "config.json").write_text(json.dumps({**fields, **windows}))
+    setting = Setting(str(tmp_path), method, 128, 3, 4, dtype=torch.float32, recompute=recompute, device="cpu")
+    setting = replace(setting, offload=offload)
+    for tokens in (1024, 3328):
+        found = forecast(setting).at(tokens)
+        assert found.peak + found.host == pytest.approx(whole_step(setting, tokens), rel=0.02)
 
 
 def test_what_a_state_remembers(tmp_path: Path) -> None:

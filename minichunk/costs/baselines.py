@@ -18,6 +18,7 @@ from ..batch import Batch
 from ..chunks import Chunk, cut
 from ..loss import summed_loss
 from ..memory.layers import Held, LayerMemories
+from ..memory.pattern import Window
 from ..models.llama import Llama
 from ..models.stack import Stack
 from ..protocol import Options
@@ -52,14 +53,16 @@ class ConcatenatingPast:
     def __init__(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         self.pairs = pairs
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, pattern: Window) -> Tensor:
         start = sum(keys.shape[2] for keys, _ in self.pairs)
         k = torch.cat([*(keys for keys, _ in self.pairs), k], dim=2)
         v = torch.cat([*(values for _, values in self.pairs), v], dim=2)
-        if start == 0:
+        mask = pattern.mask(k.shape[2], start, q.device)
+        if start == 0 and mask is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        positions = torch.arange(k.shape[2], device=q.device)
-        mask = positions <= positions[start:, None]  # bottom-right causal
+        if mask is None:
+            positions = torch.arange(k.shape[2], device=q.device)
+            mask = positions <= positions[start:, None]  # bottom-right causal
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 

@@ -73,7 +73,8 @@ def forecast(setting: Setting) -> Forecast:
         first, second = step_memory(setting, base), step_memory(setting, base + more)
         per_token, host_per_token = (second.peak - first.peak) / more, (second.host - first.host) / more
         return Forecast(setting, first, base, per_token, host_per_token)
-    num_chunks = max(BLOCK, setting.fill_size or 0) // size + 3  # a block, or a pass of the fill, on a longer past
+    # A block, or a pass of the fill, on a longer past; and all windows are full.
+    num_chunks = max(BLOCK, setting.fill_size or 0, setting.reach()) // size + 3
     at_base = step_memory(setting, num_chunks * size)
     base = num_chunks * size
     chunk, kept_chunk = setting.growth()

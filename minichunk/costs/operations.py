@@ -43,13 +43,18 @@ def operations(
     head_operations = 2.0 * head.numel() * (3 if head.requires_grad else 2)
     linear_again, attention_again = float(bool(recompute)), float(recompute == "all")
 
+    def seen(stop: int, window: int | None) -> float:
+        """(query, key) pairs of all positions up to `stop`."""
+        reach = min(stop, window or stop)
+        return reach**2 / 2 + (stop - reach) * reach
+
     def pairs(chunks: Sequence[Chunk]) -> float:
-        return sum((stop**2 - start**2) / 2 for start, stop in chunks)  # (query, key) pairs
+        return sum(seen(stop, window) - seen(start, window) for start, stop in chunks for window in c.windows())
 
     def count(chunks: Sequence[Chunk]) -> int:
         return sum(stop - start for start, stop in chunks)
 
-    per_pair = 4.0 * c.num_attention_heads * c.head_dim * c.num_hidden_layers
+    per_pair = 4.0 * c.num_attention_heads * c.head_dim
     linear = count(filled) * forward + count(rebuilt) * ((1 + linear_again) * forward + backward + head_operations)
     attention = per_pair * (pairs(filled) + pairs(rebuilt) * (1 + attention_again + 2.5))
     return {"linear": linear, "attention": attention}

@@ -9,6 +9,7 @@ import torch
 
 from ..chunks import check_fill_size, cut
 from ..errors import InputError
+from ..models.config import LlamaConfig
 from ..models.shapes import memory_bytes, shape
 from ..protocol import Options, Recompute
 from ..samplers import most_kept
@@ -70,6 +71,11 @@ class Setting:
     def _memory_bytes(self, num_chunks: int, kept: int) -> tuple[int, int]:
         chunks = cut(num_chunks * self.chunk_size, self.chunk_size)
         return memory_bytes(shape(self.model), self.dtype, chunks[-kept:], self.options())
+
+    def reach(self) -> int:
+        """The longest window of a layer, 0 if there is none."""
+        config = shape(self.model)
+        return max((window or 0 for window in config.windows()), default=0) if isinstance(config, LlamaConfig) else 0
 
     def check(self) -> None:
         """Raise InputError for a method or a size that cannot be."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import InputError
-from .config_fields import check_present, end_tokens, number
+from .config_fields import check_present, check_sizes, end_tokens, number
 
 # What each supported model_type implies where its config.json is silent.
 _FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"architectures": ["LlamaForCausalLM"]},
     "mistral": {"architectures": ["MistralForCausalLM"]},
+    "ministral": {"architectures": ["MinistralForCausalLM"], "attention_bias": False, "attention_out_bias": False},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "attention_bias": True, "attention_out_bias": False},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "qk_norm": True, "head_dim": 128},
 }
@@ -40,6 +41,7 @@ def read_config(hugging_face_config: dict[str, Any]) -> dict[str, Any]:
     for name in SIZES:
         number(c, name)
     _refuse_what_we_do_not_compute(c)
+    window, kinds = _windows(c)
     theta, scaling = _rope(c)
     bias = bool(c.get("attention_bias", False))
     heads = c["num_attention_heads"]
@@ -57,6 +59,8 @@ def read_config(hugging_face_config: dict[str, Any]) -> dict[str, Any]:
         attention_out_bias=family.get("attention_out_bias", bias),
         mlp_bias=bool(c.get("mlp_bias", False)),
         qk_norm=family.get("qk_norm", False),
+        sliding_window=window,
+        layer_types=kinds,
         model_type=model_type,
         bos_token_id=c.get("bos_token_id"),
         eos_token_id=end_tokens(c),
@@ -75,11 +79,7 @@ def write_config(fields: dict[str, Any]) -> dict[str, Any]:
     }
     if fields["rope_scaling"] is not None:
         out["rope_scaling"] = {"rope_type": "llama3", **fields["rope_scaling"]}
-    if fields["model_type"] in ("mistral", "qwen2", "qwen3"):
-        out["sliding_window"] = None
-    if fields["model_type"] in ("qwen2", "qwen3"):
-        out["use_sliding_window"] = False
-    return out
+    return out | _written_windows(fields)
 
 
 def _refuse_what_we_do_not_compute(c: dict[str, Any]) -> None:
@@ -94,13 +94,63 @@ def _refuse_what_we_do_not_compute(c: dict[str, Any]) -> None:
         refuse("attention_dropout", "0")
     if c.get("partial_rotary_factor", 1.0) != 1.0:
         refuse("partial_rotary_factor", "1.0")
-    if c.get("model_type") == "mistral":  # transformers takes an absent window as one of 4096
-        c.setdefault("sliding_window", 4096)
-    if c.get("use_sliding_window", c.get("model_type") == "mistral") and c.get("sliding_window") is not None:
-        refuse("sliding_window", "null: every layer here attends to the whole past")
-    kinds = c.get("layer_types") or []
-    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
-        refuse("layer_types", "'full_attention' for every layer")
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+_WINDOW = 4096  # what transformers takes an absent `sliding_window` for
+
+
+def check_windows(num_layers: int, window: int | None, kinds: tuple[str, ...]) -> None:
+    """Raises InputError unless `layer_types` names each layer's attention, and a window that is used has a size."""
+    if kinds and (len(kinds) != num_layers or not set(kinds) <= {FULL, SLIDING}):
+        raise InputError(
+            f"config: layer_types is {list(kinds)!r}, but must name {FULL!r} or {SLIDING!r} for each of the "
+            f"{num_layers} layers"
+        )
+    if SLIDING in kinds or window is not None:
+        check_sizes({"sliding_window": window}, ["sliding_window"])
+
+
+def _windows(c: dict[str, Any]) -> tuple[int | None, tuple[str, ...]]:
+    """`sliding_window` and `layer_types`, as transformers reads them; (None, ()) if no layer has a window."""
+    model_type, num_layers, first = c.get("model_type", "llama"), c["num_hidden_layers"], 0
+    window = c.get("sliding_window", None if model_type == "llama" else _WINDOW)
+    if model_type not in ("mistral", "ministral"):
+        window = window if c.get("use_sliding_window") else None
+    if model_type in ("qwen2", "qwen3") and window is not None:
+        first = c.get("max_window_layers", 28)
+        if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+            raise InputError(f"config: max_window_layers is {first!r}, but must be a whole number of at least 0")
+    implied = tuple(SLIDING if window is not None and i >= first else FULL for i in range(num_layers))
+    given = c.get("layer_types") or implied
+    kinds = tuple(given) if isinstance(given, list | tuple) else (given,)
+    check_windows(num_layers, window, kinds)
+    if SLIDING in kinds and model_type == "llama":
+        raise InputError(
+            f"config: sliding_window = {window!r}, layer_types = {list(kinds)!r}: model_type 'llama' is not supported "
+            "with windows; 'ministral' is the same model with them"
+        )
+    if kinds != implied and model_type == "mistral":
+        raise InputError(
+            f"config: layer_types = {list(kinds)!r} with sliding_window = {window!r} is not supported for model_type "
+            "'mistral', whose layers are alike; 'ministral' is the same model with layers of both kinds"
+        )
+    return (window, kinds) if SLIDING in kinds else (None, ())
+
+
+def _written_windows(fields: dict[str, Any]) -> dict[str, Any]:
+    """What `_windows` and transformers read back."""
+    window, kinds = fields["sliding_window"], list(fields["layer_types"])
+    if fields["model_type"] == "llama":
+        return {}
+    out: dict[str, Any] = {"sliding_window": window}
+    if fields["model_type"] != "mistral" and kinds:
+        out["layer_types"] = kinds
+    if fields["model_type"] in ("qwen2", "qwen3"):
+        out["use_sliding_window"] = window is not None
+        if window is not None:  # for releases before `layer_types`
+            out["max_window_layers"] = kinds.index(SLIDING)
+    return out
 
 
 def _rope(c: dict[str, Any]) -> tuple[float, dict[str, float] | None]:

@@ -62,10 +62,10 @@ class LayerCache:
         self.keys[:, :, rows] = keys
         self.values[:, :, rows] = values
 
-    def pieces(self, stop: int, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        for start in range(0, stop, size):
-            rows = slice(start, min(start + size, stop))
-            yield start, self.keys[:, :, rows], self.values[:, :, rows]
+    def pieces(self, start: int, stop: int, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        for low in range(start, stop, size):
+            rows = slice(low, min(low + size, stop))
+            yield low, self.keys[:, :, rows], self.values[:, :, rows]
 
     def add_grads(self, start: int, key_grads: Tensor, value_grads: Tensor) -> None:
         end = start + key_grads.shape[2]

@@ -18,19 +18,24 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .band import backward_in_tiles, band, forward_in_tiles
+
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)  # so that kernels of a class are equal, and what is known of one is known of all
 class Kernel:
-    """Attention of q to k and v, all of them or (`causal`, equally many) up to the own position.
+    """Attention of q to k and v: to all of them, or within a window.
 
+    window: the queries are the last C of the keys' positions, and each sees so many of them, the own one last. So the
+        chunk itself, causally, is a window of C or more over as many keys, and a band reaches window - 1 keys further.
+        None: every query sees all keys.
     piece: how many positions of the past `forward` may be given at once; None: all of them.
     """
 
     piece: ClassVar[int | None] = None
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
         """Return out and lse."""
         raise NotImplementedError
 
@@ -39,7 +44,7 @@ class Kernel:
         return grad, q, out, lse
 
     def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of q, k and v, where `out` and `lse` may belong to more keys than k's."""
         raise NotImplementedError
@@ -50,34 +55,39 @@ def _rows_first(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def is_causal(q: Tensor, k: Tensor, window: int | None) -> bool:
+    """Whether that window is the causal mask, from the first key to the own one (one of 1 is not)."""
+    return window is not None and k.shape[2] == q.shape[2] <= window
+
+
 class Plain(Kernel):
     """Softmax attention written out: any dtype, any device, C x past scores in memory."""
 
     piece = 2048  # or the scores would grow with the past
 
-    def scores(self, q: Tensor, k: Tensor, causal: bool) -> Tensor:
+    def scores(self, q: Tensor, k: Tensor, window: int | None) -> Tensor:
         B, H, C, D = q.shape
         G = k.shape[1]
         # H/G query heads share a key head. Scores in at least float32, as in the fast kernels.
         wide = torch.promote_types(q.dtype, torch.float32)
         s = q.reshape(B, G, H // G, C, D).to(wide) @ k.unsqueeze(2).to(wide).mT / D**0.5
-        if causal:
-            s = s.masked_fill(torch.ones(C, C, dtype=torch.bool, device=q.device).triu(1), -torch.inf)
+        if window is not None:
+            s = s.masked_fill(~band(C, window, k.shape[2], q.device), -torch.inf)
         return s  # (B, G, H/G, C, past)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
-        s = self.scores(q, k, causal)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+        s = self.scores(q, k, window)
         lse = s.logsumexp(-1)  # (B, G, H/G, C)
         p = (s - lse[..., None]).exp().to(q.dtype)
         return (p @ v.unsqueeze(2)).flatten(1, 2), lse.flatten(1, 2)
 
     def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         B, H, C, D = q.shape
         shape = (B, k.shape[1], H // k.shape[1], C)
         grad_, q_ = grad.reshape(*shape, D), q.reshape(*shape, D)
-        p = (self.scores(q, k, causal) - lse.reshape(*shape, 1)).exp()
+        p = (self.scores(q, k, window) - lse.reshape(*shape, 1)).exp()
         delta = (grad * out).to(p.dtype).sum(-1).reshape(*shape, 1)
         ds = (p * (grad_ @ v.unsqueeze(2).mT - delta) / D**0.5).to(q.dtype)
         dq = (ds @ k.unsqueeze(2)).reshape(q.shape)
@@ -89,7 +99,10 @@ class Plain(Kernel):
 class FlashCPU(Kernel):
     """PyTorch's flash kernel for the CPU: float64, float32, bfloat16."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+        causal = is_causal(q, k, window)
+        if window is not None and not causal:
+            return forward_in_tiles(aten._scaled_dot_product_flash_attention_for_cpu, q, k, v, window)
         return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
 
     def prepare(self, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
@@ -100,8 +113,12 @@ class FlashCPU(Kernel):
         return _rows_first(grad), q, out, lse
 
     def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        causal = is_causal(q, k, window)
+        if window is not None and not causal:
+            operator = aten._scaled_dot_product_flash_attention_for_cpu_backward
+            return backward_in_tiles(operator, grad, q, k, v, out, lse, window)
         B, pieces = k.shape[0], q.shape[0] // k.shape[0]
         if k.shape[2] % pieces:
             grad, q, out, lse, pieces = grad[:B], q[:B], out[:B], lse[:B], 1
@@ -120,24 +137,34 @@ class FlashCUDA(Kernel):
     Head sizes are multiples of 8 up to 256: padding is the public operator's work, not this one's.
     """
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    @staticmethod
+    def sides(q: Tensor, k: Tensor, window: int | None) -> tuple[bool, dict[str, int]]:
+        """Causal or not, bottom-right aligned, and how many positions before its own a query sees."""
+        sides = {"window_size_left": window - 1, "window_size_right": 0} if window is not None else {}
+        return window is not None, {} if is_causal(q, k, window) else sides
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+        causal, sides = self.sides(q, k, window)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         lengths = (None, None, q.shape[1], k.shape[1])
-        out, lse, *_ = aten._flash_attention_forward(q, k, v, *lengths, 0.0, causal, False)
+        out, lse, *_ = aten._flash_attention_forward(q, k, v, *lengths, 0.0, causal, False, **sides)
         return out.transpose(1, 2), lse
 
     def prepare(self, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
         return _rows_first(grad), q, _rows_first(out), lse
 
     def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        causal, sides = self.sides(q, k, window)
         grad, q, k, v, out = (x.transpose(1, 2) for x in (grad, q, k, v, out))
         lengths = (None, None, q.shape[1], k.shape[1])
         lse = lse.contiguous()  # the kernel takes this for granted, and does not check it
         # Dropout's random state, which the call wants and with dropout 0 does not read.
         state, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
-        dq, dk, dv = aten._flash_attention_backward(grad, q, k, v, out, lse, *lengths, 0.0, causal, state, unused)
+        dq, dk, dv = aten._flash_attention_backward(
+            grad, q, k, v, out, lse, *lengths, 0.0, causal, state, unused, **sides
+        )
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
@@ -186,7 +213,7 @@ def usable(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: i
 
 
 def _difference(kernel: Kernel, device: torch.device, dtype: torch.dtype, D: int) -> str:
-    """What the kernel gets wrong in the two cases of chunk attention; "" if nothing.
+    """What the kernel gets wrong in the three cases of chunk attention; "" if nothing.
 
     Wrong is what is off by more than 2^-5 of its norm, 4 units of bfloat16's last place: a changed operator
     is off by far more, and no rounding is.
@@ -197,21 +224,22 @@ def _difference(kernel: Kernel, device: torch.device, dtype: torch.dtype, D: int
         return torch.randn(1, heads, rows, D, generator=generator, device="cpu").to(device, dtype)
 
     plain = Plain()
-    # A chunk of 6 to itself, 4 heads to 2; and to a past of 4, with its heads folded to 2 of 12 rows.
-    for causal, heads, rows, length in ((True, 4, 6, 6), (False, 2, 12, 4)):
+    # A chunk of 6 to itself, 4 heads to 2; to a past of 4, with its heads folded to 2 of 12 rows; and within a window.
+    cases = {"causal": (6, 4, 6, 6), "whole": (None, 2, 12, 4), "windowed": (3, 4, 6, 8)}
+    for kind, (window, heads, rows, length) in cases.items():
         q, grad, k, v = random(heads, rows), random(heads, rows), random(2, length), random(2, length)
         q_, k_, v_ = q.double(), k.double(), v.double()
-        out, lse = plain.forward(q_, k_, v_, causal)
-        got_out, got_lse = kernel.forward(q, k, v, causal)
+        out, lse = plain.forward(q_, k_, v_, window)
+        got_out, got_lse = kernel.forward(q, k, v, window)
         # Backward as if there were as much again beside these keys: the kernel must take what it is given.
         merged, merged_lse = (out / 2).to(dtype), lse + log(2)
-        expected = [out, lse, *plain.backward(grad.double(), q_, k_, v_, merged.double(), merged_lse, causal)]
+        expected = [out, lse, *plain.backward(grad.double(), q_, k_, v_, merged.double(), merged_lse, window)]
         given = (grad, q, merged, merged_lse.to(got_lse.dtype))
-        grad, q, merged, merged_lse = given if causal else kernel.prepare(*given)
-        grads = kernel.backward(grad, q, k, v, merged, merged_lse, causal)
+        grad, q, merged, merged_lse = given if window else kernel.prepare(*given)
+        grads = kernel.backward(grad, q, k, v, merged, merged_lse, window)
         got = [got_out, got_lse, *grads]
         for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), got, expected, strict=True):
-            where = f"{name} of {'a causal' if causal else 'a whole'} piece"
+            where = f"{name} of a {kind} piece"
             if x.shape != y.shape:
                 return f"{where} has shape {tuple(x.shape)}, not {tuple(y.shape)}"
             error = float((x - y).double().norm() / y.double().norm())

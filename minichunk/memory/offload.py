@@ -146,29 +146,30 @@ class OffloadedLayer:
                 block[first - low : last - low].copy_(rows[first - start : last - start], non_blocking=True)
             bring.hold(rows)
 
-    def pieces(self, stop: int, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """In pieces of BLOCK, whatever `size` is; a piece is gone when the next one is asked for."""
-        if stop == 0:
+    def pieces(self, start: int, stop: int, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Up to the ends of BLOCKs, whatever `size` is; a piece is gone when the next one is asked for."""
+        if start >= stop:
             return
         main = self.stage.main
-        slot = self._bring(0, stop)
-        for start in range(0, stop, BLOCK):
-            end = min(start + BLOCK, stop)
-            following = self._bring(end, stop) if end < stop else slot
+        slot, end = self._bring(start, stop)
+        while start < stop:
+            following, next_end = self._bring(end, stop) if end < stop else (slot, end)
             slot.wait(FILLED, main)
             keys, values = slot.buffer[: end - start].permute(1, 2, 3, 0, 4)  # (B, G, n, D) each
             yield start, keys, values
             slot.mark(FREE, main)
-            slot = following
+            slot, start, end = following, end, next_end
 
-    def _bring(self, start: int, stop: int) -> Slot:
-        """Start to copy the block at `start`, as far as `stop`, to the device."""
-        slot, bring, n = self.stage.next_arrival(), self.stage.bring, min(BLOCK, stop - start)
+    def _bring(self, start: int, stop: int) -> tuple[Slot, int]:
+        """Start to copy the block that holds `start`, from there and as far as `stop`, to the device; where it ends."""
+        slot, bring, block = self.stage.next_arrival(), self.stage.bring, start // BLOCK
+        end = min((block + 1) * BLOCK, stop)
         with bring():
             slot.wait(FREE, bring)
-            slot.buffer[:n].copy_(self.blocks[start // BLOCK][:n], non_blocking=True)
+            rows = self.blocks[block][start - block * BLOCK : end - block * BLOCK]
+            slot.buffer[: end - start].copy_(rows, non_blocking=True)
             slot.mark(FILLED, bring)
-        return slot
+        return slot, end
 
     def add_grads(self, start: int, key_grads: Tensor, value_grads: Tensor) -> None:
         end = start + key_grads.shape[2]

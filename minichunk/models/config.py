@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..files.config_fields import check_sizes, first_eos, lists_to_tuples
-from ..files.config_json import SIZES, read_config, write_config
+from ..files.config_json import SIZES, check_windows, read_config, write_config
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class LlamaConfig:
 
     Three fields are ours, because `config.json` implies them by `model_type`: `attention_bias` is
     the bias of q, k and v, `attention_out_bias` that of o, `qk_norm` the RMSNorm on each head's
-    queries and keys.
+    queries and keys. `layer_types` says for each layer whether it has full_attention or sliding_attention, to the
+    last `sliding_window` positions, the own included; empty: full_attention for all.
     """
 
     vocab_size: int
@@ -45,6 +46,8 @@ class LlamaConfig:
     attention_out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    sliding_window: int | None = None
+    layer_types: tuple[str, ...] = ()
     model_type: str = "llama"
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
@@ -59,6 +62,13 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise InputError(f"config: head_dim is {self.head_dim}, but RoPE needs an even number")
+
+        check_windows(self.num_hidden_layers, self.sliding_window, self.layer_types)
+
+    def windows(self) -> list[int | None]:
+        """How many positions each layer sees; None: all of them."""
+        kinds = self.layer_types or ("full_attention",) * self.num_hidden_layers
+        return [self.sliding_window if kind == "sliding_attention" else None for kind in kinds]
 
     @classmethod
     def from_dict(cls, hugging_face_config: dict[str, Any]) -> LlamaConfig:

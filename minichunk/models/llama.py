@@ -13,14 +13,18 @@ from ..memory.attention import Past
 from ..memory.cache import LayerCache
 from ..memory.layers import Extent, LayerMemory
 from ..memory.offload import OffloadedLayer, Stage
+from ..memory.pattern import FULL, Window
 from .config import LlamaConfig
 from .decoder import Decoder, RMSNorm
 from .rope import Rope, rope_tables, rotate
 
 
 class Attention(nn.Module):
-    def __init__(self, config: LlamaConfig) -> None:
+    """pattern: what a query sees."""
+
+    def __init__(self, config: LlamaConfig, pattern: Window) -> None:
         super().__init__()
+        self.pattern = pattern
         E, D = config.hidden_size, config.head_dim
         H, G = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.groups = D, G
@@ -50,9 +54,10 @@ class Attention(nn.Module):
         q = rotate(q, rope)
         k, v = self.keys_values(x, rope)
         if past is None:  # the whole sequence at once: ordinary attention, nothing of ours
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            mask = self.pattern.mask(q.shape[2], device=q.device)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         else:
-            y = past.attend(q, k, v)
+            y = past.attend(q, k, v, self.pattern)
         y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H*D)
         return self.o_proj(y), (k, v)
 
@@ -70,9 +75,9 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: LlamaConfig) -> None:
+    def __init__(self, config: LlamaConfig, pattern: Window = FULL) -> None:
         super().__init__()
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, pattern)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -87,7 +92,7 @@ class Layer(nn.Module):
         return self.self_attn.keys_values(self.input_layernorm(x), rope)
 
     def new_memory(self, extent: Extent) -> LayerMemory:
-        """For keys and values, and the gradients that are sent back to them."""
+        """For keys and values, and the gradients that are sent back to them; of all positions, whatever the pattern."""
         B, G, D, kept = extent.batch, self.self_attn.groups, self.self_attn.head_dim, extent.kept
         grad_dtype = extent.options.cache_grad_dtype or extent.wide_dtype
         if extent.options.offload:
@@ -97,7 +102,7 @@ class Layer(nn.Module):
 
 
 class Llama(Decoder):
-    """A decoder-only transformer: Llama 1-3, Mistral without a window, Qwen2, Qwen3.
+    """A decoder-only transformer: Llama 1-3, Mistral, Ministral, Qwen2, Qwen3; with layers that see a window, too.
 
     `Llama(config)` has random weights; `Llama.from_pretrained(directory)` has trained ones.
     """
@@ -106,7 +111,7 @@ class Llama(Decoder):
     config_class = LlamaConfig
 
     def __init__(self, config: LlamaConfig) -> None:
-        super().__init__(config, (Layer(config) for _ in range(config.num_hidden_layers)))
+        super().__init__(config, (Layer(config, Window(window)) for window in config.windows()))
 
     def shared(self, x: Tensor, start: int) -> tuple[Rope]:
         return (rope_tables(self.config, start, start + x.shape[1], x),)

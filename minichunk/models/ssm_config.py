@@ -70,7 +70,7 @@ class StateSpaceConfig:
         if "full_attention" not in self.layer_types:
             return None
         names = {field.name for field in fields(LlamaConfig)} & {field.name for field in fields(self)}
-        return LlamaConfig(**{name: getattr(self, name) for name in names})
+        return LlamaConfig(**{name: getattr(self, name) for name in names - {"layer_types"}})
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> StateSpaceConfig:
