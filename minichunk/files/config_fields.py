@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import InputError
 
@@ -34,6 +34,19 @@ def check_present(config: Mapping[str, Any], names: Collection[str]) -> None:
     missing = [name for name in names if config.get(name) is None]
     if missing:
         raise InputError(f"config: the field {missing[0]} is missing")
+
+
+def refuse(config: Mapping[str, Any], field: str, wanted: str) -> NoReturn:
+    """Raise InputError for a value that no model here computes."""
+    raise InputError(f"config: {field} = {config[field]!r} is not supported; it must be {wanted}")
+
+
+def refuse_what_no_model_computes(config: Mapping[str, Any]) -> None:
+    """Raise InputError for another activation than SiLU, and for quantized weights."""
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        refuse(config, "hidden_act", "'silu'")
+    if config.get("quantization_config"):
+        refuse(config, "quantization_config", "absent: load the unquantized checkpoint")
 
 
 def number(config: Mapping[str, Any], name: str, default: float | None = None, where: str = "") -> float:

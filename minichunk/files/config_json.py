@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import InputError
-from .config_fields import check_present, check_sizes, end_tokens, number
+from .config_fields import check_present, check_sizes, end_tokens, number, refuse, refuse_what_no_model_computes
 
 # What each supported model_type implies where its config.json is silent.
 _FAMILIES: dict[str, dict[str, Any]] = {
@@ -83,17 +83,11 @@ def write_config(fields: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_what_we_do_not_compute(c: dict[str, Any]) -> None:
-    def refuse(field: str, wanted: str) -> None:
-        raise InputError(f"config: {field} = {c[field]!r} is not supported; it must be {wanted}")
-
-    if c.get("hidden_act", "silu") not in ("silu", "swish"):
-        refuse("hidden_act", "'silu'")
-    if c.get("quantization_config"):
-        refuse("quantization_config", "absent: load the unquantized checkpoint")
+    refuse_what_no_model_computes(c)
     if c.get("attention_dropout"):
-        refuse("attention_dropout", "0")
+        refuse(c, "attention_dropout", "0")
     if c.get("partial_rotary_factor", 1.0) != 1.0:
-        refuse("partial_rotary_factor", "1.0")
+        refuse(c, "partial_rotary_factor", "1.0")
 
 
 FULL, SLIDING = "full_attention", "sliding_attention"

@@ -13,6 +13,11 @@ from ..chunks import Chunk
 from ..protocol import Options, Written
 
 
+def wide(x: Tensor) -> torch.dtype:
+    """x's dtype, or float32 where that is wider: of sums over chunks, and of products over many tokens."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 @dataclass
 class Extent:
     """What a layer is told that makes a memory of its own.
@@ -27,11 +32,6 @@ class Extent:
     options: Options
     like: Tensor
     _common: dict[Any, Any] = field(default_factory=dict)
-
-    @property
-    def wide_dtype(self) -> torch.dtype:
-        """The model's, or float32 where that is wider."""
-        return torch.promote_types(self.like.dtype, torch.float32)
 
     def common(self, key: Any, make: Callable[[], Any]) -> Any:
         """What layers of the same kind share: the first one to ask makes it."""

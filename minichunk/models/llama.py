@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..memory.attention import Past
 from ..memory.cache import LayerCache
-from ..memory.layers import Extent, LayerMemory
+from ..memory.layers import Extent, LayerMemory, wide
 from ..memory.offload import OffloadedLayer, Stage
 from ..memory.pattern import FULL, Window
 from .config import LlamaConfig
@@ -94,7 +94,7 @@ class Layer(nn.Module):
     def new_memory(self, extent: Extent) -> LayerMemory:
         """For keys and values, and the gradients that are sent back to them; of all positions, whatever the pattern."""
         B, G, D, kept = extent.batch, self.self_attn.groups, self.self_attn.head_dim, extent.kept
-        grad_dtype = extent.options.cache_grad_dtype or extent.wide_dtype
+        grad_dtype = extent.options.cache_grad_dtype or wide(extent.like)
         if extent.options.offload:
             stage = extent.common(Stage, lambda: Stage((2, B, G, D), extent.like, grad_dtype))
             return OffloadedLayer(stage, extent.capacity, kept)

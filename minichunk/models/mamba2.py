@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..memory.layers import Extent
+from ..memory.layers import Extent, wide
 from ..memory.state import Before, Handed, LayerState, scan_chunks
 from .decoder import RMSNorm
 from .mamba2_config import Mamba2Config
@@ -96,7 +96,7 @@ class Mixer(nn.Module):
 
     def nothing(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Before the first token: the state, float32 at least, and the tail."""
-        state = u.new_zeros(u.shape[0], *self.state_shape, dtype=torch.promote_types(u.dtype, torch.float32))
+        state = u.new_zeros(u.shape[0], *self.state_shape, dtype=wide(u))
         return state, u.new_zeros(u.shape[0], self.kernel - 1, self.conv1d.in_channels)
 
     @torch.no_grad()
@@ -126,7 +126,7 @@ class Mamba2Layer(nn.Module):
 
     def forward(self, x: Tensor, past: Before | None, *_: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
         y, written = self.mixer(self.norm(x), past)
-        x = x.to(torch.promote_types(x.dtype, torch.float32)) if self.wide else x
+        x = x.to(wide(x)) if self.wide else x
         return x + y, written
 
     def writes(self, x: Tensor, past: Before | None, *_: Any) -> tuple[Tensor, ...]:

@@ -14,6 +14,8 @@ from ..files.config_fields import (
     first_eos,
     lists_to_tuples,
     number,
+    refuse,
+    refuse_what_no_model_computes,
 )
 
 MODEL_TYPE = "mamba2"
@@ -84,7 +86,9 @@ class Mamba2Config:
         """From a parsed `config.json`. Raises InputError, naming the field, for what this model does not compute."""
         check_model_type(config, MODEL_TYPE)
         check_present(config, _NEEDED)
-        _refuse_what_we_do_not_compute(config)
+        refuse_what_no_model_computes(config)
+        if not config.get("rms_norm", True):
+            refuse(config, "rms_norm", "true: each mixer ends with a gated norm")
         ours = [field for field in fields(cls) if field.name in config]
         known: dict[str, Any] = {field.name: config[field.name] for field in ours}
         for name in _FLAGS:
@@ -112,18 +116,6 @@ class Mamba2Config:
             "time_step_limit": list(self.time_step_limit),
             "eos_token_id": list(ends) if isinstance(ends, tuple) else ends,
         }
-
-
-def _refuse_what_we_do_not_compute(config: dict[str, Any]) -> None:
-    def refuse(field: str, wanted: str) -> None:
-        raise InputError(f"config: {field} = {config[field]!r} is not supported; it must be {wanted}")
-
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        refuse("hidden_act", "'silu'")
-    if not config.get("rms_norm", True):
-        refuse("rms_norm", "true: each mixer ends with a gated norm")
-    if config.get("quantization_config"):
-        refuse("quantization_config", "absent: load the unquantized checkpoint")
 
 
 def _limits(value: Any) -> tuple[float, float]:

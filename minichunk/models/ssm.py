@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..memory.layers import Extent
+from ..memory.layers import Extent, wide
 from ..memory.state import Before, Handed, LayerState, scan_chunks
 from .decoder import Decoder, RMSNorm
 from .llama import Layer
@@ -45,9 +45,8 @@ class StateLayer(nn.Module):
     def terms(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What the recurrence is made of: u (B, T, P), log A, B and C (B, T, N)."""
         u = self.norm(x)
-        wide = self.nothing(u).dtype
-        a, b, c = (project(u).to(wide) for project in (self.a_proj, self.b_proj, self.c_proj))
-        return u.to(wide), F.logsigmoid(a), b, c
+        a, b, c = (project(u).to(wide(u)) for project in (self.a_proj, self.b_proj, self.c_proj))
+        return u.to(b.dtype), F.logsigmoid(a), b, c
 
     def writes(self, x: Tensor, past: Before | None, *shared: Any) -> tuple[Tensor, ...]:
         """What `forward` writes."""
@@ -62,7 +61,7 @@ class StateLayer(nn.Module):
     def nothing(self, u: Tensor) -> Tensor:
         """The state (B, P, N) before the first token, in float32 at least: a product of many gates near 1 has no use
         for eight bits."""
-        return u.new_zeros(u.shape[0], u.shape[2], self.state_size, dtype=torch.promote_types(u.dtype, torch.float32))
+        return u.new_zeros(u.shape[0], u.shape[2], self.state_size, dtype=wide(u))
 
 
 def make_layer(config: StateSpaceConfig, kind: str) -> nn.Module:
