@@ -91,4 +91,21 @@ class Window:
         return (j <= i) & ((i - j < self.window) | (j < self.sinks))
 
 
+@dataclass(frozen=True)
+class Strided:
+    """In blocks: query i in block Q sees j <= i in the blocks K with Q - K < local, or K a multiple of stride."""
+
+    block: int = 64
+    local: int = 16
+    stride: int = 16
+
+    def mask(self, length: int, start: int = 0, device: torch.device | None = None) -> Tensor:
+        """bool (length - start, length): what the positions from `start` see."""
+        j = torch.arange(length, device=device)
+        i = j[start:, None]
+        Q, K = i // self.block, j // self.block
+        return (j <= i) & ((Q - K < self.local) | (K % self.stride == 0))
+
+
 FULL = Window()
+Pattern = Window | Strided
