@@ -11,6 +11,7 @@ from torch import Tensor
 
 import minichunk as mc
 from minichunk.chunks import Chunk
+from minichunk.memory.pattern import Pattern, Strided
 from minichunk.models.rope import rope_tables, rotate
 from minichunk.models.ssm import StateLayer
 from minichunk.targets import IGNORE, shift
@@ -102,10 +103,7 @@ def oracle(
 def through_attention(layer: Any, x: Tensor, relays: Relays, config: mc.LlamaConfig) -> Tensor:
     """The next x (B, T, E), where keys and values that a later chunk sees are relayed."""
     H, G, D, T = config.num_attention_heads, config.num_key_value_heads, config.head_dim, x.shape[1]
-    window, sinks = layer.self_attn.pattern.window or T, layer.self_attn.pattern.sinks
-    seen = torch.ones(T, T, dtype=torch.bool).triu(1 - window)
-    seen[:, :sinks] = True
-    seen = seen.tril()
+    seen = visible(layer.self_attn.pattern, T)
     rope = rope_tables(config, 0, T, x)
     attention = layer.self_attn
     h = layer.input_layernorm(x)
@@ -119,6 +117,21 @@ def through_attention(layer: Any, x: Tensor, relays: Relays, config: mc.LlamaCon
     y = (p * relays.own) @ v + (p * ~relays.own) @ v_past
     x = x + attention.o_proj(y.transpose(1, 2).flatten(2))
     return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+def visible(pattern: Pattern, T: int) -> Tensor:
+    """bool (T, T): whether the query at i sees the position j."""
+    if isinstance(pattern, Strided):
+        blocks = [torch.ones(pattern.block, pattern.block)] * -(-T // pattern.block)
+        seen = torch.block_diag(*blocks)[:T, :T].bool()
+        for _ in range(pattern.local - 1):  # each time one block further back
+            seen = seen | F.pad(seen, (0, 0, pattern.block, 0))[:T]
+        return (seen | (torch.arange(T) // pattern.block % pattern.stride == 0)).tril()
+    seen = torch.ones(T, T, dtype=torch.bool)
+    if pattern.window is not None:
+        seen = seen.triu(1 - pattern.window)
+        seen[:, : pattern.sinks] = True
+    return seen.tril()
 
 
 def through_state(layer: StateLayer, x: Tensor, relays: Relays) -> Tensor:

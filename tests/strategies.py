@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ import minichunk as mc
 from minichunk.memory import band
 from minichunk.memory.attention import BLOCK
 from minichunk.memory.kernels import Plain
-from minichunk.memory.pattern import Window
+from minichunk.memory.pattern import FULL, Pattern, Strided, Window
 from minichunk.models.config import Llama3Rope
 from minichunk.models.ssm import StateLayer
 from minichunk.targets import IGNORE, shift
@@ -82,6 +82,10 @@ def windows(longest: int, sinks: int = 0) -> st.SearchStrategy[Window]:
     return st.builds(Window, st.integers(1, longest), st.integers(0, sinks))
 
 
+def strided(block: int = 4) -> st.SearchStrategy[Strided]:
+    return st.builds(Strided, st.integers(1, block), st.integers(1, 3), st.integers(1, 4))
+
+
 @st.composite
 def configs(draw: st.DrawFn) -> mc.LlamaConfig:
     groups, per_group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
@@ -112,7 +116,7 @@ def configs(draw: st.DrawFn) -> mc.LlamaConfig:
 @st.composite
 def models(draw: st.DrawFn, lora: bool = True) -> mc.Llama:
     model = build(draw(configs()), draw(st.integers(0, 2**31)), draw(st.sampled_from([0.25, 1.0])))
-    give_sinks(model, draw(st.integers(0, 4)))
+    give_pattern(model, draw(windows(9, 4) | strided()))
     kind = draw(st.sampled_from(["all", "lora", "dropout"])) if lora else "all"
     if kind != "all":
         targets = draw(st.lists(st.sampled_from(PROJECTIONS), min_size=1, max_size=7, unique=True))
@@ -125,11 +129,11 @@ def models(draw: st.DrawFn, lora: bool = True) -> mc.Llama:
     return model
 
 
-def give_sinks(model: mc.Llama, sinks: int) -> None:
-    """Let what has a window see the first positions too, for which a config.json has no field."""
+def give_pattern(model: mc.Llama, pattern: Pattern) -> None:
+    """Let the layers that have a window see by this pattern, for which a config.json may have no field."""
     for layer in model.layers:
-        if layer.self_attn.pattern.window is not None:
-            layer.self_attn.pattern = replace(layer.self_attn.pattern, sinks=sinks)
+        if layer.self_attn.pattern != FULL:
+            layer.self_attn.pattern = pattern
 
 
 @st.composite

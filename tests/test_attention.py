@@ -21,26 +21,22 @@ from minichunk.memory import kernels
 from minichunk.memory.attention import attend
 from minichunk.memory.cache import LayerCache
 from minichunk.memory.kernels import FlashCPU, FlashCUDA, Kernel, Plain, kernel_for, pick_kernel
-from minichunk.memory.pattern import FULL, Window
+from minichunk.memory.pattern import FULL, Pattern, Strided, Window
 
-from .gradients import Tensors, distance
+from .gradients import Tensors, distance, visible
 from .rounding import Exact, measure
-from .strategies import blocks_of, examples, windows
+from .strategies import blocks_of, examples, strided, windows
 
 KERNELS = [Plain(), FlashCPU()]
 NAMES = ["output", "dq", "dk", "dv", "dk of the past", "dv of the past"]
 
 
-def reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None, sinks: int = 0
-) -> torch.Tensor:
+def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Pattern = FULL) -> torch.Tensor:
     """Bottom-right causal attention of the last C of T positions; keys and values of all T."""
     H, C, D = q.shape[1:]
     k, v = (x.repeat_interleave(H // x.shape[1], dim=1) for x in (k, v))
     T = k.shape[2]
-    back = torch.arange(T - C, T)[:, None] - torch.arange(T)
-    visible = (back >= 0) & ((back < (window or T)) | (torch.arange(T) < sinks))
-    scores = (q @ k.mT / D**0.5).masked_fill(~visible, -torch.inf)
+    scores = (q @ k.mT / D**0.5).masked_fill(~visible(pattern, T)[T - C :], -torch.inf)
     return (scores - scores.logsumexp(-1, keepdim=True)).exp() @ v
 
 
@@ -54,7 +50,7 @@ def run(
     D: int,
     dtype: torch.dtype,
     transposed: bool,
-    pattern: Window = FULL,
+    pattern: Pattern = FULL,
 ) -> tuple[Tensors, Exact]:
     """(got, expected) of the output and of the gradients of q, k, v and the past's k and v."""
     generator = torch.Generator().manual_seed(B + 10 * H + 100 * C + 1000 * past + D)
@@ -68,21 +64,23 @@ def run(
     grad = torch.randn(q.shape, dtype=torch.float64, generator=generator).to(dtype)
 
     # A cache with more room than is used, and a second chunk behind this one.
-    memory = LayerCache((B, G, past + C + 3, D), [Chunk(0, past)] if past else [], q.detach(), torch.float64)
+    filled = [Chunk(0, past)] if past else []
+    memory = LayerCache((B, G, past + C + 3, D), [*filled, Chunk(past, past + C)], q.detach(), torch.float64, pattern)
     memory.keys.fill_(torch.nan)
     memory.values.fill_(torch.nan)
-    memory.keys[:, :, :past], memory.values[:, :, :past] = k_past.detach(), v_past.detach()
-    out = attend(q, k, v, memory, past, kernel, pattern)
+    memory.write([Chunk(0, past)], (k_past.detach(), v_past.detach()))
+    out = attend(q, k, v, memory, past, kernel)
     own = torch.autograd.grad(out, (q, k, v), grad)
 
     wide = [x.detach().double().requires_grad_() for x in (q, k, v, k_past, v_past)]
 
     def expected() -> Tensors:
         keys_values = (torch.cat([wide[3], wide[1]], 2), torch.cat([wide[4], wide[2]], 2))
-        out = reference(wide[0], *keys_values, pattern.window, pattern.sinks)
+        out = reference(wide[0], *keys_values, pattern)
         return dict(zip(NAMES, [out, *torch.autograd.grad(out, wide, grad.double())], strict=True))
 
-    got = dict(zip(NAMES, [out, *own, memory.key_grads, memory.value_grads], strict=True))
+    received = memory.received(Chunk(0, past)) if past else (k_past.detach(), v_past.detach())
+    got = dict(zip(NAMES, [out, *own, *received], strict=True))
     return got, measure(expected)
 
 
@@ -117,9 +115,9 @@ def test_attention_over_the_cache(
     D=st.integers(1, 9),
     transposed=st.booleans(),
     block=st.integers(1, 6) | st.just(64),
-    pattern=windows(24, 12),
+    pattern=windows(24, 12) | strided(),
 )
-def test_attention_within_a_window(
+def test_attention_to_a_part_of_the_past(
     kernel: Kernel,
     B: int,
     G: int,
@@ -131,7 +129,7 @@ def test_attention_within_a_window(
     block: int,
     pattern: Any,
 ) -> None:
-    """Chunks before, across and behind the place from which on a window leaves something out; sinks in the chunk too.
+    """Chunks before, across and behind the place from which on something is left out; pinned ones in the chunk too.
 
     Blocks of the past, and tiles of queries, are of a size.
     """
@@ -141,27 +139,36 @@ def test_attention_within_a_window(
 
 
 @examples(50)
-@given(start=st.integers(0, 30), length=st.integers(1, 30), pattern=windows(20, 10))
-def test_parts_are_the_rule(start: int, length: int, pattern: Window) -> None:
-    """Together they see what the rule says, and nothing twice."""
+@given(start=st.integers(0, 30), length=st.integers(1, 30), pattern=windows(20, 10) | strided())
+def test_parts_are_the_rule(start: int, length: int, pattern: Pattern) -> None:
+    """Together they see what the rule says, and nothing twice; what a tile reaches is within the pattern's reach."""
     stop = start + length
     seen = torch.zeros(length, stop, dtype=torch.int64)
     at = start
     for part in pattern.parts(start, stop):
         assert part.start == at
+        pinned = [j for low, high in pattern.pinned(0, stop) for j in range(low, high)]
+        assert [pattern.pinned_before(j) for j in range(stop + 1)] == [
+            sum(p < j for p in pinned) for j in range(stop + 1)
+        ]
         for i in range(part.start, part.stop):
-            seen[i - start, max(part.low, i - part.window + 1) : i + 1] += 1
-            seen[i - start, : part.whole] += 1
+            low = i - (i - part.start) % part.length - part.reach
+            assert part.start - low <= pattern.reach or part.start < low
+            seen[i - start, max(low, i - part.window + 1) : i + 1] += 1
+            seen[i - start, pinned[: part.pinned]] += 1
         at = part.stop
     assert at == stop
-    back = torch.arange(start, stop)[:, None] - torch.arange(stop)
-    assert torch.equal(seen, ((back >= 0) & ((back < pattern.window) | (torch.arange(stop) < pattern.sinks))).long())
+    expected = visible(pattern, stop)[start:]
+    assert torch.equal(seen, expected.long())
+    mask = pattern.mask(stop, start)
+    assert mask is not None
+    assert torch.equal(mask, expected)
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=["plain", "flash-cpu"])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("pattern", [FULL, Window(40, 5)])
-def test_lower_precision(kernel: Kernel, dtype: torch.dtype, bound: float, pattern: Window) -> None:
+@pytest.mark.parametrize("pattern", [FULL, Window(40, 5), Strided(4, 5, 3)])
+def test_lower_precision(kernel: Kernel, dtype: torch.dtype, bound: float, pattern: Pattern) -> None:
     got, exact = run(kernel, 2, 6, 2, 33, 300, 16, dtype, transposed=True, pattern=pattern)
     for name, expected in exact.values.items():
         assert float((got[name].detach().double() - expected).norm() / expected.norm()) < bound, name

@@ -15,7 +15,7 @@ from minichunk.memory import offload
 from minichunk.memory.attention import attend
 from minichunk.memory.cache import LayerCache
 from minichunk.memory.kernels import FlashCUDA, Plain, usable
-from minichunk.memory.pattern import FULL, Window
+from minichunk.memory.pattern import FULL, Pattern, Strided, Window
 from minichunk.models.llama import Llama
 from minichunk.models.shapes import random_model
 
@@ -29,20 +29,22 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("past", [0, 96])
-@pytest.mark.parametrize("pattern", [FULL, Window(24, 3), Window(80, 7)])
-def test_cuda_kernel_equals_the_plain_one(past: int, pattern: Window) -> None:
+@pytest.mark.parametrize("pattern", [FULL, Window(24, 3), Window(80, 7), Strided(8, 3, 4)])
+def test_cuda_kernel_equals_the_plain_one(past: int, pattern: Pattern) -> None:
     torch.manual_seed(0)
     shape: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
     q, grad = torch.randn(2, 6, 64, 64, **shape), torch.randn(2, 6, 64, 64, **shape)
     k, v = torch.randn(2, 2, 64, 64, **shape), torch.randn(2, 2, 64, 64, **shape)
     results = []
     for kernel in (FlashCUDA(), Plain()):
-        memory = LayerCache((2, 2, past, 64), [Chunk(0, past)] if past else [], q, torch.float32)
-        memory.keys.copy_(torch.linspace(-1, 1, past, device="cuda")[:, None].expand(2, 2, past, 64))
-        memory.values.copy_(memory.keys)
+        filled = Chunk(0, past)
+        memory = LayerCache((2, 2, past, 64), [filled] if past else [], q, torch.float32, pattern)
+        keys = torch.linspace(-1, 1, past, device="cuda")[:, None].expand(2, 2, past, 64)
+        memory.write([filled], (keys, keys))
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = attend(*inputs, memory, past, kernel, pattern)
-        results.append([out.detach(), *torch.autograd.grad(out, inputs, grad), memory.key_grads, memory.value_grads])
+        out = attend(*inputs, memory, past, kernel)
+        own = torch.autograd.grad(out, inputs, grad)
+        results.append([out.detach(), *own, *(memory.received(filled) if past else ())])
     for got, expected in zip(*results, strict=True):
         assert float((got - expected).float().norm()) <= 2e-2 * float(expected.float().norm()) + 1e-6
 

@@ -73,10 +73,10 @@ def test_a_mistake_in_the_blocks_is_found() -> None:
     """A negative control: a block that is one position off."""
     model, ids = build(tiny(), seed=0), torch.randint(23, (1, 12), generator=torch.Generator().manual_seed(0))
     exact = exactly(model, lambda: mc.full(model, ids, ids))
-    original = offload.OffloadedLayer.add_grads
+    original = offload.OffloadedLayer.add_pinned_grads
     with pytest.MonkeyPatch.context() as patch, blocks_of(4):
         patch.setattr(
-            offload.OffloadedLayer, "add_grads", lambda self, start, *grads: original(self, max(0, start - 1), *grads)
+            offload.OffloadedLayer, "add_pinned_grads", lambda self, at, *grads: original(self, max(0, at - 1), *grads)
         )
         got = outcome(model, lambda: mc.seco(model, ids, ids, 3, offload=True))
     assert distance(got, exact.values) > 1e-2
@@ -87,7 +87,7 @@ def test_a_mistake_in_the_blocks_is_found() -> None:
 def test_host_memory_holds_keys_values_and_the_kept_gradients_only() -> None:
     stage = offload.Stage((2, 1, 2, 4), torch.zeros(1, dtype=torch.bfloat16), torch.float32)
     layer = offload.OffloadedLayer(stage, 5000, [Chunk(0, 100), Chunk(700, 800)])
-    cache, grads = layer.blocks, layer.grads
+    cache, grads = layer.tensors()
     assert sum(x.numel() * x.element_size() for x in cache) == 5000 * 2 * 2 * 4 * 2
     assert sum(x.numel() * x.element_size() for x in grads) == 200 * 2 * 2 * 4 * 4
 

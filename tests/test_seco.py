@@ -211,8 +211,8 @@ def forgotten_loss_factor(patch: pytest.MonkeyPatch) -> None:
 def top_left_mask(patch: pytest.MonkeyPatch) -> None:
     """What `is_causal=True` means with fewer queries than keys: query i sees the keys up to i, not start + i."""
 
-    def attend(self: Past, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _: object) -> torch.Tensor:
-        for _, past_k, past_v in self.memory.pieces(0, self.start, max(1, self.start)):
+    def attend(self: Past, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        for _, past_k, past_v in self.memory.pinned(self.start, max(1, self.start)):
             k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
@@ -227,8 +227,8 @@ def shuffled_dropout(patch: pytest.MonkeyPatch) -> None:
 
 def every_block_is_the_first(patch: pytest.MonkeyPatch) -> None:
     """Gradients of all blocks of the past go to the first one's positions."""
-    original = LayerCache.pieces
-    patch.setattr(LayerCache, "pieces", lambda *a: ((0, *piece[1:]) for piece in original(*a)))
+    original = LayerCache.pinned
+    patch.setattr(LayerCache, "pinned", lambda *a: ((0, *piece[1:]) for piece in original(*a)))
 
 
 MISTAKES = [

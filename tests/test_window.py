@@ -14,22 +14,27 @@ import minichunk as mc
 from minichunk.chunks import cut
 from minichunk.costs.baselines import Concatenating
 from minichunk.memory import attention, band, kernels
+from minichunk.memory.attention import Past
 from minichunk.memory.cache import LayerCache
 from minichunk.memory.offload import OffloadedLayer
-from minichunk.memory.pattern import Part, Window
+from minichunk.memory.pattern import Pattern, Strided, Window
 from minichunk.models.shapes import alike, with_layers
 
 from .gradients import Tensors, distance, oracle
 from .rounding import exactly, measure, outcome
-from .strategies import blocks_of, build, give_sinks, tiny
+from .strategies import blocks_of, build, give_pattern, tiny
 
 KINDS = ("sliding_attention", "full_attention", "sliding_attention")
 IDS = torch.randint(23, (2, 20), generator=torch.Generator().manual_seed(0))
 
 
 def windowed(sinks: int = 2, window: int = 5) -> mc.Llama:
-    model = build(tiny(3, sliding_window=window, layer_types=KINDS), seed=2)
-    give_sinks(model, sinks)
+    return hybrid(Window(window, sinks))
+
+
+def hybrid(pattern: Pattern) -> mc.Llama:
+    model = build(tiny(3, sliding_window=5, layer_types=KINDS), seed=2)
+    give_pattern(model, pattern)
     return model
 
 
@@ -39,31 +44,29 @@ def a_window_too_wide(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_band_off_by_one(patch: pytest.MonkeyPatch) -> None:
-    original = band.mask
-    patch.setattr(band, "mask", lambda *a: original(*a).roll(1, -1))
+    original = kernels.hidden
+    patch.setattr(kernels, "hidden", lambda *a: original(*a).roll(1, -1))
 
 
 def nothing_sent_to_the_reach(patch: pytest.MonkeyPatch) -> None:
-    original = LayerCache.add_grads
-    patch.setattr(LayerCache, "add_grads", lambda self, at, *g: original(self, at, *g) if at == 0 else None)
+    patch.setattr(LayerCache, "add_near_grads", lambda *_: None)
 
 
 def sinks_forgotten(patch: pytest.MonkeyPatch) -> None:
     original = Window.parts
-    patch.setattr(Window, "parts", lambda *a: (p._replace(whole=0 if p.whole == 2 else p.whole) for p in original(*a)))
+    patch.setattr(Window, "parts", lambda *a: (p._replace(pinned=0 if p.reach else p.pinned) for p in original(*a)))
 
 
 def sinks_in_the_past_only(patch: pytest.MonkeyPatch) -> None:
-    original = Part.before
-    patch.setattr(Part, "before", lambda *a: (piece for piece in original(*a) if piece[0] < a[2]))
+    patch.setattr(Past, "own_pinned", lambda *_: None)
 
 
 def tiles_that_do_not_overlap(patch: pytest.MonkeyPatch) -> None:
     """Each tile's gradients of the keys replace those of the one before, where both have some."""
 
     def add(self: band.Tiles, x: torch.Tensor, total: torch.Tensor) -> None:
-        for n, tile in enumerate(x.unflatten(1, total.shape[:2])):
-            total[:, :, self.start + n * self.length :][:, :, : tile.shape[2]] = tile
+        for n, tile in enumerate([x] if self.number == 1 else x.unflatten(1, total.shape[:2])):
+            total[:, :, self.low + n * self.length :][:, :, : tile.shape[2]] = tile
 
     patch.setattr(band.Tiles, "add", add)
 
@@ -104,32 +107,47 @@ def test_a_reach_that_begins_within_a_block_of_host_memory(recompute: bool) -> N
         exact.check(outcome(model, lambda: mc.seco(model, IDS, IDS, 4, offload=True, recompute=recompute)))
 
 
+PATTERNS = [(Window(5, 2), (0, 1, 12, 13, 14, 15)), (Strided(2, 2, 3), (0, 1, 6, 7, 12, 13, 14, 15))]
+
+
 @pytest.mark.parametrize("offload", [False, True])
-def test_a_layer_with_a_window_reads_its_reach_and_the_sinks(offload: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And sends gradients there, and nowhere else."""
-    model, kind, asked, sent = windowed(), OffloadedLayer if offload else LayerCache, set(), set()
-    pieces, add_grads = kind.pieces, kind.add_grads
-
-    def spy(self: Any, start: int, stop: int, size: int) -> Any:
-        asked.update((id(self), position) for position in range(start, stop) if stop <= 16)
-        return pieces(self, start, stop, size)
-
-    def spy_grads(self: Any, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        sent.update((id(self), position) for position in range(start, start + keys.shape[2]))
-        add_grads(self, start, keys, values)
-
+@pytest.mark.parametrize(("pattern", "expected"), PATTERNS)
+def test_a_layer_reads_its_reach_and_what_is_pinned(
+    pattern: Pattern, expected: tuple[int, ...], offload: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And sends gradients there, and nowhere else: the query at 16 sees the most of the past."""
+    model, kind = hybrid(pattern), OffloadedLayer if offload else LayerCache
+    asked: dict[int, set[int]] = {}
+    sent: dict[int, set[int]] = {}
     memory = model.new_memory(2, 16, cut(16, 8), mc.protocol.Options(offload=offload))
     for _ in model.run_chunks(IDS[:, :16], memory, 8):
         pass
-    monkeypatch.setattr(kind, "pieces", spy)
-    monkeypatch.setattr(kind, "add_grads", spy_grads)
+
+    def spy(name: str, found: dict[int, set[int]]) -> None:
+        original = getattr(kind, name)
+
+        def call(self: Any, at: int, *rest: Any) -> Any:
+            pinned = [j for stretch in self.pattern.pinned(0, 16) for j in range(*stretch)]
+            positions = {
+                "pinned": lambda: pinned[:at], "near": lambda: range(at, rest[0]),
+                "add_pinned_grads": lambda: pinned[at : at + rest[0].shape[2]],
+                "add_near_grads": lambda: range(at, at + rest[0].shape[2]),
+            }[name]()  # fmt: skip
+            found.setdefault(id(self), set()).update(positions)
+            return original(self, at, *rest)
+
+        monkeypatch.setattr(kind, name, call)
+
+    for name in ("pinned", "near"):
+        spy(name, asked)
+    for name in ("add_pinned_grads", "add_near_grads"):
+        spy(name, sent)
     with blocks_of(3) if not offload else blocks_of(band.TILE):
         hidden, _ = model.run(IDS[:, 16:], memory, [mc.chunks.Chunk(16, 20)])
         hidden.sum().backward()
     for i, layer in enumerate(memory.layers):
-        expected = range(16) if KINDS[i] == "full_attention" else (0, 1, 12, 13, 14, 15)
-        assert {at for which, at in asked if which == id(layer)} == set(expected)
-        assert {at for which, at in sent if which == id(layer)} == set(expected)
+        positions = set(range(16)) if KINDS[i] == "full_attention" else set(expected)
+        assert asked[id(layer)] == sent[id(layer)] == positions
 
 
 def test_the_baseline_that_concatenates_knows_windows() -> None:
@@ -138,23 +156,24 @@ def test_the_baseline_that_concatenates_knows_windows() -> None:
     exact.check(outcome(model, lambda: mc.seco(Concatenating(model), IDS, IDS, 8)))
 
 
-def test_many_queries_in_tiles_of_their_real_size() -> None:
+@pytest.mark.parametrize("pattern", [Window(100, 3), Strided(16, 3, 4)])
+def test_many_queries_in_tiles_of_their_real_size(pattern: Pattern) -> None:
     """Whole tiles, several calls of the kernel, and a rest."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, h, 700, 8, dtype=torch.float64, generator=generator) for h in (4, 2, 2))
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    memory = LayerCache((1, 2, 0, 8), [], q.detach(), torch.float64)
+    memory = LayerCache((1, 2, 0, 8), [], q.detach(), torch.float64, pattern)
 
     def tensors(out: torch.Tensor) -> Tensors:
         return dict(
             zip(("out", "dq", "dk", "dv"), [out, *torch.autograd.grad(out.square().sum(), leaves)], strict=True)
         )
 
-    mask = Window(100, 3).mask(700)
+    mask = pattern.mask(700)
     exact = measure(lambda: tensors(F.scaled_dot_product_attention(*leaves, attn_mask=mask, enable_gqa=True)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(band, "KEYS", 600)
-        exact.check(tensors(attention.attend(*leaves, memory, 0, pattern=Window(100, 3))))
+        exact.check(tensors(attention.attend(*leaves, memory, 0)))
 
 
 def test_layers_that_all_have_the_window_are_alike() -> None:

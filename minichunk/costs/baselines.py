@@ -18,7 +18,7 @@ from ..batch import Batch
 from ..chunks import Chunk, cut
 from ..loss import summed_loss
 from ..memory.layers import Held, LayerMemories
-from ..memory.pattern import Window
+from ..memory.pattern import Pattern
 from ..models.llama import Llama
 from ..models.stack import Stack
 from ..protocol import Options
@@ -29,11 +29,13 @@ from ..spaco import spaco
 class ConcatenatingLayer:
     """Keys and values as a list of one leaf per chunk, concatenated whenever they are needed; a LayerMemory."""
 
-    def __init__(self) -> None:
+    def __init__(self, pattern: Pattern) -> None:
+        self.pattern = pattern
         self.chunks: dict[int, tuple[Tensor, Tensor]] = {}
 
     def past(self, chunks: Sequence[Chunk], keep: bool) -> ConcatenatingPast:
-        return ConcatenatingPast([pair for start, pair in sorted(self.chunks.items()) if start < chunks[0].start])
+        pairs = [pair for start, pair in sorted(self.chunks.items()) if start < chunks[0].start]
+        return ConcatenatingPast(pairs, self.pattern)
 
     def write(self, chunks: Sequence[Chunk], written: tuple[Tensor, ...]) -> None:
         keys, values = written  # (B, G, C, D)
@@ -50,14 +52,14 @@ class ConcatenatingLayer:
 class ConcatenatingPast:
     """What a chunk sees of it."""
 
-    def __init__(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
-        self.pairs = pairs
+    def __init__(self, pairs: list[tuple[Tensor, Tensor]], pattern: Pattern) -> None:
+        self.pairs, self.pattern = pairs, pattern
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, pattern: Window) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         start = sum(keys.shape[2] for keys, _ in self.pairs)
         k = torch.cat([*(keys for keys, _ in self.pairs), k], dim=2)
         v = torch.cat([*(values for _, values in self.pairs), v], dim=2)
-        mask = pattern.mask(k.shape[2], start, q.device)
+        mask = self.pattern.mask(k.shape[2], start, q.device)
         if start == 0 and mask is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         if mask is None:
@@ -76,7 +78,8 @@ class Concatenating:
         return getattr(self.model, name)
 
     def new_memory(self, batch: int, capacity: int, kept: Sequence[Chunk] = (), *_: Any) -> LayerMemories:
-        return LayerMemories([ConcatenatingLayer() for _ in self.model.layers], kept)
+        layers: Any = self.model.layers
+        return LayerMemories([ConcatenatingLayer(layer.self_attn.pattern) for layer in layers], kept)
 
 
 def concatenating(

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from ..chunks import Chunk, cut
+from ..memory.pattern import Part, Pattern
 from ..models.llama import Llama
 from ..protocol import Recompute
 
@@ -43,13 +45,11 @@ def operations(
     head_operations = 2.0 * head.numel() * (3 if head.requires_grad else 2)
     linear_again, attention_again = float(bool(recompute)), float(recompute == "all")
 
-    def seen(stop: int, window: int | None) -> float:
-        """(query, key) pairs of all positions up to `stop`."""
-        reach = min(stop, window or stop)
-        return reach**2 / 2 + (stop - reach) * reach
+    modules: Any = model.layers
+    patterns: list[Pattern] = [layer.self_attn.pattern for layer in modules]
 
     def pairs(chunks: Sequence[Chunk]) -> float:
-        return sum(seen(stop, window) - seen(start, window) for start, stop in chunks for window in c.windows())
+        return sum(seen(part) for pattern in patterns for chunk in chunks for part in pattern.parts(*chunk))
 
     def count(chunks: Sequence[Chunk]) -> int:
         return sum(stop - start for start, stop in chunks)
@@ -58,6 +58,12 @@ def operations(
     linear = count(filled) * forward + count(rebuilt) * ((1 + linear_again) * forward + backward + head_operations)
     attention = per_pair * (pairs(filled) + pairs(rebuilt) * (1 + attention_again + 2.5))
     return {"linear": linear, "attention": attention}
+
+
+def seen(part: Part) -> float:
+    """(query, key) pairs of a part; half of those of a triangle."""
+    in_band = part.reach + part.length / 2 if part.window >= part.reach + part.length else part.window
+    return (part.stop - part.start) * (part.pinned + in_band)
 
 
 def _print_table(name: str, tokens: int, chunk_size: int = 512, rank: int = 8) -> None:

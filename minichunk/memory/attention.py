@@ -6,11 +6,11 @@ cache. Backward, a kernel that is given the *merged* output and log-sum-exp retu
 gradients of its piece: it recomputes the probabilities as exp(scores - lse), and the merged lse
 makes them those of the whole softmax. For the same reason the past may be cut into blocks.
 
-With a window (pattern.py), queries see a band that ends with themselves and reaches into the past, and the sinks: two
-attentions again, the band in one call of the kernel, for which alone the reach is copied. Full attention is the band
-that begins with the chunk, beside a past that is seen as sinks are.
+A pattern (pattern.py) says what a query sees: pinned positions, which all of a part's queries see, and a band that
+ends with the query and reaches into the past. Two attentions again; for the band alone the reach is copied. Full
+attention pins all of the past, and its band is the chunk itself.
 
-What is seen by every query, all of the past or the sinks: there, the H/G query heads that share a key head can be
+What every query of a part sees: there, the H/G query heads that share a key head can be
 *folded* into one head with H/G times the rows: the same numbers in memory, and fewer, larger products.
 
 Shapes: q (B, H, C, D); k, v (B, G, C or past, D); out (B, H, C, D); lse (B, H, C).
@@ -18,21 +18,48 @@ Shapes: q (B, H, C, D); k, v (B, G, C or past, D); out (B, H, C, D); lse (B, H, 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .band import Tiles, backward_in_tiles, forward_in_tiles
 from .kernels import Kernel, pick_kernel
-from .pattern import FULL, KeyValues, Part, Window, cut_rows
+from .pattern import Part, Pattern
 
 BLOCK = 2048  # positions of the past whose gradients are computed at a time: bounds what is in flight
+
+
+class KeyValues(Protocol):
+    """What attention asks of a layer's memory: keys and values of its past (B, G, n, D), and to take gradients."""
+
+    pattern: Pattern
+
+    def pinned(self, count: int, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield (index, keys, values) of the first `count` pinned positions, in pieces of at most `size`."""
+
+    def near(self, start: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield (position, keys, values) from `start` up to `stop`, of positions in reach, in pieces."""
+
+    def add_pinned_grads(self, index: int, key_grads: Tensor, value_grads: Tensor) -> None:
+        """Add the gradients (B, G, n, D) that a later chunk sends back to the n pinned positions from that index."""
+
+    def add_near_grads(self, position: int, key_grads: Tensor, value_grads: Tensor) -> None:
+        """The same to the n positions from that one, in reach."""
 
 
 def _rows(x: Tensor) -> Tensor:
     """x with the numbers of each head side by side, as the flash kernels take for granted."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def cut_rows(x: Tensor, start: int, stop: int) -> Tensor:
+    """Positions of x (B, ·, C, D): x itself if these are all, or autograd would copy its gradient."""
+    return x if (start, stop) == (0, x.shape[2]) else x[:, :, start:stop]
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,8 +85,8 @@ class Past:
         self.memory, self.start, self.keep, self.kernel = memory, start, keep, kernel
         self.kept: dict[Part, tuple[Tensor, Tensor]] = {}
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, pattern: Window = FULL) -> Tensor:
-        """Attention of the chunk to itself and to what lies before it, as far as the pattern lets it see.
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of the chunk to itself and to what lies before it, as far as the memory's pattern lets it see.
 
         q: (B, H, C, D). k, v: (B, G, C, D), the chunk's own. Returns (B, H, C, D).
 
@@ -67,12 +94,39 @@ class Past:
         returning them: they are the relay of Algorithm 1.
         """
         outs = []
-        for part in pattern.parts(self.start, self.start + q.shape[2]):
+        for part in self.memory.pattern.parts(self.start, self.start + q.shape[2]):
             start, stop = part.start - self.start, part.stop - self.start
             outs.append(
                 _PartAttention.apply(cut_rows(q, start, stop), cut_rows(k, 0, stop), cut_rows(v, 0, stop), self, part)
             )
         return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+
+    def band(self, part: Part, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, G, n, D) of a part and of its reach, which is copied to stand before the chunk's own."""
+        low = part.start - part.reach
+        own = low - self.start
+        if own >= 0:
+            return cut_rows(k, own, k.shape[2]), cut_rows(v, own, k.shape[2])
+        k, v = (F.pad(x, (0, 0, -own, 0)) for x in (k, v))
+        for at, keys, values in self.memory.near(low, self.start):
+            rows = slice(at - low, at - low + keys.shape[2])
+            k[:, :, rows], v[:, :, rows] = keys, values
+        return k, v
+
+    def pinned(self, part: Part, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(index, keys, values) of what a part sees of the past's pinned positions, in pieces."""
+        return self.memory.pinned(min(part.pinned, self.memory.pattern.pinned_before(self.start)), size)
+
+    def own_pinned(self, part: Part, device: torch.device) -> Tensor | None:
+        """The rows of the chunk that are pinned positions, as far as a part sees them."""
+        pattern = self.memory.pattern
+        count = part.pinned - pattern.pinned_before(self.start)
+        if count <= 0:
+            return None
+        rows = [
+            torch.arange(low, high, device=device) - self.start for low, high in pattern.pinned(self.start, part.stop)
+        ]
+        return torch.cat(rows)[:count]
 
 
 class _PartAttention(torch.autograd.Function):
@@ -101,36 +155,57 @@ class _PartAttention(torch.autograd.Function):
         kernel: Kernel = ctx.kernel
         # The same projections made the past's keys and values: they need gradients if ours do.
         sends_back = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        dq, dk, dv = kernel.backward(grad, q, *part.band(past.memory, past.start, k, v), out, lse, part.window)
-        reach = past.start - part.low
+        band = past.band(part, k, v)
+        dq, dk, dv = _band_backward(kernel, part, grad, q, *band, out, lse)
+        reach = past.start - (part.start - part.reach)
         if reach > 0 and sends_back:
-            past.memory.add_grads(part.low, dk[:, :, :reach], dv[:, :, :reach])
+            past.memory.add_near_grads(past.start - reach, dk[:, :, :reach], dv[:, :, :reach])
         if reach:  # what is left are the chunk's own, and zeros for those before the band
             dk, dv = (F.pad(x, (0, 0, -reach, 0)) for x in (dk, dv))
         grad, q, out, lse = kernel.prepare(*(fold(x, k.shape[1]) for x in (grad, q, out, lse)))
         total = dq.to(lse.dtype)  # summed over the blocks in float32 or wider, and rounded once
-        for at, keys, values in part.before(past.memory, past.start, k, v, BLOCK):
+        for at, keys, values in past.pinned(part, BLOCK):
             dq_past, dk_past, dv_past = kernel.backward(grad, q, keys, values, out, lse, None)
             total += dq_past.reshape(dq.shape)
-            if at >= past.start:
-                dk[:, :, : keys.shape[2]] += dk_past
-                dv[:, :, : keys.shape[2]] += dv_past
-            elif sends_back:
-                past.memory.add_grads(at, dk_past, dv_past)
+            if sends_back:
+                past.memory.add_pinned_grads(at, dk_past, dv_past)
             del dq_past, dk_past, dv_past  # or they would live on beside the next block's
+        if (rows := past.own_pinned(part, k.device)) is not None:
+            dq_own, dk_own, dv_own = kernel.backward(grad, q, k[:, :, rows], v[:, :, rows], out, lse, None)
+            total += dq_own.reshape(dq.shape)
+            dk[:, :, rows] += dk_own
+            dv[:, :, rows] += dv_own
         return total.to(dq.dtype), dk, dv, None, None
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, past: Past, part: Part, kernel: Kernel) -> tuple[Tensor, Tensor]:
-    out, lse = kernel.forward(q, *part.band(past.memory, past.start, k, v), part.window)
-    for _, keys, values in part.before(past.memory, past.start, k, v, kernel.piece or max(1, past.start)):
+    out, lse = _band_forward(kernel, part, q, *past.band(part, k, v))
+    pieces = ((keys, values) for _, keys, values in past.pinned(part, kernel.piece or max(1, past.start)))
+    rows = past.own_pinned(part, k.device)
+    for keys, values in chain(pieces, [] if rows is None else [(k[:, :, rows], v[:, :, rows])]):
         out_past, lse_past = kernel.forward(fold(q, k.shape[1]), keys, values, None)
         out, lse = merge(out, lse, out_past.reshape(out.shape), lse_past.reshape(lse.shape))
     return out.to(q.dtype), lse
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, memory: KeyValues, start: int, kernel: Kernel | None = None, pattern: Window = FULL
-) -> Tensor:
+def _band_forward(kernel: Kernel, part: Part, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention of a part to its band."""
+    if q.shape[2] == part.length:
+        return kernel.forward(q, k, v, part.window)
+    tiles = Tiles(q.shape[2] // part.length, part.length, part.reach).at_once()
+    return forward_in_tiles(partial(kernel.forward, window=part.window), tiles, q, k, v)
+
+
+def _band_backward(
+    kernel: Kernel, part: Part, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Its gradients."""
+    if q.shape[2] == part.length:
+        return kernel.backward(grad, q, k, v, out, lse, part.window)
+    tiles = Tiles(q.shape[2] // part.length, part.length, part.reach).at_once()
+    return backward_in_tiles(partial(kernel.backward, window=part.window), tiles, grad, q, k, v, out, lse)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, memory: KeyValues, start: int, kernel: Kernel | None = None) -> Tensor:
     """`Past.attend` for a single call: q (B, H, C, D), k and v (B, G, C, D) of the chunk at `start`."""
-    return Past(memory, start, kernel=kernel).attend(q, k, v, pattern)
+    return Past(memory, start, kernel=kernel).attend(q, k, v)

@@ -1,17 +1,18 @@
-"""A band of attention by a kernel that knows none: in tiles of queries, each with the keys of its windows, masked.
+"""Tiles of queries, each with the stretch of keys that it sees: attention that does no more than a pattern's work.
 
-The tiles' keys overlap. They are views, and tiles go to the kernel as if they were sequences of a batch.
+The tiles' keys overlap. They are views, and tiles go to a kernel as if they were sequences of a batch. A kernel that
+knows no band computes one in tiles too, masked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-TILE = 128  # queries
+TILE = 128  # queries, of a kernel that knows no band
 KEYS = 32768  # that go to the kernel at once, counted tile by tile: bounds what its backward returns
 
 
@@ -21,79 +22,94 @@ def band(queries: int, window: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(first).triu(first - window + 1)
 
 
-def mask(queries: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(queries, window - 1 + queries) to add to a tile's scores."""
-    seen = band(queries, window, window - 1 + queries, device)
-    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
-
-
 class Tiles(NamedTuple):
-    """`number` tiles of `length` queries, from `start` on."""
+    """`number` tiles of `length` queries, from the row `start` of the queries on.
 
-    start: int
+    The keys of a tile are as many as its queries and `before` more; those of the first begin at the row `low`.
+    """
+
     number: int
     length: int
+    before: int
+    start: int = 0
+    low: int = 0
 
-    def of(self, x: Tensor, before: int = 0) -> Tensor:
-        """x (B, H, positions, ·) to (number, B*H, before + length, ·), a view in which neighbours overlap.
+    def queries(self, x: Tensor) -> Tensor:
+        """x (B, H, rows, ·) to (number, B*H, length, ·), or of a single tile (B, H, length, ·)."""
+        return self._cut(x, self.start, self.length)
 
-        before: how many positions more than queries x has, all of them before the first query.
-        """
-        x = x.flatten(0, 1)[:, self.start : self.start + self.number * self.length + before]
-        return x.unfold(1, before + self.length, self.length).movedim(-1, 2).transpose(0, 1)
+    def keys(self, x: Tensor) -> Tensor:
+        """x (B, G, rows, ·) to (number, B*G, before + length, ·), a view in which neighbours overlap; or as above."""
+        return self._cut(x, self.low, self.before + self.length)
 
-    def back(self, x: Tensor, total: Tensor) -> None:
-        """Write x (number, B*H, length, ·) to its place in `total` (B, H, positions, ·)."""
+    def _cut(self, x: Tensor, start: int, width: int) -> Tensor:
+        x = x[:, :, start : start + (self.number - 1) * self.length + width]
+        return x if self.number == 1 else x.flatten(0, 1).unfold(1, width, self.length).movedim(-1, 2).transpose(0, 1)
+
+    def put(self, x: Tensor, total: Tensor) -> None:
+        """Write what `queries` would give, x, to its place in `total` (B, H, rows, ·)."""
         rows = total[:, :, self.start : self.start + self.number * self.length]
-        rows.copy_(x.transpose(0, 1).reshape(rows.shape))
+        rows.copy_(x if self.number == 1 else x.transpose(0, 1).reshape(rows.shape))
 
     def add(self, x: Tensor, total: Tensor) -> None:
-        """Add x (number, B*G, before + length, D), in which neighbours overlap, to `total` (B, G, keys, D)."""
-        for n, tile in enumerate(x.unflatten(1, total.shape[:2])):
-            start = self.start + n * self.length
+        """Add what belongs to what `keys` gives, x, in which neighbours overlap, to `total` (B, G, rows, D)."""
+        for n, tile in enumerate([x] if self.number == 1 else x.unflatten(1, total.shape[:2])):
+            start = self.low + n * self.length
             total[:, :, start : start + tile.shape[2]] += tile
 
+    def at_once(self) -> Iterator[Tiles]:
+        """The same tiles, as many at a time as KEYS allows."""
+        most = max(1, KEYS // (self.before + self.length))
+        for first in range(0, self.number, most):
+            rows = first * self.length
+            number = min(most, self.number - first)
+            yield self._replace(number=number, start=self.start + rows, low=self.low + rows)
 
-def cut_into_tiles(queries: int, window: int) -> Iterator[Tiles]:
-    """Whole tiles, as many at once as KEYS allows, and a shorter one."""
-    at_once = max(1, KEYS // (window - 1 + TILE))
-    for start in range(0, queries // TILE * TILE, at_once * TILE):
-        yield Tiles(start, min(at_once, queries // TILE - start // TILE), TILE)
-    if queries % TILE:
-        yield Tiles(queries // TILE * TILE, 1, queries % TILE)
+
+def cut_band(queries: int, window: int, keys: int) -> Iterator[Tiles]:
+    """Tiles of TILE and a shorter one: those of a band that is full from the first query on, or of one with no edge."""
+    if window >= keys:  # each tile sees all that comes before it
+        for start in range(0, queries, TILE):
+            yield Tiles(1, min(TILE, queries - start), keys - queries + start, start)
+        return
+    whole = queries // TILE * TILE
+    yield from Tiles(whole // TILE, TILE, window - 1).at_once()
+    if whole < queries:
+        yield Tiles(1, queries - whole, window - 1, whole, whole)
 
 
 def forward_in_tiles(
-    operator: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, window: int
+    call: Callable[..., tuple[Tensor, Tensor]], cut: Iterable[Tiles], q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """out and lse of a band. operator: PyTorch's flash attention for the CPU."""
+    """out and lse, where `call(q, k, v)` returns those of some tiles."""
     out, lse = torch.empty_like(q, memory_format=torch.contiguous_format), None
-    for tiles in cut_into_tiles(q.shape[2], window):
-        added = mask(tiles.length, window, q.dtype, q.device)
-        arguments = tiles.of(q), tiles.of(k, window - 1), tiles.of(v, window - 1)
-        out_tiles, lse_tiles = operator(*arguments, 0.0, False, attn_mask=added)
+    for tiles in cut:
+        out_tiles, lse_tiles = call(tiles.queries(q), tiles.keys(k), tiles.keys(v))
         lse = q.new_empty(q.shape[:3], dtype=lse_tiles.dtype) if lse is None else lse
-        tiles.back(out_tiles, out)
-        tiles.back(lse_tiles, lse)
+        tiles.put(out_tiles, out)
+        tiles.put(lse_tiles, lse)
     assert lse is not None
     return out, lse
 
 
 def backward_in_tiles(
-    operator: Callable[..., Any], grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int
+    call: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    cut: Iterable[Tiles],
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v. operator: the backward of PyTorch's flash attention for the CPU."""
+    """The gradients of q, k and v, where `call(grad, q, k, v, out, lse)` returns those of some tiles."""
     # Sums over tiles in at least float32, as of blocks of the past.
     wide = torch.promote_types(k.dtype, torch.float32)
     dq, dk, dv = q.new_empty(q.shape), k.new_zeros(k.shape, dtype=wide), v.new_zeros(v.shape, dtype=wide)
-    for tiles in cut_into_tiles(q.shape[2], window):
-        added = mask(tiles.length, window, q.dtype, q.device)
-        rows = (tiles.of(x) for x in (grad, q))
-        keys, values = tiles.of(k, window - 1), tiles.of(v, window - 1)
-        dq_tiles, dk_tiles, dv_tiles = operator(
-            *rows, keys, values, tiles.of(out), tiles.of(lse), 0.0, False, attn_mask=added
-        )
-        tiles.back(dq_tiles, dq)
+    for tiles in cut:
+        rows = [tiles.queries(x) for x in (grad, q, out, lse)]
+        dq_tiles, dk_tiles, dv_tiles = call(*rows[:2], tiles.keys(k), tiles.keys(v), *rows[2:])
+        tiles.put(dq_tiles, dq)
         tiles.add(dk_tiles, dk)
         tiles.add(dv_tiles, dv)
     return dq, dk.to(k.dtype), dv.to(v.dtype)

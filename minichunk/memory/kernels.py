@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .band import backward_in_tiles, band, forward_in_tiles
+from .band import backward_in_tiles, band, cut_band, forward_in_tiles
 
 aten = torch.ops.aten
 
@@ -28,8 +28,8 @@ class Kernel:
     """Attention of q to k and v: to all of them, or within a window.
 
     window: the queries are the last C of the keys' positions, and each sees so many of them, the own one last. So the
-        chunk itself, causally, is a window of C or more over as many keys, and a band reaches window - 1 keys further.
-        None: every query sees all keys.
+        chunk itself, causally, is a window of C or more over as many keys, and a band has window - 1 keys more than
+        queries, or fewer than the window. None: every query sees all keys.
     piece: how many positions of the past `forward` may be given at once; None: all of them.
     """
 
@@ -96,14 +96,29 @@ class Plain(Kernel):
         return dq, dk, dv
 
 
+def sees_all(q: Tensor, k: Tensor, window: int) -> bool:
+    """Whether that window leaves nothing out: a single query, the keys' last, within it."""
+    return q.shape[2] == 1 and k.shape[2] <= window
+
+
+def hidden(q: Tensor, k: Tensor, window: int) -> Tensor:
+    """(C, keys) to add to the scores: -inf where a query does not see."""
+    C, keys = q.shape[2], k.shape[2]
+    return q.new_zeros(C, keys).masked_fill_(~band(C, window, keys, q.device), -torch.inf)
+
+
 class FlashCPU(Kernel):
-    """PyTorch's flash kernel for the CPU: float64, float32, bfloat16."""
+    """PyTorch's flash kernel for the CPU: float64, float32, bfloat16. It knows masks, but no bands."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-        causal = is_causal(q, k, window)
-        if window is not None and not causal:
-            return forward_in_tiles(aten._scaled_dot_product_flash_attention_for_cpu, q, k, v, window)
-        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)
+        operator = aten._scaled_dot_product_flash_attention_for_cpu
+        if window is None or sees_all(q, k, window) or is_causal(q, k, window):
+            return operator(q, k, v, 0.0, is_causal(q, k, window))
+
+        def masked(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+            return operator(q, k, v, 0.0, False, attn_mask=hidden(q, k, window))
+
+        return forward_in_tiles(masked, cut_band(q.shape[2], window, k.shape[2]), q, k, v)
 
     def prepare(self, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
         # The kernel gives whole heads to the cores, and few heads leave cores idle: `backward` cuts the past
@@ -115,16 +130,19 @@ class FlashCPU(Kernel):
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        causal = is_causal(q, k, window)
-        if window is not None and not causal:
-            operator = aten._scaled_dot_product_flash_attention_for_cpu_backward
-            return backward_in_tiles(operator, grad, q, k, v, out, lse, window)
+        operator = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        if not (window is None or sees_all(q, k, window) or is_causal(q, k, window)):
+
+            def masked(grad: Tensor, q: Tensor, k: Tensor, *merged: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                return operator(grad, q, k, *merged, 0.0, False, attn_mask=hidden(q, k, window))
+
+            return backward_in_tiles(masked, cut_band(q.shape[2], window, k.shape[2]), grad, q, k, v, out, lse)
         B, pieces = k.shape[0], q.shape[0] // k.shape[0]
         if k.shape[2] % pieces:
             grad, q, out, lse, pieces = grad[:B], q[:B], out[:B], lse[:B], 1
         if pieces > 1:
             k, v = (x[0].unflatten(1, (pieces, -1)).transpose(0, 1) for x in (k, v))  # (pieces, G, past/pieces, D)
-        dq, dk, dv = aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal)
+        dq, dk, dv = operator(grad, q, k, v, out, lse, 0.0, is_causal(q, k, window))
         if pieces > 1:
             dq = dq.sum(0, keepdim=True, dtype=lse.dtype)
             dk, dv = (x.transpose(0, 1).flatten(1, 2)[None] for x in (dk, dv))

@@ -11,7 +11,6 @@ positions is one piece of memory and one copy.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -23,6 +22,8 @@ from ..chunks import Chunk
 from .attention import BLOCK, Past
 from .kernels import Kernel
 from .layers import Held
+from .pattern import FULL, Pattern
+from .places import places
 
 
 def streams_of(like: Tensor) -> torch.device | None:
@@ -118,18 +119,22 @@ class Stage:
 class OffloadedLayer:
     """One layer's keys, values and gradients of the kept chunks, in host memory; a LayerMemory.
 
-    capacity: positions. kept: the chunks that will receive a gradient, first to last.
+    capacity: positions. kept: the chunks that will receive a gradient, first to last. Gradients have room from the
+    start, a tensor for each chunk: of its pinned positions, and then of those in reach of the next.
     """
 
     kernel: Kernel | None = None
 
-    def __init__(self, stage: Stage, capacity: int, kept: Sequence[Chunk]) -> None:
-        self.stage = stage
-        sizes = [min(BLOCK, capacity - start) for start in range(0, capacity, BLOCK)]
+    def __init__(self, stage: Stage, capacity: int, kept: Sequence[Chunk], pattern: Pattern = FULL) -> None:
+        self.stage, self.pattern = stage, pattern
+        self.places = where = places(pattern, capacity, tuple(kept))
+        sizes = [min(BLOCK, where.rows - start) for start in range(0, where.rows, BLOCK)]
         self.blocks = [stage.host(size, stage.like.dtype) for size in sizes]
-        self.kept = list(kept)
-        self.starts = [chunk.start for chunk in kept]
-        self.grads = [stage.host(stop - start, stage.grad_dtype, zero=True) for start, stop in kept]
+        self.grads, self.pinned_rows = {}, {}
+        for chunk, pinned, near in zip(where.kept, where.pinned_of, where.near_of, strict=True):
+            self.pinned_rows[chunk] = pinned[1] - pinned[0]
+            rows = self.pinned_rows[chunk] + max(0, near[1] - near[0])
+            self.grads[chunk] = stage.host(rows, stage.grad_dtype, zero=True)
 
     def past(self, chunks: Sequence[Chunk], keep: bool) -> Past:
         return Past(self, chunks[0].start, keep, self.kernel)
@@ -140,47 +145,53 @@ class OffloadedLayer:
         bring, start, stop = self.stage.bring, chunks[0].start, chunks[-1].stop
         bring.follow(self.stage.main)  # also for the arrivals to come, see Stage
         with bring():
-            for low in range(start // BLOCK * BLOCK, stop, BLOCK):
-                first, last = max(low, start), min(low + BLOCK, stop)
-                block = self.blocks[low // BLOCK]
-                block[first - low : last - low].copy_(rows[first - start : last - start], non_blocking=True)
+            for to, part in self.places.writes(start, stop):
+                for at, low, high in by_block(part.start, to):
+                    block = self.blocks[low // BLOCK][low % BLOCK :][: high - low]
+                    block.copy_(rows[at : at + high - low], non_blocking=True)
             bring.hold(rows)
 
-    def pieces(self, start: int, stop: int, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def pinned(self, count: int, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Up to the ends of BLOCKs, whatever `size` is; a piece is gone when the next one is asked for."""
-        if start >= stop:
-            return
-        main = self.stage.main
-        slot, end = self._bring(start, stop)
-        while start < stop:
-            following, next_end = self._bring(end, stop) if end < stop else (slot, end)
-            slot.wait(FILLED, main)
-            keys, values = slot.buffer[: end - start].permute(1, 2, 3, 0, 4)  # (B, G, n, D) each
-            yield start, keys, values
-            slot.mark(FREE, main)
-            slot, start, end = following, end, next_end
+        return self._pieces(list(by_block(0, slice(0, count))))
 
-    def _bring(self, start: int, stop: int) -> tuple[Slot, int]:
-        """Start to copy the block that holds `start`, from there and as far as `stop`, to the device; where it ends."""
-        slot, bring, block = self.stage.next_arrival(), self.stage.bring, start // BLOCK
-        end = min((block + 1) * BLOCK, stop)
+    def near(self, start: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """As for `pinned`."""
+        return self._pieces([piece for run in self.places.near(start, stop) for piece in by_block(*run)])
+
+    def _pieces(self, parts: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """The rows (place, start, stop), each within a block, one after the other on the device."""
+        main = self.stage.main
+        coming = self._bring(parts[0]) if parts else None
+        for i, (at, low, high) in enumerate(parts):
+            assert coming is not None
+            slot, coming = coming, self._bring(parts[i + 1]) if i + 1 < len(parts) else None
+            slot.wait(FILLED, main)
+            keys, values = slot.buffer[: high - low].permute(1, 2, 3, 0, 4)  # (B, G, n, D) each
+            yield at, keys, values
+            slot.mark(FREE, main)
+
+    def _bring(self, part: tuple[int, int, int]) -> Slot:
+        """Start to copy these rows to the device."""
+        slot, bring, (_, low, high) = self.stage.next_arrival(), self.stage.bring, part
         with bring():
             slot.wait(FREE, bring)
-            rows = self.blocks[block][start - block * BLOCK : end - block * BLOCK]
-            slot.buffer[: end - start].copy_(rows, non_blocking=True)
+            rows = self.blocks[low // BLOCK][low % BLOCK :][: high - low]
+            slot.buffer[: high - low].copy_(rows, non_blocking=True)
             slot.mark(FILLED, bring)
-        return slot, end
+        return slot
 
-    def add_grads(self, start: int, key_grads: Tensor, value_grads: Tensor) -> None:
-        end = start + key_grads.shape[2]
-        for i in range(max(0, bisect_right(self.starts, start) - 1), len(self.kept)):
-            first, stop = self.kept[i]
-            if first >= end:
-                break
-            low, high = max(first, start), min(stop, end)
-            if low < high:
-                sent = slice(low - start, high - start)
-                self._send(self.grads[i][low - first : high - first], key_grads[:, :, sent], value_grads[:, :, sent])
+    def add_pinned_grads(self, index: int, key_grads: Tensor, value_grads: Tensor) -> None:
+        stop = index + key_grads.shape[2]
+        for chunk, low, high, row in self.places.by_chunk(self.places.pinned_of, index, stop):
+            sent = slice(low - index, high - index)
+            self._send(self.grads[chunk][row : row + high - low], key_grads[:, :, sent], value_grads[:, :, sent])
+
+    def add_near_grads(self, position: int, key_grads: Tensor, value_grads: Tensor) -> None:
+        stop = position + key_grads.shape[2]
+        for chunk, low, high, row in self.places.by_chunk(self.places.near_of, position, stop):
+            rows, sent = self.grads[chunk][self.pinned_rows[chunk] + row :], slice(low - position, high - position)
+            self._send(rows[: high - low], key_grads[:, :, sent], value_grads[:, :, sent])
 
     def _send(self, total: Tensor, key_grads: Tensor, value_grads: Tensor) -> None:
         """Start to add gradients (B, G, n, D) to rows in host memory."""
@@ -201,13 +212,32 @@ class OffloadedLayer:
                 rows.copy_(sums, non_blocking=True)
 
     def received(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        total, main, send = self.grads[self.starts.index(chunk.start)], self.stage.main, self.stage.send
+        total, main, send = self.grads[chunk], self.stage.main, self.stage.send
         with send():  # after all that was sent before
             here = total.to(self.stage.like.device, non_blocking=True, copy=True)
         main.follow(send)  # also before the buffers go, see Stage
         main.hold(here)
-        keys, values = here.to(self.stage.like.dtype).permute(1, 2, 3, 0, 4)
+        keys, values = self.spread(chunk, here).to(self.stage.like.dtype).permute(1, 2, 3, 0, 4)
         return keys, values
 
+    def spread(self, chunk: Chunk, grads: Tensor) -> Tensor:
+        """What a chunk received, (positions, 2, B, G, D), from that of its pinned and of its near positions."""
+        if len(grads) == self.pinned_rows[chunk] == chunk.stop - chunk.start:
+            return grads
+        total = grads.new_zeros((chunk.stop - chunk.start, *grads.shape[1:]))
+        row = 0
+        for low, high in self.pattern.pinned(*chunk):
+            total[low - chunk.start : high - chunk.start] = grads[row : row + high - low]
+            row += high - low
+        total[len(total) - (len(grads) - row) :] += grads[row:]
+        return total
+
     def tensors(self) -> Held:
-        return Held(self.blocks, self.grads)
+        return Held(self.blocks, list(self.grads.values()))
+
+
+def by_block(at: int, rows: slice) -> Iterator[tuple[int, int, int]]:
+    """(place, start, stop) of some rows, cut where blocks end; `at`: the place of the first."""
+    for low in range(rows.start // BLOCK * BLOCK, rows.stop, BLOCK):
+        start, stop = max(low, rows.start), min(low + BLOCK, rows.stop)
+        yield at + start - rows.start, start, stop

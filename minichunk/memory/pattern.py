@@ -1,86 +1,87 @@
-"""What a query sees: a rule about positions, which knows nothing of chunks; into which parts a chunk falls by it, and
-what each of them reads.
+"""What a query sees: a rule about positions, which knows nothing of chunks; and into which parts a chunk falls by it.
 
 Because the rule knows nothing of chunks, any cut gives the same numbers: chunks of the fill, chunks of the rebuild, a
 text that is written token by token.
+
+A pattern *pins* some positions, which every later query sees, and *reaches* back over those right before a query. Full
+attention pins all; a window pins the sinks, and reaches over the window; strided blocks pin every so manieth block.
+What is neither pinned nor in reach of anything to come can be forgotten, see places.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-
-class KeyValues(Protocol):
-    """What attention asks of a layer's memory: parts of its past, block by block, and to take gradients for them."""
-
-    def pieces(self, start: int, stop: int, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield (position, keys, values) from `start` up to `stop`, in pieces of at most `size`: (B, G, n, D)."""
-
-    def add_grads(self, start: int, key_grads: Tensor, value_grads: Tensor) -> None:
-        """Add the gradients (B, G, n, D) that a later chunk sends back to the n positions from `start`."""
-
-
-def cut_rows(x: Tensor, start: int, stop: int) -> Tensor:
-    """Positions of x (B, ·, C, D): x itself if these are all, or autograd would copy its gradient."""
-    return x if (start, stop) == (0, x.shape[2]) else x[:, :, start:stop]
+from ..errors import InputError
 
 
 class Part(NamedTuple):
-    """Positions of a chunk that see alike: `window` positions, from `low` on, the own last; and all before `whole`."""
+    """Queries of a chunk that see alike, at the positions from `start` to `stop`: in tiles of `length`, each of which
+    sees the `reach` positions before it and itself, as far as they are the last `window` up to a query's own; and all
+    of them the first `pinned` of the pinned positions, which lie before any tile's reach.
+    """
 
     start: int
     stop: int
-    low: int
+    length: int
+    reach: int
     window: int
-    whole: int
+    pinned: int
 
-    def band(self, memory: KeyValues, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, G, n, D) from `low` on, where the chunk's own k and v begin at `start`.
 
-        The reach into the past is copied to stand before the chunk's own.
-        """
-        reach = start - self.low
-        if reach <= 0:
-            return cut_rows(k, -reach, k.shape[2]), cut_rows(v, -reach, k.shape[2])
-        k, v = (F.pad(x, (0, 0, reach, 0)) for x in (k, v))
-        for at, keys, values in memory.pieces(self.low, start, reach):
-            rows = slice(at - self.low, at - self.low + keys.shape[2])
-            k[:, :, rows], v[:, :, rows] = keys, values
-        return k, v
+def whole(start: int, stop: int, pinned: int) -> Part:
+    """Queries that see everything before them, of which the first `pinned` positions are pinned."""
+    return Part(start, stop, stop - start, start - pinned, stop - pinned, pinned)
 
-    def before(
-        self, memory: KeyValues, start: int, k: Tensor, v: Tensor, size: int
-    ) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(position, keys, values) of what lies before `whole`, in pieces. Sinks may lie in the chunk itself."""
-        yield from memory.pieces(0, min(self.whole, start), size)
-        if self.whole > start:
-            yield start, k[:, :, : self.whole - start], v[:, :, : self.whole - start]
+
+def check(name: str, value: int, least: int) -> None:
+    """Raise InputError for a pattern's number that is none."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name} is {value!r}, but must be a whole number of at least {least}")
 
 
 @dataclass(frozen=True)
 class Window:
     """Query i sees j <= i with i - j < window, as Hugging Face's sliding_attention, or j < sinks.
 
-    window: at least 1. None: full attention.
+    window: at least 1. None: full attention. Raises InputError for other numbers.
     """
 
     window: int | None = None
     sinks: int = 0
 
+    def __post_init__(self) -> None:
+        if self.window is not None:
+            check("window", self.window, 1)
+        check("sinks", self.sinks, 0)
+
+    @property
+    def reach(self) -> int:
+        """How many positions before a query at most it sees that are not pinned."""
+        return 0 if self.window is None else self.window - 1
+
+    def pinned(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """The stretches of pinned positions in between, each (start, stop)."""
+        stop = stop if self.window is None else min(stop, self.sinks)
+        return [(start, stop)] if start < stop else []
+
+    def pinned_before(self, position: int) -> int:
+        """How many pinned positions lie before this one."""
+        return position if self.window is None else min(position, self.sinks)
+
     def parts(self, start: int, stop: int) -> Iterator[Part]:
         """Up to window + sinks nothing is left out, and from there on the sinks lie before the band: no overlap."""
         edge = stop if self.window is None else min(stop, self.window + self.sinks)
         if start < edge:
-            yield Part(start, edge, start, edge - start, start)
+            yield whole(start, edge, self.pinned_before(start))
         if self.window is not None and edge < stop:
             first = max(start, edge)
-            yield Part(first, stop, first - self.window + 1, self.window, self.sinks)
+            yield Part(first, stop, stop - first, self.window - 1, self.window, self.sinks)
 
     def mask(self, length: int, start: int = 0, device: torch.device | None = None) -> Tensor | None:
         """bool (length - start, length): what the positions from `start` see; None: all that came before them."""
@@ -93,18 +94,59 @@ class Window:
 
 @dataclass(frozen=True)
 class Strided:
-    """In blocks: query i in block Q sees j <= i in the blocks K with Q - K < local, or K a multiple of stride."""
+    """In blocks: query i in block Q sees j <= i in the blocks K with Q - K < local, or K a multiple of stride.
+
+    The blocks of LongGen (arXiv 2410.01485). All numbers are at least 1; raises InputError for others.
+    """
 
     block: int = 64
     local: int = 16
     stride: int = 16
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            check(name, value, 1)
+
+    @property
+    def reach(self) -> int:
+        """See Window; the last query of a block sees most."""
+        return self.block * self.local - 1
+
+    def pinned(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """See Window."""
+        apart = self.block * self.stride
+        blocks = range(start // apart * apart, stop, apart)
+        stretches = [(max(start, low), min(stop, low + self.block)) for low in blocks]
+        return [(low, high) for low, high in stretches if low < high]
+
+    def pinned_before(self, position: int) -> int:
+        """See Window."""
+        rounds, rest = divmod(position, self.block * self.stride)
+        return rounds * self.block + min(rest, self.block)
+
+    def parts(self, start: int, stop: int) -> Iterator[Part]:
+        """A block is a tile. Up to the local blocks and one more, the pinned first one, nothing is left out."""
+        edge = min(stop, self.block * (self.local + 1))
+        if start < edge:
+            yield whole(start, edge, min(start, self.block))
+        start = max(start, edge)
+        while start < stop:
+            block, inside = divmod(start, self.block)
+            length = min(self.block - inside, stop - start)
+            far = (block - self.local) // self.stride + 1  # pinned blocks that are not among the local ones
+            tiles = 1
+            if length == self.block:  # and the ones after it up to where another pinned block is left behind
+                tiles = min(stop // self.block, far * self.stride + self.local) - block
+            reach = (self.local - 1) * self.block + inside
+            yield Part(start, start + tiles * length, length, reach, reach + length, far * self.block)
+            start += tiles * length
 
     def mask(self, length: int, start: int = 0, device: torch.device | None = None) -> Tensor:
         """bool (length - start, length): what the positions from `start` see."""
         j = torch.arange(length, device=device)
         i = j[start:, None]
         Q, K = i // self.block, j // self.block
-        return (j <= i) & ((Q - K < self.local) | (K % self.stride == 0))
+        return (j <= i) & ((Q - self.local < K) | (K % self.stride == 0))
 
 
 FULL = Window()

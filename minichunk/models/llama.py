@@ -13,7 +13,7 @@ from ..memory.attention import Past
 from ..memory.cache import LayerCache
 from ..memory.layers import Extent, LayerMemory, wide
 from ..memory.offload import OffloadedLayer, Stage
-from ..memory.pattern import FULL, Window
+from ..memory.pattern import FULL, Pattern, Window
 from .config import LlamaConfig
 from .decoder import Decoder, RMSNorm
 from .rope import Rope, rope_tables, rotate
@@ -22,7 +22,7 @@ from .rope import Rope, rope_tables, rotate
 class Attention(nn.Module):
     """pattern: what a query sees."""
 
-    def __init__(self, config: LlamaConfig, pattern: Window) -> None:
+    def __init__(self, config: LlamaConfig, pattern: Pattern) -> None:
         super().__init__()
         self.pattern = pattern
         E, D = config.hidden_size, config.head_dim
@@ -57,7 +57,7 @@ class Attention(nn.Module):
             mask = self.pattern.mask(q.shape[2], device=q.device)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         else:
-            y = past.attend(q, k, v, self.pattern)
+            y = past.attend(q, k, v)
         y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H*D)
         return self.o_proj(y), (k, v)
 
@@ -75,7 +75,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: LlamaConfig, pattern: Window = FULL) -> None:
+    def __init__(self, config: LlamaConfig, pattern: Pattern = FULL) -> None:
         super().__init__()
         self.self_attn = Attention(config, pattern)
         self.mlp = MLP(config)
@@ -92,13 +92,14 @@ class Layer(nn.Module):
         return self.self_attn.keys_values(self.input_layernorm(x), rope)
 
     def new_memory(self, extent: Extent) -> LayerMemory:
-        """For keys and values, and the gradients that are sent back to them; of all positions, whatever the pattern."""
+        """For keys and values, as far as the pattern needs them, and the gradients that are sent back to them."""
         B, G, D, kept = extent.batch, self.self_attn.groups, self.self_attn.head_dim, extent.kept
+        pattern = self.self_attn.pattern
         grad_dtype = extent.options.cache_grad_dtype or wide(extent.like)
         if extent.options.offload:
             stage = extent.common(Stage, lambda: Stage((2, B, G, D), extent.like, grad_dtype))
-            return OffloadedLayer(stage, extent.capacity, kept)
-        return LayerCache((B, G, extent.capacity, D), kept, extent.like, grad_dtype)
+            return OffloadedLayer(stage, extent.capacity, kept, pattern)
+        return LayerCache((B, G, extent.capacity, D), kept, extent.like, grad_dtype, pattern)
 
 
 class Llama(Decoder):
