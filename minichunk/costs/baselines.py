@@ -18,7 +18,7 @@ from ..batch import Batch
 from ..chunks import Chunk, cut
 from ..loss import summed_loss
 from ..memory.layers import Held, LayerMemories
-from ..memory.pattern import Window
+from ..memory.pattern import Pattern
 from ..models.llama import Llama
 from ..models.stack import Stack
 from ..protocol import Options
@@ -53,7 +53,7 @@ class ConcatenatingPast:
     def __init__(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         self.pairs = pairs
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, pattern: Window) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
         start = sum(keys.shape[2] for keys, _ in self.pairs)
         k = torch.cat([*(keys for keys, _ in self.pairs), k], dim=2)
         v = torch.cat([*(values for _, values in self.pairs), v], dim=2)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from ..chunks import Chunk, cut
+from ..memory.pattern import Pattern, Strided
 from ..models.llama import Llama
 from ..protocol import Recompute
 
@@ -43,13 +44,16 @@ def operations(
     head_operations = 2.0 * head.numel() * (3 if head.requires_grad else 2)
     linear_again, attention_again = float(bool(recompute)), float(recompute == "all")
 
-    def seen(stop: int, window: int | None) -> float:
+    def seen(stop: int, pattern: Pattern) -> float:
         """(query, key) pairs of all positions up to `stop`."""
-        reach = min(stop, window or stop)
+        if isinstance(pattern, Strided):  # of what lies further back, one block of `stride`
+            reach = min(stop, pattern.block * pattern.local)
+            return reach**2 / 2 + (stop - reach) * reach + (stop - reach) ** 2 / 2 / pattern.stride
+        reach = stop if pattern.window is None else min(stop, pattern.window + pattern.sinks)
         return reach**2 / 2 + (stop - reach) * reach
 
     def pairs(chunks: Sequence[Chunk]) -> float:
-        return sum(seen(stop, window) - seen(start, window) for start, stop in chunks for window in c.windows())
+        return sum(seen(stop, pattern) - seen(start, pattern) for start, stop in chunks for pattern in c.patterns())
 
     def count(chunks: Sequence[Chunk]) -> int:
         return sum(stop - start for start, stop in chunks)

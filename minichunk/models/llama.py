@@ -13,7 +13,7 @@ from ..memory.attention import Past
 from ..memory.cache import LayerCache
 from ..memory.layers import Extent, LayerMemory, wide
 from ..memory.offload import OffloadedLayer, Stage
-from ..memory.pattern import FULL, Window
+from ..memory.pattern import FULL, Pattern
 from .config import LlamaConfig
 from .decoder import Decoder, RMSNorm
 from .rope import Rope, rope_tables, rotate
@@ -22,7 +22,7 @@ from .rope import Rope, rope_tables, rotate
 class Attention(nn.Module):
     """pattern: what a query sees."""
 
-    def __init__(self, config: LlamaConfig, pattern: Window) -> None:
+    def __init__(self, config: LlamaConfig, pattern: Pattern) -> None:
         super().__init__()
         self.pattern = pattern
         E, D = config.hidden_size, config.head_dim
@@ -57,7 +57,7 @@ class Attention(nn.Module):
             mask = self.pattern.mask(q.shape[2], device=q.device)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         else:
-            y = past.attend(q, k, v, self.pattern)
+            y = past.attend(q, k, v, self.pattern)  # type: ignore[arg-type]
         y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H*D)
         return self.o_proj(y), (k, v)
 
@@ -75,7 +75,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: LlamaConfig, pattern: Window = FULL) -> None:
+    def __init__(self, config: LlamaConfig, pattern: Pattern = FULL) -> None:
         super().__init__()
         self.self_attn = Attention(config, pattern)
         self.mlp = MLP(config)
@@ -102,7 +102,7 @@ class Layer(nn.Module):
 
 
 class Llama(Decoder):
-    """A decoder-only transformer: Llama 1-3, Mistral, Ministral, Qwen2, Qwen3; with layers that see a window, too.
+    """A decoder-only transformer: Llama 1-3, Mistral, Ministral, Qwen2, Qwen3; its layers may see a part of the past.
 
     `Llama(config)` has random weights; `Llama.from_pretrained(directory)` has trained ones.
     """
@@ -111,7 +111,7 @@ class Llama(Decoder):
     config_class = LlamaConfig
 
     def __init__(self, config: LlamaConfig) -> None:
-        super().__init__(config, (Layer(config, Window(window)) for window in config.windows()))
+        super().__init__(config, (Layer(config, pattern) for pattern in config.patterns()))
 
     def shared(self, x: Tensor, start: int) -> tuple[Rope]:
         return (rope_tables(self.config, start, start + x.shape[1], x),)
