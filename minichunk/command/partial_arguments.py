@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from .parser import Parser
 
-
 PARTIAL_HELP = """\
 Make a hybrid of a model of full attention (LongGen, arXiv 2410.01485): the middle third of its layers
 keeps seeing all of the past, the others see a part of it, which costs less, in training and when text

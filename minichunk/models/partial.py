@@ -82,7 +82,8 @@ def describe(config: Any) -> str:
     parts = []
     for pattern in dict.fromkeys(patterns):
         layers = [i for i, one in enumerate(patterns) if one == pattern]
-        parts.append(f"layers {_ranges(layers)} see {_words(pattern)}")
+        who = f"layers {_ranges(layers)} see" if len(layers) > 1 else f"layer {layers[0]} sees"
+        parts.append(f"{who} {_words(pattern)}")
     return ", ".join(parts) if {*patterns} - {ALL} else ""
 
 
