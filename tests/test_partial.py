@@ -293,7 +293,9 @@ def test_a_damaged_record_is_named(change: dict[str, Any], words: str, tmp_path:
 
 def test_an_adapter_of_another_hybrid_is_refused(tmp_path: Path) -> None:
     mc.save_adapter(hybrid(mc.Window(5), adapter=True), tmp_path)
-    for other in (hybrid(mc.Window(6)), hybrid(mc.Window(5, 1))):
+    elsewhere = build(tiny(3), seed=1)
+    mc.partial_context(elsewhere, mc.Window(5), [0])
+    for other in (hybrid(mc.Window(6)), hybrid(mc.Window(5, 1)), elsewhere):
         with pytest.raises(mc.InputError, match=r"adapter_config.json: layers of this model see a part"):
             mc.load_adapter(other, tmp_path)
 
