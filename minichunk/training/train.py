@@ -101,9 +101,9 @@ def _train(options: TrainOptions, resumed: Run | None, before: list[Span] | None
         after = evaluate("loss by position after")
     except KeyboardInterrupt:
         raise Interrupted(_how_to_resume(trainer, run)) from None
+    context = model.config.max_position_embeddings
     written = _write_results(model, run, options, before, after)
 
-    context = model.config.max_position_embeddings
     if before:
         say(f"\nmean loss on held-out text, nats per token ({len(validation)} documents)")
         say(loss_table(before, after, context))
