@@ -2,6 +2,7 @@
 
 from .errors import InputError
 from .full import full
+from .memory.pattern import Strided, Window
 from .models.adapter_files import load_adapter, save_adapter
 from .models.auto import load_model
 from .models.config import LlamaConfig
@@ -9,6 +10,7 @@ from .models.llama import Llama
 from .models.lora import add_lora, merge_lora
 from .models.mamba2 import Mamba2
 from .models.mamba2_config import Mamba2Config
+from .models.partial import partial_context
 from .models.ssm import StateSpace
 from .models.ssm_config import StateSpaceConfig
 from .samplers import Bernoulli, FixedBudget, PaperBudget, Weight
@@ -28,13 +30,16 @@ __all__ = [
     "PaperBudget",
     "StateSpace",
     "StateSpaceConfig",
+    "Strided",
     "Weight",
+    "Window",
     "add_lora",
     "full",
     "generate",
     "load_adapter",
     "load_model",
     "merge_lora",
+    "partial_context",
     "save_adapter",
     "seco",
     "spaco",

@@ -49,6 +49,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bfloat16 sums, deterministic": {"dtype": "bfloat16", "cache_grad_dtype": "bfloat16", "deterministic": True},
     "offload": {"offload": True, "dropout": 0.1},
     "4 bits": {"load_in_4bit": True, "dtype": "bfloat16"},
+    "partial context": {"partial_context": "window", "window": 4, "sinks": 2, "full_layers": (1,)},
 }
 
 
@@ -207,7 +208,9 @@ def test_the_full_model_comes_with_its_tokenizer_and_new_context(options: TrainO
     assert options.model is not None
     shutil.copytree(options.model, tmp_path / "base")
     (tmp_path / "base" / "chat_template.jinja").write_text("x")
-    directory = train(replace(options, model=str(tmp_path / "base"), rank=0), say=quiet) / "model"
+    said: list[str] = []
+    directory = train(replace(options, model=str(tmp_path / "base"), rank=0), say=said.append) / "model"
+    assert any("inside the old context" in line and "beyond it" in line for line in said)
     assert (directory / "tokenizer.json").is_file()
     assert (directory / "chat_template.jinja").is_file()
     assert mc.Llama.from_pretrained(directory).config.max_position_embeddings == 40

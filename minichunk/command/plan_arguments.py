@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .parser import Parser
+from .partial_arguments import add_partial
 
 
 def add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
@@ -53,6 +54,7 @@ def add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
     plan.add_argument("--load-in-4bit", action="store_true", help="store the frozen base in 4 bits")
     plan.add_argument("--offload", action="store_true", help="keep the cache and its gradients in host memory")
     plan.add_argument("--host-memory", default="64GiB", help="for --offload (default: 64GiB)")
+    add_partial(plan)
     plan.add_argument("--device", default="cuda", choices=["cpu", "cuda"], help="whose kernels (default: cuda)")
     plan.add_argument("--table", action="store_true", help="the longest context by memory, model and method, instead")
     plan.add_argument("--json", action="store_true", help="print one JSON object")

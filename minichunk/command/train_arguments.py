@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from .parser import Parser
+from .partial_arguments import add_partial
 
 TRAIN_HELP = """\
 Train on documents longer than memory allows, chunk by chunk.
@@ -15,6 +16,7 @@ model's context from 256 to 2,048 tokens with LoRA and SeCO, in under two minute
   minichunk train
   minichunk train --model DIR --data notes.txt more.jsonl --seq-len 16384 --chunk-size 512
   minichunk train --model DIR --data book.txt --method spaco --budget 8
+  minichunk train --model DIR --data book.txt --partial-context window --chunk-size 2048 --seq-len 65536
   minichunk train --output runs/1 --resume
 
 DIR is a Hugging Face checkpoint: config.json, tokenizer.json and safetensors. JSONL lines hold
@@ -61,6 +63,7 @@ def add_train(commands: argparse._SubParsersAction[Parser]) -> None:
     how.add_argument("--cache-grad-dtype", help="of the gradients summed for the cache (default: float32, or wider "
                                                 "with a wider model)")  # fmt: skip
     how.add_argument("--offload", action="store_true", help="keep the cache and its gradients in host memory")
+    add_partial(train)
     loop = train.add_argument_group("training")
     loop.add_argument("--steps", type=int, metavar="N", help="optimizer steps (default: 60)")
     loop.add_argument("--batch-size", type=int, metavar="B", help="pieces at a time (default: 1)")

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
 from ..chunks import Chunk, cut
-from ..memory.pattern import Part, Pattern
+from ..memory.pattern import Part
 from ..models.llama import Llama
 from ..protocol import Recompute
 
@@ -45,11 +44,8 @@ def operations(
     head_operations = 2.0 * head.numel() * (3 if head.requires_grad else 2)
     linear_again, attention_again = float(bool(recompute)), float(recompute == "all")
 
-    modules: Any = model.layers
-    patterns: list[Pattern] = [layer.self_attn.pattern for layer in modules]
-
     def pairs(chunks: Sequence[Chunk]) -> float:
-        return sum(seen(part) for pattern in patterns for chunk in chunks for part in pattern.parts(*chunk))
+        return sum(seen(part) for pattern in c.patterns() for chunk in chunks for part in pattern.parts(*chunk))
 
     def count(chunks: Sequence[Chunk]) -> int:
         return sum(stop - start for start, stop in chunks)

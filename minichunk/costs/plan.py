@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..chunks import cut
 from ..errors import InputError
 from ..files.room import human_bytes
-from ..training.options import DTYPES, SAMPLERS, check_4bit, check_choice, check_least
+from ..training.options import DTYPES, SAMPLERS, check_4bit, check_choice, check_least, make_pattern
 from .forecast import forecast
 from .setting import METHODS, Setting
 
@@ -104,6 +104,9 @@ def run_plan(
     load_in_4bit: bool,
     table: bool,
     json: bool,
+    partial_context: str | None,
+    full_layers: list[int] | None,
+    **partial: int | None,
 ) -> None:
     """`minichunk plan`: print the forecast. Raises InputError."""
     check_choice("dtype", dtype, DTYPES)
@@ -120,6 +123,8 @@ def run_plan(
         DTYPES[cache_grad_dtype] if cache_grad_dtype else None, "all" if recompute_attention else not no_recompute,
         device=device,
         offload=offload, load_in_4bit=load_in_4bit, fill_size=fill_size, sampler=sampler,
+        pattern=make_pattern(partial_context, {**partial, "full_layers": full_layers}),
+        full_layers=None if full_layers is None else tuple(full_layers),
     )  # fmt: skip
     if table:
         print(longest_table(setting, parse_bytes(reserve)))

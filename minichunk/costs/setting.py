@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..chunks import check_fill_size, cut
 from ..errors import InputError
+from ..memory.pattern import Pattern, Strided
 from ..models.config import LlamaConfig
+from ..models.partial import partial_config
 from ..models.shapes import memory_bytes, shape
 from ..protocol import Options, Recompute
 from ..samplers import most_kept
@@ -21,7 +24,10 @@ METHODS = (*CHUNKED, "full", "full-recompute", "full-recompute-tiled", "full-rec
 
 @dataclass(frozen=True)
 class Setting:
-    """What is to be trained, and how. cache_grad_dtype None: float32, or wider with a wider model."""
+    """What is to be trained, and how. cache_grad_dtype None: float32, or wider with a wider model.
+
+    pattern, full_layers: what `partial_context` would make of the model; None: nothing.
+    """
 
     model: str = "llama-3-8b"
     method: str = "seco"
@@ -37,6 +43,13 @@ class Setting:
     load_in_4bit: bool = False
     fill_size: int | None = None
     sampler: str = "bernoulli"
+    pattern: Pattern | None = None
+    full_layers: tuple[int, ...] | None = None
+
+    def config(self) -> Any:
+        """Of the model. Raises InputError."""
+        config = shape(self.model)
+        return config if self.pattern is None else partial_config(config, self.pattern, self.full_layers)
 
     def kept(self, num_chunks: int) -> int:
         """The most chunks that a step keeps, see `most_kept`."""
@@ -70,12 +83,15 @@ class Setting:
     @functools.cache  # noqa: B019 (a setting is a value, and there are few)
     def _memory_bytes(self, num_chunks: int, kept: int) -> tuple[int, int]:
         chunks = cut(num_chunks * self.chunk_size, self.chunk_size)
-        return memory_bytes(shape(self.model), self.dtype, chunks[-kept:], self.options())
+        return memory_bytes(self.config(), self.dtype, chunks[-kept:], self.options())
 
     def reach(self) -> int:
-        """The longest window of a layer, 0 if there is none."""
-        config = shape(self.model)
-        return max((window or 0 for window in config.windows()), default=0) if isinstance(config, LlamaConfig) else 0
+        """How far back the nearest part goes of what a layer sees of the past, where it does not see all of it."""
+        config = self.config()
+        if not isinstance(config, LlamaConfig):
+            return 0
+        near = [p.block * p.local if isinstance(p, Strided) else (p.window or 0) + p.sinks for p in config.patterns()]
+        return max(near)
 
     def check(self) -> None:
         """Raise InputError for a method or a size that cannot be."""

@@ -25,7 +25,7 @@ from ..memory.layers import LayerMemories, LayerMemory
 from ..memory.offload import OffloadedLayer
 from ..models.pretrained import Pretrained
 from ..models.quantize import Linear4bit, check_bitsandbytes
-from ..models.shapes import alike, random_model, shape
+from ..models.shapes import alike, random_model
 from ..protocol import Written
 from ..seco import fill, new_memory, rebuild
 from ..targets import shift
@@ -53,7 +53,7 @@ class StepBytes:
 def step_memory(setting: Setting, tokens: int) -> StepBytes:
     """What a training step of `tokens` tokens takes: counted with few layers, which are alike. Raises InputError."""
     setting.check()
-    config = shape(setting.model)
+    config = setting.config()
     num_layers = config.num_hidden_layers
     if num_layers <= MORE or not alike(config):
         return count_step(setting, tokens, None)[0]
@@ -79,7 +79,7 @@ def count_step(setting: Setting, tokens: int, num_layers: int | None) -> tuple[S
         stack.enter_context(patch.object(F, "scaled_dot_product_attention", _flash))
         count = stack.enter_context(Trace())
         model = random_model(
-            setting.model, setting.dtype, setting.rank, setting.targets, "meta", setting.load_in_4bit, num_layers
+            setting.config(), setting.dtype, setting.rank, setting.targets, "meta", setting.load_in_4bit, num_layers
         )
         states = optimizer_states(model)
         trained = [p for p in model.parameters() if p.requires_grad]

@@ -7,14 +7,18 @@ from typing import Any
 from ..errors import InputError
 from .config_fields import check_present, check_sizes, end_tokens, number, refuse, refuse_what_no_model_computes
 
-# What each supported model_type implies where its config.json is silent.
+_NO_BIAS = {"attention_bias": False, "attention_out_bias": False, "mlp_bias": False}
+# What each supported model_type implies, whatever its config.json says, and where it is silent (head_dim).
 _FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"architectures": ["LlamaForCausalLM"]},
-    "mistral": {"architectures": ["MistralForCausalLM"]},
-    "ministral": {"architectures": ["MinistralForCausalLM"], "attention_bias": False, "attention_out_bias": False},
-    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "attention_bias": True, "attention_out_bias": False},
-    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "qk_norm": True, "head_dim": 128},
+    "mistral": {"architectures": ["MistralForCausalLM"], **_NO_BIAS},
+    "ministral": {"architectures": ["MinistralForCausalLM"], **_NO_BIAS},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], **_NO_BIAS, "attention_bias": True},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "mlp_bias": False, "qk_norm": True, "head_dim": 128},
 }
+# Of a model that no other library computes: its base's config.json, with `base_model_type`, `pattern` and layers of
+# `partial_attention`, which transformers refuses even where it is told to overlook the type.
+PARTIAL_CONTEXT = "partial_context"
 _OTHERS = ("mamba2", "state_space")  # which have a config of their own
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -30,18 +34,24 @@ def read_config(hugging_face_config: dict[str, Any]) -> dict[str, Any]:
     Raises InputError, naming the field, for whatever the model does not compute.
     """
     c = dict(hugging_face_config)
-    model_type = c.get("model_type", "llama")
+    partial = c.get("model_type") == PARTIAL_CONTEXT
+    field = "base_model_type" if partial else "model_type"
+    model_type = c["model_type"] = c.get(field, None if partial else "llama")
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         raise InputError(
-            f"config: model_type {model_type!r} is not supported; supported are {', '.join(sorted(_FAMILIES))}, and "
+            f"config: {field} {model_type!r} is not supported; supported are {', '.join(sorted(_FAMILIES))}, and "
             f"by minichunk.load_model also {' and '.join(_OTHERS)}"
         )
     family = _FAMILIES[model_type]
-    check_present(c, SIZES)
+    check_present(c, (*SIZES, *(("pattern", "layer_types") if partial else ())))
     for name in SIZES:
         number(c, name)
     _refuse_what_we_do_not_compute(c)
-    window, kinds = _windows(c)
+    if partial:
+        window, kinds = None, _layer_types(c)
+        check_windows(c | {"sliding_window": window, "layer_types": kinds})
+    else:
+        window, kinds = _windows(c)
     theta, scaling = _rope(c)
     bias = bool(c.get("attention_bias", False))
     heads = c["num_attention_heads"]
@@ -57,10 +67,11 @@ def read_config(hugging_face_config: dict[str, Any]) -> dict[str, Any]:
         tie_word_embeddings=bool(c.get("tie_word_embeddings", False)),
         attention_bias=family.get("attention_bias", bias),
         attention_out_bias=family.get("attention_out_bias", bias),
-        mlp_bias=bool(c.get("mlp_bias", False)),
+        mlp_bias=family.get("mlp_bias", bool(c.get("mlp_bias", False))),
         qk_norm=family.get("qk_norm", False),
         sliding_window=window,
         layer_types=kinds,
+        pattern=c.get("pattern") if partial else None,
         model_type=model_type,
         bos_token_id=c.get("bos_token_id"),
         eos_token_id=end_tokens(c),
@@ -68,7 +79,7 @@ def read_config(hugging_face_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_config(fields: dict[str, Any]) -> dict[str, Any]:
-    """The `config.json` that transformers 4 and 5 and `read_config` read back to the same fields."""
+    """The `config.json` that `read_config` and, unless it has a pattern, transformers 4 and 5 read back to the same."""
     ends = fields["eos_token_id"]
     out: dict[str, Any] = {
         "architectures": _FAMILIES[fields["model_type"]]["architectures"],
@@ -79,7 +90,11 @@ def write_config(fields: dict[str, Any]) -> dict[str, Any]:
     }
     if fields["rope_scaling"] is not None:
         out["rope_scaling"] = {"rope_type": "llama3", **fields["rope_scaling"]}
-    return out | _written_windows(fields)
+    if fields["pattern"] is None:
+        return out | _written_windows(fields)
+    ours = {"model_type": PARTIAL_CONTEXT, "architectures": ["PartialContextForCausalLM"]}
+    kinds = list(fields["layer_types"])
+    return out | ours | {"base_model_type": fields["model_type"], "pattern": fields["pattern"], "layer_types": kinds}
 
 
 def _refuse_what_we_do_not_compute(c: dict[str, Any]) -> None:
@@ -90,19 +105,36 @@ def _refuse_what_we_do_not_compute(c: dict[str, Any]) -> None:
         refuse(c, "partial_rotary_factor", "1.0")
 
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, PARTIAL = "full_attention", "sliding_attention", "partial_attention"  # the last one is ours
+_WINDOW_FIELDS, _STRIDED_FIELDS = {"window", "sinks"}, {"block", "local", "stride"}
 _WINDOW = 4096  # what transformers takes an absent `sliding_window` for
 
 
-def check_windows(num_layers: int, window: int | None, kinds: tuple[str, ...]) -> None:
-    """Raises InputError unless `layer_types` names each layer's attention, and a window that is used has a size."""
-    if kinds and (len(kinds) != num_layers or not set(kinds) <= {FULL, SLIDING}):
+def check_windows(fields: dict[str, Any]) -> None:
+    """Raises InputError unless `layer_types` names each layer's attention, and what it needs is there.
+
+    That is `sliding_window`, where it names sliding attention, or the fields of `pattern`.
+    """
+    window, kinds, pattern = fields["sliding_window"], fields["layer_types"], fields["pattern"]
+    other = SLIDING if pattern is None else PARTIAL
+    if kinds and (len(kinds) != fields["num_hidden_layers"] or not set(kinds) <= {FULL, other}):
         raise InputError(
-            f"config: layer_types is {list(kinds)!r}, but must name {FULL!r} or {SLIDING!r} for each of the "
-            f"{num_layers} layers"
+            f"config: layer_types is {list(kinds)!r}, but must name {FULL!r} or {other!r} for each of the "
+            f"{fields['num_hidden_layers']} layers"
         )
+    if pattern is not None:
+        check_pattern(pattern)
     if SLIDING in kinds or window is not None:
         check_sizes({"sliding_window": window}, ["sliding_window"])
+
+
+def check_pattern(pattern: Any) -> None:
+    """Raises InputError unless these are the fields of a pattern."""
+    if not isinstance(pattern, dict) or set(pattern) not in (_WINDOW_FIELDS, _STRIDED_FIELDS):
+        raise InputError(f"config: pattern is {pattern!r}, but must have window and sinks, or block, local and stride")
+    check_sizes(pattern, pattern.keys() - {"sinks"})
+    if pattern.get("sinks") != 0:
+        check_sizes(pattern, pattern.keys() & {"sinks"})
 
 
 def _windows(c: dict[str, Any]) -> tuple[int | None, tuple[str, ...]]:
@@ -116,9 +148,8 @@ def _windows(c: dict[str, Any]) -> tuple[int | None, tuple[str, ...]]:
         if not isinstance(first, int) or isinstance(first, bool) or first < 0:
             raise InputError(f"config: max_window_layers is {first!r}, but must be a whole number of at least 0")
     implied = tuple(SLIDING if window is not None and i >= first else FULL for i in range(num_layers))
-    given = c.get("layer_types") or implied
-    kinds = tuple(given) if isinstance(given, list | tuple) else (given,)
-    check_windows(num_layers, window, kinds)
+    kinds = _layer_types(c) or implied
+    check_windows(c | {"sliding_window": window, "layer_types": kinds, "pattern": None})
     if SLIDING in kinds and model_type == "llama":
         raise InputError(
             f"config: sliding_window = {window!r}, layer_types = {list(kinds)!r}: model_type 'llama' is not supported "
@@ -130,6 +161,11 @@ def _windows(c: dict[str, Any]) -> tuple[int | None, tuple[str, ...]]:
             "'mistral', whose layers are alike; 'ministral' is the same model with layers of both kinds"
         )
     return (window, kinds) if SLIDING in kinds else (None, ())
+
+
+def _layer_types(c: dict[str, Any]) -> tuple[str, ...]:
+    given = c.get("layer_types") or ()
+    return tuple(given) if isinstance(given, list | tuple) else (given,)
 
 
 def _written_windows(fields: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""PEFT's two files of a LoRA adapter: adapter_config.json and adapter_model.safetensors."""
+"""PEFT's two files of a LoRA adapter: adapter_config.json and adapter_model.safetensors.
+
+An adapter that was trained on a base made to see a part of its past is none that PEFT could use: on the base as it is
+stored, it would be part of another function. Its `peft_type` is therefore one that PEFT refuses.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +23,20 @@ _NEUTRAL = {
     "inference_mode", "revision", "auto_mapping", "peft_version", "exclude_modules", "layers_to_transform",
     "layers_pattern", "megatron_config", "qalora_group_size", "megatron_core", "runtime_config", "ensure_weight_tying",
 }  # fmt: skip
+_PARTIAL_CONTEXT = "PARTIAL_CONTEXT_LORA"
 _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {"init_lora_weights": (True, False, "gaussian"), "bias": ("none",)}
 
 
 class LoraConfig(NamedTuple):
-    """What adapter_config.json says of an adapter."""
+    """What adapter_config.json says of an adapter.
+
+    partial: what its base was made, see models/partial.py; None: it is as it is stored.
+    """
 
     rank: int
     alpha: float
     dropout: float
+    partial: Any = None
 
 
 def write_adapter(
@@ -40,7 +49,7 @@ def write_adapter(
     write_json(
         directory / "adapter_config.json",
         {
-            "peft_type": "LORA",
+            "peft_type": "LORA" if config.partial is None else _PARTIAL_CONTEXT,
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": base_model,
             "r": config.rank,
@@ -49,6 +58,7 @@ def write_adapter(
             "target_modules": list(targets),
             "inference_mode": True,
             "bias": "none",
+            **({} if config.partial is None else {"partial_context": config.partial}),
         },
     )
 
@@ -72,8 +82,9 @@ def read_adapter(directory: str | Path) -> tuple[LoraConfig, Path, dict[str, Ten
 
 def _read_config(path: Path) -> LoraConfig:
     config = read_json(path)
-    if config.get("peft_type") != "LORA":
-        raise InputError(f"{path}: peft_type is {config.get('peft_type')!r}, but must be 'LORA'")
+    partial = config.pop("partial_context", None)
+    if config.get("peft_type") != (wanted := "LORA" if partial is None else _PARTIAL_CONTEXT):
+        raise InputError(f"{path}: peft_type is {config.get('peft_type')!r}, but must be {wanted!r}")
     for field, value in config.items():
         if field not in _NEUTRAL and value and value not in _NEUTRAL_VALUES.get(field, ()):
             raise InputError(f"{path}: {field} = {value!r} is not supported; train the adapter without it")
@@ -84,4 +95,4 @@ def _read_config(path: Path) -> LoraConfig:
         raise InputError(f"{path}: lora_alpha is {alpha!r}, but must be a number above 0")
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise InputError(f"{path}: lora_dropout is {dropout!r}, but must be a number from 0 up to, not including, 1")
-    return LoraConfig(rank, alpha, dropout)
+    return LoraConfig(rank, alpha, dropout, partial)

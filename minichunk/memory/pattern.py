@@ -17,8 +17,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-
 
 class Part(NamedTuple):
     """Queries of a chunk that see alike, at the positions from `start` to `stop`: in tiles of `length`, each of which
@@ -39,26 +37,15 @@ def whole(start: int, stop: int, pinned: int) -> Part:
     return Part(start, stop, stop - start, start - pinned, stop - pinned, pinned)
 
 
-def check(name: str, value: int, least: int) -> None:
-    """Raise InputError for a pattern's number that is none."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"{name} is {value!r}, but must be a whole number of at least {least}")
-
-
 @dataclass(frozen=True)
 class Window:
     """Query i sees j <= i with i - j < window, as Hugging Face's sliding_attention, or j < sinks.
 
-    window: at least 1. None: full attention. Raises InputError for other numbers.
+    window: at least 1. None: full attention.
     """
 
     window: int | None = None
     sinks: int = 0
-
-    def __post_init__(self) -> None:
-        if self.window is not None:
-            check("window", self.window, 1)
-        check("sinks", self.sinks, 0)
 
     @property
     def reach(self) -> int:
@@ -96,16 +83,12 @@ class Window:
 class Strided:
     """In blocks: query i in block Q sees j <= i in the blocks K with Q - K < local, or K a multiple of stride.
 
-    The blocks of LongGen (arXiv 2410.01485). All numbers are at least 1; raises InputError for others.
+    The blocks of LongGen (arXiv 2410.01485). All numbers are at least 1.
     """
 
     block: int = 64
     local: int = 16
     stride: int = 16
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            check(name, value, 1)
 
     @property
     def reach(self) -> int:

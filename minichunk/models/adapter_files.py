@@ -9,14 +9,17 @@ import torch
 from ..errors import InputError
 from ..files.peft import LoraConfig, read_adapter, write_adapter
 from .lora import adapters, add_lora, linear_layers
+from .partial import apply_saved
+from .pretrained import Pretrained
 from .quantize import Linear4bit
 from .stack import Stack
 
 
-def save_adapter(model: Stack, directory: str | Path, base_model: str | Path = "") -> None:
+def save_adapter(model: Pretrained, directory: str | Path, base_model: str | Path = "") -> None:
     """Write the model's adapter as PEFT's `adapter_model.safetensors` and `adapter_config.json`.
 
     base_model: path or hub name of the base model, which PEFT reads from the config.
+    If `partial_context` changed the base, the config says so, and PEFT refuses it.
     Raises InputError if there is no adapter.
     """
     layers = adapters(model)
@@ -29,21 +32,28 @@ def save_adapter(model: Stack, directory: str | Path, base_model: str | Path = "
         tensors[f"{name}.lora_A.weight"] = layer.lora_A.weight.detach()
         tensors[f"{name}.lora_B.weight"] = layer.lora_B.weight.detach()
     targets = sorted({name.rpartition(".")[2] for name in layers})
-    write_adapter(directory, LoraConfig(rank, first.scale * rank, first.dropout), targets, tensors, str(base_model))
+    config = LoraConfig(rank, first.scale * rank, first.dropout, model.partial)
+    write_adapter(directory, config, targets, tensors, str(base_model))
 
 
-def load_adapter(model: Stack, directory: str | Path) -> None:
+def load_adapter(model: Pretrained, directory: str | Path) -> None:
     """Read an adapter that `save_adapter` or PEFT wrote, adding it to the model if it has none.
 
+    If it was trained on a base that `partial_context` had changed, the model is changed so too.
     Raises InputError, naming the file, for a damaged one, one of another model, and for variants of
     LoRA that are not supported.
     """
-    (rank, alpha, dropout), path, tensors = read_adapter(directory)
+    (rank, alpha, dropout, partial), path, tensors = read_adapter(directory)
     names = {name.removesuffix(f".lora_{x}.weight") for name in tensors for x in "AB"}
     targets = sorted({name.rpartition(".")[2] for name in names} & set(linear_layers(model)))
     if not targets:
         raise InputError(f"{path} has no LoRA weights of {', '.join(linear_layers(model))}")
     _check_shapes(model, targets, rank, tensors, path)
+    if partial is not None:
+        try:
+            apply_saved(model, partial)
+        except InputError as error:
+            raise InputError(f"{path.parent / 'adapter_config.json'}: {error}") from None
     if not adapters(model):
         add_lora(model, rank, alpha, targets, dropout)
     with torch.no_grad():

@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import InputError
 from ..files.config_fields import check_sizes, first_eos, lists_to_tuples
 from ..files.config_json import SIZES, check_windows, read_config, write_config
+from ..memory.pattern import FULL, Pattern, Strided, Window
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,11 @@ class Llama3Rope:
     original_max_position_embeddings: int
 
 
+def pattern_of(fields: dict[str, int]) -> Pattern:
+    """The pattern that `asdict` made these fields of."""
+    return Strided(**fields) if "block" in fields else Window(**fields)
+
+
 @dataclass(frozen=True)
 class LlamaConfig:
     """Shape and constants of a model, with Hugging Face's names.
@@ -27,7 +33,8 @@ class LlamaConfig:
     Three fields are ours, because `config.json` implies them by `model_type`: `attention_bias` is
     the bias of q, k and v, `attention_out_bias` that of o, `qk_norm` the RMSNorm on each head's
     queries and keys. `layer_types` says for each layer whether it has full_attention or sliding_attention, to the
-    last `sliding_window` positions, the own included; empty: full_attention for all.
+    last `sliding_window` positions, the own included; or ours, partial_attention: what `pattern` says, then in the
+    place of windows. Empty: full_attention for all.
     """
 
     vocab_size: int
@@ -48,6 +55,7 @@ class LlamaConfig:
     qk_norm: bool = False
     sliding_window: int | None = None
     layer_types: tuple[str, ...] = ()
+    pattern: Pattern | None = None
     model_type: str = "llama"
     bos_token_id: int | None = None
     eos_token_id: int | tuple[int, ...] | None = None
@@ -63,19 +71,21 @@ class LlamaConfig:
         if self.head_dim % 2:
             raise InputError(f"config: head_dim is {self.head_dim}, but RoPE needs an even number")
 
-        check_windows(self.num_hidden_layers, self.sliding_window, self.layer_types)
+        check_windows(asdict(self))
 
-    def windows(self) -> list[int | None]:
-        """How many positions each layer sees; None: all of them."""
+    def patterns(self) -> list[Pattern]:
+        """What the queries of each layer see."""
         kinds = self.layer_types or ("full_attention",) * self.num_hidden_layers
-        return [self.sliding_window if kind == "sliding_attention" else None for kind in kinds]
+        partial = self.pattern or Window(self.sliding_window)
+        return [FULL if kind == "full_attention" else partial for kind in kinds]
 
     @classmethod
     def from_dict(cls, hugging_face_config: dict[str, Any]) -> LlamaConfig:
         """From a parsed `config.json`. Raises InputError, naming the field, for what this model does not compute."""
         fields = read_config(hugging_face_config)
-        scaling = fields.pop("rope_scaling")
-        return cls(**fields, rope_scaling=Llama3Rope(**scaling) if scaling else None)
+        scaling, pattern = fields["rope_scaling"], fields["pattern"]
+        made = {"rope_scaling": scaling and Llama3Rope(**scaling), "pattern": pattern and pattern_of(pattern)}
+        return cls(**fields | made)
 
     def first_eos(self) -> int | None:
         """The end token that a written text gets, if there is any; a model may know several."""

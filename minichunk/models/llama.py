@@ -13,7 +13,7 @@ from ..memory.attention import Past
 from ..memory.cache import LayerCache
 from ..memory.layers import Extent, LayerMemory, wide
 from ..memory.offload import OffloadedLayer, Stage
-from ..memory.pattern import FULL, Pattern, Window
+from ..memory.pattern import FULL, Pattern
 from .config import LlamaConfig
 from .decoder import Decoder, RMSNorm
 from .rope import Rope, rope_tables, rotate
@@ -103,7 +103,7 @@ class Layer(nn.Module):
 
 
 class Llama(Decoder):
-    """A decoder-only transformer: Llama 1-3, Mistral, Ministral, Qwen2, Qwen3; with layers that see a window, too.
+    """A decoder-only transformer: Llama 1-3, Mistral, Ministral, Qwen2, Qwen3; its layers may see a part of the past.
 
     `Llama(config)` has random weights; `Llama.from_pretrained(directory)` has trained ones.
     """
@@ -112,7 +112,7 @@ class Llama(Decoder):
     config_class = LlamaConfig
 
     def __init__(self, config: LlamaConfig) -> None:
-        super().__init__(config, (Layer(config, Window(window)) for window in config.windows()))
+        super().__init__(config, (Layer(config, pattern) for pattern in config.patterns()))
 
     def shared(self, x: Tensor, start: int) -> tuple[Rope]:
         return (rope_tables(self.config, start, start + x.shape[1], x),)

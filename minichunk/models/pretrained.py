@@ -21,6 +21,7 @@ class Pretrained(Stack):
     """A model that comes from a Hugging Face checkpoint and can be written as one."""
 
     config_class: Any  # of `config`
+    partial: dict[str, Any] | None = None  # what `partial_context` changed since the checkpoint was loaded
 
     @classmethod
     def from_pretrained(

@@ -67,7 +67,7 @@ def shape(name: str) -> Any:
 
 
 def random_model(
-    name: str,
+    shaped: Any,
     dtype: torch.dtype,
     rank: int = 0,
     targets: Sequence[str] | None = None,
@@ -77,9 +77,10 @@ def random_model(
 ) -> Pretrained:
     """A model of this shape with random weights, and LoRA of `rank` unless that is 0. Raises InputError.
 
+    shaped: a config, or a name for `shape`.
     targets: of LoRA, see `add_lora`. num_layers: how many it has (None: all of the shape's), if they are alike.
     """
-    config = shape(name)
+    config = shape(shaped) if isinstance(shaped, str) else shaped
     model = _random(config if num_layers is None else with_layers(config, num_layers), dtype, device)
     if load_in_4bit:
         quantize(model)

@@ -81,6 +81,7 @@ def evaluate_files(
     """`minichunk evaluate`: print the loss by position. Raises InputError before anything is measured."""
     from ..files.chat import load_chat_template
     from ..files.shipped import MEASURED_ON, SHIPPED_MODEL, novel
+    from ..models.partial import describe
     from .load import load_as_told
     from .options import check_least
 
@@ -94,6 +95,8 @@ def evaluate_files(
     spans = spans_for(language_model.config.max_position_embeddings, len(pieces[0]))
     with tqdm(total=len(pieces), desc="evaluate", unit="document", leave=False) as bar:
         losses = loss_by_position(language_model, pieces, chunk_size, spans, bar.update)
+    if seen := describe(language_model.config):
+        print(seen)
     print(f"{line}\n\nmean loss, nats per token ({len(pieces)} documents)")
     for span in losses:
         print(f"{f'{span.start:,} to {span.stop:,}':18} {span.loss:7.3f}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -11,12 +11,18 @@ import torch
 from ..chunks import Chunk, cut
 from ..errors import InputError
 from ..files.shipped import SHIPPED_MODEL
+from ..memory.pattern import Pattern, Strided, Window
 from ..samplers import Bernoulli, FixedBudget, PaperBudget, most_kept
 from ..spaco import Sampler
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 METHODS = ("seco", "spaco", "full")
 SAMPLERS = ("bernoulli", "fixed", "paper")
+# Each kind's options, with their default and their least value.
+PARTIAL_CONTEXT = {
+    "window": {"window": (1024, 1), "sinks": (64, 0)},
+    "strided": {"block": (64, 1), "local": (16, 1), "stride": (16, 1)},
+}
 
 
 def check_device(name: str | None) -> str:
@@ -49,6 +55,32 @@ def check_4bit(load_in_4bit: bool, rank: int) -> None:
         raise InputError("--load-in-4bit freezes the base: it needs an adapter, --rank of at least 1")
 
 
+def pattern_options(kind: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of `--partial-context` by name, with their defaults for None; those of the other kind are None.
+
+    given: these and others, by name. Raises InputError.
+    """
+    check_choice("partial_context", kind, PARTIAL_CONTEXT)
+    values: dict[str, Any] = {}
+    for other, options in PARTIAL_CONTEXT.items():
+        for name, (default, least) in options.items():
+            if other != kind and given[name] is not None:
+                raise InputError(f"--{name} belongs to --partial-context {other}")
+            check_least({name: (given[name], least)})
+            values[name] = default if other == kind and given[name] is None else given[name]
+    if kind is None and given["full_layers"] is not None:
+        raise InputError("--full-layers belongs to --partial-context")
+    return values
+
+
+def make_pattern(kind: str | None, given: Mapping[str, Any]) -> Pattern | None:
+    """The pattern of `--partial-context`; None: none. Raises InputError."""
+    values = {name: value for name, value in pattern_options(kind, given).items() if value is not None}
+    if kind is None:
+        return None
+    return Window(**values) if kind == "window" else Strided(**values)
+
+
 def default_dtype(device: str) -> str:
     """The name of the dtype that a model has on this device unless told otherwise."""
     return "bfloat16" if device.startswith("cuda") else "float32"
@@ -75,6 +107,13 @@ class TrainOptions:
     recompute_attention: bool = False
     cache_grad_dtype: str | None = None
     offload: bool = False
+    partial_context: str | None = None
+    window: int | None = None
+    sinks: int | None = None
+    block: int | None = None
+    local: int | None = None
+    stride: int | None = None
+    full_layers: tuple[int, ...] | None = None
     deterministic: bool = False
     steps: int = 60
     batch_size: int = 1
@@ -107,7 +146,12 @@ class TrainOptions:
             lr=self.lr if self.lr is not None else self._default_lr(),
             warmup=self.warmup if self.warmup is not None else self.steps // 10,
             budget=self.budget or (max(1, num_chunks // 4) if self.method == "spaco" else None),
+            **pattern_options(self.partial_context, vars(self)),
         )
+
+    def pattern(self) -> Pattern | None:
+        """What the layers of `--partial-context` see."""
+        return make_pattern(self.partial_context, vars(self))
 
     def _default_lr(self) -> float:
         if self.rank == 0:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -25,11 +23,13 @@ from ..files.shipped import EXTENDED_ON, MEASURED_ON, novel
 from ..full import full
 from ..models.adapter_files import save_adapter
 from ..models.lora import add_lora, linear_layers
+from ..models.partial import describe, partial_context
 from ..models.pretrained import Pretrained
 from ..models.quantize import count_parameters
 from ..seco import seco
 from ..spaco import spaco
 from .evaluate import Span, loss_by_position, spans_for
+from .interrupt import interrupt_flag
 from .load import check_host_room, load_as_told
 from .loop import NonFiniteLoss, Schedule, Trainer, deterministic_kernels
 from .options import DTYPES, TrainOptions
@@ -74,6 +74,8 @@ def _train(options: TrainOptions, resumed: Run | None, before: list[Span] | None
     recompute = large if options.recompute is None else options.recompute
     options = replace(options, output=str(run.directory), recompute=recompute)
     say(f"model   {options.model}: {total:,} parameters, {trainable:,} of them trained, {options.dtype}")
+    if seen := describe(model.config):
+        say(f"past    {seen}")
     say(f"data    {line}")
     num_chunks = 1 if options.method == "full" else len(cut(options.seq_len, options.chunk_size))
     say(f"method  {options.method}, {options.seq_len:,} tokens in {num_chunks} chunk{'s' if num_chunks > 1 else ''}")
@@ -99,9 +101,9 @@ def _train(options: TrainOptions, resumed: Run | None, before: list[Span] | None
         after = evaluate("loss by position after")
     except KeyboardInterrupt:
         raise Interrupted(_how_to_resume(trainer, run)) from None
+    context = model.config.max_position_embeddings
     written = _write_results(model, run, options, before, after)
 
-    context = model.config.max_position_embeddings
     if before:
         say(f"\nmean loss on held-out text, nats per token ({len(validation)} documents)")
         say(loss_table(before, after, context))
@@ -111,9 +113,11 @@ def _train(options: TrainOptions, resumed: Run | None, before: list[Span] | None
 
 
 def load_model(options: TrainOptions) -> tuple[Pretrained, Tokenizer]:
-    """The model with its adapter (or all parameters trainable), and its tokenizer. Raises InputError."""
+    """The model that is to be trained, with its adapter or all parameters, and its tokenizer. Raises InputError."""
     torch.manual_seed(options.seed)  # the adapter's initial weights
     model, tokenizer = load_as_told(options.model, None, options.dtype, options.device, options.load_in_4bit)
+    if (pattern := options.pattern()) is not None:
+        partial_context(model, pattern, options.full_layers)
     if options.rank:
         add_lora(model, options.rank, options.alpha, options.targets or linear_layers(model), options.dropout)
     return model, tokenizer
@@ -173,7 +177,7 @@ def _evaluate(model: Pretrained, documents: Sequence[Document], options: TrainOp
 
 def _run_steps(trainer: Trainer, run: Run, options: TrainOptions) -> None:
     with (
-        _interrupt_flag() as interrupted,
+        interrupt_flag() as interrupted,
         tqdm(total=options.steps, initial=trainer.step, desc="train", unit="step") as bar,
     ):
         while trainer.step < options.steps:
@@ -195,27 +199,6 @@ def _run_steps(trainer: Trainer, run: Run, options: TrainOptions) -> None:
 
 def _how_to_resume(trainer: Trainer, run: Run) -> str:
     return f"saved after step {trainer.step}; go on with: minichunk train --output {run.directory} --resume"
-
-
-@contextmanager
-def _interrupt_flag() -> Iterator[list[int]]:
-    """A list that is empty until Ctrl-C: the step at work ends first. A second Ctrl-C stops at once."""
-    flag: list[int] = []
-
-    def on_interrupt(number: int, _: object) -> None:
-        tqdm.write("Ctrl-C: finishing this step, then saving (press it again to stop at once)")
-        flag.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    try:
-        previous = signal.signal(signal.SIGINT, on_interrupt)
-    except ValueError:  # not the main thread: there is no Ctrl-C to catch
-        yield flag
-        return
-    try:
-        yield flag
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _write_results(

@@ -1,0 +1,30 @@
+"""Ctrl-C that lets the step at work end first."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+
+@contextmanager
+def interrupt_flag() -> Iterator[list[int]]:
+    """A list that is empty until Ctrl-C: the step at work ends first. A second Ctrl-C stops at once."""
+    flag: list[int] = []
+
+    def on_interrupt(number: int, _: object) -> None:
+        tqdm.write("Ctrl-C: finishing this step, then saving (press it again to stop at once)")
+        flag.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    try:
+        previous = signal.signal(signal.SIGINT, on_interrupt)
+    except ValueError:  # not the main thread: there is no Ctrl-C to catch
+        yield flag
+        return
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGINT, previous)

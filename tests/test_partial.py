@@ -1,0 +1,464 @@
+"""A model of full attention made a hybrid: what it computes, and that nothing that is written forgets it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import minichunk as mc
+from minichunk.command.main import build_parser, main
+from minichunk.costs import plan
+from minichunk.costs.operations import operations
+from minichunk.costs.setting import Setting
+from minichunk.costs.step import step_memory
+from minichunk.memory.pattern import FULL, Pattern
+from minichunk.models.auto import load_model
+from minichunk.models.partial import describe, partial_config
+from minichunk.training.evaluate import loss_by_position
+from minichunk.training.load import load_as_told
+from minichunk.training.options import PARTIAL_CONTEXT, TrainOptions
+from minichunk.training.train import load_data
+
+from .rounding import exactly, measure, outcome
+from .strategies import build, tiny
+from .test_model import ARCHITECTURES, BASE
+
+IDS = torch.randint(23, (2, 30), generator=torch.Generator().manual_seed(0))
+PATTERNS = [mc.Window(5), mc.Window(4, 3), mc.Strided(3, 2, 2)]
+
+
+def hybrid(pattern: Pattern, layers: int = 3, adapter: bool = False, **fields: Any) -> mc.Llama:
+    """The middle one of three layers sees everything."""
+    model = build(tiny(layers, **fields), seed=1)
+    if adapter:
+        with_adapter(model)
+    mc.partial_context(model, pattern)
+    return model
+
+
+def with_adapter(model: mc.Llama) -> mc.Llama:
+    mc.add_lora(model, 2, 4)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    return model
+
+
+def sees(pattern: Pattern, i: int, j: int) -> bool:
+    """The rule, one pair at a time."""
+    if isinstance(pattern, mc.Strided):
+        block, other = i // pattern.block, j // pattern.block
+        return j <= i and (block - other < pattern.local or other % pattern.stride == 0)
+    return j <= i and (pattern.window is None or i - j < pattern.window or j < pattern.sinks)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("full_layers", [(), (0,), None])
+def test_what_a_position_sees(pattern: Pattern, full_layers: tuple[int, ...] | None) -> None:
+    """One layer, and three of which one sees everything: outputs depend on what the patterns let through, and only."""
+    model = build(tiny(1 if full_layers == () else 3), seed=0)
+    mc.partial_context(model, pattern, full_layers)
+    parts = {(): [pattern], (0,): [FULL, pattern, pattern], None: [pattern, FULL, pattern]}[full_layers]
+    T = 14
+    expected = torch.eye(T)
+    for part in parts:
+        expected = torch.tensor([[float(sees(part, i, j)) for j in range(T)] for i in range(T)]) @ expected
+    x = model.embedding(IDS[:1, :T]).detach().requires_grad_()
+    hidden = x
+    for layer in model.layers:
+        hidden, _ = layer(hidden, None, *model.shared(hidden, 0))
+    found = [torch.autograd.grad(hidden[0, i].square().sum(), x, retain_graph=True)[0][0] for i in range(T)]
+    assert torch.equal(torch.stack(found).abs().sum(-1) > 0, expected > 0)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("adapter", [False, True])
+def test_all_methods_compute_the_gradient_of_the_hybrid(pattern: Pattern, adapter: bool) -> None:
+    model = hybrid(pattern, adapter=adapter)
+    exact = exactly(model, lambda: mc.full(model, IDS, IDS))
+    exact.check(outcome(model, lambda: mc.seco(model, IDS, IDS, 7)))
+    exact.check(outcome(model, lambda: mc.seco(model, IDS, IDS, 12, offload=True, recompute=True)))
+    all_kept = mc.Bernoulli(1.0)
+    exact.check(outcome(model, lambda: mc.spaco(model, IDS, IDS, 7, sampler=all_kept)))
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_the_conversion_changes_the_function_and_no_weight(pattern: Pattern) -> None:
+    model = build(tiny(3), seed=1)
+    before, weights = model(IDS), {name: p.clone() for name, p in model.named_parameters()}
+    mc.partial_context(model, pattern)
+    assert not torch.allclose(model(IDS), before)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, weights[name]), name
+    assert model.config.patterns() == [layer.self_attn.pattern for layer in model.layers] == [pattern, FULL, pattern]
+
+
+def test_a_window_of_the_whole_text_changes_nothing() -> None:
+    model = build(tiny(3), seed=1)
+    exact = measure(lambda: {"logits": model(IDS)})
+    mc.partial_context(model, mc.Window(30))
+    exact.check({"logits": model(IDS)})
+
+
+@pytest.mark.parametrize(("layers", "full"), [(3, [1]), (4, [1, 2]), (6, [2, 3]), (12, [4, 5, 6, 7])])
+def test_the_middle_third_stays(layers: int, full: list[int]) -> None:
+    patterns = partial_config(tiny(layers), mc.Window(9)).patterns()
+    assert [i for i, pattern in enumerate(patterns) if pattern == FULL] == full
+
+
+STOCK = {
+    "llama": "ministral", "llama, tied": "ministral", "llama 3.1": "ministral", "mistral": "ministral",
+    "qwen2": "qwen2", "qwen3": "qwen3", "qwen3, biases": "qwen3",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_stock_transformers_compute_a_hybrid_with_windows(name: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    ours = build(mc.LlamaConfig.from_dict({**BASE, **ARCHITECTURES[name]}), seed=0)
+    mc.partial_context(ours, mc.Window(6))
+    ours.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == STOCK[name]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float64, attn_implementation="eager"
+    )
+    exact = measure(lambda: {"logits": ours(IDS)})
+    exact.check({"logits": theirs(IDS).logits.detach()}, unit=2.0**-24)  # see test_model.py
+    again = mc.Llama.from_pretrained(tmp_path)
+    assert again.config == ours.config
+    assert torch.equal(again(IDS), ours(IDS))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name"),
+    [
+        (mc.Window(5, 2), "llama"), (mc.Strided(3, 2, 2), "llama 3.1"), (mc.Window(5, 2), "qwen2"),
+        (mc.Strided(3, 2, 2), "qwen3"), (mc.Window(5, 2), "mistral"), (mc.Window(5), "llama, biases"),
+    ],
+)  # fmt: skip
+def test_what_transformers_would_ignore_it_refuses(pattern: Pattern, name: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    ours = build(mc.LlamaConfig.from_dict({**BASE, **ARCHITECTURES[name]}), seed=0)
+    mc.partial_context(ours, pattern)
+    ours.save_pretrained(tmp_path)
+    for their in ("AutoConfig", "AutoModel", "AutoModelForCausalLM"):
+        with pytest.raises(ValueError, match="model type `partial_context`"):
+            getattr(transformers, their).from_pretrained(tmp_path)
+    for their in ("LlamaForCausalLM", "Qwen2ForCausalLM"):  # which take any type, with a warning
+        with pytest.raises(Exception, match=r"layer_types.*partial_attention"):
+            getattr(transformers, their).from_pretrained(tmp_path)
+    again = load_model(tmp_path)
+    assert again.config == ours.config
+    assert torch.equal(again(IDS), ours(IDS))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"base_model_type": None}, "base_model_type None is not supported"),
+        ({"pattern": None}, "the field pattern is missing"),
+        ({"layer_types": None}, "the field layer_types is missing"),
+        ({"pattern": {"window": 4}}, "must have window and sinks, or block, local and stride"),
+        ({"pattern": {"window": 0, "sinks": 1}}, "window is 0"),
+        ({"pattern": {"window": 4, "sinks": -1}}, "sinks is -1"),
+        ({"pattern": {"block": 4, "local": 2, "stride": "2"}}, "stride is '2'"),
+        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "or 'partial_attention'"),
+        ({"model_type": "ministral"}, "or 'sliding_attention'"),
+    ],
+)
+def test_a_wrong_config_is_named(change: dict[str, Any], words: str) -> None:
+    written = hybrid(mc.Window(4, 3)).config.to_dict()
+    with pytest.raises(mc.InputError, match=words):
+        mc.LlamaConfig.from_dict({**written, **change})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((mc.Window(0),), "window is 0"),
+        ((mc.Window(4, -1),), "sinks is -1"),
+        ((mc.Window(),), "window is None"),
+        ((mc.Strided(4, 0),), "local is 0"),
+        (("window",), "must be a Window or a Strided"),
+        ((mc.Window(4), [3]), "there is no layer 3; this model has 0 to 2"),
+        ((mc.Window(4), [-1]), "there is no layer -1"),
+        ((mc.Window(4), [0, 1, 2]), "these are all 3"),
+    ],
+)
+def test_mistakes_leave_the_model_as_it_was(arguments: Any, words: str) -> None:
+    model = build(tiny(3), seed=0)
+    before, config = model(IDS), model.config
+    with pytest.raises(mc.InputError, match=words):
+        mc.partial_context(model, *arguments)
+    assert model.config == config
+    assert model.partial is None
+    assert torch.equal(model(IDS), before)
+
+
+@pytest.mark.parametrize("bias", ["attention_bias", "attention_out_bias", "mlp_bias"])
+def test_a_bias_that_stock_transformers_would_leave_out(bias: str) -> None:
+    assert partial_config(tiny(3), mc.Window(5)).model_type == "ministral"
+    assert partial_config(tiny(3, **{bias: True}), mc.Window(5)).to_dict()["model_type"] == "partial_context"
+
+
+def test_models_of_another_kind_are_refused() -> None:
+    with pytest.raises(mc.InputError, match="attention in all layers, not StateSpace"):
+        mc.partial_context(mc.StateSpace(mc.StateSpaceConfig(23, 8, 4, 2)), mc.Window(4))
+    for model in (hybrid(mc.Window(5)), hybrid(mc.Window(5, 1))):
+        with pytest.raises(mc.InputError, match=r"see a part of their past already .layers 0 and 2 see the last 5"):
+            mc.partial_context(model, mc.Window(4))
+
+
+def test_words() -> None:
+    kinds = tuple(f"{kind}_attention" for kind in ["sliding", "full", "sliding", "sliding", "sliding", "full"])
+    windows = tiny(6, sliding_window=2000, layer_types=kinds)
+    assert describe(windows) == "layers 0 and 2-4 see the last 2,000 positions, layers 1 and 5 see all of the past"
+    strided = partial_config(tiny(3), mc.Strided(64, 16, 8), [])
+    assert describe(strided) == "layers 0-2 see the last 16 blocks of 64 positions and every 8th before"
+    assert describe(tiny(3)) == describe(mc.StateSpaceConfig(23, 8, 4, 2)) == ""
+
+
+# Adapters.
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("adapter_first", [False, True])
+def test_an_adapter_brings_its_hybrid_along(pattern: Pattern, adapter_first: bool, tmp_path: Path) -> None:
+    model = hybrid(pattern, adapter=adapter_first)
+    if not adapter_first:
+        with_adapter(model)
+    mc.save_adapter(model, tmp_path)
+    for base in (build(tiny(3), seed=1), hybrid(pattern)):
+        mc.load_adapter(base, tmp_path)
+        assert torch.equal(base(IDS).detach(), model(IDS).detach())
+        assert base.config == model.config
+        mc.load_adapter(base, tmp_path)  # once more
+        mc.save_adapter(base, tmp_path)  # and on
+
+
+def test_peft_refuses_the_adapter_of_a_hybrid(tmp_path: Path) -> None:
+    """It would put it beside a base that sees everything, with no more than a warning."""
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    build(tiny(3), seed=1).save_pretrained(tmp_path / "base")
+    mc.save_adapter(hybrid(mc.Window(5), adapter=True), tmp_path / "adapter", tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    for load in (lambda path: peft.PeftModel.from_pretrained(base, path), base.load_adapter):
+        with pytest.raises(KeyError, match="PARTIAL_CONTEXT_LORA"):
+            load(str(tmp_path / "adapter"))
+
+
+@pytest.mark.parametrize("pattern", [mc.Window(5), mc.Window(5, 2)])
+def test_the_adapter_of_a_stored_hybrid_is_an_ordinary_one(pattern: Pattern, tmp_path: Path) -> None:
+    hybrid(pattern).save_pretrained(tmp_path / "base")
+    model = with_adapter(mc.Llama.from_pretrained(tmp_path / "base"))
+    mc.save_adapter(model, tmp_path / "adapter", tmp_path / "base")
+    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["peft_type"] == "LORA"
+    again = mc.Llama.from_pretrained(tmp_path / "base")
+    mc.load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(again(IDS).detach(), model(IDS).detach())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"partial_context": None}, "peft_type is 'PARTIAL_CONTEXT_LORA', but must be 'LORA'"),
+        ({"peft_type": "LORA"}, "peft_type is 'LORA', but must be 'PARTIAL_CONTEXT_LORA'"),
+        ({"partial_context": 3}, "must have pattern and full_layers"),
+        ({"partial_context": {"pattern": {"window": 5}, "full_layers": [1]}}, "must have window and sinks"),
+        ({"partial_context": {"pattern": {"window": 5, "sinks": 0}, "full_layers": 1}}, "full_layers is 1"),
+        ({"partial_context": {"pattern": {"window": 5, "sinks": 0}, "full_layers": [9]}}, "there is no layer 9"),
+    ],
+)
+def test_a_damaged_record_is_named(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    mc.save_adapter(hybrid(mc.Window(5), adapter=True), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    model = build(tiny(3), seed=1)
+    with pytest.raises(mc.InputError, match=f"adapter_config.json: .*{words}"):
+        mc.load_adapter(model, tmp_path)
+    assert model.partial is None
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_an_adapter_of_another_hybrid_is_refused(tmp_path: Path) -> None:
+    mc.save_adapter(hybrid(mc.Window(5), adapter=True), tmp_path)
+    elsewhere = build(tiny(3), seed=1)
+    mc.partial_context(elsewhere, mc.Window(5), [0])
+    for other in (hybrid(mc.Window(6)), hybrid(mc.Window(5, 1)), elsewhere):
+        with pytest.raises(mc.InputError, match=r"adapter_config.json: layers of this model see a part"):
+            mc.load_adapter(other, tmp_path)
+
+
+def test_merged_and_saved_it_is_the_same_hybrid(tmp_path: Path) -> None:
+    model = hybrid(mc.Window(5), adapter=True)
+    mc.merge_lora(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(mc.load_model(tmp_path)(IDS), model(IDS))
+
+
+def test_a_4_bit_base(model_directory: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = with_adapter(mc.Llama.from_pretrained(model_directory, load_in_4bit=True))
+    before = model(IDS).detach()
+    mc.partial_context(model, mc.Window(5), [0])
+    exact = exactly(model, lambda: mc.full(model, IDS, IDS))
+    exact.check(outcome(model, lambda: mc.seco(model, IDS, IDS, 12)))
+    mc.save_adapter(model, tmp_path)
+    again = mc.Llama.from_pretrained(model_directory, load_in_4bit=True)
+    mc.load_adapter(again, tmp_path)
+    assert torch.equal(again(IDS).detach(), model(IDS).detach())
+    assert not torch.equal(again(IDS).detach(), before)
+
+
+# Commands.
+
+
+@pytest.fixture
+def command(model_directory: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.chdir(tmp_path)
+    return [
+        "train", "--model", str(model_directory), "--data", str(text), "--device", "cpu", "--seq-len", "40",
+        "--chunk-size", "8", "--steps", "2", "--rank", "2", "--lr", "0.1", "--output", "run", "--full-layers", "1",
+    ]  # fmt: skip
+
+
+WINDOW = ["--partial-context", "window", "--window", "4", "--sinks", "2"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [*WINDOW, "--dropout", "0.1"],
+        [*WINDOW, "--rank", "0"],
+        [*WINDOW, "--method", "spaco", "--budget", "2", "--offload"],
+        [*WINDOW, "--method", "full", "--sinks", "0", "--rank", "0"],
+        [*WINDOW, "--recompute", "--full-layers"],
+        pytest.param(["--partial-context", "strided"], marks=pytest.mark.xfail(raises=AttributeError, strict=True)),
+    ],
+    ids=" ".join,
+)
+def test_what_was_trained_is_what_is_evaluated(
+    command: list[str], options: list[str], model_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The losses after training are those of the model that the other commands load, and not of the base's function."""
+    assert main([*command, *options]) == 0
+    assert "past    layer" in capsys.readouterr().out
+    after = [span["loss"] for span in json.loads(Path("run/loss_by_position.json").read_text())["after"]]
+    info = json.loads(Path("run/run.json").read_text())["options"]
+    whole = Path("run/model").is_dir()
+    used = ("run/model", None) if whole else (str(model_directory), "run/adapter")
+    model, tokenizer = load_as_told(*used, device="cpu")
+    assert "the last 4 positions" in describe(model.config) or "strided" in options
+    _, held_out, _ = load_data(TrainOptions.from_dict(info), model, tokenizer)
+    spans = [(0, 16), (16, 32), (32, 40)]
+    assert [span.loss for span in loss_by_position(model, held_out, 8, spans)] == pytest.approx(after, rel=1e-6)
+    for layer in model.layers:
+        layer.self_attn.pattern = FULL  # type: ignore[union-attr, assignment]
+    assert abs(loss_by_position(model, held_out, 8, spans)[1].loss - after[1]) > 1e-4
+
+    named = ["--model", used[0], *([] if whole else ["--adapter", used[1] or ""])]
+    assert main(["generate", "It is", *named, "--max-new-tokens", "9", "--device", "cpu"]) == 0
+    assert capsys.readouterr().out.startswith("It is")
+    assert main(["train", "--resume", "--output", "run"]) == 0
+    assert "the last 4 positions" in capsys.readouterr().out
+
+
+def test_evaluate_says_what_is_measured(command: list[str], text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, *WINDOW]) == 0
+    capsys.readouterr()
+    named = ["--model", command[2], "--data", str(text), "--seq-len", "40", "--device", "cpu"]
+    for adapter, said in ((["--adapter", "run/adapter"], True), ([], False)):
+        assert main(["evaluate", *named, *adapter]) == 0
+        assert ("layer 0 sees the last 4 positions and the first 2" in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--partial-context", "sparse"], "--partial-context is 'sparse', but must be one of window, strided"),
+        ([], "--full-layers belongs to --partial-context"),
+        (["--window", "4"], "--window belongs to --partial-context window"),
+        ([*WINDOW, "--block", "4"], "--block belongs to --partial-context strided"),
+        (["--partial-context", "strided", "--sinks", "4"], "--sinks belongs to --partial-context window"),
+        ([*WINDOW, "--window", "0"], "--window is 0, but must be at least 1"),
+        ([*WINDOW, "--sinks", "-1"], "--sinks is -1, but must be at least 0"),
+        (["--partial-context", "strided", "--stride", "0"], "--stride is 0"),
+        ([*WINDOW, "--full-layers", "2"], "there is no layer 2; this model has 0 to 1"),
+        ([*WINDOW, "--full-layers", "0", "1"], "these are all 2"),
+        ([*WINDOW, "--full-layers", "x"], "invalid int value: 'x'"),
+    ],
+)
+def test_mistakes_are_named_before_training(
+    command: list[str], change: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned = ["plan", "--model", command[2], "--seq-len", "64", "--chunk-size", "8", "--full-layers", "1"]
+    for arguments in ([*command, *change], [*planned, *change]):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert words in error
+        assert error.count("\n") == 1
+    assert not Path("run").exists()
+
+
+def test_a_checkpoint_that_is_a_hybrid_is_not_made_another(
+    command: list[str], model_directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = mc.Llama.from_pretrained(model_directory)
+    mc.partial_context(model, mc.Window(4), [0])
+    model.save_pretrained("hybrid")
+    shutil.copy(model_directory / "tokenizer.json", "hybrid")
+    assert main([*command, "--model", "hybrid", *WINDOW]) == 2
+    assert "see a part of their past already" in capsys.readouterr().err
+
+
+def test_the_plan_of_a_hybrid_is_that_of_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(3, vocab_size=512, hidden_size=64, intermediate_size=128, head_dim=16)
+    for name, one in (("base", config), ("hybrid", partial_config(config, mc.Window(200, 8), [0]))):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(one.to_dict()))
+    settings: list[Setting] = []
+
+    def stop(setting: Setting, *_: object) -> None:
+        settings.append(setting)
+        raise mc.InputError("enough")
+
+    monkeypatch.setattr(plan, "plan", stop)
+    options = ["--partial-context", "window", "--window", "200", "--sinks", "8", "--full-layers", "0"]
+    for arguments in (["hybrid"], ["base", *options], ["base"]):
+        assert main(["plan", "--model", str(tmp_path / arguments[0]), *arguments[1:]]) == 2
+    assert settings[0].config() == settings[1].config() != settings[2].config()
+    found = [(step_memory(setting, 2048), setting.memory_bytes(2048), setting.reach()) for setting in settings]
+    assert found[0] == found[1]
+    assert [reach for *_, reach in found] == [208, 208, 0]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_operations_are_those_of_the_pairs_that_are_seen(pattern: Pattern) -> None:
+    """To the triangles at the edges, which are counted as halves."""
+    model = build(tiny(1), seed=0)
+    T = 600
+    whole = operations(model, [], [mc.chunks.Chunk(0, T)], False)["attention"]
+    mc.partial_context(model, pattern, [])
+    part = operations(model, [], [mc.chunks.Chunk(0, T)], False)["attention"]
+    mask = pattern.mask(T)
+    assert mask is not None
+    assert part / whole == pytest.approx(float(mask.sum()) / (T * T / 2), rel=0.02)
+
+
+def test_defaults_in_the_help_are_the_defaults() -> None:
+    (commands,) = build_parser()._subparsers._group_actions  # type: ignore[union-attr]
+    for command in ("train", "plan"):
+        actions = {a.dest: a.help or "" for a in commands.choices[command]._actions}  # type: ignore[index]
+        for options in PARTIAL_CONTEXT.values():
+            for name, (default, _) in options.items():
+                assert f"(default: {default})" in actions[name]
+    assert TrainOptions(partial_context="window").pattern() == mc.Window(1024, 64)
+    assert TrainOptions(partial_context="strided", local=3).resolved().pattern() == mc.Strided(64, 3, 16)
+    assert TrainOptions().resolved().pattern() is None
