@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ..memory.attention import BLOCK
 from .setting import CHUNKED, Setting
 from .step import StepBytes, step_memory
 
@@ -73,10 +72,8 @@ def forecast(setting: Setting) -> Forecast:
         first, second = step_memory(setting, base), step_memory(setting, base + more)
         per_token, host_per_token = (second.peak - first.peak) / more, (second.host - first.host) / more
         return Forecast(setting, first, base, per_token, host_per_token)
-    # A block, or a pass of the fill, on a longer past; and all windows are full.
-    num_chunks = max(BLOCK, setting.fill_size or 0, setting.reach()) // size + 3
+    num_chunks = setting.settled() // size + 3
     at_base = step_memory(setting, num_chunks * size)
     base = num_chunks * size
-    chunk, kept_chunk = setting.growth()
-    grows = (sum(chunk) + (sum(kept_chunk) if setting.method == "seco" else 0)) / size
+    grows = sum(setting.growth(setting.kept(num_chunks))) / (setting.period() * size)
     return Forecast(setting, at_base, base, *((BATCH, grows) if setting.offload else (BATCH + grows, 0)))

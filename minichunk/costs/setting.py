@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from ..chunks import check_fill_size, cut
 from ..errors import InputError
+from ..memory.attention import BLOCK
 from ..memory.pattern import Pattern, Strided
 from ..models.config import LlamaConfig
 from ..models.partial import partial_config
@@ -60,38 +62,54 @@ class Setting:
         return Options(self.fill_size, self.recompute, self.cache_grad_dtype, self.offload)
 
     def memory_bytes(self, tokens: int) -> tuple[int, int]:
-        """What is remembered of so many tokens, and the gradients sent back to it, where the last chunks are kept.
-
-        Every further chunk, and every further one that is kept, takes as much as the one before.
-        """
+        """What is remembered of so many tokens, and the gradients that have room from the start, where the last chunks
+        are kept."""
         num_chunks = -(-tokens // self.chunk_size)
         kept = self.kept(num_chunks)
-        if num_chunks <= FEW:
+        few, period = self.few(kept), self.period()
+        if num_chunks <= few + period:
             return self._memory_bytes(num_chunks, kept)
-        few_kept = min(kept, FEW - 1)
-        few, chunk, kept_chunk = self._memory_bytes(FEW, few_kept), *self.growth(few_kept)
-        remembered, gradients = (
-            few[i] + (num_chunks - FEW) * chunk[i] + (kept - few_kept) * kept_chunk[i] for i in range(2)
-        )
-        return remembered, gradients
+        periods, rest = divmod(num_chunks - few, period)
+        first, more = self._memory_bytes(few + rest, self.kept_of(few + rest, kept)), self.growth(kept)
+        return first[0] + periods * more[0], first[1] + periods * more[1]
 
-    def growth(self, kept: int = FEW - 1) -> tuple[tuple[int, int], tuple[int, int]]:
-        """What one more chunk adds to both where `kept` chunks are kept, and what one more of those kept adds."""
-        before, longer, more = (self._memory_bytes(*n) for n in ((FEW, kept), (FEW + 1, kept), (FEW + 1, kept + 1)))
-        return (longer[0] - before[0], longer[1] - before[1]), (more[0] - longer[0], more[1] - longer[1])
+    def few(self, kept: int) -> int:
+        """Chunks from which on every further period of them takes as much as the one before."""
+        return max(FEW, (kept if self.method == "spaco" else 0) + self.reach() // self.chunk_size + 3)
+
+    def growth(self, kept: int) -> tuple[int, int]:
+        """What one more period of chunks adds to both."""
+        few = self.few(kept)
+        before, after = (self._memory_bytes(n, self.kept_of(n, kept)) for n in (few, few + self.period()))
+        return after[0] - before[0], after[1] - before[1]
+
+    def kept_of(self, num_chunks: int, most: int) -> int:
+        """SpaCO keeps no more of a longer text, SeCO all of it."""
+        return min(num_chunks, most) if self.method == "spaco" else num_chunks
 
     @functools.cache  # noqa: B019 (a setting is a value, and there are few)
     def _memory_bytes(self, num_chunks: int, kept: int) -> tuple[int, int]:
         chunks = cut(num_chunks * self.chunk_size, self.chunk_size)
         return memory_bytes(self.config(), self.dtype, chunks[-kept:], self.options())
 
-    def reach(self) -> int:
-        """How far back the nearest part goes of what a layer sees of the past, where it does not see all of it."""
+    def patterns(self) -> list[Pattern]:
+        """What the layers see that have keys and values."""
         config = self.config()
-        if not isinstance(config, LlamaConfig):
-            return 0
-        near = [p.block * p.local if isinstance(p, Strided) else (p.window or 0) + p.sinks for p in config.patterns()]
-        return max(near)
+        return config.patterns() if isinstance(config, LlamaConfig) else []
+
+    def reach(self) -> int:
+        """How far back the longest window of a layer goes, with what it sees beside it."""
+        return max((p.reach + getattr(p, "sinks", 0) for p in self.patterns()), default=0)
+
+    def period(self) -> int:
+        """In so many chunks as much is pinned as in the next ones."""
+        apart = [p.block * p.stride for p in self.patterns() if isinstance(p, Strided)]
+        return math.lcm(*apart, self.chunk_size) // self.chunk_size
+
+    def settled(self) -> int:
+        """Tokens from which on a chunk sees as many pieces of the past as ever, and the fill is at its longest pass."""
+        blocks = BLOCK * max((p.stride for p in self.patterns() if isinstance(p, Strided)), default=1)
+        return max(blocks, self.fill_size or 0, self.reach())
 
     def check(self) -> None:
         """Raise InputError for a method or a size that cannot be."""

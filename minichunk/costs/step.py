@@ -133,6 +133,7 @@ def _chunked_step(model: Pretrained, batch: Batch, setting: Setting, count: Trac
             lambda: new_memory(model, batch.input_ids, kept, options),
             lambda memory: [x for held in memory.tensors() for x in held] if setting.offload else [],
         )
+    cache, grads = made.tensors().bytes()  # and not what comes later and goes: that is a chunk's
     memory = _InParts(made.layers, kept[:-1], count)
     for layer in made.layers:
         if isinstance(layer, LayerCache | OffloadedLayer):
@@ -148,7 +149,6 @@ def _chunked_step(model: Pretrained, batch: Batch, setting: Setting, count: Trac
             received = [1.0 * g for g in received]
         torch.autograd.backward([loss, *written], [None, *received])
         del loss, written, received
-    cache, grads = made.tensors().bytes()
     return (0, 0, cache + grads) if setting.offload else (cache, grads, 0)
 
 
