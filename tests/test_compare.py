@@ -68,6 +68,34 @@ def test_each_mistake_is_named_where_it_shows_first(mutant: Mutant) -> None:
             assert words in verdict.words, verdict.words
 
 
+# The rows of the table in tutorial 7, by their first words, and the mistake that each of them is.
+ROWS = {
+    "Positions": "positions of the chunk",
+    "Bottom-right mask": "top-left mask",
+    "Normaliser": "mean of chunk means",
+    "Label shift": "shift in each chunk",
+    "Walk order": "forward walk",
+    "Leaves": "the past with its graph",
+    "Adding up": "replaced",
+    "Relay at the right place": "handed over before the rotation",
+    "Dropout replay": "other masks",
+    "SpaCO's loss factor": "no loss factor",
+    "SpaCO's relay factor": "no relay factor",
+    "One chunk's part": "all that arrived",
+    "Skipped is skipped": "skipped chunks relay",
+}
+
+
+def test_the_table_of_the_seventh_tutorial_is_true() -> None:
+    page = (COMMITTED.parents[1] / "tutorials" / "07_porting.py").read_text()
+    rows = re.findall(r"^# \| \*\*(.+?)\.?\*\*.*\| `([\w.]+)`.*\|$", page, re.MULTILINE)
+    assert [title for title, _ in rows] == list(ROWS)
+    for title, tensor in rows:
+        mutant = next(mutant for mutant in MUTANTS if mutant.key == ROWS[title])
+        first = compare(outputs(Numpy(mutant.case, *mutant.modules())), file(mutant.case)).first
+        assert first == (tensor if tensor.startswith("spaco") else f"seco.{tensor}"), title
+
+
 @pytest.mark.parametrize("mutant", [m for m in MUTANTS if m.case == "plain"], ids=lambda mutant: mutant.key)
 def test_bfloat16_sees_every_mistake_but_the_smallest(mutant: Mutant) -> None:
     verdict = compare(outputs(Numpy("calm", *mutant.modules())), file("calm"), "bfloat16")

@@ -117,12 +117,13 @@ def difference(got: Tensor, expected: Tensor, bound: float) -> str | None:
     worst = (got - expected).abs().argmax()
     index = [int(i) for i in torch.unravel_index(worst, got.shape)]
     place = f"worst at {index}: " if index else ""
-    numbers = f"{place}yours {float(got.flatten()[worst]):.9g}, expected {float(expected.flatten()[worst]):.9g}"
+    digits = 4 if error > 1e-3 * norm else 12
+    numbers = ", expected ".join(f"{float(x.flatten()[worst]):.{digits}g}" for x in (got, expected))
     factor = float((got * expected).sum() / norm**2)
     hint = f"\n  yours is {factor:.6g} times what is expected" if got.numel() > 1 or got.ndim == 0 else ""
     if float((got - factor * expected).norm()) > max(bound, 1e-6) * norm:
         hint = ""
-    return f"is off by {error / norm:.2g} of its norm; rounding may do {bound:.1g}\n  {numbers}{hint}"
+    return f"is off by {error / norm:.2g} of its norm; rounding may do {bound:.1g}\n  {place}yours {numbers}{hint}"
 
 
 class Verdict(NamedTuple):
