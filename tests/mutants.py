@@ -42,21 +42,31 @@ def other_factors(key: str, weight: str) -> Mutant:
     return mutant(key, WEIGHT, f"{WEIGHT}        weight = {weight}\n")
 
 
-RELAYED = "relayed = [tuple(weight[1] * g[:, :, start:stop] for g in layer) for layer in received]"
-ADD_UP = "total[:, :, :start] += grad"
+RELAYED = "relayed = [tuple(weight[1] * g for g in layer.received(i)) for layer in memory]"
+UNSCALED = RELAYED.replace("weight[1] * ", "")
+ADD_UP = "total[:, :, : grad.shape[2]] += grad"
+SEND = "layer.send(i, grads)"
 DIVISOR = "divisor = float((targets != IGNORE).sum()) if num_targets is None else num_targets"
 LOSS = 'loss_and_gradient(inside["logits"], targets[:, start:stop], divisor)'
 OWN_TARGETS = "own = np.concatenate((labels[:, start + 1 : stop], np.full((B, 1), IGNORE)), 1)"
 BACKWARD = "sent = model.backward(tape, weight[0] * dlogits, relayed)\n"
 THROUGH_THE_PAST = """        for j, (first, last) in reversed(list(enumerate(cuts[:i]))):
-            again, _, seen = model.forward(ids[:, first:last], first, past[j])
+            again, _, seen = model.forward(ids[:, first:last], first, [layer.past[j] for layer in memory])
             relays = [tuple(g[:, :, first:last] for g in layer) for layer in sent]
             for layer, grads in zip(sent, model.backward(again, 0 * seen["logits"], relays)):
                 for total, grad in zip(layer, grads):
                     total[:, :, :first] += grad
 """
-REBUILD = "        tape, written, inside = model.forward(ids[:, start:stop], start, past[i])"
-KEPT = "        rows = [t for t in range(start) if weights[t // chunk_size] is not None]\n"
+PAST = "        past = [layer.past[i] for layer in memory]\n"
+KEPT = """        rows = [t for t in range(start) if weights[t // chunk_size] is not None]
+        past = [tuple(x[:, :, rows] for x in layer.past[i]) for layer in memory]
+"""
+SPREAD = """        shapes = [[(*g.shape[:2], start, g.shape[3]) for g in layer] for layer in sent]
+        narrow, sent = sent, [[np.zeros(shape) for shape in layer] for layer in shapes]
+        for layer, grads in zip(sent, narrow):
+            for total, grad in zip(layer, grads):
+                total[:, :, rows] = grad
+"""
 
 # fmt: off
 FORWARD = [
@@ -104,8 +114,8 @@ FORWARD = [
     mutant("no alpha over rank", 'lora["alpha"] / lora["rank"]', "1.0", "lora"),
     mutant("masks of 0 and 1", "rope, sinks, masks or {}", "rope, sinks, {n: m > 0 for n, m in (masks or {}).items()}",
            "lora"),
-    mutant("other masks", REBUILD, "        model.masks = {n: np.roll(m, 1, 1) for n, m in model.masks.items()}\n"
-           + REBUILD, "lora"),
+    mutant("other masks", PAST, "        model.masks = {n: np.roll(m, 1, 1) for n, m in model.masks.items()}\n" + PAST,
+           "lora"),
 ]
 LOSSES = [
     mutant("no shift", "targets = np.concatenate((labels[:, 1:], np.full((B, 1), IGNORE)), 1)", "targets = labels"),
@@ -126,9 +136,10 @@ BACKWARDS = [
     mutant("heads not summed", "shared, S, D).sum(2)", "shared, S, D).mean(2)", "grouped"),
     mutant("one use of the tied", 'self.learn(f"{self.head}.weight", outer(dlogits, y))', "pass", "tied"),
     mutant("nothing sent", ADD_UP, "pass"),
-    mutant("wrong rows", RELAYED, RELAYED.replace("start:stop", ": stop - start")),
-    mutant("replaced", ADD_UP, "total[:, :, :start] = grad"),
-    mutant("one chunk back", ADD_UP, "total[:, :, start - chunk_size : start] += grad[:, :, start - chunk_size :]"),
+    mutant("wrong rows", "tuple(g[:, :, start:stop] for g", "tuple(g[:, :, : stop - start] for g"),
+    mutant("replaced", ADD_UP, ADD_UP.replace("+=", "=")),
+    mutant("one chunk back", ADD_UP,
+           "total[:, :, self.cuts[i - 1][0] : grad.shape[2]] += grad[:, :, self.cuts[i - 1][0] :]"),
     mutant("sinks hear nothing", "sent = (dk[:, :, :P], dv[:, :, :P])",
            "near = (np.arange(P) > P - (self.window(i) or P + 1))[:, None]\n"
            "        sent = (dk[:, :, :P] * near, dv[:, :, :P] * near)", "window"),
@@ -141,9 +152,7 @@ BACKWARDS = [
            "accumulated"),
 ]
 SPARSE = [
-    mutant("a past of kept chunks", REBUILD, KEPT + "        tape, written, inside = model.forward(\n"
-           "            ids[:, start:stop], start, [tuple(p[:, :, rows] for p in kv) for kv in past[i]])",
-           "plain", (ADD_UP, "total[:, :, rows] += grad")),
+    mutant("a past of kept chunks", PAST, KEPT, "plain", (BACKWARD, BACKWARD + SPREAD)),
     other_factors("no loss factor", "(1.0, weight[1])"),
     other_factors("factors exchanged", "weight[::-1]"),
     mutant("kept targets counted", DIVISOR, "kept = [weights[t // chunk_size] is not None for t in range(T)]\n"
@@ -151,25 +160,21 @@ SPARSE = [
     mutant("factor not in the gradient", BACKWARD, BACKWARD.replace("weight[0] * ", "")),
     other_factors("no relay factor", "(weight[0], 1.0)"),
     other_factors("one factor for both", "(weight[0], weight[0])"),
-    mutant("the sender's factor", ADD_UP, ADD_UP.replace("+= grad", "+= weight[1] * grad"), "plain",
-           (RELAYED, RELAYED.replace("weight[1] * ", ""))),
-    mutant("all that arrived", RELAYED, "received = [[weight[1] * g for g in layer] for layer in received]\n        "
-           + RELAYED.replace("weight[1] * ", "")),
-    mutant("skipped chunks relay", "if (weight := weights[i]) is None:\n            continue",
-           "weight = weights[i] or (0.0, 1.0)"),
+    mutant("the sender's factor", SEND, "layer.send(i, [weight[1] * g for g in grads])", "plain", (RELAYED, UNSCALED)),
+    mutant("all that arrived", RELAYED, "for layer in memory:\n"
+           "            layer.grads = [weight[1] * g for g in layer.grads]\n        " + UNSCALED),
+    mutant("skipped chunks relay", "if (weight := weights[i]) is None:\n            for layer in memory:\n"
+           "                layer.skip(i)\n            continue", "weight = weights[i] or (0.0, 1.0)"),
     mutant("factors not in the sum", 'out["loss"] += weight[0] * loss', 'out["loss"] += loss'),
 ]
-CARRY = "adjoints = [adjoint * decay + s for adjoint,"
+CARRY = "self.adjoint = self.adjoint * self.decays[i] + sent[0]"
+SENT = "(dh - after * a.prod(1)[:, None],)"
 STATES = [
-    mutant("adjoint stops at a kept chunk", CARRY, "adjoints = [s + adjoint * decay * (weight is None) for adjoint,",
-           "state"),
-    mutant("adjoint stops at a skipped chunk", CARRY,
-           "adjoints = [s + adjoint * decay * (weight is not None) for adjoint,", "state"),
-    mutant("all that autograd sends", CARRY, "adjoints = [s + adjoint * decay * (weight is None) for adjoint,",
-           "state", ("(dh - after * a.prod(1)[:, None],)", "(dh,)")),
-    mutant("factor on the carry", CARRY, "adjoints = [adjoint * decay * (weight or (1, 1))[1] + s for adjoint,",
-           "state"),
-    mutant("no way back through the state", "(dh - after * a.prod(1)[:, None],)", "(0 * dh,)", "state"),
+    mutant("adjoint stops at a kept chunk", CARRY, "self.adjoint = sent[0]", "state"),
+    mutant("adjoint stops at a skipped chunk", "self.adjoint = self.adjoint * self.decays[i]\n",
+           "self.adjoint = 0 * self.adjoint\n", "state"),
+    mutant("all that autograd sends", CARRY, "self.adjoint = sent[0]", "state", (SENT, "(dh,)")),
+    mutant("no way back through the state", SENT, "(0 * dh,)", "state"),
 ]
 # fmt: on
 MUTANTS = FORWARD + LOSSES + BACKWARDS + SPARSE + STATES

@@ -92,6 +92,33 @@ def rope_tables(config: dict[str, Any], T: int) -> tuple[Array, Array]:
     return tuple(t(angles).astype(np.float32).astype(np.float64) for t in (np.cos, np.sin))
 
 
+class KeyValues:
+    """A layer's memory: keys and values, chunk after chunk, and the gradients that are sent back to them."""
+
+    written, relayed = ("keys", "values"), ("key_grads", "value_grads")
+
+    def __init__(self, B: int, config: dict[str, Any], cuts: list[tuple[int, int]]) -> None:
+        G, D, T = config["num_key_value_heads"], config["head_dim"], cuts[-1][1]
+        self.cuts = cuts
+        self.past: list[Any] = [(np.zeros((B, G, 0, D)), np.zeros((B, G, 0, D)))]  # before chunk 0, 1, …
+        self.grads = [np.zeros((B, G, T, D)), np.zeros((B, G, T, D))]
+
+    def write(self, own: tuple[Array, ...]) -> None:
+        self.past.append(tuple(np.concatenate(pair, 2) for pair in zip(self.past[-1], own, strict=True)))
+
+    def received(self, i: int) -> tuple[Array, ...]:
+        start, stop = self.cuts[i]
+        return tuple(g[:, :, start:stop] for g in self.grads)
+
+    def send(self, i: int, sent: tuple[Array, ...]) -> None:
+        """Chunk i's gradients of all that it has seen of the past."""
+        for total, grad in zip(self.grads, sent, strict=True):
+            total[:, :, : grad.shape[2]] += grad
+
+    def skip(self, i: int) -> None:
+        """Nothing goes on through a chunk that is not rebuilt."""
+
+
 class Llama:
     """Runs one chunk forward, keeping a tape, and backward along it.
 
@@ -114,6 +141,10 @@ class Llama:
         self.lora_scale = lora["alpha"] / lora["rank"] if lora else None
         self.grad: dict[str, Array] = defaultdict(float)  # type: ignore[arg-type]
         self.rows = slice(0)  # of the chunk that is run, in the text
+
+    def new_memory(self, B: int, cuts: list[tuple[int, int]]) -> list[Any]:
+        """For each layer, what chunks leave behind in it."""
+        return [KeyValues(B, self.config, cuts) for _ in self.layers]
 
     def learn(self, name: str, grad: Array) -> None:
         """Add to the gradient of a parameter, if it is to be trained."""
@@ -279,30 +310,31 @@ def spaco(
     targets = np.concatenate((labels[:, 1:], np.full((B, 1), IGNORE)), 1)  # shifted once, before cutting
     divisor = float((targets != IGNORE).sum()) if num_targets is None else num_targets
     cuts = [(start, min(start + chunk_size, T)) for start in range(0, T, chunk_size)]
-    shape = (B, model.config["num_key_value_heads"], 0, model.config["head_dim"])
-    past: list[Any] = [[(np.zeros(shape), np.zeros(shape)) for _ in model.layers]]  # before chunk 0, 1, …
+    memory = model.new_memory(B, cuts)
     for start, stop in cuts:  # fill
-        _, written, _ = model.forward(ids[:, start:stop], start, past[-1])
-        past.append([tuple(np.concatenate(p, 2) for p in zip(*kv, strict=True)) for kv in zip(past[-1], written)])  # noqa: B905
+        _, written, _ = model.forward(ids[:, start:stop], start, [layer.past[-1] for layer in memory])
+        for layer, own in zip(memory, written, strict=True):
+            layer.write(own)
 
-    received = [[np.zeros((*shape[:2], T, shape[3])) for _ in range(2)] for _ in model.layers]
     out: dict[str, Any] = {"loss": 0.0}
     for i in reversed(range(len(cuts))):
         if (weight := weights[i]) is None:
+            for layer in memory:
+                layer.skip(i)
             continue
         start, stop = cuts[i]
-        tape, written, inside = model.forward(ids[:, start:stop], start, past[i])  # rebuild
+        past = [layer.past[i] for layer in memory]
+        tape, written, inside = model.forward(ids[:, start:stop], start, past)  # rebuild
         loss, dlogits = loss_and_gradient(inside["logits"], targets[:, start:stop], divisor)
-        relayed = [tuple(weight[1] * g[:, :, start:stop] for g in layer) for layer in received]  # relay
+        relayed = [tuple(weight[1] * g for g in layer.received(i)) for layer in memory]  # relay
         sent = model.backward(tape, weight[0] * dlogits, relayed)
-        for layer, grads in zip(received, sent, strict=True):
-            for total, grad in zip(layer, grads, strict=True):
-                total[:, :, :start] += grad
+        for layer, grads in zip(memory, sent, strict=True):
+            layer.send(i, grads)
         out["loss"] += weight[0] * loss
         out[f"chunk.{i}.loss"] = weight[0] * loss
         out |= {f"chunk.{i}.{name}": tensor for name, tensor in inside.items()}
-        for n in model.layers:
-            names = [f"chunk.{i}.layer.{n}.{name}" for name in ("keys", "values", "key_grads", "value_grads")]
+        for n, layer in enumerate(memory):
+            names = [f"chunk.{i}.layer.{n}.{name}" for name in (*layer.written, *layer.relayed)]
             out |= dict(zip(names, (*written[n], *relayed[n]), strict=True))
         out |= {f"chunk.{i}.grad.{name}": np.array(grad) for name, grad in model.grad.items()}
     return out

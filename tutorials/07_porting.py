@@ -172,8 +172,8 @@ for name in ("plain", "grouped", "tied", "llama3-rope", "qkv-bias", "qk-norm", "
     assert compare(name, mine) == 0
 
 # %% [markdown]
-# Four files are left: a window with a sink, which stock `transformers` does not know, an adapter, a step over two
-# batches, and a state, which is no Llama.
+# Five files are left: a window with a sink, which stock `transformers` does not know, an adapter, a step over two
+# batches, and a state and a hybrid of it, which are no Llamas.
 #
 # Which factors? With $t$ of $k$ chunks, the published ones and ours side by side:
 #

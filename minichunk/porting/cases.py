@@ -55,15 +55,19 @@ class Case(NamedTuple):
     batches: int = 1
 
     @property
-    def written(self) -> Sequence[tuple[str, str]]:
-        """The names of what each layer writes, and of what is relayed to it; "": nothing is."""
-        if isinstance(self.config, LlamaConfig):
-            return ("keys", "key_grads"), ("values", "value_grads")
-        return ("state", "adjoint"), ("decay", "")
+    def attention(self) -> LlamaConfig | None:
+        """The config of the layers that have attention, if there are any."""
+        return self.config if isinstance(self.config, LlamaConfig) else self.config.attention
+
+    def written(self, layer: int) -> Sequence[tuple[str, str]]:
+        """The names of what a layer writes, and of what is relayed to it; "": nothing is."""
+        if isinstance(self.config, StateSpaceConfig) and self.config.layer_types[layer] == "state":
+            return ("state", "adjoint"), ("decay", "")
+        return ("keys", "key_grads"), ("values", "value_grads")
 
 
 def cases() -> dict[str, Case]:
-    """One for each file: what the Llamas have in common, and what each has of its own; and a state."""
+    """One for each file: what the Llamas have in common, and what each has of its own; a state, and a hybrid."""
 
     def llama(**changes: Any) -> LlamaConfig:
         common = {
@@ -77,6 +81,10 @@ def cases() -> dict[str, Case]:
         layer_types=("sliding_attention", "full_attention", "sliding_attention"),
     )  # fmt: skip
     state = StateSpaceConfig(vocab_size=13, hidden_size=8, state_size=5, num_hidden_layers=3, rms_norm_eps=1e-5)
+    hybrid = replace(
+        state, layer_types=("state", "full_attention", "state"), intermediate_size=12, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=4,
+    )  # fmt: skip
     return {
         "plain": Case(llama(), seed=2, rounding=100),
         "grouped": Case(llama(num_key_value_heads=2), seed=1, rounding=100),
@@ -91,6 +99,7 @@ def cases() -> dict[str, Case]:
         "accumulated": Case(llama(num_hidden_layers=2), seed=1, rounding=150, batches=2),
         "calm": Case(llama(num_hidden_layers=2), seed=0, rounding=20, spread=0.1),
         "state": Case(state, seed=0, rounding=700),
+        "hybrid": Case(hybrid, seed=0, rounding=120),
     }
 
 

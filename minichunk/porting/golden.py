@@ -19,7 +19,6 @@ from ..chunks import cut, span
 from ..errors import InputError
 from ..files.atomic import write_tensors
 from ..full import full
-from ..models.config import LlamaConfig
 from ..models.llama import Layer
 from ..models.pretrained import Pretrained
 from ..models.rope import rope_tables
@@ -69,7 +68,9 @@ def record(case: Case, step: Step, n: int, weights: Sequence[Weight | None], pre
             out[f"{where}.logits"] = model.lm_head(hidden)
         out |= {f"{where}.{name}": tensor for name, tensor in seen.items()}
         made = flat(all_written)  # the last chunk's too, which `rebuild` leaves out, because nothing is relayed to it
-        names = [(f"{where}.layer.{layer}", *pair) for layer in range(len(model.layers)) for pair in case.written]
+        names = [
+            (f"{where}.layer.{layer}", *pair) for layer in range(len(model.layers)) for pair in case.written(layer)
+        ]
         out |= {f"{layer}.{name}": tensor for (layer, name, _), tensor in zip(names, made, strict=True)}
         loss, written, received = rebuild(model, batch, chunk, memory, options)
         received = [weight.relay * grad for grad in received]
@@ -94,8 +95,8 @@ def golden(case: Case) -> dict[str, Tensor]:
     out = {f"masks.{name}": mask for name, mask in step.masks.items()}
     for n, (input_ids, labels) in enumerate(step.batches):
         out |= {f"{_of(n)}input_ids": input_ids, f"{_of(n)}labels": labels}
-    if isinstance(case.config, LlamaConfig):
-        out["rope.cos"], out["rope.sin"] = rope_tables(case.config, 0, LENGTH, next(model.parameters()))
+    if case.attention is not None:
+        out["rope.cos"], out["rope.sin"] = rope_tables(case.attention, 0, LENGTH, next(model.parameters()))
     out |= {f"weights.{name}": p.detach().clone() for name, p in model.named_parameters()}
     losses = [full(model, *batch, num_targets=step.num_targets) for batch in step.batches]
     out["full.loss"] = torch.stack(losses).sum()

@@ -179,15 +179,14 @@ MISTAKES = (
     # A state.
     *_at(r"seco\.chunk\.2\.layer\.\d\.adjoint", {
         "no way back through the state": "nothing is sent back: the gradient at the state before a chunk must be kept",
-    }, "state"),
+    }, "state", "hybrid"),
     *_at(r"seco\.chunk\.1\.layer\.\d\.adjoint", {
-        "adjoint stops at a kept chunk": "g · decay is missing: the relayed adjoint passes through the chunk as well",
-    }, "state"),
+        "adjoint stops at a kept chunk": "g · decay is missing: the adjoint passes through the chunk as well",
+    }, "state", "hybrid"),
     *_at(CARRY, {
         "adjoint stops at a skipped chunk": "the adjoint does not pass a skipped chunk; there too it is g · decay",
-        "all that autograd sends": "the relay's factor is on all that autograd sends: unbiased, but another estimate",
-        "factor on the carry": "the relay's factor is on what passes by the decay alone",
-    }, "state"),
+        "all that autograd sends": "the relay's factor is on what passes by the decay alone, too: another estimate",
+    }, "state", "hybrid"),
 )
 # fmt: on
 
