@@ -21,7 +21,7 @@ from .meanings import describe, usual_mistakes
 
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SLACK = 2  # rounding was measured on a few runs; other orders of the same steps may do more
-JUDGED = 0.2  # of a tensor's norm: if rounding may do more than that, mistakes are no larger
+JUDGED = 0.2  # of a tensor's norm: where rounding may do more than that, it hides mistakes
 METHODS = ("seco", "second.seco", "spaco", "second.spaco")
 # What lies within a chunk's run, and what a port is given or can do without: compared where it is there.
 OPTIONAL = re.compile(
@@ -120,9 +120,8 @@ def difference(got: Tensor, expected: Tensor, bound: float) -> str | None:
     digits = 4 if error > 1e-3 * norm else 12
     numbers = ", expected ".join(f"{float(x.flatten()[worst]):.{digits}g}" for x in (got, expected))
     factor = float((got * expected).sum() / norm**2)
-    hint = f"\n  yours is {factor:.6g} times what is expected" if got.numel() > 1 or got.ndim == 0 else ""
-    if float((got - factor * expected).norm()) > max(bound, 1e-6) * norm:
-        hint = ""
+    fits = float((got - factor * expected).norm()) <= max(bound, 1e-6) * norm
+    hint = f"\n  yours is {factor:.6g} times what is expected" if fits else ""
     return f"is off by {error / norm:.2g} of its norm; rounding may do {bound:.1g}\n  {place}yours {numbers}{hint}"
 
 
