@@ -106,11 +106,11 @@ def seco(p: Parameters, config: Config, ids: Tensor, targets: Tensor, chunk_size
 def spaco(p: Parameters, config: Config, ids: Tensor, targets: Tensor, chunk_size: int, kept: Kept) -> Tensor:
     """Algorithm 2: the same for the kept chunks only. What is sent to any other chunk is lost.
 
-    So a message through several chunks arrives if all were kept, times a factor from each. Keep every chunk by a coin
-    of its own with chance r, make both factors 1/r, and the means over all draws, of gradient and J, are `full`'s.
+    So a message through several chunks arrives if all were kept, times a factor from each. The paper draws t of the k
+    chunks, with b = k/t and (not printed) a = k/t; but then each one kept makes the others rarer. Ours: a coin for each
+    chunk, with chance r, and a = b = 1/r. The means over all draws, of gradient and J, are `full`'s.
     """
-    n = (targets != -100).sum()
-    memory = fill(p, config, ids, targets, chunk_size)
+    n, memory = (targets != -100).sum(), fill(p, config, ids, targets, chunk_size)
     sent = [torch.zeros_like(m) for m in memory]
     J = torch.zeros(())
     for j, (a, b) in sorted(kept.items(), reverse=True):  # NEW: not every j

@@ -48,12 +48,15 @@ def rotate_backward(dy: Array, cos: Array, sin: Array) -> Array:
     return rotate(dy, cos, -sin)  # a rotation's transpose is the rotation back
 
 
-def attention(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
-    """q (B, H, C, D) at the end of k, v (B, G, P + C, D)."""
+def attention(q: Array, k: Array, v: Array, window: int | None, sinks: int) -> tuple[Array, Any]:
+    """q (B, H, C, D) at the end of k, v (B, G, P + C, D). Seen are the last `window` positions, and the sinks."""
     shared = q.shape[1] // k.shape[1]
     k, v = (np.repeat(t, shared, axis=1) for t in (k, v))  # query head h uses key head h // shared
     C, S = q.shape[2], k.shape[2]
-    seen = np.arange(S)[None, :] <= np.arange(S - C, S)[:, None]  # bottom-right causal
+    i, j = np.arange(S - C, S)[:, None], np.arange(S)  # positions in the text: the queries stand at the end of the keys
+    seen = j <= i
+    if window is not None:
+        seen = seen & ((i - j < window) | (j < sinks))
     s = np.where(seen, q @ k.swapaxes(-1, -2) / math.sqrt(q.shape[-1]), -np.inf)
     p = np.exp(s - s.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
@@ -89,38 +92,95 @@ def rope_tables(config: dict[str, Any], T: int) -> tuple[Array, Array]:
     return tuple(t(angles).astype(np.float32).astype(np.float64) for t in (np.cos, np.sin))
 
 
+class KeyValues:
+    """A layer's memory: keys and values, chunk after chunk, and the gradients that are sent back to them."""
+
+    written, relayed = ("keys", "values"), ("key_grads", "value_grads")
+
+    def __init__(self, B: int, config: dict[str, Any], cuts: list[tuple[int, int]]) -> None:
+        G, D, T = config["num_key_value_heads"], config["head_dim"], cuts[-1][1]
+        self.cuts = cuts
+        self.past: list[Any] = [(np.zeros((B, G, 0, D)), np.zeros((B, G, 0, D)))]  # before chunk 0, 1, …
+        self.grads = [np.zeros((B, G, T, D)), np.zeros((B, G, T, D))]
+
+    def write(self, own: tuple[Array, ...]) -> None:
+        self.past.append(tuple(np.concatenate(pair, 2) for pair in zip(self.past[-1], own, strict=True)))
+
+    def received(self, i: int) -> tuple[Array, ...]:
+        start, stop = self.cuts[i]
+        return tuple(g[:, :, start:stop] for g in self.grads)
+
+    def send(self, i: int, sent: tuple[Array, ...]) -> None:
+        """Chunk i's gradients of all that it has seen of the past."""
+        for total, grad in zip(self.grads, sent, strict=True):
+            total[:, :, : grad.shape[2]] += grad
+
+    def skip(self, i: int) -> None:
+        """Nothing goes on through a chunk that is not rebuilt."""
+
+
 class Llama:
     """Runs one chunk forward, keeping a tape, and backward along it.
 
-    weights: parameters by Hugging Face's names. rope: cos and sin of all positions.
+    weights: parameters by Hugging Face's names. rope: cos and sin of all positions. sinks: seen by all queries of
+    layers with a window. With a LoRA only its weights learn; masks: of its dropouts, (B, T, ·) for all positions.
     """
 
-    def __init__(self, config: dict[str, Any], weights: dict[str, Array], rope: tuple[Array, Array]) -> None:
-        self.config, self.w, self.rope = config, weights, rope
+    def __init__(
+        self,
+        config: dict[str, Any],
+        weights: dict[str, Array],
+        rope: tuple[Array, Array],
+        sinks: int = 0,
+        lora: dict[str, Any] | None = None,
+        masks: dict[str, Array] | None = None,
+    ) -> None:
+        self.config, self.w, self.rope, self.sinks, self.masks = config, weights, rope, sinks, masks or {}
         self.eps, self.layers = config["rms_norm_eps"], range(config["num_hidden_layers"])
         self.head = "model.embed_tokens" if config["tie_word_embeddings"] else "lm_head"
+        self.lora_scale = lora["alpha"] / lora["rank"] if lora else None
         self.grad: dict[str, Array] = defaultdict(float)  # type: ignore[arg-type]
+        self.rows = slice(0)  # of the chunk that is run, in the text
+
+    def new_memory(self, B: int, cuts: list[tuple[int, int]]) -> list[Any]:
+        """For each layer, what chunks leave behind in it."""
+        return [KeyValues(B, self.config, cuts) for _ in self.layers]
+
+    def learn(self, name: str, grad: Array) -> None:
+        """Add to the gradient of a parameter, if it is to be trained."""
+        if self.lora_scale is None or "lora_" in name:
+            self.grad[name] = self.grad[name] + grad
 
     def heads(self, x: Array) -> Array:
         return x.reshape(*x.shape[:2], -1, self.config["head_dim"]).swapaxes(1, 2)  # (B, C, H*D) -> (B, H, C, D)
 
     def project(self, name: str, x: Array) -> Array:
-        return linear(x, self.w[f"{name}.weight"], self.w.get(f"{name}.bias"))
+        y = linear(x, self.w[f"{name}.weight"], self.w.get(f"{name}.bias"))
+        if (a := self.w.get(f"{name}.lora_A.weight")) is not None:
+            dropped = x * self.masks[name][:, self.rows]
+            y = y + self.lora_scale * (dropped @ a.T @ self.w[f"{name}.lora_B.weight"].T)
+        return y
 
     def project_backward(self, name: str, x: Array, dy: Array) -> Array:
-        """Adds to the gradients of weight and bias, returns dx."""
-        rows = dy.reshape(-1, dy.shape[-1])
-        self.grad[f"{name}.weight"] = self.grad[f"{name}.weight"] + rows.T @ x.reshape(-1, x.shape[-1])
+        """Learns weight and bias, returns dx."""
+        self.learn(f"{name}.weight", outer(dy, x))
         if f"{name}.bias" in self.w:
-            self.grad[f"{name}.bias"] = self.grad[f"{name}.bias"] + rows.sum(0)
-        return dy @ self.w[f"{name}.weight"]
+            self.learn(f"{name}.bias", dy.sum((0, 1)))
+        dx = dy @ self.w[f"{name}.weight"]
+        if (a := self.w.get(f"{name}.lora_A.weight")) is not None:
+            mask = self.masks[name][:, self.rows]
+            dlow = self.lora_scale * dy @ self.w[f"{name}.lora_B.weight"]  # (B, C, rank)
+            self.learn(f"{name}.lora_B.weight", self.lora_scale * outer(dy, x * mask @ a.T))
+            self.learn(f"{name}.lora_A.weight", outer(dlow, x * mask))
+            dx = dx + dlow @ a * mask
+        return dx
 
     def norm(self, name: str, x: Array) -> tuple[Array, Any]:
         return rms_norm(x, self.w[f"{name}.weight"], self.eps)
 
     def norm_backward(self, name: str, dy: Array, saved: Any) -> Array:
         dx, dw = rms_norm_backward(dy, saved)
-        self.grad[f"{name}.weight"] = self.grad[f"{name}.weight"] + dw
+        self.learn(f"{name}.weight", dw)
         return dx
 
     def head_rotation(self, name: str, x: Array, start: int) -> tuple[Array, Any]:
@@ -138,66 +198,90 @@ class Llama:
             dx = self.norm_backward(f"{name}_norm", dx, norm)
         return join(dx)
 
-    def forward(self, ids: Array, start: int, past: list[tuple[Array, Array]]) -> tuple[list[Any], list[Any], Array]:
-        """past: keys and values of each layer. Returns the tape, what each layer wrote, and the logits."""
+    def forward(
+        self, ids: Array, start: int, past: list[tuple[Array, ...]]
+    ) -> tuple[list[Any], list[tuple[Array, ...]], dict[str, Array]]:
+        """past: what each layer's memory holds. Returns the tape, what each layer wrote, and what was seen inside."""
+        self.rows = slice(start, start + ids.shape[1])
         x, tape, written = self.w["model.embed_tokens.weight"][ids], [], []
+        inside: dict[str, Array] = {}
         for i in self.layers:
-            name = f"model.layers.{i}.self_attn"
-            h, norm_1 = self.norm(f"model.layers.{i}.input_layernorm", x)
-            q, q_saved = self.head_rotation(f"{name}.q", self.project(f"{name}.q_proj", h), start)
-            k, k_saved = self.head_rotation(f"{name}.k", self.project(f"{name}.k_proj", h), start)
-            v = self.heads(self.project(f"{name}.v_proj", h))
-            written.append((k, v))
-            keys, values = (np.concatenate(pair, 2) for pair in zip(past[i], (k, v), strict=True))
-            o, attended = attention(q, keys, values)
-            o = join(o)
-            x = x + self.project(f"{name}.o_proj", o)
-            h2, norm_2 = self.norm(f"model.layers.{i}.post_attention_layernorm", x)
-            gate = self.project(f"model.layers.{i}.mlp.gate_proj", h2)
-            up = self.project(f"model.layers.{i}.mlp.up_proj", h2)
-            sigmoid = 1 / (1 + np.exp(-gate))
-            x = x + self.project(f"model.layers.{i}.mlp.down_proj", gate * sigmoid * up)
-            tape.append((h, norm_1, q_saved, k_saved, attended, o, h2, norm_2, gate, up, sigmoid))
+            inside[f"layer.{i}.hidden"] = x
+            x, wrote, saved, seen = self.layer_forward(i, x, past[i])
+            inside |= {f"layer.{i}.{name}": tensor for name, tensor in seen.items()}
+            written.append(wrote)
+            tape.append(saved)
         y, final = self.norm("model.norm", x)
-        return [ids, *tape, (y, final)], written, y @ self.w[f"{self.head}.weight"].T
+        inside["logits"] = y @ self.w[f"{self.head}.weight"].T
+        return [ids, *tape, (y, final)], written, inside
 
-    def backward(
-        self, tape: list[Any], dlogits: Array, relayed: list[tuple[Array, Array]] | None
-    ) -> list[tuple[Array, Array]]:
+    def layer_forward(self, i: int, x: Array, past: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...], Any, Any]:
+        """x (B, C, E) to the next x, what was written, what backward needs, and what was seen inside."""
+        name, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
+        h, norm_1 = self.norm(f"model.layers.{i}.input_layernorm", x)
+        q, q_saved = self.head_rotation(f"{name}.q", self.project(f"{name}.q_proj", h), self.rows.start)
+        k, k_saved = self.head_rotation(f"{name}.k", self.project(f"{name}.k_proj", h), self.rows.start)
+        v = self.heads(self.project(f"{name}.v_proj", h))
+        keys, values = (np.concatenate(pair, 2) for pair in zip(past, (k, v), strict=True))
+        o, attended = attention(q, keys, values, self.window(i), self.sinks)
+        o = join(o)
+        residual = x + self.project(f"{name}.o_proj", o)
+        h2, norm_2 = self.norm(f"model.layers.{i}.post_attention_layernorm", residual)
+        gate, up = self.project(f"{mlp}.gate_proj", h2), self.project(f"{mlp}.up_proj", h2)
+        sigmoid = 1 / (1 + np.exp(-gate))
+        y = residual + self.project(f"{mlp}.down_proj", gate * sigmoid * up)
+        saved = (h, norm_1, q_saved, k_saved, attended, o, h2, norm_2, gate, up, sigmoid)
+        return y, (k, v), saved, {"attention": o, "residual": residual}
+
+    def window(self, i: int) -> int | None:
+        """How many positions layer i sees, the own included; None: all."""
+        kinds = self.config.get("layer_types")
+        return self.config["sliding_window"] if kinds and kinds[i] == "sliding_attention" else None
+
+    def backward(self, tape: list[Any], dlogits: Array, relayed: list[tuple[Array, ...]]) -> list[tuple[Array, ...]]:
         """Adds to `grad`. relayed: the gradients of what each layer wrote, from later chunks.
 
-        Returns the gradients of each layer's past keys and values.
+        Returns those of what each layer saw of its memory.
         """
         ids, *layers, (y, final) = tape
-        sent: list[Any] = [None] * len(self.layers)
-        head = f"{self.head}.weight"
-        self.grad[head] = self.grad[head] + np.einsum("bcv,bce->ve", dlogits, y)
-        dx = self.norm_backward("model.norm", dlogits @ self.w[head], final)
+        sent = []
+        self.learn(f"{self.head}.weight", outer(dlogits, y))
+        dx = self.norm_backward("model.norm", dlogits @ self.w[f"{self.head}.weight"], final)
         for i in reversed(self.layers):
-            h, norm_1, q_saved, k_saved, attended, o, h2, norm_2, gate, up, sigmoid = layers[i]
-            name, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
-            silu = gate * sigmoid
-            da = self.project_backward(f"{mlp}.down_proj", silu * up, dx)
-            dh2 = self.project_backward(f"{mlp}.up_proj", h2, da * silu)
-            dgate = da * up * (sigmoid + silu * (1 - sigmoid))
-            dh2 = dh2 + self.project_backward(f"{mlp}.gate_proj", h2, dgate)
-            dx = dx + self.norm_backward(f"model.layers.{i}.post_attention_layernorm", dh2, norm_2)
-
-            do = self.project_backward(f"{name}.o_proj", o, dx)
-            dq, dk, dv = attention_backward(self.heads(do), attended)
-            P = dk.shape[2] - ids.shape[1]
-            sent[i] = (dk[:, :, :P], dv[:, :, :P])
-            dk, dv = dk[:, :, P:], dv[:, :, P:]
-            if relayed is not None:
-                dk, dv = dk + relayed[i][0], dv + relayed[i][1]
-            dh = self.project_backward(f"{name}.q_proj", h, self.head_rotation_backward(f"{name}.q", dq, q_saved))
-            dh = dh + self.project_backward(f"{name}.k_proj", h, self.head_rotation_backward(f"{name}.k", dk, k_saved))
-            dh = dh + self.project_backward(f"{name}.v_proj", h, join(dv))
-            dx = dx + self.norm_backward(f"model.layers.{i}.input_layernorm", dh, norm_1)
+            dx, back = self.layer_backward(i, layers[i], dx, relayed[i])
+            sent.append(back)
         embedding = np.zeros_like(self.w["model.embed_tokens.weight"])
         np.add.at(embedding, ids, dx)
-        self.grad["model.embed_tokens.weight"] = self.grad["model.embed_tokens.weight"] + embedding
-        return sent
+        self.learn("model.embed_tokens.weight", embedding)
+        return sent[::-1]
+
+    def layer_backward(
+        self, i: int, saved: Any, dx: Array, relayed: tuple[Array, ...]
+    ) -> tuple[Array, tuple[Array, ...]]:
+        """dx of the layer's output to that of its input; and the gradients of the past keys and values."""
+        h, norm_1, q_saved, k_saved, attended, o, h2, norm_2, gate, up, sigmoid = saved
+        name, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
+        silu = gate * sigmoid
+        da = self.project_backward(f"{mlp}.down_proj", silu * up, dx)
+        dh2 = self.project_backward(f"{mlp}.up_proj", h2, da * silu)
+        dgate = da * up * (sigmoid + silu * (1 - sigmoid))
+        dh2 = dh2 + self.project_backward(f"{mlp}.gate_proj", h2, dgate)
+        dx = dx + self.norm_backward(f"model.layers.{i}.post_attention_layernorm", dh2, norm_2)
+
+        do = self.project_backward(f"{name}.o_proj", o, dx)
+        dq, dk, dv = attention_backward(self.heads(do), attended)
+        P = dk.shape[2] - dx.shape[1]
+        sent = (dk[:, :, :P], dv[:, :, :P])
+        dk, dv = (own[:, :, P:] + later for own, later in zip((dk, dv), relayed, strict=True))  # relay
+        dh = self.project_backward(f"{name}.v_proj", h, join(dv))
+        dh = dh + self.project_backward(f"{name}.k_proj", h, self.head_rotation_backward(f"{name}.k", dk, k_saved))
+        dh = dh + self.project_backward(f"{name}.q_proj", h, self.head_rotation_backward(f"{name}.q", dq, q_saved))
+        dx = dx + self.norm_backward(f"model.layers.{i}.input_layernorm", dh, norm_1)
+        return dx, sent
+
+
+def outer(dy: Array, x: Array) -> Array:
+    return np.einsum("bco,bci->oi", dy, x)  # of a weight (out, in), from all tokens
 
 
 def join(x: Array) -> Array:
@@ -215,41 +299,42 @@ def loss_and_gradient(logits: Array, targets: Array, divisor: float) -> tuple[fl
 
 
 def spaco(
-    model: Llama, ids: Array, labels: Array, chunk_size: int, weights: list[tuple[float, float] | None]
-) -> dict[str, Any]:
+    model: Llama, ids: Array, labels: Array, chunk_size: int, weights: list[tuple[float, float] | None],
+    num_targets: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Algorithm 2; with all weights (1, 1) it is Algorithm 1. Adds to `model.grad`.
 
     Returns what the golden files hold, by the same names, without their prefix.
     """
     B, T = ids.shape
     targets = np.concatenate((labels[:, 1:], np.full((B, 1), IGNORE)), 1)  # shifted once, before cutting
-    divisor = float((targets != IGNORE).sum())
+    divisor = float((targets != IGNORE).sum()) if num_targets is None else num_targets
     cuts = [(start, min(start + chunk_size, T)) for start in range(0, T, chunk_size)]
-    shape = (B, model.config["num_key_value_heads"], 0, model.config["head_dim"])
-    past = [[(np.zeros(shape), np.zeros(shape)) for _ in model.layers]]  # before chunk 0, 1, …
+    memory = model.new_memory(B, cuts)
     for start, stop in cuts:  # fill
-        _, written, _ = model.forward(ids[:, start:stop], start, past[-1])
-        past.append([tuple(np.concatenate(p, 2) for p in zip(*kv, strict=True)) for kv in zip(past[-1], written)])  # type: ignore[misc] # noqa: B905
+        _, written, _ = model.forward(ids[:, start:stop], start, [layer.past[-1] for layer in memory])
+        for layer, own in zip(memory, written, strict=True):
+            layer.write(own)
 
-    received = [[np.zeros((*shape[:2], T, shape[3])) for _ in range(2)] for _ in model.layers]
     out: dict[str, Any] = {"loss": 0.0}
     for i in reversed(range(len(cuts))):
         if (weight := weights[i]) is None:
+            for layer in memory:
+                layer.skip(i)
             continue
         start, stop = cuts[i]
-        tape, written, logits = model.forward(ids[:, start:stop], start, past[i])  # rebuild
-        loss, dlogits = loss_and_gradient(logits, targets[:, start:stop], divisor)
-        relayed = [tuple(weight[1] * g[:, :, start:stop] for g in layer) for layer in received]  # relay
-        sent = model.backward(tape, weight[0] * dlogits, relayed)  # type: ignore[arg-type]
-        for layer, grads in zip(received, sent, strict=True):
-            for total, grad in zip(layer, grads, strict=True):
-                total[:, :, :start] += grad
-        for n in model.layers:
-            out |= {f"chunk.{i}.layer.{n}.{x}": t for x, t in zip(("keys", "values"), written[n], strict=True)}
-            out |= {
-                f"chunk.{i}.layer.{n}.{x}": t for x, t in zip(("key_grads", "value_grads"), relayed[n], strict=True)
-            }
-        out[f"chunk.{i}.loss"] = weight[0] * loss
+        past = [layer.past[i] for layer in memory]
+        tape, written, inside = model.forward(ids[:, start:stop], start, past)  # rebuild
+        loss, dlogits = loss_and_gradient(inside["logits"], targets[:, start:stop], divisor)
+        relayed = [tuple(weight[1] * g for g in layer.received(i)) for layer in memory]  # relay
+        sent = model.backward(tape, weight[0] * dlogits, relayed)
+        for layer, grads in zip(memory, sent, strict=True):
+            layer.send(i, grads)
         out["loss"] += weight[0] * loss
+        out[f"chunk.{i}.loss"] = weight[0] * loss
+        out |= {f"chunk.{i}.{name}": tensor for name, tensor in inside.items()}
+        for n, layer in enumerate(memory):
+            names = [f"chunk.{i}.layer.{n}.{name}" for name in (*layer.written, *layer.relayed)]
+            out |= dict(zip(names, (*written[n], *relayed[n]), strict=True))
         out |= {f"chunk.{i}.grad.{name}": np.array(grad) for name, grad in model.grad.items()}
     return out

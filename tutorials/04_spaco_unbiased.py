@@ -2,9 +2,8 @@
 # # 4. SpaCO and unbiasedness
 #
 # SeCO spends most of its time on rebuilding chunks. SpaCO rebuilds only a random few of them and multiplies what it
-# finds by factors, so that the *expected* gradient is right. That word, expected, can be checked without statistics:
-# with 5 chunks there are 31 subsets that keep something, and we can run them all. This tutorial does, for the estimator
-# as published, for a fixed budget with better factors, and for independent coins. Only the last is exactly unbiased.
+# finds by factors, so that the *expected* gradient is right. That can be checked without statistics: with 5 chunks, 31
+# subsets keep something. We run them all, for the published estimator and for two others; one is exactly unbiased.
 #
 # ## Chains
 #
@@ -26,6 +25,10 @@ import torch
 from tokenizers import Tokenizer
 
 import minichunk as mc
+from minichunk.batch import prepare
+from minichunk.chunks import cut
+from minichunk.protocol import Options
+from minichunk.seco import fill, new_memory, rebuild
 
 k = 5
 print("weight that a chain through p chunks gets on average (1 is right), 5 chunks:")
@@ -35,13 +38,11 @@ for t in range(1, k + 1):
     print(f"{t}" + "".join(f"{s * (k / t) ** p:6.2f}" for p, s in enumerate(survival, start=1)))
 
 # %% [markdown]
-# Direct chains (p = 1) are right. All others are too light, the longer the worse, and with t = 1 nothing but the
-# direct ones is left.
+# Direct chains (p = 1) are right. All others are too light, the longer the worse; with t = 1 none of them is left.
 #
 # ## How much does it matter? On a trained model
 #
-# Long chains would not matter if they were weak. So measure, on the shipped model and real text: 5 chunks of 24 tokens,
-# the gradient of all query and value projections.
+# Measure it on the shipped model and real text: 5 chunks of 24 tokens, gradient of all query and value projections.
 
 # %%
 ASSETS = Path(mc.__file__).parent / "assets"
@@ -70,6 +71,37 @@ def spaco(entries, ids=ids):
 exact = gradient(lambda: mc.full(model, ids, ids))
 
 # %% [markdown]
+# ## Algorithm 2 beside Algorithm 1
+#
+# Without what is marked NEW this is Algorithm 1, the loop of tutorial 2 with minichunk's parts. A skipped chunk is filled
+# but not rebuilt; a kept one has a factor on its own loss and one on what is relayed to it.
+
+
+# %%
+def walk(draw):
+    batch, chunks, options = prepare(model, ids, ids, None), cut(k * C, C), Options()
+    memory = new_memory(model, ids, chunks, options)
+    fill(model, ids, chunks[:-1], memory, options)  # lines 1-3
+    for chunk, weight in reversed(list(zip(chunks, draw, strict=True))):  # line 4
+        if weight is None:  # NEW
+            continue
+        loss, written, received = rebuild(model, batch, chunk, memory, options)  # lines 5, 6
+        loss, received = weight.loss * loss, [weight.relay * g for g in received]  # NEW
+        torch.autograd.backward([loss, *written], [None, *received])  # line 7
+
+
+draw = [mc.Weight(1.5, 2.0), None, mc.Weight(1.25, 3.0), mc.Weight(1.75, 2.5), None]
+assert float((gradient(lambda: walk(draw)) - spaco(draw)).norm() / exact.norm()) < 1e-10
+assert float((gradient(lambda: walk([mc.Weight(1.0, 1.0)] * k)) - exact).norm() / exact.norm()) < 1e-10
+
+# %% [markdown]
+# | published, and ours | draw | factor on the loss | on the relay |
+# |---|---|---|---|
+# | Algorithm 2 as printed | t of k, without replacement | 1 | k/t |
+# | `PaperBudget(t)` | the same | k/t | k/t |
+# | `FixedBudget(t)` | the same | k/t | (k-1)/(t-1) |
+# | `Bernoulli(t/k)` | a coin for each chunk | k/t | k/t |
+#
 # How strong are chains of each length? Multiply every relay by $r$, and a chain through $p$ chunks is multiplied by
 # $r^{p-1}$. So the gradient is a polynomial in $r$, and five values of $r$ give its five coefficients.
 
@@ -84,8 +116,7 @@ assert float((by_length.sum(0) - exact).norm() / exact.norm()) < 1e-10
 # %% [markdown]
 # ## Run all subsets
 #
-# An estimate depends only on which chunks are kept and on the two factors, so 31 subsets and a few pairs of factors
-# are all there is. Each sampler can list its `outcomes`: every draw with its probability.
+# 31 subsets and a few pairs of factors are all there is. A sampler's `outcomes` are its draws and their probabilities.
 
 # %%
 memory = {}
@@ -120,17 +151,13 @@ for t in range(1, k):
 assert all(table["bernoulli", t][0] < 1e-10 for t in range(1, k))
 
 # %% [markdown]
-# - **Bernoulli** (each chunk by its own coin, factor 1/rate on loss and relay) is unbiased, up to rounding (below 1e-10).
-#   The p coins of a chain are independent, and p factors of 1/rate undo exactly their product. The price: the number of
-#   chunks kept varies, and a draw that keeps many has large factors.
-# - **PaperBudget**, as published: biased, and heavily so for small budgets.
-# - **FixedBudget**, same draws, but k/t on the loss and (k-1)/(t-1) on each relay. Chains through one and two chunks
-#   are then exactly right, and those are most of the gradient. What is left comes from chains through three or more.
-#   Every step rebuilds the same number of chunks, which is its advantage over coins; at t = 2 it is noisier than they
-#   are. (At t = 1 no relay is ever used: fixed and paper are the same.)
+# - **Bernoulli** is unbiased, up to rounding (below 1e-10): the p coins of a chain are independent, and p factors of
+#   k/t undo exactly their product. But the number of kept chunks varies, and a draw that keeps many has large factors.
+# - **PaperBudget**, as published but for the scaled loss: biased, and heavily so for small budgets.
+# - **FixedBudget** makes chains through one and two chunks exactly right, and those are most of the gradient. Every step
+#   rebuilds the same number of chunks; at t = 2 it is noisier than coins. (At t = 1 no relay is used: paper's factors.)
 #
-# Let us believe the first formula only after comparing it with what was measured: the bias predicted from the chains'
-# strengths and weights, against the bias of all subsets.
+# Is the first formula right? The bias predicted from the chains' strengths, against that of all subsets:
 
 
 # %%
@@ -161,9 +188,8 @@ axes.grid(alpha=0.3)
 plt.show()
 
 # %% [markdown]
-# A relative rms of 1 means that the error is as large as the gradient itself. That sounds useless, but a gradient of
-# *one document* is an estimate too, of the gradient over all documents. How different are the exact gradients of
-# different passages?
+# A relative rms of 1 is an error as large as the gradient itself. Useless? A gradient of *one document* is an estimate
+# too, of that over all documents. How different are the exact gradients of different passages?
 
 # %%
 others = [gradient(lambda n=n: mc.full(model, tokens[None, n * 150 : n * 150 + k * C], tokens[None, n * 150 : n * 150 + k * C]))
@@ -175,13 +201,11 @@ print(f"between passages: rms deviation {float(spread / size):.2f} of a passage'
 print(f"Bernoulli(3/5) adds {table['bernoulli', 3][1]:.2f}, FixedBudget(3) {table['fixed', 3][1]:.2f}")
 
 # %% [markdown]
-# So the text itself brings a deviation of about the same size, and averaging over steps takes care of both. Noise
-# averages away; bias does not.
+# The text itself brings a deviation of about that size. Averaging over steps takes care of noise, but not of bias.
 #
 # ## When is a cap worth it?
 #
-# The paper advises to cap the factor at 2. A cap on the relay shrinks the noise of chains through several chunks, and
-# makes the bias larger. Both, for t = 1 and 2 of 5, where the factors are 5 and 2.5:
+# The paper advises to cap the factor at 2. For t = 1 and 2 of 5, where the relay's factors are 5 and 2.5:
 
 # %%
 print("t   cap     bias    rms")
@@ -191,9 +215,8 @@ for t in (1, 2):
         print(f"{t}   {cap or 'none':<5}   {bias:.3f}   {rms:.2f}")
 
 # %% [markdown]
-# With t = 1 a cap changes nothing: there never is a later chunk that could have sent something. With t = 2 it trades a
-# little noise for more bias. It is worth it where single steps are so noisy that training diverges; a smaller learning
-# rate or a larger batch does the same without the bias.
+# With t = 1 a cap changes nothing: no later chunk has sent anything. With t = 2 it trades a little noise for more bias.
+# If steps are so noisy that training diverges, a smaller learning rate or a larger batch helps too, without the bias.
 #
 # ## Other rates
 #
@@ -215,15 +238,13 @@ for label, rate in (
     print(f"{label:13} 3 of 5 on average: bias 0, rms {rms:.2f}")
 
 # %% [markdown]
-# Here there is little to gain, and "always keep the first chunk" costs more elsewhere than it saves. That need not be
-# so on another model: measure where its gradient is.
+# Here there is little to gain. That need not be so on another model: measure where its gradient is.
 #
 # ## Exercises
 #
 # 1. Prove that Bernoulli is unbiased: follow one chain through $p$ chunks and multiply probabilities and factors.
 # 2. Show that the factors of `FixedBudget` make chains through one and two chunks right. Why can no pair of factors
 #    make three right as well?
-# 3. Write a sampler of your own that always keeps at least one chunk, and enumerate its bias. (`sampler(num_chunks,
-#    generator)` returns a `Weight` or None for each chunk.)
+# 3. Write a sampler that always keeps a chunk and enumerate its bias. (For each chunk it returns a `Weight` or None.)
 # 4. Search for the rates with the smallest rms at 3 of 5 on average. How much is there to gain?
 # 5. Write the samplers and their factors: `tutorials/exercises/`, exercise 6.

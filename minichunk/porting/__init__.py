@@ -1,1 +1,1 @@
-"""For ports: every intermediate of both algorithms."""
+"""For ports: what they can compare themselves with, and what a difference means."""

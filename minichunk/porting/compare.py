@@ -1,0 +1,182 @@
+"""`minichunk compare`: the tensors of a port beside those of a golden file, up to the first difference, in words.
+
+The order is that in which a port is built: the forward pass chunk after chunk, the losses, then the walk back. So
+whatever comes before the first difference is right, and what it is itself says what is wrong (meanings.py).
+"""
+
+from __future__ import annotations
+
+import re
+from difflib import get_close_matches
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..files.atomic import open_tensors
+from .golden import FORMAT
+from .meanings import describe, usual_mistakes
+
+PRECISIONS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SLACK = 2  # rounding was measured on a few runs; other orders of the same steps may do more
+JUDGED = 0.2  # of a tensor's norm: where rounding may do more than that, it hides mistakes
+METHODS = ("seco", "second.seco", "spaco", "second.spaco")
+# What lies within a chunk's run, and what a port is given or can do without: compared where it is there.
+OPTIONAL = re.compile(
+    r"^(rope|full|masks|weights)\.|(^|\.)(input_ids|labels)$|\.(hidden|attention|residual|logits|decay)$"
+)
+LAYER = ("hidden", "keys", "values", "state", "decay", "attention", "residual")
+RELAYED = ("key_grads", "value_grads", "adjoint")
+# Of the parameters' gradients in the order in which a backward pass comes to them.
+BACKWARD = (
+    "down_proj", "up_proj", "gate_proj", "post_attention_layernorm", "o_proj", "v_proj", "k_norm", "k_proj",
+    "q_norm", "q_proj", "input_layernorm", "c_proj", "b_proj", "a_proj", "norm",
+)  # fmt: skip
+Rank = tuple[int, ...]
+
+
+def rank(name: str) -> Rank:
+    """A tensor's place in the order of tests/golden/README.md."""
+    if not (found := re.match(r"((?:second\.)?(?:seco|spaco))\.(?:chunk\.(\d+)\.)?(.+)", name)):
+        if name.startswith("full."):  # between the losses of seco and its walk
+            return (1, 2, *_parameter(name.removeprefix("full.grad.")))
+        return 0, int(not name.endswith(("input_ids", "labels"))), int(name.startswith("rope."))
+    stage, chunk, what = 1 + METHODS.index(found[1]), int(found[2] or 0), found[3]
+    if found[2] is None:  # the method's loss
+        return stage, 4
+    if what == "loss":
+        return stage, 1, -chunk
+    if what.startswith("grad."):
+        return (stage, 3, -chunk, 1, *_parameter(what.removeprefix("grad.")))
+    layer, _, kind = what.removeprefix("layer.").partition(".")
+    if kind in RELAYED:
+        return stage, 3, -chunk, 0, -int(layer), RELAYED.index(kind)
+    return (stage, 0, chunk, int(layer), LAYER.index(kind)) if kind else (stage, 0, chunk, 1 << 30)  # logits
+
+
+def _parameter(name: str) -> Rank:
+    if not (layer := re.search(r"layers\.(\d+)\.", name)):
+        return {"lm_head.weight": (0,), "model.norm.weight": (1,), "full.loss": (-1,)}.get(name, (3,))
+    kind = next((i for i, part in enumerate(BACKWARD) if f".{part}." in name), len(BACKWARD))
+    return 2, -int(layer[1]), kind, int(name.endswith((".bias", ".lora_A.weight")))
+
+
+class Golden(NamedTuple):
+    """A golden file: its tensors in the order of comparison, and what it says of itself."""
+
+    tensors: dict[str, Tensor]
+    case: str
+    rounding: float
+
+
+def read_golden(path: str | Path) -> Golden:
+    """Raises InputError."""
+    with open_tensors(path) as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != FORMAT:
+            raise InputError(
+                f"{path} is no golden file of this version (its metadata must have the format '{FORMAT}'): "
+                "`minichunk golden DIR` writes them"
+            )
+        names = sorted(file.keys(), key=lambda name: (rank(name), name))
+        return Golden({name: file.get_tensor(name) for name in names}, metadata["case"], float(metadata["rounding"]))
+
+
+def allowed(golden: Golden, precision: str) -> float:
+    """What rounding may do to a tensor of this file, relative to its norm."""
+    return SLACK * torch.finfo(PRECISIONS[precision]).eps / 2 * golden.rounding
+
+
+def coarsest(tensors: dict[str, Tensor]) -> str:
+    """The precision of a port, if nothing is said: of its floating-point tensors the coarsest."""
+    found = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()} & PRECISIONS.keys()
+    return max(found, key=lambda name: torch.finfo(PRECISIONS[name]).eps, default="float64")
+
+
+def difference(got: Tensor, expected: Tensor, bound: float) -> str | None:
+    """In words; None: equal, up to rounding."""
+    if got.shape != expected.shape:
+        turned = sorted(got.shape) == sorted(expected.shape)
+        hint = "; the same axes, in another order" if turned else ""
+        return f"has the shape {list(got.shape)}, but must have {list(expected.shape)}{hint}"
+    if not expected.is_floating_point():
+        same = not got.is_floating_point() and torch.equal(got.long(), expected.long())
+        return None if same else f"is not the file's ({got.dtype}; the file has {expected.dtype})"
+    if not got.is_floating_point():
+        return f"has the dtype {got.dtype}, but must be a floating-point one"
+    got = got.double()
+    if not got.isfinite().all():
+        return "has numbers that are not finite"
+    norm, error = float(expected.norm()), float((got - expected).norm())
+    if error <= bound * norm:
+        return None
+    if norm == 0:
+        return "must be all zeros, and is not"
+    worst = (got - expected).abs().argmax()
+    index = [int(i) for i in torch.unravel_index(worst, got.shape)]
+    place = f"worst at {index}: " if index else ""
+    digits = 4 if error > 1e-3 * norm else 12
+    numbers = ", expected ".join(f"{float(x.flatten()[worst]):.{digits}g}" for x in (got, expected))
+    factor = float((got * expected).sum() / norm**2)
+    fits = float((got - factor * expected).norm()) <= max(bound, 1e-6) * norm
+    hint = f"\n  yours is {factor:.6g} times what is expected" if fits else ""
+    return f"is off by {error / norm:.2g} of its norm; rounding may do {bound:.1g}\n  {place}yours {numbers}{hint}"
+
+
+class Verdict(NamedTuple):
+    """Whether all is there and equal, and the words for it."""
+
+    equal: bool
+    words: str
+    first: str | None = None  # the tensor that differs first
+
+
+def compare(mine: dict[str, Tensor], golden: Golden, precision: str | None = None) -> Verdict:
+    """Up to the first difference. Raises InputError for a precision in which this file shows nothing."""
+    precision = precision or coarsest(mine)
+    bound = allowed(golden, precision)
+    if bound > JUDGED:
+        raise InputError(
+            f"{golden.case} cannot judge {precision}: rounding alone may do {bound:.2g} of a tensor's norm to it. "
+            "Take calm.safetensors, which can judge bfloat16, or compute in float32 or float64"
+        )
+    there = [name for name in golden.tensors if name in mine]
+    for n, name in enumerate(there):
+        if words := difference(mine[name], golden.tensors[name], bound):
+            before = f"{n} tensors before it agree, the last of them {there[n - 1]}" if n else "it is the first one"
+            usual = usual_mistakes(name, golden.case)
+            lines = [f"{name} {words}", f"  {before}", f"it is {describe(name)}", *_meanings(usual)]
+            return Verdict(False, "\n".join(lines), name)
+    missing = [name for name in golden.tensors if name not in mine and not OPTIONAL.search(name)]
+    unknown = sorted(mine.keys() - golden.tensors.keys())
+    counted = f"{len(there)} tensors agree in {precision}, within {bound:.1g} of their norms"
+    if missing:
+        return Verdict(False, "\n".join([counted, *_missing(missing, unknown)]))
+    left = [name for name in golden.tensors if name not in mine and not name.startswith(("weights.", "masks."))]
+    return Verdict(True, counted + (f"; {len(left)} that can be left out are not there" if left else ""))
+
+
+def _meanings(usual: list[str]) -> list[str]:
+    if not usual:
+        return ["no known mistake begins here"]
+    return ["what usually begins here:", *(f"  - {words}" for words in usual)]
+
+
+def _missing(missing: list[str], unknown: list[str]) -> list[str]:
+    lines = [f"not there yet: {missing[0]} and {len(missing) - 1} more"]
+    lines.append(f"the next one is {describe(missing[0])}")
+    if unknown:
+        close = get_close_matches(missing[0], unknown, 1)
+        lines.append(f"the golden file has no {close[0] if close else unknown[0]} ({len(unknown)} such names of yours)")
+    return lines
+
+
+def run_compare(mine: Path, golden: Path, precision: str | None = None) -> bool:
+    """Print the verdict; returns whether all is there and equal. Raises InputError."""
+    expected = read_golden(golden)
+    with open_tensors(mine) as file:
+        verdict = compare({name: file.get_tensor(name) for name in file.keys()}, expected, precision)  # noqa: SIM118
+    print(verdict.words)
+    return verdict.equal

@@ -1,0 +1,217 @@
+"""`minichunk compare` finds every known mistake, where it shows first, and says in words what it is."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from minichunk.command.main import main
+from minichunk.errors import InputError
+from minichunk.files.atomic import write_tensors
+from minichunk.porting import golden as writer
+from minichunk.porting.cases import Case, Step, build, cases
+from minichunk.porting.compare import OPTIONAL, Golden, compare, rank, read_golden
+from minichunk.porting.meanings import MISTAKES, describe
+
+from .mutants import MUTANTS, Mutant
+from .test_golden import COMMITTED, NAMES, Numpy
+
+
+@cache
+def file(name: str) -> Golden:
+    return read_golden(COMMITTED / f"{name}.safetensors")
+
+
+def outputs(port: Numpy) -> dict[str, Tensor]:
+    """All that a port in NumPy computes, by the golden file's names."""
+    with np.errstate(all="ignore"):
+        got = port.walks("seco") | port.walks("spaco")
+    return {name: torch.as_tensor(value, dtype=torch.float64) for name, value in got.items()}
+
+
+def without_optional(mine: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in mine.items() if not OPTIONAL.search(name)}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_port_without_a_mistake_is_equal(name: str) -> None:
+    mine = outputs(Numpy(name))
+    for port in (mine, without_optional(mine)):
+        verdict = compare(port, file(name))
+        assert verdict.equal, verdict.words
+
+
+def test_each_known_mistake_is_made_once() -> None:
+    assert sorted(mutant.key for mutant in MUTANTS) == sorted(mistake.key for mistake in MISTAKES)
+
+
+def words_for(mutant: Mutant) -> tuple[str, tuple[str, ...]]:
+    """Of the mistake that a mutant makes, and the files that show it."""
+    return next((mistake.words, mistake.cases) for mistake in MISTAKES if mistake.key == mutant.key)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.key)
+def test_each_mistake_is_named_where_it_shows_first(mutant: Mutant) -> None:
+    words, only = words_for(mutant)
+    assert not only or mutant.case in only
+    for case in only or (mutant.case, "tied", "lora"):
+        mine = outputs(Numpy(case, *mutant.modules()))
+        for port in (mine, without_optional(mine)):
+            verdict = compare(port, file(case))
+            assert not verdict.equal
+            assert words in verdict.words, verdict.words
+
+
+# The rows of the table in tutorial 7, by their first words, and the mistake that each of them is.
+ROWS = {
+    "Positions": "positions of the chunk",
+    "Bottom-right mask": "top-left mask",
+    "Normaliser": "mean of chunk means",
+    "Label shift": "shift in each chunk",
+    "Walk order": "forward walk",
+    "Leaves": "the past with its graph",
+    "Adding up": "replaced",
+    "Relay at the right place": "handed over before the rotation",
+    "Dropout replay": "other masks",
+    "SpaCO's loss factor": "no loss factor",
+    "SpaCO's relay factor": "no relay factor",
+    "One chunk's part": "all that arrived",
+    "Skipped is skipped": "skipped chunks relay",
+}
+
+
+def test_the_table_of_the_seventh_tutorial_is_true() -> None:
+    page = (COMMITTED.parents[1] / "tutorials" / "07_porting.py").read_text()
+    rows = re.findall(r"^# \| \*\*(.+?)\.?\*\*.*\| `([\w.]+)`.*\|$", page, re.MULTILINE)
+    assert [title for title, _ in rows] == list(ROWS)
+    for title, tensor in rows:
+        mutant = next(mutant for mutant in MUTANTS if mutant.key == ROWS[title])
+        first = compare(outputs(Numpy(mutant.case, *mutant.modules())), file(mutant.case)).first
+        assert first == (tensor if tensor.startswith("spaco") else f"seco.{tensor}"), title
+
+
+@pytest.mark.parametrize("mutant", [m for m in MUTANTS if m.case == "plain"], ids=lambda mutant: mutant.key)
+def test_bfloat16_sees_every_mistake_but_the_smallest(mutant: Mutant) -> None:
+    verdict = compare(outputs(Numpy("calm", *mutant.modules())), file("calm"), "bfloat16")
+    assert verdict.equal == (mutant.key == "eps outside the root")
+
+
+def computed_in(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What our own code computes of a file in another precision."""
+
+    def in_this_precision(case: Case) -> Step:
+        step = build(case)
+        for name, mask in step.masks.items():
+            step.masks[name] = mask.to(dtype)
+        step.model.to(dtype)
+        return step
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "build", in_this_precision)
+        return writer.golden(case)
+
+
+def worst(mine: dict[str, Tensor], name: str) -> float:
+    """The largest error of any tensor, relative to its norm."""
+    expected = {key: value for key, value in file(name).tensors.items() if float(value.double().norm()) > 0}
+    return max(float((mine[key].double() - value).norm() / value.double().norm()) for key, value in expected.items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float32_is_judged_on_all_files(name: str) -> None:
+    mine = computed_in(cases()[name], torch.float32)
+    assert compare(mine, file(name)).equal
+    assert worst(mine, name) < (1e-4 if name == "state" else 1e-5)
+    mine["seco.chunk.0.grad.model.embed_tokens.weight" if name != "lora" else "seco.loss"] *= 1.001
+    assert not compare(mine, file(name)).equal
+
+
+def test_bfloat16_is_judged_on_the_calm_file_alone() -> None:
+    mine = computed_in(cases()["calm"], torch.bfloat16)
+    assert compare(mine, file("calm"), "bfloat16").equal
+    assert worst(mine, "calm") < 0.03
+    for name in set(NAMES) - {"calm"}:
+        mine = computed_in(cases()[name], torch.bfloat16)
+        assert worst(mine, name) > 0.03
+        with pytest.raises(InputError, match="cannot judge bfloat16"):
+            compare(mine, file(name))
+
+
+def test_the_order_is_that_of_the_page() -> None:
+    steps = (
+        "input_ids", "weights.lm_head.weight", "rope.cos", "seco.chunk.0.layer.0.hidden", "seco.chunk.0.layer.0.keys",
+        "seco.chunk.0.layer.0.values", "seco.chunk.0.layer.0.attention", "seco.chunk.0.layer.0.residual",
+        "seco.chunk.0.layer.1.hidden", "seco.chunk.0.logits", "seco.chunk.1.layer.0.keys", "seco.chunk.3.loss",
+        "seco.chunk.2.loss", "full.loss", "full.grad.lm_head.weight", "seco.chunk.3.layer.2.key_grads",
+        "seco.chunk.3.layer.0.key_grads", "seco.chunk.3.grad.lm_head.weight", "seco.chunk.3.grad.model.norm.weight",
+        "seco.chunk.3.grad.model.layers.2.mlp.down_proj.weight",
+        "seco.chunk.3.grad.model.layers.2.self_attn.v_proj.weight",
+        "seco.chunk.3.grad.model.layers.1.mlp.down_proj.weight", "seco.chunk.3.grad.model.embed_tokens.weight",
+        "seco.chunk.2.layer.2.key_grads", "seco.chunk.2.layer.2.value_grads", "seco.chunk.2.grad.lm_head.weight",
+        "seco.loss", "second.seco.chunk.0.layer.0.keys", "spaco.chunk.0.layer.0.keys", "spaco.chunk.3.loss",
+        "spaco.chunk.2.layer.2.key_grads", "spaco.loss",
+    )  # fmt: skip
+    backwards = steps[::-1]
+    assert sorted(backwards, key=rank) == list(steps)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_tensor_has_its_place_and_its_words(name: str) -> None:
+    computed = [tensor for tensor in file(name).tensors if re.search(r"^full|co\.", tensor)]
+    assert len({rank(tensor) for tensor in computed}) == len(computed)
+    for tensor in file(name).tensors:
+        assert (describe(tensor) == "what the file gives, for you to begin with") == (tensor not in computed)
+
+
+def changed(change: Any, tensor: str = "seco.chunk.1.layer.0.keys") -> str:
+    """The words for a port that is right but for one tensor."""
+    mine = dict(file("plain").tensors)
+    mine[tensor] = change(mine[tensor])
+    verdict = compare(mine, file("plain"), "float64")
+    assert not verdict.equal and verdict.words.startswith(tensor)
+    return verdict.words
+
+
+def test_what_is_wrong_is_said_in_words() -> None:
+    assert "but must have [2, 4, 3, 4]; the same axes, in another order" in changed(lambda x: x.transpose(1, 2))
+    assert "has the shape [2, 4, 2, 4], but must have [2, 4, 3, 4]\n" in changed(lambda x: x[:, :, :2])
+    assert "has the dtype torch.int64, but must be a floating-point one" in changed(lambda x: x.long())
+    assert "has numbers that are not finite" in changed(lambda x: x / 0)
+    assert "yours is 2.5 times what is expected" in changed(lambda x: 2.5 * x)
+    assert "times what" not in changed(lambda x: x + 1)
+    assert "must be all zeros, and is not" in changed(lambda x: x + 1, "seco.chunk.3.layer.0.key_grads")
+    assert "is not the file's" in changed(lambda x: x + 1, "input_ids")
+    assert "no known mistake begins here" in changed(lambda x: x + 1, "seco.chunk.2.layer.0.values")
+
+
+def test_what_is_missing_is_named_and_what_can_be_left_out_is_not() -> None:
+    mine = without_optional(file("plain").tensors)
+    assert compare(mine, file("plain")).equal
+    mine["seco.chunk.3.losses"] = mine.pop("seco.chunk.3.loss")
+    verdict = compare(mine, file("plain"))
+    assert not verdict.equal and verdict.first is None
+    assert "not there yet: seco.chunk.3.loss and 0 more" in verdict.words
+    assert "no seco.chunk.3.losses" in verdict.words
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    golden, mine = COMMITTED / "plain.safetensors", tmp_path / "mine.safetensors"
+    tensors = {name: tensor.float() for name, tensor in without_optional(file("plain").tensors).items()}
+    for factor, status in ((1.0, 0), (1.0001, 1)):
+        write_tensors(mine, {**tensors, "seco.chunk.2.loss": factor * tensors["seco.chunk.2.loss"]})
+        assert main(["compare", str(mine), "--golden", str(golden)]) == status
+        assert ("agree in float32" in capsys.readouterr().out) == (status == 0)
+    assert main(["compare", str(golden), "--golden", str(mine)]) == 2
+    assert "is no golden file of this version" in capsys.readouterr().err
+    assert main(["compare", str(tmp_path / "none"), "--golden", str(golden)]) == 2
+    assert "is missing" in capsys.readouterr().err
+    write_tensors(mine, {name: tensor.bfloat16() for name, tensor in tensors.items()})
+    assert main(["compare", str(mine), "--golden", str(golden)]) == 2
+    assert "Take calm.safetensors" in capsys.readouterr().err
