@@ -2,7 +2,7 @@
 
 A check computes the right answer and, if the student's differs from it, the answers to which typical
 mistakes lead. If one of them is the student's, its words say what the mistake is and ask the question
-that leads to the mend. Chunks are numbered from 1 in words, as in the paper.
+that leads to the mend. Chunks are numbered from 0, in words as in code.
 """
 
 from __future__ import annotations

@@ -34,16 +34,16 @@ def check_walk(rebuilt: list[int], kept: list[int]) -> None:
     wanted = kept[::-1]
     require(
         rebuilt != kept or len(kept) < 2,
-        f"The walk goes forward: chunk {kept[0] + 1} was rebuilt before the later ones could send anything back to it. "
+        f"The walk goes forward: chunk {kept[0]} was rebuilt before the later ones could send anything back to it. "
         "Which chunk has nobody after it?",
     )
     for i in sorted({*kept} - {*rebuilt}):
-        raise AssertionError(f"Chunk {i + 1} is never rebuilt: neither its loss nor its memory has a gradient.")
+        raise AssertionError(f"Chunk {i} is never rebuilt: neither its loss nor its memory has a gradient.")
     for i in sorted({*rebuilt} - {*kept}):
         raise AssertionError(
-            f"Chunk {i + 1} is to be skipped, its entry is None, but it was rebuilt: that is the work to save."
+            f"Chunk {i} is to be skipped, its entry is None, but it was rebuilt: that is the work to save."
         )
-    found, right = (" ".join(str(i + 1) for i in order) for order in (rebuilt, wanted))
+    found, right = (" ".join(str(i) for i in order) for order in (rebuilt, wanted))
     require(rebuilt == wanted, f"The chunks were rebuilt in the order {found}, but it has to be {right}.")
 
 
@@ -51,7 +51,7 @@ def check_loss_value(got: Any, parts: Tensor, extra: Mistakes = ()) -> None:
     """The returned loss must be the sum of its chunks' parts, without a graph."""
     name = "the returned loss"
     known = [
-        ("The returned loss is that of chunk 1 alone, the last one of the walk. What has to add up?", {name: parts[0]}),
+        ("The returned loss is that of chunk 0 alone, the last one of the walk. What has to add up?", {name: parts[0]}),
         ("The returned loss is that of the last chunk alone, the first one of the walk.", {name: parts[-1]}),
         ("The returned loss is the mean over the chunks, but it has to be their sum.", {name: parts.mean()}),
     ]

@@ -34,7 +34,7 @@ def _check_targets(module: ModuleType) -> None:
     got = module.targets_by_chunk(labels, 4)
     require(isinstance(got, list | tuple), "The result has to be a list, with the targets of each chunk.")
     require(len(got) == 3, f"11 labels in chunks of 4 make 3 chunks of targets, but {len(got)} came back.")
-    names = [f"the targets of chunk {i}" for i in (1, 2, 3)]
+    names = [f"the targets of chunk {i}" for i in range(3)]
     short = {
         "The targets are one position shorter than the ids: the last position has nothing to predict, but it is there, "
         "and has a row of logits. No target is written IGNORE, that is -100: where does one belong?": (

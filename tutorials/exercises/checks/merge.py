@@ -158,7 +158,7 @@ def _check_piece_backward(module: ModuleType, grad: Tensor, q: Tensor, pieces: l
 def _check_attend_backward(module: ModuleType, grad: Tensor, q: Tensor, pieces: list[tuple[Tensor, Tensor]]) -> None:
     leaves = [x.clone().requires_grad_() for x in (q, *(x for piece in pieces for x in piece))]
     _piece(leaves[0], *zip(leaves[1::2], leaves[2::2], strict=True))[0].backward(grad)
-    names = ["dq", *(f"{name} of piece {i}" for i in range(1, len(pieces) + 1) for name in ("dk", "dv"))]
+    names = ["dq", *(f"{name} of piece {i}" for i in range(len(pieces)) for name in ("dk", "dv"))]
     expected = {name: x.grad for name, x in zip(names, leaves, strict=True)}
 
     out, lse = _piece(q, *pieces)
@@ -170,13 +170,13 @@ def _check_attend_backward(module: ModuleType, grad: Tensor, q: Tensor, pieces: 
 
     def mistakes() -> Mistakes:
         parts = [_piece_backward(grad, q, k, v, out, lse, "right", "right", "right")["dq"] for k, v in pieces]
-        for i, part in enumerate(parts, 1):
+        for i, part in enumerate(parts):
             words = f"dq holds the share of piece {i} only. The queries look at all pieces: which shares add up?"
             yield words, {**expected, "dq": part}
         words = "dq is the mean over the pieces. Each piece's share is whole already: what do they add up to?"
         yield words, {**expected, "dq": expected["dq"] / len(parts)}
         own = [_piece_backward(grad, q, k, v, out, lse, "own", "own", "right") for k, v in pieces]
-        wrong = {f"{name} of piece {i}": part[name] for i, part in enumerate(own, 1) for name in ("dk", "dv")}
+        wrong = {f"{name} of piece {i}": part[name] for i, part in enumerate(own) for name in ("dk", "dv")}
         yield (
             "Every piece was given its own output and log-sum-exp instead of the merged ones: its keys do not know "
             "that there are others. Which out and lse belong to the whole?",

@@ -64,15 +64,15 @@ def _relay_mistakes(k: int) -> Mistakes:
         _toy_gradient({(i, j) for i, j in edges if j == i + 1}),
     )
     yield (
-        "Chains through three chunks and more are missing: what chunk 3 sends to m_2 has to go on, from m_2 to m'_1. "
+        "Chains through three chunks and more are missing: what chunk 2 sends to m_1 has to go on, from m_1 to m'_0. "
         "Does the backward of m_j reach the earlier memories, or the weights only?",
         _toy_gradient_of_short_chains(),
     )
     for i, j in sorted(edges):
-        words = f"The gradient of chunk {i + 1} is missing what chunk {j + 1} sent back: {RELAY}"
+        words = f"The gradient of chunk {i} is missing what chunk {j} sent back: {RELAY}"
         yield words, _toy_gradient(edges - {(i, j)})
     for i in range(k):
-        words = f"The gradient of chunk {i + 1} is missing all that later chunks sent back: {RELAY}"
+        words = f"The gradient of chunk {i} is missing all that later chunks sent back: {RELAY}"
         yield words, _toy_gradient({edge for edge in edges if edge[0] != i})
     yield (
         "The memories were given ones as their gradient, as in m_j.sum(). What have later chunks sent back to m'_j?",
@@ -92,14 +92,14 @@ class _ToySpy:
     def __call__(self, chunk: Tensor, memories: Sequence[Tensor], weights: Tensor) -> tuple[Tensor, Tensor]:
         j = next((j for j, x in enumerate(self.chunks) if torch.equal(x, chunk)), None)
         if j is None:
-            raise AssertionError("f was called with a chunk that is none of x_1, …, x_k.")
+            raise AssertionError("f was called with a chunk that is none of x_0, …, x_{k-1}.")
         fills = not torch.is_grad_enabled()
-        who = f"In the fill, chunk {j + 1}" if fills else f"Chunk {j + 1}"
+        who = f"In the fill, chunk {j}" if fills else f"Chunk {j}"
         there_are = "there is" if j == 1 else "there are"
         question = (
             "What has the fill kept by then, and does f get to see it?"
             if fills
-            else "Which slice of the memories is m'_1, …, m'_{j-1}?"
+            else "Which slice of the memories is m'_0, …, m'_{j-1}?"
         )
         require(
             len(memories) == j,
@@ -111,19 +111,19 @@ class _ToySpy:
             return toy.f(chunk, memories, weights)
         require(
             bool(self.filled),
-            f"Chunk {j + 1} is the first to run, and with gradients: if the fill keeps graphs, all k of them are in "
+            f"Chunk {j} is the first to run, and with gradients: if the fill keeps graphs, all k of them are in "
             "memory. What switches them off?",
         )
         self.rebuilt.append(j)
         for i, m in enumerate(memories):
             require(
                 m.grad_fn is None,
-                f"When chunk {j + 1} is rebuilt, m'_{i + 1} has a graph behind it: backward would run through chunk "
-                f"{i + 1} as well. Where is the fill's result, a leaf?",
+                f"When chunk {j} is rebuilt, m'_{i} has a graph behind it: backward would run through chunk "
+                f"{i} as well. Where is the fill's result, a leaf?",
             )
             require(
                 m.requires_grad,
-                f"When chunk {j + 1} is rebuilt, m'_{i + 1} does not require a gradient: nothing can be sent back to "
+                f"When chunk {j} is rebuilt, m'_{i} does not require a gradient: nothing can be sent back to "
                 "it. Who has to say so, and when?",
             )
         weights = weights.view_as(weights)  # this chunk's own, so that its backward can be told from the others'
@@ -141,12 +141,14 @@ def check_relay(module: ModuleType) -> None:
     k = len(chunks)
     weights.requires_grad_()
     spy = _ToySpy(chunks)
-    words = "m'_j.grad is None until something is sent back to it, and nobody looks at m_k: what is its gradient then?"
+    words = (
+        "m'_j.grad is None until something is sent back to it, and nobody looks at m_{k-1}: what is its gradient then?"
+    )
     with hint("can be implicitly created only for scalar outputs", words):
         total = module.seco(spy, chunks, weights)
     require(
         spy.filled in (list(range(k)), list(range(k - 1))),
-        f"The fill ran the chunks {[i + 1 for i in spy.filled]}; it has to run them in order, each once.",
+        f"The fill ran the chunks {spy.filled}; it has to run them in order, each once.",
     )
     check_walk(spy.rebuilt, list(range(k)))
     require(weights.grad is not None, "weights.grad is None: nothing has been backpropagated to the weights.")
@@ -156,7 +158,7 @@ def check_relay(module: ModuleType) -> None:
     for j, times in enumerate(spy.backwards):
         require(
             times < 2,
-            f"The gradient is right, but chunk {j + 1} went through {times} backward calls, one for its loss and one "
+            f"The gradient is right, but chunk {j} went through {times} backward calls, one for its loss and one "
             "for what was relayed: in between the graph has to be kept (retain_graph), and all of its work is done "
             "twice. Can both go into one call of torch.autograd.backward?",
         )

@@ -118,13 +118,13 @@ def _check_bernoulli(module: ModuleType) -> None:
     for i, (count, rate) in enumerate(zip(counts, rates, strict=True)):
         require(
             _near(count, rate),
-            f"It kept chunk {i + 1}, whose rate is {rate}, {count} times in {DRAWS}. When is a coin, uniform in "
+            f"It kept chunk {i}, whose rate is {rate}, {count} times in {DRAWS}. When is a coin, uniform in "
             "[0, 1), below the rate?",
         )
     together = sum(row[0] and row[1] for row in kept)
     require(
         _near(together, rates[0] * rates[1]),
-        f"Every chunk is kept as often as it should be, but chunks 1 and 2 were kept together in {together} of {DRAWS} "
+        f"Every chunk is kept as often as it should be, but chunks 0 and 1 were kept together in {together} of {DRAWS} "
         f"draws, where independent coins give {DRAWS * rates[0] * rates[1]:.0f}. Does each chunk have its own coin?",
     )
     for i, rate in enumerate(rates):
@@ -170,12 +170,12 @@ def _check_fixed_budget(module: ModuleType) -> None:
             count = sum(entries[i] is not None for entries in draws)
             require(
                 _near(count, t / k),
-                f"{name}({t}, {k}) kept chunk {i + 1} {count} times in {DRAWS}; every set should be equally likely.",
+                f"{name}({t}, {k}) kept chunk {i} {count} times in {DRAWS}; every set should be equally likely.",
             )
         together = sum(entries[0] is not None and entries[1] is not None for entries in draws)
         require(
             _near(together, t * (t - 1) / (k * (k - 1))),
-            f"{name}({t}, {k}) kept chunks 1 and 2 together {together} times in {DRAWS}. Is every set equally likely, "
+            f"{name}({t}, {k}) kept chunks 0 and 1 together {together} times in {DRAWS}. Is every set equally likely, "
             "or are neighbours drawn together?",
         )
         found = {(entry.loss, entry.relay) for entries in draws for entry in entries if entry is not None}

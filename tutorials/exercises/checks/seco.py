@@ -128,7 +128,7 @@ class _Spy:
         """One chunk's graph, and that of the chunk before it in the walk, where variables still hold it."""
         if len(self.alive) < 3:
             return
-        now, *others, last = (str(i + 1) for i in self.alive)
+        now, *others, last = (str(i) for i in self.alive)
         raise AssertionError(
             f"The gradient is right, but when chunk {now} was rebuilt, the graphs of the chunks "
             f"{', '.join(others)} and {last} still lived: something holds their loss, or what they have "
@@ -140,8 +140,8 @@ class _Spy:
         for i in map(self._number, chunks):
             require(
                 i < self.last,
-                f"The fill writes chunk {i + 1}, for which the memory has no room: it holds what lies before the last "
-                f"chunk to be rebuilt, chunk {self.last + 1}. Does anybody look at chunk {i + 1}?",
+                f"The fill writes chunk {i}, for which the memory has no room: it holds what lies before the last "
+                f"chunk to be rebuilt, chunk {self.last}. Does anybody look at chunk {i}?",
             )
             self.filled.add(i)
 
@@ -149,7 +149,7 @@ class _Spy:
         j = self._number(chunk)
         for i in sorted({*range(j)} - self.filled):
             raise AssertionError(
-                f"Chunk {j + 1} was rebuilt, but chunk {i + 1} had not been filled: chunk {j + 1} looks at keys and "
+                f"Chunk {j} was rebuilt, but chunk {i} had not been filled: chunk {j} looks at keys and "
                 "values that nobody wrote. Which chunks must the fill write, skipped ones included?"
             )
         self.rebuilt.append(j)
@@ -232,12 +232,12 @@ def _seco_mistakes(input_ids: Tensor, labels: Tensor, counts: Tensor) -> Mistake
     for i, j in sorted(all_edges(k)):
         cut_off = relay.clone()
         cut_off[i, j] = 0
-        words = f"The gradient of chunk {i + 1} is missing what chunk {j + 1} sent back: {RELAY}"
+        words = f"The gradient of chunk {i} is missing what chunk {j} sent back: {RELAY}"
         yield words, walk(loss, cut_off)
     for i in range(k):
         cut_off = relay.clone()
         cut_off[i] = 0
-        words = f"The gradient of chunk {i + 1} is missing all that later chunks sent back: {RELAY}"
+        words = f"The gradient of chunk {i} is missing all that later chunks sent back: {RELAY}"
         yield words, walk(loss, cut_off)
     yield (
         "Every chunk receives only what the very next chunk sent back. Does the memory's sum of gradients survive?",

@@ -137,9 +137,9 @@ class _Spy:
     def __call__(self, chunk: Tensor, h: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         j = next((j for j, x in enumerate(self.chunks) if torch.equal(x, chunk)), None)
         if j is None:
-            raise AssertionError("f was called with a chunk that is none of x_1, …, x_k.")
+            raise AssertionError("f was called with a chunk that is none of x_0, …, x_{k-1}.")
         fills = not torch.is_grad_enabled()
-        who = f"In the fill, chunk {j + 1}" if fills else f"Chunk {j + 1}"
+        who = f"In the fill, chunk {j}" if fills else f"Chunk {j}"
         given = next((i for i, state in enumerate(self.states) if close(h, state)), None)
         found = "a state that no chunk has left behind" if given is None else f"h_{given}"
         question = "What has the chunk before it handed on?" if fills else "Which state was there before the chunk?"
@@ -149,12 +149,12 @@ class _Spy:
             return toy_state.f(chunk, h, weights)
         require(
             bool(self.filled),
-            f"Chunk {j + 1} is the first to run, and with gradients: if the fill keeps graphs, all k of them are in "
+            f"Chunk {j} is the first to run, and with gradients: if the fill keeps graphs, all k of them are in "
             "memory. What switches them off?",
         )
         require(
             h.grad_fn is None and h.requires_grad,
-            f"When chunk {j + 1} is rebuilt, the state before it is no leaf that requires a gradient: nothing can be "
+            f"When chunk {j} is rebuilt, the state before it is no leaf that requires a gradient: nothing can be "
             "sent back to it. Who has to say so?",
         )
         self.rebuilt.append(j)
@@ -229,7 +229,7 @@ def _check_draw(module: ModuleType, entries: Entries) -> None:
     spy = _Spy()
     total = module.spaco(spy, chunks, start, weights, entries)
     for j in sorted({*range(kept[-1])} - {*spy.filled}):
-        raise AssertionError(f"The fill never ran chunk {j + 1}, on which later chunks stand.")
+        raise AssertionError(f"The fill never ran chunk {j}, on which later chunks stand.")
     check_walk(spy.rebuilt, kept)
     require(weights.grad is not None, "weights.grad is None: nothing has been backpropagated to the weights.")
     compare({GRADIENT: weights.grad}, _gradient(entries), _walk_mistakes(entries), "matrix row column")
