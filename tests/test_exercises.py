@@ -55,6 +55,7 @@ OTHER_WAYS = [
      "torch.multinomial(torch.ones(k), t, generator=generator)"),
     ("samplers", "return 0.0", "return 0"),
     ("lora", "list(model.named_modules())", "model.named_modules()"),
+    ("window", "max(0, start - window + 1)", "start - window + 1"),
     ("relay", "        total = total + loss.detach()\n",
      "        total = total + loss.detach()\n        memories[j].grad = None\n"),
     ("lora", "        linear = copy.deepcopy(self.base)  # a copy: the base itself stays what it was\n",

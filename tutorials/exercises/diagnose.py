@@ -25,8 +25,9 @@ HINTS = {
     "can be implicitly created only for scalar outputs": (
         "Only the loss is a scalar. Which gradient belongs to the chunk's memory?"
     ),
-    "does not require grad and does not have a grad_fn": (
-        "What ran under torch.no_grad(), or was detached, although it needs its graph?"
+    **dict.fromkeys(
+        ("does not require grad and does not have a grad_fn", "differentiated Tensors does not require grad"),
+        "What ran under torch.no_grad(), or was detached, although it needs its graph?",
     ),
     "Mismatch in shape: grad_output": (
         "The gradients stand in the order of the tensors that they belong to: None for the loss, which is a scalar, "

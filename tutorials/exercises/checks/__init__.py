@@ -16,6 +16,7 @@ from .relay import check_relay
 from .samplers import check_samplers
 from .seco import check_seco
 from .state import check_state
+from .window import check_window
 
 EXERCISES = [
     Exercise(1, "attention", check_attention),
@@ -26,4 +27,5 @@ EXERCISES = [
     Exercise(6, "samplers", check_samplers),
     Exercise(7, "lora", check_lora),
     Exercise(8, "state", check_state),
+    Exercise(9, "window", check_window),
 ]
