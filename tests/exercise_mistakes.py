@@ -269,7 +269,7 @@ MISTAKES: list[tuple[str, Edit, Edit, str]] = [
     ("relay", ("f(chunks[j], memories[:j], weights)",
       "        m.grad = torch.zeros_like(m)\n"),
      ("f(chunks[j], [m.detach().requires_grad_() for m in memories[:j]], weights)",
-      ""), "m'_j.grad is None until something is sent back:"),
+      ""), "m'_j.grad is None until something is sent back to it, and nobody"),
     ("relay", ("f(chunks[j], memories[:j], weights)",
       "        m.grad = torch.zeros_like(m)\n",
       "[loss, memory], [None, memories[j].grad]"),

@@ -31,8 +31,7 @@ HINTS = {
     ),
     "Mismatch in shape: grad_output": (
         "The gradients stand in the order of the tensors that they belong to: None for the loss, which is a scalar, "
-        "and "
-        "for what a chunk has written what was sent back to it. Which of yours stand in each other's place?"
+        "and for what a chunk has written what was sent back to it. Which of yours stand in each other's place?"
     ),
     **dict.fromkeys(
         ("leaf Variable that requires grad", "Cannot assign non-leaf Tensor to parameter"),
@@ -41,13 +40,11 @@ HINTS = {
     **dict.fromkeys(
         ("shapes cannot be multiplied", "first two dimensions of batch2"),
         "The two factors of a product do not fit: as many columns as the first has, the second must have rows. Write "
-        "both "
-        "shapes down, and that of the result: which factor has to be transposed (.mT), or which comes first?",
+        "both shapes down, and that of the result: which factor has to be transposed (.mT), or which comes first?",
     ),
     "returned an invalid gradient": (
         "backward returns its gradients in the order of forward's arguments, each of its argument's shape. Which of "
-        "them "
-        "is at the wrong place?"
+        "them is at the wrong place?"
     ),
     "before Module.__init__() call": "Which line has to be the first in a module's __init__?",
     "'NoneType' object has no attribute": (

@@ -33,8 +33,7 @@ MASK = {
     ),
     "inside out": (
         "The mask is inside out: what a query may see is hidden, and what it may not is shown. What does True mean "
-        "for the "
-        "function that takes the mask? (masked_fill hides it, scaled_dot_product_attention shows it.)"
+        "for the function that takes the mask? (masked_fill hides it, scaled_dot_product_attention shows it.)"
     ),
     "by C": (
         "The mask begins at column C, the length of the chunk. How many positions stand before the chunk's first one?"
@@ -120,8 +119,7 @@ def _attention_mistakes(name: str, inputs: Sequence[Tensor]) -> Mistakes:
 SIZES = {  # what PyTorch says, and what it means here
     "at non-singleton dimension 1": (
         "The H query heads share G key heads, so keys and values have fewer heads than the queries. How often does "
-        "each of "
-        "them have to be repeated, so that there are H?"
+        "each of them have to be repeated, so that there are H?"
     ),
     "at non-singleton dimension 3": (
         "Scores and mask have P + C columns, the past and the chunk. Which of yours has fewer?"

@@ -18,9 +18,8 @@ RELAY = "did you relay before calling backward?"
 IGNORE = -100
 TWICE = (
     "The gradient is right, but chunk {} went through {} backward calls, one for its loss and one for what was "
-    "relayed: in "
-    "between the graph has to be kept (retain_graph), and all of its work is done twice. Can both go into one call of "
-    "torch.autograd.backward?"
+    "relayed: in between the graph has to be kept (retain_graph), and all of its work is done twice. Can both go "
+    "into one call of torch.autograd.backward?"
 )
 SKIPPED = "Chunk {} is to be skipped, its entry is None, but it was rebuilt: that is the work to save."
 CHUNK_SIZE = 3  # of the batches for a Llama

@@ -150,8 +150,7 @@ def _check_add_lora(module: ModuleType) -> None:
     require(
         shape == [2, 8],
         f"With rank 2 and alpha 8, lora_A of a layer with 8 inputs is {shape}, but has to be [2, 8]. In which order "
-        "does "
-        "LoraLinear take them?",
+        "does LoraLinear take them?",
     )
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     adapters = {f"{name}.{matrix}" for name in wanted for matrix in ("lora_A", "lora_B")}
@@ -164,8 +163,7 @@ def _check_add_lora(module: ModuleType) -> None:
     require(
         same,
         "The logits before the first step are others than without the adapters. Is the base of each LoraLinear the "
-        "very "
-        "layer that it replaces, and does B start at zero?",
+        "very layer that it replaces, and does B start at zero?",
     )
     mc.seco(model, input_ids, labels, CHUNK_SIZE)
     for name, p in model.named_parameters():

@@ -62,8 +62,7 @@ def _check_targets(module: ModuleType) -> None:
             labels.roll(-1, dims=1).split(4, dim=1)
         ),
         "A position was added at the front instead of the end: the first label is gone, and each position would "
-        "predict "
-        "itself. Which label has nobody before it to predict it, and which position has nothing to predict?": (
+        "predict itself. Which label has nobody before it to predict it, and which position has nothing to predict?": (
             F.pad(labels[:, 1:], (1, 0), value=IGNORE).split(4, dim=1)
         ),
         "The labels were shifted by two: each position would predict the one after the next.": (

@@ -139,8 +139,7 @@ SOFTMAX = {
     ),
     "unscaled": (
         "The scores within the probabilities are not divided by sqrt(D). The log-sum-exp was made from scores that "
-        "are: "
-        "which s belongs into exp(s - lse)?"
+        "are: which s belongs into exp(s - lse)?"
     ),
     "no lse": "The probabilities are exp(s), without the log-sum-exp. What do they have to sum to 1 over?",
     "no exp": "The probabilities are s - lse: those are their logarithms.",

@@ -226,8 +226,7 @@ class _ToySpy:
         if self.rebuilt[0] == 0:
             return (
                 "The walk goes forward: chunk 0 was rebuilt before the later ones could send anything back to it. "
-                "Which "
-                "chunk has nobody after it?"
+                "Which chunk has nobody after it?"
             )
         if self.rebuilt[0] < k - 1:
             return (
@@ -236,13 +235,16 @@ class _ToySpy:
             )
         if self.fresh_leaves() or (len(self.rebuilt) > 1 and self.leaves[0][-1].grad is not None):
             return f"{FRESH} (m'_j.grad is None because nothing has ever arrived there.)"
-        return "m'_j.grad is None until something is sent back: nobody looks at m_{k-1}: what is its gradient then?"
+        return (
+            "m'_j.grad is None until something is sent back to it, and nobody looks at m_{k-1}: "
+            "what is its gradient then?"
+        )
 
 
 FRESH = (
     "What a chunk sends back arrives in the .grad of the very tensors that f was given. They were fresh leaves, made "
-    "for "
-    "this call alone, and nobody has read their .grad: who adds it up, and hands it to the chunk that it belongs to?"
+    "for this call alone, and nobody has read their .grad: who adds it up, and hands it to the chunk that it belongs "
+    "to?"
 )
 
 

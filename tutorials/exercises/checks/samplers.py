@@ -196,9 +196,8 @@ def _check_fixed_budget(module: ModuleType) -> None:
             n = sum(entry is not None for entry in entries)
             require(
                 n == t,
-                f"{name}({t}, {k}) kept {n} chunks. It has to be exactly {t}, in every draw. Has each chunk a coin "
-                "of its "
-                "own, or can the same chunk be drawn twice?",
+                f"{name}({t}, {k}) kept {n} chunks. It has to be exactly {t}, in every draw. Has each chunk a coin of "
+                "its own, or can the same chunk be drawn twice?",
             )
         for i in range(k):
             count = sum(entries[i] is not None for entries in draws)
@@ -247,8 +246,7 @@ def _check_fixed_budget(module: ModuleType) -> None:
     require(
         isfinite(weights[0].relay),
         f"fixed_budget(1, 4) has the relay factor {weights[0].relay}. Nothing is relayed then, but zeros are "
-        "multiplied by "
-        "it, and infinity times 0 is not 0: any finite number will do.",
+        "multiplied by it, and infinity times 0 is not 0: any finite number will do.",
     )
     require(
         list(generous) == [mc.Weight(1.0, 1.0)] * 3,

@@ -38,8 +38,7 @@ KEYS_AND_VALUES = (
 NOBODY = (
     "list index out of range",
     "new_memory has to be told which chunks will be rebuilt: it makes room for what lies before the last of them, "
-    "and for "
-    "the gradients sent back to the others. Which are they?",
+    "and for the gradients sent back to the others. Which are they?",
 )
 Hand = Callable[[list[Tensor], list[Tensor]], list[Tensor]]  # of what is relayed, and the chunk's own keys and values
 
@@ -151,9 +150,8 @@ class _Spy:
         for i in self.kept[:-1]:
             require(
                 self.chunks[i] in self.told,
-                f"new_memory was not told of chunk {i}, which is rebuilt: there is no room for what later chunks "
-                "send back "
-                "to it, and so it is lost. Which chunks will be rebuilt?",
+                f"new_memory was not told of chunk {i}, which is rebuilt: there is no room for what later chunks send "
+                "back to it, and so it is lost. Which chunks will be rebuilt?",
             )
 
     def _see_fill(self, chunks: Sequence[Chunk]) -> None:
@@ -161,9 +159,8 @@ class _Spy:
             skipped = self.capacity > self.chunks[self.last].start
             require(
                 i < self.last or not skipped,
-                f"{SKIPPED.format(self.chunks.index(self._ends()))} (Even with factors of 0: new_memory has been "
-                "told of it, "
-                "and the fill goes up to it. Which of the entries are None?)",
+                f"{SKIPPED.format(self.chunks.index(self._ends()))} (Even with factors of 0: new_memory has been told "
+                "of it, and the fill goes up to it. Which of the entries are None?)",
             )
             require(
                 i < self.last,
@@ -245,8 +242,7 @@ def _seco_mistakes(input_ids: Tensor, labels: Tensor, counts: Tensor) -> Mistake
     )
     yield (
         "Keys and values were given themselves as their gradient. What later chunks have sent back to them is not "
-        "their "
-        "value: which list holds it?",
+        "their value: which list holds it?",
         _walk(input_ids, labels, every, loss, relay, lambda relayed, written: [m.detach() for m in written]),
     )
     yield (
@@ -404,8 +400,7 @@ def _spaco_mistakes(input_ids: Tensor, labels: Tensor, entries: Sequence[mc.Weig
     )
     yield (
         "Only what was kept is counted in the divisor: the loss is divided by the number of targets of the kept "
-        "chunks. "
-        "weight.loss makes up for the skipped ones already: whose targets are to be counted?",
+        "chunks. weight.loss makes up for the skipped ones already: whose targets are to be counted?",
         walk(loss * n / counts[kept].sum(), receiver),
     )
     yield (

@@ -164,8 +164,7 @@ def _slips(entries: Entries) -> Mistakes:
     """Mistakes in one expression of the walk."""
     yield (
         "The decay is on the wrong one of the two: what was sent back has passed the chunk already, the old adjoint "
-        "has "
-        "not.",
+        "has not.",
         _walk(entries, lambda adjoint, decay, sent: adjoint + decay * sent),
     )
     yield (
@@ -184,8 +183,7 @@ def _slips(entries: Entries) -> Mistakes:
     )
     yield (
         "What is relayed is scaled by both factors. The loss factor of the chunk where a message starts is in it "
-        "already: "
-        "which factor is this hop's own?",
+        "already: which factor is this hop's own?",
         _walk(entries, relay=lambda entry, adjoint, decay: entry.loss * entry.relay * adjoint),
     )
     yield "What is relayed counts twice.", _walk(entries, relay=lambda entry, adjoint, decay: 2 * entry.relay * adjoint)
@@ -199,14 +197,12 @@ def _slips(entries: Entries) -> Mistakes:
     )
     yield (
         "What was sent back is multiplied by the relay factor, too. What is relayed has it already, and a message "
-        "has one "
-        "factor for each chunk that it passes through.",
+        "has one factor for each chunk that it passes through.",
         _walk(entries, send=lambda entry: entry.relay),
     )
     yield (
         "The factor is on what the chunk sends instead of on what is relayed to it. Whose coin has a message to "
-        "survive, "
-        "the sender's or the receiver's?",
+        "survive, the sender's or the receiver's?",
         _walk(entries, relay=lambda entry, adjoint, decay: adjoint, send=lambda entry: entry.relay),
     )
     yield (
@@ -301,8 +297,7 @@ def _check_hand_on(module: ModuleType) -> None:
         )
         yield (
             "The gradient is that of h alone, as if the chunk did nothing else. Which function of the chunk's own "
-            "result "
-            "is to keep its gradient, and which part of that is to be taken off?",
+            "result is to keep its gradient, and which part of that is to be taken off?",
             results(lambda h, end, decay: end.detach() + h - h.detach()),
         )
         yield (

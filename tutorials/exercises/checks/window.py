@@ -235,14 +235,12 @@ def _rebuild_mistakes(case: Case, right: Values) -> Mistakes:
     )
     yield (
         "The mask's columns do not belong to the keys: those side by side are the spans and the chunk, and between "
-        "them "
-        "there may be a gap. Which columns of `seen` are they?",
+        "them there may be a gap. Which columns of `seen` are they?",
         _attention(case, lambda c: _shifted(c, spans)),
     )
     yield (
         "The mask's columns are its first ones, but the keys side by side are the spans and the chunk. Which columns "
-        "of "
-        "`seen` are they?",
+        "of `seen` are they?",
         _attention(case, lambda c: _shifted(c, spans, first=True)),
     )
     yield (
@@ -323,8 +321,7 @@ def _exchanged(x: Tensor, spans: Spans) -> Tensor:
 COLUMNS = (
     "at non-singleton dimension 1",
     "The mask has a column for every position up to `stop`, but there are keys for the spans and the chunk only. "
-    "Which of "
-    "its columns belong to them?",
+    "Which of its columns belong to them?",
 )
 
 
