@@ -46,6 +46,19 @@ def test_a_tutorial_is_short_and_ends_with_exercises(path: Path) -> None:
     assert "PLACEHOLDER" not in text
 
 
+@pytest.mark.parametrize("path", [*SOURCES, TUTORIALS / "jax.md"], ids=lambda path: path.stem)
+def test_every_question_at_the_end_has_an_answer(path: Path) -> None:
+    page = path.with_suffix(".md").read_text()
+    title = page[: page.index("\n")].removeprefix("# ")
+    answers = (TUTORIALS / "answers.md").read_text()
+    assert f"\n## {title}\n" in answers
+    answered = answers.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    questions = page.split("\n## Exercises\n")[1]
+    numbers = re.compile(r"^(\d+)\. ", re.MULTILINE)
+    assert numbers.findall(questions)
+    assert numbers.findall(answered) == numbers.findall(questions)
+
+
 @pytest.mark.parametrize("name", ["01_cache_and_cut.md", "02_seco_by_hand.md", "exercises/README.md"])
 def test_the_page_to_begin_with_is_named_at_the_beginning(name: str) -> None:
     assert "minichunk/tiny.py)" in " ".join((TUTORIALS / name).read_text().splitlines()[:10])
@@ -56,6 +69,13 @@ def test_every_file_that_is_named_exists(path: Path) -> None:
     files = [str(file) for folder in (TUTORIALS, TUTORIALS.parent / "minichunk") for file in folder.rglob("*.py")]
     for name in re.findall(r"`([\w/]+\.py)`", path.read_text()):
         assert any(file.endswith(f"/{name}") for file in files), name
+
+
+def test_the_page_for_jax_quotes_the_port() -> None:
+    quoted = re.findall(r"^```python\n(.*?)^```", (TUTORIALS / "jax.md").read_text(), re.DOTALL | re.MULTILINE)
+    port = (TUTORIALS / "jax_port.py").read_text()
+    assert len(quoted) == 5
+    assert all(block in port for block in quoted)
 
 
 def test_the_seventh_port_is_at_most_60_lines() -> None:

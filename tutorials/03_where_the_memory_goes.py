@@ -37,20 +37,20 @@ def draw(panel, boxes, steps, title):
         panel.barh(row, end - begin, left=begin, color=color, edgecolor="white", height=0.28)
     panel.set(title=title, xticks=[i + 0.5 for i in range(8)], yticks=range(4), xlim=(0, 8))
     panel.set_xticklabels(steps, fontsize=8)
-    panel.set_yticklabels([f"chunk {i + 1}" for i in range(4)])
+    panel.set_yticklabels([f"chunk {i}" for i in range(4)])
     for i in range(3):
         panel.axhline(i + 0.5, color="lightgray", lw=0.5)
 
 
 GRAPH, CACHE, GRADS = "tab:red", "tab:blue", "tab:green"
 figure, axes = plt.subplots(2, 1, figsize=(9, 5), layout="constrained", sharey=True)
-forward = [f"forward {i}" for i in range(1, 5)]
-backward = [f"backward {i}" for i in range(4, 0, -1)]
+forward = [f"forward {i}" for i in range(4)]
+backward = [f"backward {i}" for i in reversed(range(4))]
 draw(axes[0], [(i, i, 8 - i, GRAPH) for i in range(4)], forward + backward, "full: every graph waits for its way back")
 boxes = [(i + 0.3, 7 - i, 8 - i, GRAPH) for i in range(4)]
 for i in range(3):
     boxes += [(i - 0.3, i, 8 - i, CACHE), (i, 4, 8 - i, GRADS)]
-steps = ["fill 1", "fill 2", "fill 3", "(4 is not filled)", *(f"rebuild {i}" for i in range(4, 0, -1))]
+steps = ["fill 0", "fill 1", "fill 2", "(3 is not filled)", *(f"rebuild {i}" for i in reversed(range(4)))]
 draw(axes[1], boxes, steps, "SeCO: one graph at a time, beside a cache and its gradients")
 handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in (GRAPH, CACHE, GRADS)]
 figure.legend(

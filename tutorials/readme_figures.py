@@ -42,10 +42,10 @@ def draw_seco() -> None:
     figure, axes = plt.subplots(figsize=(10.5, 5.2))
     rows = [
         ("fill, without gradients", None),
-        ("rebuild chunk 4", 3),
-        ("rebuild chunk 3", 2),
-        ("rebuild chunk 2", 1),
-        ("rebuild chunk 1", 0),
+        ("rebuild chunk 3", 3),
+        ("rebuild chunk 2", 2),
+        ("rebuild chunk 1", 1),
+        ("rebuild chunk 0", 0),
     ]
     for r, (title, at) in enumerate(rows):
         y = (len(rows) - r) * 1.5
@@ -54,12 +54,12 @@ def draw_seco() -> None:
             x = i * 2.4
             if at is None:
                 last = i == COLUMNS - 1
-                box(axes, x, y + 0.5, 2.0, 0.4, EMPTY, "not needed" if last else f"chunk {i + 1} forward")
+                box(axes, x, y + 0.5, 2.0, 0.4, EMPTY, "not needed" if last else f"chunk {i} forward")
                 box(axes, x, y, 2.0, 0.4, EMPTY if last else CACHE, "" if last else "keys, values")
                 if i < COLUMNS - 2:
                     arrow(axes, (x + 2.0, y + 0.2), (x + 2.4, y + 0.6), CACHE)
             elif i == at:
-                box(axes, x, y + 0.5, 2.0, 0.4, GRAPH, f"graph of chunk {i + 1}")
+                box(axes, x, y + 0.5, 2.0, 0.4, GRAPH, f"graph of chunk {i}")
                 if i < COLUMNS - 1:
                     box(axes, x, y, 2.0, 0.4, GRADS, "relayed gradient")
                     arrow(axes, (x + 1.0, y + 0.36), (x + 1.0, y + 0.56), "black")

@@ -25,10 +25,35 @@ HINTS = {
     "can be implicitly created only for scalar outputs": (
         "Only the loss is a scalar. Which gradient belongs to the chunk's memory?"
     ),
-    "does not require grad and does not have a grad_fn": (
-        "What ran under torch.no_grad(), or was detached, although it needs its graph?"
+    **dict.fromkeys(
+        ("does not require grad and does not have a grad_fn", "differentiated Tensors does not require grad"),
+        "What ran under torch.no_grad(), or was detached, although it needs its graph?",
     ),
-    "leaf Variable that requires grad": "In-place changes of parameters need torch.no_grad().",
+    "Mismatch in shape: grad_output": (
+        "The gradients stand in the order of the tensors that they belong to: None for the loss, which is a scalar, "
+        "and for what a chunk has written what was sent back to it. Which of yours stand in each other's place?"
+    ),
+    **dict.fromkeys(
+        ("leaf Variable that requires grad", "Cannot assign non-leaf Tensor to parameter"),
+        "In-place changes of parameters need torch.no_grad().",
+    ),
+    **dict.fromkeys(
+        ("shapes cannot be multiplied", "first two dimensions of batch2"),
+        "The two factors of a product do not fit: as many columns as the first has, the second must have rows. Write "
+        "both shapes down, and that of the result: which factor has to be transposed (.mT), or which comes first?",
+    ),
+    "returned an invalid gradient": (
+        "backward returns its gradients in the order of forward's arguments, each of its argument's shape. Which of "
+        "them is at the wrong place?"
+    ),
+    "before Module.__init__() call": "Which line has to be the first in a module's __init__?",
+    "'NoneType' object has no attribute": (
+        "A skipped chunk's entry is None, and has no factors. What is to be done for it?"
+    ),
+    "and 'NoneType'": (
+        "Something that takes part in a product or a sum is None. If nothing has been sent back yet, which number of "
+        "the same meaning can be multiplied and added?"
+    ),
     "incorrect number of gradients": "backward returns one gradient for each argument of forward, or None.",
     **dict.fromkeys(
         ("-100 is out of bounds", "Class values must be non-negative"),
@@ -36,6 +61,7 @@ HINTS = {
         "index can stand there meanwhile?",
     ),
 }
+AMBIGUOUS = "Boolean value of Tensor with more than one value"  # two causes, told apart by the line
 PLURALS = ("the targets", "the logits")  # how a name may begin
 
 
@@ -90,7 +116,15 @@ def _stopped(error: Exception, path: Path) -> str:
     if own:
         words += f"\nin line {own[-1].lineno}: {own[-1].line}"
     hints = [hint for symptom, hint in HINTS.items() if symptom in str(error)]
-    return "\n".join([words, *hints, *getattr(error, "__notes__", [])])
+    if AMBIGUOUS in str(error):
+        hints.append(_ambiguous(own[-1].line or "" if own else ""))
+    return "\n".join([words, *dict.fromkeys(hints), *getattr(error, "__notes__", [])])
+
+
+def _ambiguous(line: str) -> str:
+    if "backward(" in line or "grad(" in line:
+        return "A gradient has another shape than the tensor that it belongs to. Whose is it?"
+    return "A tensor of many numbers is neither true nor false. Is the question whether there is one: `is not None`?"
 
 
 def require(condition: bool, words: str) -> None:
@@ -146,7 +180,7 @@ def compare(got: dict[str, Any], expected: Values, mistakes: Mistakes = (), axes
         if all(close(got[name], wrong[name]) for name in expected):
             raise AssertionError(words)
     factor = _common_factor(got, expected)
-    names = " and ".join(expected) if len(expected) < 4 else f"{next(iter(expected))}, and every other one,"
+    names = " and ".join(expected) if len(expected) < 4 else f"{next(iter(expected))} and all the others"
     require(factor != 0, f"{names}: all zero.")
     if factor is not None:
         raise AssertionError(f"{names}: exactly {factor:.6g} times what it has to be. Which factor is that?")

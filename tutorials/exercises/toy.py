@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def f(chunk: Tensor, memories: Sequence[Tensor], weights: Tensor) -> tuple[Tensor, Tensor]:
-    """(J_j, m_j) = f(x_j; m_1, …, m_{j-1}; Θ): one attention over the memories, and a guess.
+    """(J_j, m_j) = f(x_j; m_0, …, m_{j-1}; Θ): one attention over the memories, and a guess.
 
-    chunk, x_j: (C, E). memories, m_1 to m_{j-1}: (their C, E) each. weights, Θ: (3, E, E).
+    chunk, x_j: (C, E). memories, m_0 to m_{j-1}: (their C, E) each. weights, Θ: (3, E, E).
     Returns the chunk's loss J_j, a scalar, and its memory m_j (C, E).
 
     m_j depends on the chunk, on the weights and, by the attention, on every earlier memory: so a
-    gradient that arrives at m_3 goes on to m_2 and, from there, on to m_1.
+    gradient that arrives at m_2 goes on to m_1 and, from there, on to m_0.
     """
     to_query, to_memory, to_guess = weights
     seen = torch.cat([*memories, chunk])  # (positions so far, E)

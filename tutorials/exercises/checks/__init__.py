@@ -2,7 +2,7 @@
 
 A check computes the right answer and, if the student's differs from it, the answers to which typical
 mistakes lead. If one of them is the student's, its words say what the mistake is and ask the question
-that leads to the mend. Chunks are numbered from 1 in words, as in the paper.
+that leads to the mend. Chunks are numbered from 0, in words as in code.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from .relay import check_relay
 from .samplers import check_samplers
 from .seco import check_seco
 from .state import check_state
+from .window import check_window
 
 EXERCISES = [
     Exercise(1, "attention", check_attention),
@@ -26,4 +27,5 @@ EXERCISES = [
     Exercise(6, "samplers", check_samplers),
     Exercise(7, "lora", check_lora),
     Exercise(8, "state", check_state),
+    Exercise(9, "window", check_window),
 ]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import product
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from ..diagnose import Mistakes, Values, compare, require
+from ..diagnose import Mistakes, Values, compare, hint, require
 from .common import random
 
 # Everything that a choice may be, the right one first, and what is to be said about a wrong one.
@@ -30,12 +31,27 @@ MASK = {
         "Masked after the softmax: what is left no longer sums to 1. "
         "What must a masked score be before the softmax, so that its probability is 0?"
     ),
+    "inside out": (
+        "The mask is inside out: what a query may see is hidden, and what it may not is shown. What does True mean "
+        "for the function that takes the mask? (masked_fill hides it, scaled_dot_product_attention shows it.)"
+    ),
+    "by C": (
+        "The mask begins at column C, the length of the chunk. How many positions stand before the chunk's first one?"
+    ),
+    "over queries": "The softmax runs over the queries. Over what do a query's probabilities sum to 1?",
+    "finite": "Masked scores are -1, which is a score like any other. What must it be so that its exponential is 0?",
     "zero score": "Masked scores are 0, but exp(0) is 1. What must a score be so that its exponential is 0?",
 }
 SCALE = {
     "right": "",
     "none": "The scores are not divided by sqrt(D). What is the variance of a sum of D products?",
     "by D": "The scores are divided by D, not by its square root.",
+    "of H D": (
+        "The scores are divided by sqrt(H · D). Each head has a softmax of its own: over how many products is its sum?"
+    ),
+    "of G": "The scores are divided by the root of the number of key heads: which dimension of q is D?",
+    "of H": "The scores are divided by the root of the number of heads: which dimension of q is D?",
+    "of C": "The scores are divided by the root of the chunk's length: which dimension of q is D?",
 }
 HEADS = {
     "right": "",
@@ -46,6 +62,9 @@ HEADS = {
 }
 ORDER = {
     "right": "",
+    "keys first": "The chunk's keys stand before those of the past, the values behind. Which value belongs to a key?",
+    "values first": "The chunk's values stand before those of the past, the keys behind. Which value belongs to a key?",
+    "keys for values": "The probabilities are multiplied by the keys. What are the values for?",
     "chunk first": "The chunk's keys and values stand before those of the past. In which order does the mask count?",
 }
 
@@ -56,34 +75,67 @@ def _attention(
     q, k, v, past_k, past_v = inputs
     H, C, D = q.shape[1:]
     G, P = past_k.shape[1:3]
-    pairs = [(past_k, k), (past_v, v)] if order == "right" else [(k, past_k), (v, past_v)]
-    keys, values = (torch.cat(pair, dim=2) for pair in pairs)
+    k_pair, v_pair = (past_k, k), (past_k, k) if order == "keys for values" else (past_v, v)
+    keys = torch.cat(k_pair[::-1] if order in ("chunk first", "keys first") else k_pair, dim=2)
+    values = torch.cat(v_pair[::-1] if order in ("chunk first", "values first") else v_pair, dim=2)
     if heads == "right":
         keys, values = (x.repeat_interleave(H // G, dim=1) for x in (keys, values))
     else:
         keys, values = (x.repeat(1, H // G, 1, 1) for x in (keys, values))
-    scores = q @ keys.mT / {"right": D**0.5, "none": 1, "by D": D}[scale]
+    under = {"right": D, "none": 1, "by D": D**2, "of H D": H * D, "of G": G, "of H": H, "of C": C}[scale]
+    scores = q @ keys.mT / under**0.5
     every = torch.ones(C, P + C, dtype=torch.bool)
     if mask == "afterwards":
         return (scores.softmax(-1) * every.tril(P)) @ values
     if mask == "zero score":
         return (scores * every.tril(P)).softmax(-1) @ values
+    if mask == "finite":
+        return scores.masked_fill(~every.tril(P), -1).softmax(-1) @ values
+    if mask == "over queries":
+        return scores.masked_fill(~every.tril(P), -torch.inf).softmax(-2) @ values
     visible = {
         "right": every.tril(P),
+        "inside out": ~every.tril(P),
+        "by C": every.tril(C - 1),
         "top left": every.tril(),
         "no mask": every,
         "not itself": every.tril(P - 1),
         "next": every.tril(P + 1),
         "no past": every.tril(P) & (torch.arange(P + C) >= P),
     }[mask]
-    return scores.masked_fill(~visible, -torch.inf).softmax(-1) @ values
+    p = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    return (
+        p.nan_to_num() if mask == "inside out" else p
+    ) @ values  # a row that sees nothing: 0, as PyTorch's own has it
 
 
 def _attention_mistakes(name: str, inputs: Sequence[Tensor]) -> Mistakes:
-    choices = list(product(MASK, SCALE, HEADS, ORDER))
+    choices = [chosen for chosen in product(MASK, SCALE, HEADS, ORDER) if chosen.count("right") > 1]
     for chosen in sorted(choices, key=lambda chosen: -chosen.count("right")):  # single mistakes first
         words = [table[choice] for table, choice in zip((MASK, SCALE, HEADS, ORDER), chosen, strict=True)]
         yield "\n".join(filter(None, words)), {name: _attention(inputs, *chosen)}
+
+
+SIZES = {  # what PyTorch says, and what it means here
+    "at non-singleton dimension 1": (
+        "The H query heads share G key heads, so keys and values have fewer heads than the queries. How often does "
+        "each of them have to be repeated, so that there are H?"
+    ),
+    "at non-singleton dimension 3": (
+        "Scores and mask have P + C columns, the past and the chunk. Which of yours has fewer?"
+    ),
+    "Sizes of tensors must match": (
+        "Past and chunk stand one after the other in the text. Which dimension of (B, G, positions, D) is that?"
+    ),
+}
+
+
+@contextmanager
+def _hints() -> Iterator[None]:
+    with ExitStack() as stack:
+        for symptom, words in SIZES.items():
+            stack.enter_context(hint(symptom, words))
+        yield
 
 
 def check_attention(module: ModuleType) -> None:
@@ -93,7 +145,8 @@ def check_attention(module: ModuleType) -> None:
         inputs = random(P, (2, H, C, D), *[(2, G, C, D)] * 2, *[(2, G, P, D)] * 2)
         copies = [x.clone() for x in inputs]
         name = f"the output (P = {P}, C = {C}, H = {H}, G = {G})"
-        got = module.attend(*copies)
+        with _hints():
+            got = module.attend(*copies)
         mistakes = _attention_mistakes(name, inputs)
         compare({name: got}, {name: _attention(inputs)}, mistakes, "batch head position channel")
         same = all(torch.equal(a, b) for a, b in zip(inputs, copies, strict=True))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import minichunk as mc
 
-from ..diagnose import compare, require, within
+from ..diagnose import close, compare, require, within
 from .common import CHUNK_SIZE, batch, random, tiny_llama
 
 
@@ -66,12 +66,24 @@ def _check_forward(layer: Any, x: Tensor, weight: Tensor, bias: Tensor) -> None:
         "The adapter is scaled by alpha / sqrt(rank). Here it has to be alpha / rank.": plain + 8 / 2**0.5 * update,
         "This is the adapter alone. Where is the base's output?": 4 * update,
         "This is the base's output alone. Where is the adapter's?": plain,
+        "The adapter is subtracted.": plain - 4 * update,
         "The base's bias is missing.": plain - bias + 4 * update,
         "The base's output is scaled, too. What does alpha / rank belong to?": 4 * (plain + update),
     }
     name = "the layer's output"
     mistakes = ((words, {name: wrong}) for words, wrong in wrongs.items())
     compare({name: layer(x)}, {name: plain + 4 * update}, mistakes, "batch position channel")
+    leaf = x.clone().requires_grad_()
+    layer(leaf).sum().backward()
+    assert leaf.grad is not None
+    by_base, by_adapter = (matrix.sum(0).expand_as(x) for matrix in (weight, 4 * B @ A))
+    name = "the gradient of the input"
+    compare({name: leaf.grad}, {name: by_base + by_adapter}, [
+        ("The gradient of the input lacks what comes through the base: the layers below would learn little. The base's "
+         "weights are frozen, but what is detached passes nothing on.", {name: by_adapter}),
+        ("The gradient of the input lacks what comes through the adapter. What is detached passes nothing on.",
+         {name: by_base}),
+    ], "batch position channel")  # fmt: skip
     layer(x).square().sum().backward()
     for name in ("lora_A", "lora_B"):
         grad = getattr(layer, name).grad
@@ -101,7 +113,11 @@ def _check_merged(layer: Any, x: Tensor, weight: Tensor, bias: Tensor) -> None:
             ("The merged weight has the adapter subtracted.", {name: weight - 4 * update}),
         ], "row column")  # fmt: skip
         require(linear.bias is not None, "The merged layer has lost the base's bias.")
-        compare({"the bias of the merged layer": linear.bias}, {"the bias of the merged layer": bias})
+        name_of_bias = "the bias of the merged layer"
+        require(
+            linear.bias.shape == bias.shape and torch.equal(linear.bias.detach(), bias),
+            f"{name_of_bias} is not the base's. A new nn.Linear begins with a random one: what has to be copied, too?",
+        )
         require(
             torch.allclose(layer(x).detach(), before),
             "After merged() the layer itself computes something else: the adapter is in the base's weight now, and "
@@ -117,15 +133,25 @@ def _check_add_lora(module: ModuleType) -> None:
     # Neither is asked for: their names only end or begin with a target's.
     for other in ("other_q_proj", "v_proj_other"):
         model.get_submodule("model.layers.0.self_attn").add_module(other, nn.Linear(8, 8).double())
-    module.add_lora(model, 2, 8.0, ["q_proj", "v_proj"])
+    module.add_lora(model, 2, 8, ["q_proj", "v_proj"])
     found = {name for name, layer in model.named_modules() if isinstance(layer, module.LoraLinear)}
     for name in sorted(wanted - found):
         raise AssertionError(f"add_lora has not replaced {name}. Which part of a module's name do the targets name?")
+    every = {name for name, layer in plain.named_modules() if isinstance(layer, nn.Linear)}
+    words = "add_lora has replaced every linear layer of the model. What are the targets for?"
+    require(not every <= found, words)
     for name in sorted(found - wanted):
         raise AssertionError(
             f"add_lora has replaced {name}, which is not among the targets. A target is the whole last part of a name, "
             "from its last dot on: does yours match names that only contain it, or end with it?"
         )
+    q_proj = model.get_submodule("model.layers.0.self_attn.q_proj")
+    shape = list(q_proj.lora_A.shape)
+    require(
+        shape == [2, 8],
+        f"With rank 2 and alpha 8, lora_A of a layer with 8 inputs is {shape}, but has to be [2, 8]. In which order "
+        "does LoraLinear take them?",
+    )
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     adapters = {f"{name}.{matrix}" for name in wanted for matrix in ("lora_A", "lora_B")}
     for name in sorted(trained - adapters):
@@ -133,10 +159,12 @@ def _check_add_lora(module: ModuleType) -> None:
     for name in sorted(adapters - trained):
         raise AssertionError(f"{name} does not require a gradient. In which order are layers frozen and replaced?")
     with torch.no_grad():
-        compare(
-            {"the logits before the first step": model(input_ids)},
-            {"the logits before the first step": plain(input_ids)},
-        )
+        same = close(model(input_ids), plain(input_ids))
+    require(
+        same,
+        "The logits before the first step are others than without the adapters. Is the base of each LoraLinear the "
+        "very layer that it replaces, and does B start at zero?",
+    )
     mc.seco(model, input_ids, labels, CHUNK_SIZE)
     for name, p in model.named_parameters():
         has = p.grad is not None and bool(p.grad.any())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..diagnose import Mistakes, Values, compare, require, take, within
+from ..diagnose import Mistakes, Values, compare, count, hint, require, take, within
 from .common import IGNORE, random
 
 
@@ -33,8 +34,12 @@ def _check_targets(module: ModuleType) -> None:
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
     got = module.targets_by_chunk(labels, 4)
     require(isinstance(got, list | tuple), "The result has to be a list, with the targets of each chunk.")
-    require(len(got) == 3, f"11 labels in chunks of 4 make 3 chunks of targets, but {len(got)} came back.")
-    names = [f"the targets of chunk {i}" for i in (1, 2, 3)]
+    require(
+        len(got) == 3,
+        f"11 labels in chunks of 4 make 3 chunks of targets, but {count(len(got), 'chunk', 'chunks')} came back. Along "
+        "which dimension are the positions, is what you give a length or a number of pieces, and who takes the rest?",
+    )
+    names = [f"the targets of chunk {i}" for i in range(3)]
     short = {
         "The targets are one position shorter than the ids: the last position has nothing to predict, but it is there, "
         "and has a row of logits. No target is written IGNORE, that is -100: where does one belong?": (
@@ -56,6 +61,16 @@ def _check_targets(module: ModuleType) -> None:
         "The last position predicts the first label. Nothing follows it: what is the label of no target?": (
             labels.roll(-1, dims=1).split(4, dim=1)
         ),
+        "A position was added at the front instead of the end: the first label is gone, and each position would "
+        "predict itself. Which label has nobody before it to predict it, and which position has nothing to predict?": (
+            F.pad(labels[:, 1:], (1, 0), value=IGNORE).split(4, dim=1)
+        ),
+        "The labels were shifted by two: each position would predict the one after the next.": (
+            F.pad(labels[:, 2:], (0, 2), value=IGNORE).split(4, dim=1)
+        ),
+        "The last position's target is 0, which is a token. How is no target written?": (
+            F.pad(labels[:, 1:], (0, 1), value=0).split(4, dim=1)
+        ),
         "The labels were shifted the wrong way: each position would predict the one before it.": (
             F.pad(labels[:, :-1], (1, 0), value=IGNORE).split(4, dim=1)
         ),
@@ -63,6 +78,17 @@ def _check_targets(module: ModuleType) -> None:
     mistakes = ((words, dict(zip(names, parts, strict=True))) for words, parts in wrongs.items())
     expected = dict(zip(names, targets.split(4, dim=1), strict=True))
     compare(dict(zip(names, got, strict=True)), expected, mistakes, "row position")
+
+
+SIZES = {  # what PyTorch says, and what it means here
+    "must match the size of tensor": (
+        "A tile has its own rows, of the targets as well; and dweight is (V, E), as the weight is: what you add to "
+        "it, too?"
+    ),
+    "must match the existing size": (
+        "Each tile's rows of dhidden stand where the tile's rows of hidden do. Which are they?"
+    ),
+}
 
 
 class _LargestTensor(TorchDispatchMode):
@@ -93,9 +119,14 @@ def _check_tiles(module: ModuleType, hidden: Tensor, weight: Tensor, targets: Te
     losses = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="none")
     p, onehot = logits.softmax(-1), F.one_hot(targets.clamp(min=0), V)
     dlogits = (p - onehot) * (targets != IGNORE)[:, None]
-    with _LargestTensor() as largest:
+    with ExitStack() as stack:
+        largest = stack.enter_context(_LargestTensor())
+        for symptom, words in SIZES.items():
+            stack.enter_context(hint(symptom, words))
         result = module.loss_and_gradients(hidden, weight, targets, tile)
     loss, dhidden, dweight = take(result, "loss", "dhidden", "dweight")
+    swapped = isinstance(dhidden, Tensor) and dhidden.shape == weight.shape
+    require(not swapped, "The two gradients are swapped: what has to be returned is the loss, dhidden, then dweight.")
     tiles, whole = list(_tiles(hidden, weight, targets, tile)), slice(0, N - N % tile)
 
     def loss_mistakes() -> Iterator[tuple[str, Tensor]]:
@@ -106,6 +137,8 @@ def _check_tiles(module: ModuleType, hidden: Tensor, weight: Tensor, targets: Te
         )
         yield "The loss is the mean of the tiles' means. What was asked for is the sum over the targets.", means.mean()
         yield f"The loss is the mean over the {valid} targets. What was asked for is the sum.", losses.sum() / valid
+        words = "The loss is divided by the number of rows. What was asked for is the sum, over the rows with a target."
+        yield words, losses.sum() / N
         clamped = F.cross_entropy(logits, targets.clamp(min=0), reduction="sum")
         yield "Rows with the label -100 count as if their target was token 0. Which rows have a loss?", clamped
         yield "The last rows are missing: the tile size does not divide N. Who takes the rest?", losses[whole].sum()
@@ -126,6 +159,21 @@ def _check_tiles(module: ModuleType, hidden: Tensor, weight: Tensor, targets: Te
         unhot = gradients(p * (targets != IGNORE)[:, None])
         yield "The gradient is softmax(logits) alone. The loss is lse - logits[target]: what of its second term?", unhot
         yield "Both gradients have the wrong sign: onehot - softmax.", gradients(-dlogits)
+        mask = (targets != IGNORE)[:, None]
+        question = "The loss is lse - logits[target]: what is the derivative of lse by a logit?"
+        yield (
+            f"The gradient is made from the logits instead of their softmax. {question}",
+            gradients((logits - onehot) * mask),
+        )
+        words = f"The gradient is made from the logarithm of the softmax. {question}"
+        yield words, gradients((p.log() - onehot) * mask)
+        over_rows = torch.cat([logits[rows].softmax(0) for rows in tiles])
+        words = "The softmax runs over the rows of a tile. Among what does a position choose?"
+        yield words, gradients((over_rows - onehot) * mask)
+        yield (
+            "dhidden is zero: every tile has its rows of it. Where are they filled in?",
+            {**right, "dhidden": 0 * hidden},
+        )
         means = torch.cat([dlogits[rows] / (targets[rows] != IGNORE).sum() for rows in tiles])
         yield "The gradient is that of the tiles' means, but the loss is a sum.", gradients(means)
         yield "The gradient is that of the mean loss, but the loss is a sum.", gradients(dlogits / valid)
@@ -157,9 +205,19 @@ def _check_summed_loss(module: ModuleType, hidden: Tensor, weight: Tensor, targe
             loss = module.SummedLoss.apply(h, w, targets, tile)
         (3 * loss).backward()  # as a loss that is divided by the number of targets, or weighted by a sampler
         values.update({"the gradient of hidden": h.grad, "the gradient of weight": w.grad})
-    ignored = {name: value / 3 for name, value in expected.items()}
+    for name, value in got.items():
+        require(value is not None, f"{name} is None: backward has returned None in its place. Which inputs need one?")
     words = (
         "backward ignores the gradient that it is given: 3 times the loss has the gradient of the loss. "
         "What does the chain rule do with it?"
     )
-    compare(got, expected, [(words, ignored)], "row column")
+    mistakes = [
+        (words, {name: value / 3 for name, value in expected.items()}),
+        ("backward divides by the gradient that it is given. What does the chain rule do with it?", {
+            name: value / 9 for name, value in expected.items()
+        }),
+        ("backward adds the gradient that it is given. What does the chain rule do with it?", {
+            name: value / 3 + 3 for name, value in expected.items()
+        }),
+    ]  # fmt: skip
+    compare(got, expected, mistakes, "row column")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import isfinite, prod
 from types import ModuleType
 from typing import Any
 
@@ -36,6 +37,7 @@ def _check_chain_weight(module: ModuleType) -> None:
     cases: list[tuple[list[int], float, dict[str, float]]] = [
         ([2], 5.0, {
             "A chain through one chunk was multiplied by its relay factor: nothing is relayed in it.": 35.0,
+            "The loss factor is missing. The chain starts at a loss: which factor does that have?": 1.0,
             "A chain through one chunk has the relay factor. It starts at the loss: which one does it need?": 7.0,
         }),
         ([3, 2, 0], 11.0 * 7.0 * 3.0, {
@@ -43,6 +45,8 @@ def _check_chain_weight(module: ModuleType) -> None:
             "The relay factor of chain[0] was multiplied in. What does it receive in this chain?": 11.0 * 13 * 7 * 3,
             "The chain starts at chain[0], last in the text, but it was walked the other way.": 2.0 * 7 * 13,
             "Relay factors only: which factor does the loss have?": 13.0 * 7 * 3,
+            "The loss factor is missing. The chain starts at a loss: which factor does that have?": 7.0 * 3.0,
+            "Only two chunks of the chain have a factor. Where else does it pass?": 11.0 * 7.0,
             "The factors were added. What do two factors in a row do?": 11.0 + 7 + 3,
         }),
         ([3, 1, 0], 0.0, {
@@ -63,8 +67,20 @@ def _check_survival(module: ModuleType) -> None:
         wrongs = {
             "This is (t / k) to the power of the length, as the paper assumes. Once one chunk of the chain is among "
             "the t kept, how many of the others are left, out of how many?": (t / k) ** p,
-            "The second chunk is drawn out of all k again. How many are left when one is taken?": (t / k) * (t - 1) / k,
+            "The second chunk is drawn out of all k again. How many are left when one is taken?": (
+                prod(t - i for i in range(p)) / k**p
+            ),
+            "The budget stays whole: once a chunk is kept, how many of the t are left for the others?": (
+                t**p / prod(k - i for i in range(p))
+            ),
             "This is the inverse of the probability.": 1 / expected if expected else 0.0,
+            "This is the probability that the chain does not survive.": 1 - expected,
+            "One chunk too few: how many have to be kept for a chain through `length` chunks?": (
+                prod((t - i) / (k - i) for i in range(p - 1))
+            ),
+            "One chunk too many: how many have to be kept for a chain through `length` chunks?": (
+                prod((t - i) / (k - i) for i in range(min(p + 1, k)))
+            ),
         }
         _number(f"survival({k}, {t}, {p})", module.survival(k, t, p), expected, wrongs)
 
@@ -82,6 +98,10 @@ def _check_draws(name: str, draw: Callable[[torch.Generator | None], Draw], leng
         require(isinstance(entries, list | tuple), f"{name} returned a {kind}, but has to return a list of entries.")
         require(len(entries) == length, f"{name} returned {len(entries)} entries, but there are {length} chunks.")
         for entry in entries:
+            empty = isinstance(entry, mc.Weight) and entry.loss == 0
+            require(
+                not empty, f"{name} returned {entry}. Its chunk would be rebuilt, to count nothing: what says `skip`?"
+            )
             fits = entry is None or isinstance(entry, mc.Weight)
             require(fits, f"{name} returned the entry {entry!r}, but it has to be None or a Weight(loss, relay).")
     before = torch.get_rng_state()
@@ -115,16 +135,21 @@ def _check_bernoulli(module: ModuleType) -> None:
     counts = [sum(column) for column in zip(*kept, strict=True)]
     flipped = all(_near(count, 1 - rate) for count, rate in zip(counts, rates, strict=True))
     require(not flipped, "A chunk is kept with probability 1 - rate. Which side of the coin is which?")
+    for number, words in ((0.5, "1/2"), (sum(rates) / len(rates), "the mean of the rates")):
+        alike = all(_near(count, number) for count in counts)
+        require(not alike, f"Every chunk is kept with the same probability, {words}. Each has a rate of its own.")
+    squared = all(_near(count, rate**2) for count, rate in zip(counts, rates, strict=True))
+    require(not squared, "A chunk is kept with probability rate²: are there two coins for each?")
     for i, (count, rate) in enumerate(zip(counts, rates, strict=True)):
         require(
             _near(count, rate),
-            f"It kept chunk {i + 1}, whose rate is {rate}, {count} times in {DRAWS}. When is a coin, uniform in "
+            f"It kept chunk {i}, whose rate is {rate}, {count} times in {DRAWS}. When is a coin, uniform in "
             "[0, 1), below the rate?",
         )
     together = sum(row[0] and row[1] for row in kept)
     require(
         _near(together, rates[0] * rates[1]),
-        f"Every chunk is kept as often as it should be, but chunks 1 and 2 were kept together in {together} of {DRAWS} "
+        f"Every chunk is kept as often as it should be, but chunks 0 and 1 were kept together in {together} of {DRAWS} "
         f"draws, where independent coins give {DRAWS * rates[0] * rates[1]:.0f}. Does each chunk have its own coin?",
     )
     for i, rate in enumerate(rates):
@@ -138,6 +163,10 @@ def _check_bernoulli(module: ModuleType) -> None:
             (1 / rate, 1.0): "The relay is not scaled. How often does a chain through two chunks survive?",
             (1 / (1 - rate) if rate < 1 else 0.0, 1 / (1 - rate) if rate < 1 else 0.0): "The factor is one over the "
             "probability to be skipped.",
+            (1 / rate**2, 1 / rate): "The loss has 1 / rate twice. Which coin decides whether a chunk's loss counts?",
+            (1 / rate**2, 1 / rate**2): "The factors are 1 / rate². How many coins has a chunk?",
+            (rate**-0.5, rate**-0.5): "The factors are 1 / sqrt(rate). Each hop's coin has to be undone as a whole.",
+            (len(rates) / sum(rates),) * 2: "The factors are one over the mean of the rates. Which coin do they undo?",
             (1 / rate, 1 / rate**2): "The relay has 1 / rate twice. The coin of the chunk that a chain starts from is "
             "undone by its loss factor: which coin is this hop's own?",
         })  # fmt: skip
@@ -165,17 +194,21 @@ def _check_fixed_budget(module: ModuleType) -> None:
         draws = _check_draws(f"{name}({t}, {k})", lambda g, k=k, t=t: module.fixed_budget(t, k, g), k)
         for entries in draws:
             n = sum(entry is not None for entry in entries)
-            require(n == t, f"{name}({t}, {k}) kept {n} chunks. It has to be exactly {t}, in every draw.")
+            require(
+                n == t,
+                f"{name}({t}, {k}) kept {n} chunks. It has to be exactly {t}, in every draw. Has each chunk a coin of "
+                "its own, or can the same chunk be drawn twice?",
+            )
         for i in range(k):
             count = sum(entries[i] is not None for entries in draws)
             require(
                 _near(count, t / k),
-                f"{name}({t}, {k}) kept chunk {i + 1} {count} times in {DRAWS}; every set should be equally likely.",
+                f"{name}({t}, {k}) kept chunk {i} {count} times in {DRAWS}; every set should be equally likely.",
             )
         together = sum(entries[0] is not None and entries[1] is not None for entries in draws)
         require(
             _near(together, t * (t - 1) / (k * (k - 1))),
-            f"{name}({t}, {k}) kept chunks 1 and 2 together {together} times in {DRAWS}. Is every set equally likely, "
+            f"{name}({t}, {k}) kept chunks 0 and 1 together {together} times in {DRAWS}. Is every set equally likely, "
             "or are neighbours drawn together?",
         )
         found = {(entry.loss, entry.relay) for entries in draws for entry in entries if entry is not None}
@@ -193,6 +226,9 @@ def _check_fixed_budget(module: ModuleType) -> None:
             (relay, loss): "The two factors are swapped.",
             (loss, loss * relay): "The relay factor undoes the whole chain, but the chain has the loss factor k / t as "
             "well. What is left for the relay to undo?",
+            (loss, k / (t - 1)): "The relay factor is k / (t - 1). The chunk kept already is one of the k, too.",
+            (loss, (k - 1) / t): "The relay factor is (k - 1) / t. The chunk kept already is one of the t, too.",
+            (k // t, (k - 1) // (t - 1)): "The factors are rounded down: // divides whole numbers. What does / do?",
             (1 / loss, 1 / relay): "The factors are the probabilities. Which factor undoes a probability?",
         })  # fmt: skip
     generator = torch.Generator().manual_seed(0)
@@ -206,6 +242,11 @@ def _check_fixed_budget(module: ModuleType) -> None:
     require(
         len(weights) == 1 and weights[0].loss == 4,
         f"fixed_budget(1, 4) returned {lonely}: one chunk has to count for 4.",
+    )
+    require(
+        isfinite(weights[0].relay),
+        f"fixed_budget(1, 4) has the relay factor {weights[0].relay}. Nothing is relayed then, but zeros are "
+        "multiplied by it, and infinity times 0 is not 0: any finite number will do.",
     )
     require(
         list(generous) == [mc.Weight(1.0, 1.0)] * 3,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
@@ -17,14 +15,32 @@ from minichunk.chunks import Chunk, cut
 from minichunk.memory.layers import LayerMemories
 from minichunk.protocol import DEFAULTS, Options, Written
 from minichunk.seco import fill, flat, new_memory, rebuild
+from minichunk.targets import shift
 
 from ..diagnose import Mistakes, Values, close, compare, hint, require, within
-from .common import CHUNK_SIZE, IGNORE, RELAY, all_edges, batch, check_loss_value, check_walk, tiny_llama
+from .common import (
+    CHUNK_SIZE,
+    IGNORE,
+    RELAY,
+    SKIPPED,
+    Graphs,
+    all_edges,
+    batch,
+    check_loss_value,
+    check_walk,
+    tiny_llama,
+)
 
 KEYS_AND_VALUES = (
     "can be implicitly created only for scalar outputs",
     "Its memory is here a list of keys and values, `written`: which list holds the gradients that belong to them?",
 )
+NOBODY = (
+    "list index out of range",
+    "new_memory has to be told which chunks will be rebuilt: it makes room for what lies before the last of them, "
+    "and for the gradients sent back to the others. Which are they?",
+)
+Hand = Callable[[list[Tensor], list[Tensor]], list[Tensor]]  # of what is relayed, and the chunk's own keys and values
 
 
 def _gradients(model: mc.Llama) -> Values:
@@ -36,11 +52,24 @@ def _gradients(model: mc.Llama) -> Values:
     }
 
 
-def _walk(input_ids: Tensor, labels: Tensor, kept: list[int], loss_factor: Tensor, relay_factor: Tensor) -> Values:
+def _walk(
+    input_ids: Tensor,
+    labels: Tensor,
+    kept: list[int],
+    loss_factor: Tensor,
+    relay_factor: Tensor,
+    hand: Hand = lambda relayed, written: relayed,
+    targets: Tensor | None = None,
+) -> Values:
     """The gradient when chunk j's share of the mean loss is multiplied by loss_factor[j], and what j sends to i by
-    relay_factor[i, j]."""
+    relay_factor[i, j].
+
+    hand: what is handed over instead of what is to be relayed. targets: instead of those that belong to the labels.
+    """
     model = tiny_llama()
     batch = prepare(model, input_ids, labels, None)
+    if targets is not None:
+        batch = batch._replace(targets=targets)
     chunks = cut(input_ids.shape[1], CHUNK_SIZE)
     memory = new_memory(model, input_ids, [chunks[i] for i in kept], DEFAULTS)
     fill(model, input_ids, chunks[: kept[-1]], memory, DEFAULTS)
@@ -52,7 +81,7 @@ def _walk(input_ids: Tensor, labels: Tensor, kept: list[int], loss_factor: Tenso
     for n, j in reversed(list(enumerate(kept))):
         before = {i: received(i) for i in kept[:n]}
         loss, written, _ = rebuild(model, batch, chunks[j], memory, DEFAULTS)
-        torch.autograd.backward([loss * loss_factor[j], *written], [None, *relayed[j]])
+        torch.autograd.backward([loss * loss_factor[j], *written], [None, *hand(relayed[j], written)])
         for i, old in before.items():
             sent = [now - then for now, then in zip(received(i), old, strict=True)]
             relayed[i] = [a + relay_factor[i, j] * b for a, b in zip(relayed[i], sent, strict=True)]
@@ -62,13 +91,12 @@ def _walk(input_ids: Tensor, labels: Tensor, kept: list[int], loss_factor: Tenso
 class _Spy:
     """Sees which chunks of a model are filled and rebuilt, and objects where a loop goes astray."""
 
-    def __init__(self, model: mc.Llama, chunks: list[Chunk], last: int) -> None:
-        self.chunks, self.last = chunks, last
+    def __init__(self, model: mc.Llama, chunks: list[Chunk], kept: list[int]) -> None:
+        self.chunks, self.kept, self.last = chunks, kept, kept[-1]
         self.filled: set[int] = set()
         self.rebuilt: list[int] = []
         self.told: set[Chunk] = set()  # the chunks for whose gradients a memory has room
-        self.graphs: dict[int, weakref.ref[Callable[[Tensor], None]]] = {}  # by chunk: dead when its graph is
-        self.alive: list[int] = []  # the most chunks whose graphs lived at once
+        self.graphs = Graphs()
         new_memory, run, write = model.new_memory, model.run, model.write
 
         def spied_new_memory(
@@ -82,7 +110,7 @@ class _Spy:
         ) -> tuple[Tensor, Written]:
             self._see_rebuild(chunks[0])
             hidden, written = run(input_ids, memory, chunks, options)
-            self._see_graph(chunks[0], [hidden, *flat(written)])
+            self.graphs.see(self.chunks.index(chunks[0]), [hidden, *flat(written)])
             return hidden, written
 
         def spied_write(
@@ -91,6 +119,8 @@ class _Spy:
             self._see_fill(chunks)
             return write(input_ids, memory, chunks, options)
 
+        # Once for each backward call: every chunk looks up its embeddings.
+        model.model.embed_tokens.weight.register_hook(lambda grad: self.graphs.see_backward(self.rebuilt[-1]))
         model.new_memory = spied_new_memory  # type: ignore[method-assign]
         model.run, model.write = spied_run, spied_write  # type: ignore[method-assign, assignment]
 
@@ -100,56 +130,55 @@ class _Spy:
 
     def _see_memory(self, capacity: int, kept: Sequence[Chunk]) -> None:
         self.told.update(kept)
+        self.capacity = capacity
+        for chunk in kept:
+            self._number(chunk)
+        require(
+            capacity == 0 or capacity in [chunk.start for chunk in self.chunks],
+            f"new_memory was told of a chunk that begins at {capacity}, where none of the chunks does that cut(length, "
+            "chunk_size) makes. Which length is that of the text?",
+        )
         require(
             capacity >= self.chunks[self.last].start,
             "The memory ends before the last chunk that is rebuilt: new_memory makes room for all that lies before the "
-            "last chunk you name to it. Is the last chunk not rebuilt?",
+            "last chunk you name to it. Is the last chunk not rebuilt, or has `cut` been given another length than the "
+            "text's?",
         )
 
-    def _see_graph(self, chunk: Chunk, results: Sequence[Tensor]) -> None:
-        def mark(grad: Tensor) -> None:  # a graph holds its hooks, so this function lives as long as the graph
-            pass
-
-        for result in results:
-            if result.requires_grad:
-                result.register_hook(mark)
-        self.graphs[self.chunks.index(chunk)] = weakref.ref(mark)
-        alive = self._alive()
-        if len(alive) > 2:
-            gc.collect()  # what is merely waiting for it does not count
-            alive = self._alive()
-        if len(alive) > len(self.alive):
-            self.alive = alive
-
-    def _alive(self) -> list[int]:
-        return sorted(i for i, graph in self.graphs.items() if graph() is not None)
-
-    def check_graphs(self) -> None:
-        """One chunk's graph, and that of the chunk before it in the walk, where variables still hold it."""
-        if len(self.alive) < 3:
-            return
-        now, *others, last = (str(i + 1) for i in self.alive)
-        raise AssertionError(
-            f"The gradient is right, but when chunk {now} was rebuilt, the graphs of the chunks "
-            f"{', '.join(others)} and {last} still lived: something holds their loss, or what they have "
-            "written, and in the end there are as many of them as chunks. SeCO has one at a time: what of a chunk is "
-            "needed after its backward, and who holds the rest?",
-        )
+    def check_told(self) -> None:
+        """The memory has room for what is sent back to each kept chunk but the last."""
+        for i in self.kept[:-1]:
+            require(
+                self.chunks[i] in self.told,
+                f"new_memory was not told of chunk {i}, which is rebuilt: there is no room for what later chunks send "
+                "back to it, and so it is lost. Which chunks will be rebuilt?",
+            )
 
     def _see_fill(self, chunks: Sequence[Chunk]) -> None:
         for i in map(self._number, chunks):
+            skipped = self.capacity > self.chunks[self.last].start
+            require(
+                i < self.last or not skipped,
+                f"{SKIPPED.format(self.chunks.index(self._ends()))} (Even with factors of 0: new_memory has been told "
+                "of it, and the fill goes up to it. Which of the entries are None?)",
+            )
             require(
                 i < self.last,
-                f"The fill writes chunk {i + 1}, for which the memory has no room: it holds what lies before the last "
-                f"chunk to be rebuilt, chunk {self.last + 1}. Does anybody look at chunk {i + 1}?",
+                f"The fill writes chunk {i}, for which the memory has no room: it holds what lies before the last "
+                f"chunk to be rebuilt, chunk {self.last}. Does anybody look at chunk {i}?",
             )
             self.filled.add(i)
 
+    def _ends(self) -> Chunk:
+        """The chunk before which the memory ends."""
+        return next(chunk for chunk in self.chunks if chunk.start >= self.capacity)
+
     def _see_rebuild(self, chunk: Chunk) -> None:
         j = self._number(chunk)
+        require(j in self.kept, SKIPPED.format(j))
         for i in sorted({*range(j)} - self.filled):
             raise AssertionError(
-                f"Chunk {j + 1} was rebuilt, but chunk {i + 1} had not been filled: chunk {j + 1} looks at keys and "
+                f"Chunk {j} was rebuilt, but chunk {i} had not been filled: chunk {j} looks at keys and "
                 "values that nobody wrote. Which chunks must the fill write, skipped ones included?"
             )
         self.rebuilt.append(j)
@@ -180,10 +209,55 @@ def _seco_mistakes(input_ids: Tensor, labels: Tensor, counts: Tensor) -> Mistake
         return _walk(input_ids, labels, every, loss, relay)
 
     undivided, per_chunk = n * loss, n / counts.double()
+    targets = shift(labels)
     yield (
         "The gradient of every chunk is missing what later chunks sent back, as if the memory were constant (truncated "
         f"backpropagation): {RELAY} To which tensors do the gradients in `received` belong?",
         walk(loss, 0 * relay),
+    )
+    yield (
+        "The labels are not shifted: each position would predict itself. prepare has shifted them: where are they?",
+        _walk(
+            input_ids, labels, every, (targets != IGNORE).sum() / (labels != IGNORE).sum() * loss, relay, targets=labels
+        ),
+    )
+    yield (
+        "The labels are not shifted: each position would predict itself. prepare has shifted them: where are they?",
+        _walk(input_ids, labels, every, loss, relay, targets=labels),
+    )
+    yield (
+        "The labels are shifted twice: each position would predict the one after the next. prepare shifts them: which "
+        "labels does it want?",
+        _walk(input_ids, targets, every, loss, relay),
+    )
+    yield (
+        "What was received counts twice. How often does each of `written` stand in the list that backward starts from, "
+        "and is there a factor on its gradient?",
+        walk(loss, 2 * relay),
+    )
+    yield (
+        "What was received is handed over in another order than `written` has. The two lists belong together, entry by "
+        "entry: keys and values of layer 0, of layer 1, …",
+        _walk(input_ids, labels, every, loss, relay, lambda relayed, written: relayed[::-1]),
+    )
+    yield (
+        "Keys and values were given themselves as their gradient. What later chunks have sent back to them is not "
+        "their value: which list holds it?",
+        _walk(input_ids, labels, every, loss, relay, lambda relayed, written: [m.detach() for m in written]),
+    )
+    yield (
+        "Keys and values were given ones as their gradient, as in a sum over them. What have later chunks sent back?",
+        _walk(input_ids, labels, every, loss, relay, lambda relayed, written: [torch.ones_like(m) for m in written]),
+    )
+    yield (
+        "What was received has the wrong sign.",
+        walk(loss, -relay),
+    )
+    last = torch.zeros(k).double()
+    last[-1] = 1
+    yield (
+        "Only the last chunk's loss is backpropagated. Where do the other chunks' losses come in?",
+        walk(last, relay),
     )
     yield (
         f"The loss is not divided by the number of targets: the gradient is {n} times too large. "
@@ -232,12 +306,12 @@ def _seco_mistakes(input_ids: Tensor, labels: Tensor, counts: Tensor) -> Mistake
     for i, j in sorted(all_edges(k)):
         cut_off = relay.clone()
         cut_off[i, j] = 0
-        words = f"The gradient of chunk {i + 1} is missing what chunk {j + 1} sent back: {RELAY}"
+        words = f"The gradient of chunk {i} is missing what chunk {j} sent back: {RELAY}"
         yield words, walk(loss, cut_off)
     for i in range(k):
         cut_off = relay.clone()
         cut_off[i] = 0
-        words = f"The gradient of chunk {i + 1} is missing all that later chunks sent back: {RELAY}"
+        words = f"The gradient of chunk {i} is missing all that later chunks sent back: {RELAY}"
         yield words, walk(loss, cut_off)
     yield (
         "Every chunk receives only what the very next chunk sent back. Does the memory's sum of gradients survive?",
@@ -252,11 +326,13 @@ def _check_seco(module: ModuleType) -> None:
     chunks = cut(11, CHUNK_SIZE)
     model, oracle = tiny_llama(), tiny_llama()
     mc.full(oracle, input_ids, labels)
-    spy = _Spy(model, chunks, len(chunks) - 1)
-    with hint(*KEYS_AND_VALUES):
+    spy = _Spy(model, chunks, list(range(len(chunks))))
+    with hint(*KEYS_AND_VALUES), hint(*NOBODY):
         total = module.seco(model, input_ids, labels, CHUNK_SIZE)
     check_walk(spy.rebuilt, list(range(len(chunks))))
+    spy.check_told()
     compare(_gradients(model), _gradients(oracle), _seco_mistakes(input_ids, labels, counts))
+    spy.graphs.check_backwards()
     name = "the returned loss"
     n = counts.sum()
     mistakes = [
@@ -269,7 +345,7 @@ def _check_seco(module: ModuleType) -> None:
         ("The returned loss is divided by the number of targets twice.", {name: losses.sum() / n / n}),
     ]
     check_loss_value(total, losses / n, mistakes)
-    spy.check_graphs()
+    spy.graphs.check()
 
     right = _gradients(oracle)
     module.seco(model, input_ids, labels, CHUNK_SIZE)
@@ -277,8 +353,8 @@ def _check_seco(module: ModuleType) -> None:
     require(added, "A second step must add its gradient to .grad, for gradient accumulation. Is it overwritten?")
 
 
-def _spaco_mistakes(input_ids: Tensor, labels: Tensor, entries: Sequence[mc.Weight | None], n: int) -> Mistakes:
-    k = len(entries)
+def _spaco_mistakes(input_ids: Tensor, labels: Tensor, entries: Sequence[mc.Weight | None], counts: Tensor) -> Mistakes:
+    k, n = len(entries), int(counts.sum())
     kept = [i for i, entry in enumerate(entries) if entry is not None]
     loss, relay = (torch.tensor([0.0 if e is None else e[which] for e in entries]).double() for which in (0, 1))
     ones, matrix = torch.ones(k).double(), torch.ones(k, k).double()
@@ -313,6 +389,24 @@ def _spaco_mistakes(input_ids: Tensor, labels: Tensor, entries: Sequence[mc.Weig
         "sender's or the receiver's?",
         walk(loss, relay[None, :] * matrix),
     )
+    yield "The loss is divided by weight.loss. A chunk that is rarely kept has to count more.", walk(1 / loss, receiver)
+    yield (
+        "What was received is divided by weight.relay. A chain that rarely survives has to count more.",
+        walk(loss, 1 / relay[:, None] * matrix),
+    )
+    yield (
+        "The loss is multiplied by weight.relay. The relay's factor is for what was received: which one is the loss's?",
+        walk(relay, receiver),
+    )
+    yield (
+        "Only what was kept is counted in the divisor: the loss is divided by the number of targets of the kept "
+        "chunks. weight.loss makes up for the skipped ones already: whose targets are to be counted?",
+        walk(loss * n / counts[kept].sum(), receiver),
+    )
+    yield (
+        "What was received counts twice. Is there a factor on its gradient beside weight.relay?",
+        walk(loss, 2 * receiver),
+    )
     yield (
         "The loss is not divided by the number of targets of the whole batch.",
         walk(loss * n, receiver),
@@ -331,12 +425,12 @@ def _spaco_mistakes(input_ids: Tensor, labels: Tensor, entries: Sequence[mc.Weig
 def _check_spaco(module: ModuleType) -> None:
     input_ids, labels = batch(15)
     losses, counts = _chunk_losses(input_ids, labels)
-    chunks, n = cut(15, CHUNK_SIZE), int(counts.sum())
+    chunks, n = cut(15, CHUNK_SIZE), counts.sum()
     entries = [mc.Weight(2.0, 3.0), None, mc.Weight(1.5, 2.5), mc.Weight(4.0, 1.25), None]
     kept = [0, 2, 3]
     model, oracle = tiny_llama(), tiny_llama()
     mc.spaco(oracle, input_ids, labels, CHUNK_SIZE, sampler=lambda num_chunks, generator: entries)
-    spy = _Spy(model, chunks, kept[-1])
+    spy = _Spy(model, chunks, kept)
     with hint(*KEYS_AND_VALUES):
         total = module.spaco(model, input_ids, labels, CHUNK_SIZE, entries)
     check_walk(spy.rebuilt, kept)
@@ -345,12 +439,14 @@ def _check_spaco(module: ModuleType) -> None:
         "new_memory was told of chunks that are skipped: it has set memory aside for gradients that nobody will fetch. "
         "Which chunks will be rebuilt?",
     )
-    compare(_gradients(model), _gradients(oracle), _spaco_mistakes(input_ids, labels, entries, n))
+    spy.check_told()
+    compare(_gradients(model), _gradients(oracle), _spaco_mistakes(input_ids, labels, entries, counts))
+    spy.graphs.check_backwards()
     factors = torch.tensor([entry.loss for entry in entries if entry is not None]).double()
     unscaled = {"the returned loss": losses[kept].sum() / n}
     words = "The returned loss is not scaled by weight.loss: on average it would be too small."
     check_loss_value(total, factors * losses[kept] / n, [(words, unscaled)])
-    spy.check_graphs()
+    spy.graphs.check()
 
     model = tiny_llama()
     try:

@@ -12,7 +12,7 @@ import minichunk as mc
 
 from .. import toy_state
 from ..diagnose import Mistakes, Values, close, compare, require, within
-from .common import check_loss_value, check_walk, random
+from .common import Graphs, check_loss_value, check_walk, random
 
 GRADIENT = "the gradient of the weights"
 Entries = Sequence[mc.Weight | None]
@@ -109,6 +109,7 @@ def _walk_mistakes(entries: Entries) -> Mistakes:
         "that in the adjoint which the chunks sent back to the states that they read? Where has autograd put it?",
         _gradient(change(lambda e: e.loss, lambda e: 0.0)),
     )
+    yield from _slips(entries)
     words = "The adjoint is multiplied by the decay of the chunk {}. Which chunk lies between it and the next state?"
     yield words.format("before"), _gradient(entries, shifted(-1))
     yield words.format("after"), _gradient(entries, shifted(1))
@@ -122,6 +123,98 @@ def _walk_mistakes(entries: Entries) -> Mistakes:
     )
 
 
+def _walk(
+    entries: Entries,
+    step: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda adjoint, decay, sent: decay * adjoint + sent,
+    relay: Callable[[mc.Weight, Tensor, Tensor], Tensor] = lambda entry, adjoint, decay: entry.relay * adjoint,
+    loss_factor: Callable[[mc.Weight], float] = lambda entry: entry.loss,
+    send: Callable[[mc.Weight], float] = lambda entry: 1.0,
+    first: float = 0.0,
+    itself: bool = False,
+) -> Values:
+    """The gradient when the walk makes these mistakes; as it stands, the right one.
+
+    step: the next adjoint. relay: what is handed over. send: on what was sent back. first: the last state's adjoint.
+    itself: a state is taken for what was sent back to it.
+    """
+    chunks, start, weights = _toy()
+    states, decays = [start], []
+    with torch.no_grad():
+        for chunk in chunks:
+            _, end, decay = toy_state.f(chunk, states[-1], weights)
+            states.append(end)
+            decays.append(decay)
+    weights.requires_grad_()
+    weights.grad = torch.zeros_like(weights)
+    adjoint = torch.full_like(start, first)
+    for j in reversed(range(len(chunks))):
+        sent, entry = torch.zeros_like(start), entries[j]
+        if entry is not None:
+            h = states[j].clone().requires_grad_()
+            loss, end, decay = toy_state.f(chunks[j], h, weights)
+            end = end - decay.detach() * (h - h.detach())
+            torch.autograd.backward([loss_factor(entry) * loss, end], [None, relay(entry, adjoint, decays[j])])
+            assert h.grad is not None
+            sent = h.detach() if itself else send(entry) * h.grad
+        adjoint = step(adjoint, decays[j], sent)
+    return {GRADIENT: weights.grad}
+
+
+def _slips(entries: Entries) -> Mistakes:
+    """Mistakes in one expression of the walk."""
+    yield (
+        "The decay is on the wrong one of the two: what was sent back has passed the chunk already, the old adjoint "
+        "has not.",
+        _walk(entries, lambda adjoint, decay, sent: adjoint + decay * sent),
+    )
+    yield (
+        "What was sent back is subtracted. Both are parts of one gradient: what do parts do?",
+        _walk(entries, lambda adjoint, decay, sent: decay * adjoint - sent),
+    )
+    yield "What was sent back counts twice.", _walk(entries, lambda adjoint, decay, sent: decay * adjoint + 2 * sent)
+    yield (
+        "What is relayed is multiplied by the decay. It belongs to the state *after* the chunk: what has it to pass "
+        "yet?",
+        _walk(entries, relay=lambda entry, adjoint, decay: entry.relay * decay * adjoint),
+    )
+    yield (
+        "What is relayed is divided by weight.relay. A message that rarely survives has to count more.",
+        _walk(entries, relay=lambda entry, adjoint, decay: adjoint / entry.relay),
+    )
+    yield (
+        "What is relayed is scaled by both factors. The loss factor of the chunk where a message starts is in it "
+        "already: which factor is this hop's own?",
+        _walk(entries, relay=lambda entry, adjoint, decay: entry.loss * entry.relay * adjoint),
+    )
+    yield "What is relayed counts twice.", _walk(entries, relay=lambda entry, adjoint, decay: 2 * entry.relay * adjoint)
+    yield (
+        "The loss is multiplied by weight.loss and by weight.relay. The relay's factor is for the adjoint.",
+        _walk(entries, loss_factor=lambda entry: entry.loss * entry.relay),
+    )
+    yield (
+        "The loss is divided by weight.loss. A chunk that is rarely kept has to count more.",
+        _walk(entries, loss_factor=lambda entry: 1 / entry.loss),
+    )
+    yield (
+        "What was sent back is multiplied by the relay factor, too. What is relayed has it already, and a message "
+        "has one factor for each chunk that it passes through.",
+        _walk(entries, send=lambda entry: entry.relay),
+    )
+    yield (
+        "The factor is on what the chunk sends instead of on what is relayed to it. Whose coin has a message to "
+        "survive, the sender's or the receiver's?",
+        _walk(entries, relay=lambda entry, adjoint, decay: adjoint, send=lambda entry: entry.relay),
+    )
+    yield (
+        "The adjoint takes up the state itself instead of what was sent back to it. Where has autograd put that?",
+        _walk(entries, itself=True),
+    )
+    yield (
+        "The last state has an adjoint of ones. Which losses come after the last chunk?",
+        _walk(entries, first=1.0),
+    )
+
+
 class _Spy:
     """f, which also sees how it is called."""
 
@@ -130,6 +223,7 @@ class _Spy:
         self.states = [start]
         self.filled: list[int] = []
         self.rebuilt: list[int] = []
+        self.graphs = Graphs()
         with torch.no_grad():
             for chunk in self.chunks:
                 self.states.append(toy_state.f(chunk, self.states[-1], weights)[1])
@@ -137,9 +231,9 @@ class _Spy:
     def __call__(self, chunk: Tensor, h: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         j = next((j for j, x in enumerate(self.chunks) if torch.equal(x, chunk)), None)
         if j is None:
-            raise AssertionError("f was called with a chunk that is none of x_1, …, x_k.")
+            raise AssertionError("f was called with a chunk that is none of x_0, …, x_{k-1}.")
         fills = not torch.is_grad_enabled()
-        who = f"In the fill, chunk {j + 1}" if fills else f"Chunk {j + 1}"
+        who = f"In the fill, chunk {j}" if fills else f"Chunk {j}"
         given = next((i for i, state in enumerate(self.states) if close(h, state)), None)
         found = "a state that no chunk has left behind" if given is None else f"h_{given}"
         question = "What has the chunk before it handed on?" if fills else "Which state was there before the chunk?"
@@ -149,16 +243,18 @@ class _Spy:
             return toy_state.f(chunk, h, weights)
         require(
             bool(self.filled),
-            f"Chunk {j + 1} is the first to run, and with gradients: if the fill keeps graphs, all k of them are in "
+            f"Chunk {j} is the first to run, and with gradients: if the fill keeps graphs, all k of them are in "
             "memory. What switches them off?",
         )
         require(
             h.grad_fn is None and h.requires_grad,
-            f"When chunk {j + 1} is rebuilt, the state before it is no leaf that requires a gradient: nothing can be "
+            f"When chunk {j} is rebuilt, the state before it is no leaf that requires a gradient: nothing can be "
             "sent back to it. Who has to say so?",
         )
         self.rebuilt.append(j)
-        return toy_state.f(chunk, h, weights)
+        results = toy_state.f(chunk, h, self.graphs.own(j, weights))
+        self.graphs.see(j, results)
+        return results
 
 
 @within("hand_on")
@@ -200,6 +296,21 @@ def _check_hand_on(module: ModuleType) -> None:
             results(lambda h, end, decay: end + decay * (h - h.detach())),
         )
         yield (
+            "The gradient is that of h alone, as if the chunk did nothing else. Which function of the chunk's own "
+            "result is to keep its gradient, and which part of that is to be taken off?",
+            results(lambda h, end, decay: end.detach() + h - h.detach()),
+        )
+        yield (
+            "The way by the decay is replaced by a way without any decay. What is the derivative of decay · h by h?",
+            results(lambda h, end, decay: end + (1 - decay) * (h - h.detach())),
+        )
+        yield less, results(lambda h, end, decay: end - h)
+        yield (
+            "What is handed on is the state after the chunk, faded by the decay. Only the gradient is to lose "
+            "something.",
+            results(lambda h, end, decay: end * decay),
+        )
+        yield (
             "The whole of h is taken off. How much of it is left in the state after the chunk?",
             results(lambda h, end, decay: end - (h - h.detach())),
         )
@@ -229,14 +340,16 @@ def _check_draw(module: ModuleType, entries: Entries) -> None:
     spy = _Spy()
     total = module.spaco(spy, chunks, start, weights, entries)
     for j in sorted({*range(kept[-1])} - {*spy.filled}):
-        raise AssertionError(f"The fill never ran chunk {j + 1}, on which later chunks stand.")
+        raise AssertionError(f"The fill never ran chunk {j}, on which later chunks stand.")
     check_walk(spy.rebuilt, kept)
     require(weights.grad is not None, "weights.grad is None: nothing has been backpropagated to the weights.")
     compare({GRADIENT: weights.grad}, _gradient(entries), _walk_mistakes(entries), "matrix row column")
+    spy.graphs.check_backwards()
     parts = _sums(entries)
     unscaled = _sums([None if entry is None else mc.Weight(1.0, 1.0) for entry in entries])
     words = "The returned loss is not scaled by weight.loss: on average it would be too small."
     check_loss_value(total, parts[kept], [(words, {"the returned loss": unscaled.sum()})])
+    spy.graphs.check()
 
 
 def check_state(module: ModuleType) -> None:

@@ -11,7 +11,7 @@ Model = Callable[[Tensor, Sequence[Tensor], Tensor], tuple[Tensor, Tensor]]
 
 
 def seco(f: Model, chunks: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """Add the gradient of J_1 + … + J_k to `weights.grad`; return the sum, detached (Algorithm 1)."""
+    """Add the gradient of J_0 + … + J_{k-1} to `weights.grad`; return the sum, detached (Algorithm 1)."""
     memories: list[Tensor] = []
     with torch.no_grad():  # lines 1-3: fill
         for x in chunks:
