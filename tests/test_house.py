@@ -14,14 +14,15 @@ PACKAGE = Path(minichunk.__file__).parent
 # A wing may import those before it. "" is the top of the package: the algorithm.
 WINGS = ("", "files", "memory", "models", "training", "costs", "porting", "command")
 DOORS = ("__init__.py", "__main__.py")  # what the package offers, made of all of it
-# The algorithm and what it stands on.
+# The algorithm and what it stands on, the Llama.
 CORE = (
-    "*.py", "memory/*.py", "models/stack.py", "models/decoder.py", "models/llama.py", "models/ssm.py", "models/rope.py",
+    "*.py", "memory/*.py", "models/stack.py", "models/decoder.py", "models/llama.py", "models/rope.py",
     "models/config.py",
 )  # fmt: skip
-# The idea by itself; speed, to be read later; a part of the past, without which attention sees all of it.
+# The idea by itself; speed, to be read later; the other kinds of memory: a state, a part of the past.
 BESIDE = (
-    "tiny.py", "memory/kernels.py", "memory/band.py", "memory/offload.py", "memory/scan.py", "memory/pattern.py",
+    "tiny.py", "memory/kernels.py", "memory/band.py", "memory/offload.py", "memory/state.py", "memory/scan.py",
+    "memory/pattern.py", "memory/places.py",
 )  # fmt: skip
 
 NO_CODE = (

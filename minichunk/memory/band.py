@@ -22,6 +22,22 @@ def band(queries: int, window: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(first).triu(first - window + 1)
 
 
+def hidden(q: Tensor, k: Tensor, window: int) -> Tensor:
+    """(C, keys) to add to the scores: -inf where a query does not see."""
+    C, keys = q.shape[2], k.shape[2]
+    return q.new_zeros(C, keys).masked_fill_(~band(C, window, keys, q.device), -torch.inf)
+
+
+def is_causal(q: Tensor, k: Tensor, window: int | None) -> bool:
+    """Whether that window is the causal mask, from the first key to the own one (one of 1 is not)."""
+    return window is not None and k.shape[2] == q.shape[2] <= window
+
+
+def sees_all(q: Tensor, k: Tensor, window: int) -> bool:
+    """Whether that window leaves nothing out: a single query, the keys' last, within it."""
+    return q.shape[2] == 1 and k.shape[2] <= window
+
+
 class Tiles(NamedTuple):
     """`number` tiles of `length` queries, from the row `start` of the queries on.
 

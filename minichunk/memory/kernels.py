@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .band import backward_in_tiles, band, cut_band, forward_in_tiles
+from .band import backward_in_tiles, band, cut_band, forward_in_tiles, hidden, is_causal, sees_all
 
 aten = torch.ops.aten
 
@@ -55,11 +55,6 @@ def _rows_first(x: Tensor) -> Tensor:
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def is_causal(q: Tensor, k: Tensor, window: int | None) -> bool:
-    """Whether that window is the causal mask, from the first key to the own one (one of 1 is not)."""
-    return window is not None and k.shape[2] == q.shape[2] <= window
-
-
 class Plain(Kernel):
     """Softmax attention written out: any dtype, any device, C x past scores in memory."""
 
@@ -94,17 +89,6 @@ class Plain(Kernel):
         dk = (ds.mT @ q_).sum(2)  # summed over the query heads that share the key head
         dv = (p.to(q.dtype).mT @ grad_).sum(2)
         return dq, dk, dv
-
-
-def sees_all(q: Tensor, k: Tensor, window: int) -> bool:
-    """Whether that window leaves nothing out: a single query, the keys' last, within it."""
-    return q.shape[2] == 1 and k.shape[2] <= window
-
-
-def hidden(q: Tensor, k: Tensor, window: int) -> Tensor:
-    """(C, keys) to add to the scores: -inf where a query does not see."""
-    C, keys = q.shape[2], k.shape[2]
-    return q.new_zeros(C, keys).masked_fill_(~band(C, window, keys, q.device), -torch.inf)
 
 
 class FlashCPU(Kernel):

@@ -10,6 +10,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from ..memory.pattern import FULL, Window
 from ..models.config import Llama3Rope, LlamaConfig
 from ..models.dropout import DropoutMasks
 from ..models.llama import Attention, Llama
@@ -137,8 +138,8 @@ def build(case: Case) -> Step:
     llama = isinstance(case.config, LlamaConfig)
     model = (Llama(case.config) if llama else StateSpace(case.config)).double()  # type: ignore[arg-type]
     for module in model.modules() if case.sinks else ():
-        if isinstance(module, Attention) and module.pattern.window is not None:
-            module.pattern = replace(module.pattern, sinks=case.sinks)
+        if isinstance(module, Attention) and module.pattern != FULL:
+            module.pattern = Window(case.config.sliding_window, case.sinks)  # type: ignore[union-attr]
     if case.lora is not None:
         add_lora(model, *case.lora)
     with torch.no_grad():
