@@ -175,14 +175,17 @@ def test_a_config_survives_the_round_trip(name: str) -> None:
         ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}, 4096, (FULL, SLIDING, SLIDING)),
         (WINDOWS, None, ()),  # max_window_layers is 28 where it is absent
         ({**WINDOWS, "layer_types": [FULL, SLIDING, FULL], "max_window_layers": 0}, 9, (FULL, SLIDING, FULL)),
+        ({**GEMMA, "sliding_window_pattern": 2}, 4096, (SLIDING, FULL, SLIDING)),
+        ({**GEMMA, "sliding_window": 5}, 5, (SLIDING,) * 3),
+        ({**GEMMA, "sliding_window": 5, "layer_types": MIXED}, 5, (SLIDING, FULL, SLIDING)),
     ],
 )
 def test_windows_are_read_as_transformers_does(
     fields: dict[str, Any], window: int | None, kinds: tuple[str, ...]
 ) -> None:
-    config = mc.LlamaConfig.from_dict({**BASE, **fields})
+    config = read_model_config({**BASE, **fields})
     assert (config.sliding_window, config.layer_types) == (window, kinds)
-    assert mc.LlamaConfig.from_dict(config.to_dict()) == config
+    assert read_model_config(config.to_dict()) == config
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoConfig.for_model(**{**BASE, **fields})
     if fields["model_type"] not in ("llama", "mistral"):  # which have no such field
