@@ -6,6 +6,8 @@ from .memory.pattern import Strided, Window
 from .models.adapter_files import load_adapter, save_adapter
 from .models.auto import load_model
 from .models.config import LlamaConfig
+from .models.gemma3 import Gemma3
+from .models.gemma3_config import Gemma3Config
 from .models.llama import Llama
 from .models.lora import add_lora, merge_lora
 from .models.mamba2 import Mamba2
@@ -22,6 +24,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Bernoulli",
     "FixedBudget",
+    "Gemma3",
+    "Gemma3Config",
     "InputError",
     "Llama",
     "LlamaConfig",

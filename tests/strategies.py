@@ -19,6 +19,7 @@ from minichunk.memory import band
 from minichunk.memory.attention import BLOCK
 from minichunk.memory.kernels import Plain
 from minichunk.memory.pattern import FULL, Pattern, Strided, Window
+from minichunk.models.auto import class_of
 from minichunk.models.config import Llama3Rope
 from minichunk.models.ssm import StateLayer
 from minichunk.targets import IGNORE, shift
@@ -49,7 +50,7 @@ def blocks_of(size: int) -> Iterator[None]:
 def build(config: Any, seed: int, scale: float = 0.25) -> Any:
     """A float64 model whose attention is far from uniform; the larger `scale`, the worse its conditioning."""
     torch.manual_seed(seed)
-    model = (mc.Llama if isinstance(config, mc.LlamaConfig) else mc.StateSpace)(config).double()
+    model = class_of(config)(config).double()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             is_norm, is_embedding = "norm" in name, "embed" in name

@@ -42,26 +42,30 @@ def test_train_then_resume_then_generate(
 
 
 KINDS = ("state", "full_attention")
-WITH_STATES = {
+OTHERS = {
     "states": mc.StateSpaceConfig(300, 8, 4, 2),
     "hybrid": mc.StateSpaceConfig(
         300, 8, 4, 2, KINDS, intermediate_size=12, num_attention_heads=2, num_key_value_heads=1, head_dim=4
     ),
     "mamba2": mc.Mamba2Config(300, 8, 4, 2, num_heads=2, head_dim=8, n_groups=1),
+    "gemma 3": mc.Gemma3Config(
+        300, 8, 12, 2, 2, 1, 4, sliding_window=9, layer_types=("sliding_attention", "full_attention")
+    ),
 }
+ADAPTED = {"mamba2": {"in_proj", "out_proj"}, "gemma 3": {"q_proj", "up_proj"}}
 
 
-@pytest.mark.parametrize("kind", WITH_STATES)
-def test_all_commands_take_a_state_space_model(
+@pytest.mark.parametrize("kind", OTHERS)
+def test_all_commands_take_models_of_other_kinds(
     train: list[str], model_directory: Path, text: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config, directory = WITH_STATES[kind], tmp_path / "states"
+    config, directory = OTHERS[kind], tmp_path / "states"
     class_of(config)(config).save_pretrained(directory)
     shutil.copy(model_directory / "tokenizer.json", directory)
     train = [*train, "--model", str(directory)]
     assert main([*train, "--method", "spaco", "--budget", "2", "--offload"]) == 0
     trained = json.loads((tmp_path / "runs/1/adapter/adapter_config.json").read_text())["target_modules"]
-    assert set(trained) >= ({"in_proj", "out_proj"} if kind == "mamba2" else {"a_proj", "b_proj", "c_proj"})
+    assert set(trained) >= ADAPTED.get(kind, {"a_proj", "b_proj", "c_proj"})
     assert main([*train, "--rank", "0", "--output", "all"]) == 0
     assert main(["train", "--resume", "--output", "all"]) == 0
     adapted = ["--model", str(directory), "--adapter", "runs/1/adapter"]

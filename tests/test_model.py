@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import minichunk as mc
+from minichunk.models.auto import read_model_config
 
 from .gradients import Tensors, take_gradients
 from .rounding import measure, outcome
@@ -26,6 +27,7 @@ LLAMA3 = {
 FULL, SLIDING = "full_attention", "sliding_attention"
 WINDOWS = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9}
 MIXED = [SLIDING, FULL, SLIDING]
+GEMMA = {"model_type": "gemma3_text"}
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama"},
     "llama, tied": {"model_type": "llama", "tie_word_embeddings": True},
@@ -47,6 +49,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3, windows": {
         "model_type": "qwen3", "head_dim": 8, "use_sliding_window": True, "sliding_window": 20, "max_window_layers": 0,
     },
+    "gemma 3": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 7, "layer_types": MIXED},
+    "gemma 3, other scores and ropes": {
+        "model_type": "gemma3_text", "head_dim": 4, "sliding_window": 9, "sliding_window_pattern": 2,
+        "rope_theta": 500.0, "rope_local_base_freq": 50.0, "query_pre_attn_scalar": 9, "attention_bias": True,
+        "tie_word_embeddings": False,
+    },
 }  # fmt: skip
 
 
@@ -54,7 +62,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 def test_parity_with_transformers(name: str, tmp_path: Path) -> None:
     """Our checkpoint in their model and theirs in ours: same logits, loss and gradients, in float64."""
     transformers = pytest.importorskip("transformers")
-    ours = build(mc.LlamaConfig.from_dict({**BASE, **ARCHITECTURES[name]}), seed=0)
+    ours = build(read_model_config({**BASE, **ARCHITECTURES[name]}), seed=0)
     ours.save_pretrained(tmp_path / "ours")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "ours", dtype=torch.float64, attn_implementation="eager"
@@ -83,7 +91,7 @@ def test_parity_with_transformers(name: str, tmp_path: Path) -> None:
     # Their files, whole and in shards; config.json in the layout of transformers 5 and in the older one.
     for name, keywords in (("theirs", {}), ("sharded", {"max_shard_size": "8KB"})):
         theirs.save_pretrained(tmp_path / name, **keywords)
-        again = mc.Llama.from_pretrained(tmp_path / name)
+        again = mc.load_model(tmp_path / name)
         assert again.config == ours.config
         torch.testing.assert_close(again(ids), ours(ids), rtol=0, atol=0)
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
@@ -125,11 +133,21 @@ def test_parity_with_transformers(name: str, tmp_path: Path) -> None:
         ({"rope_scaling": {**LLAMA3, "factor": 0}}, "rope_scaling.factor is 0"),
         ({"layer_types": 5}, "layer_types"),
         ({"eos_token_id": "x"}, "eos_token_id is 'x'"),
+        ({**GEMMA, "hidden_activation": "silu"}, "hidden_activation = 'silu'"),
+        ({**GEMMA, "final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
+        ({**GEMMA, "use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+        ({**GEMMA, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}, "rope_scaling = "),
+        ({**GEMMA, "rope_parameters": {FULL: {"rope_type": "linear"}}}, "full_attention.rope_type is 'linear'"),
+        ({**GEMMA, "rope_parameters": {SLIDING: {"rope_theta": 0}}}, "sliding_attention.rope_theta is 0"),
+        ({**GEMMA, "query_pre_attn_scalar": "x"}, "query_pre_attn_scalar is 'x'"),
+        ({**GEMMA, "layer_types": [SLIDING]}, "for each of the 3 layers"),
+        ({**GEMMA, "sliding_window": 0}, "sliding_window is 0"),
+        ({"model_type": "gemma3"}, "'gemma3' is not supported"),
     ],
 )
 def test_unsupported_configs_name_the_field(change: dict[str, Any], words: str) -> None:
     with pytest.raises(mc.InputError, match=words):
-        mc.LlamaConfig.from_dict({**BASE, **change})
+        read_model_config({**BASE, **change})
 
 
 def test_the_two_layouts_of_rope_are_the_same() -> None:
@@ -141,8 +159,8 @@ def test_the_two_layouts_of_rope_are_the_same() -> None:
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_config_survives_the_round_trip(name: str) -> None:
-    config = mc.LlamaConfig.from_dict({**BASE, **ARCHITECTURES[name], "eos_token_id": [1, 2]})
-    assert mc.LlamaConfig.from_dict(config.to_dict()) == config
+    config = read_model_config({**BASE, **ARCHITECTURES[name], "eos_token_id": [1, 2]})
+    assert read_model_config(config.to_dict()) == config
 
 
 @pytest.mark.parametrize(
@@ -157,14 +175,17 @@ def test_a_config_survives_the_round_trip(name: str) -> None:
         ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}, 4096, (FULL, SLIDING, SLIDING)),
         (WINDOWS, None, ()),  # max_window_layers is 28 where it is absent
         ({**WINDOWS, "layer_types": [FULL, SLIDING, FULL], "max_window_layers": 0}, 9, (FULL, SLIDING, FULL)),
+        ({**GEMMA, "sliding_window_pattern": 2}, 4096, (SLIDING, FULL, SLIDING)),
+        ({**GEMMA, "sliding_window": 5}, 5, (SLIDING,) * 3),
+        ({**GEMMA, "sliding_window": 5, "layer_types": MIXED}, 5, (SLIDING, FULL, SLIDING)),
     ],
 )
 def test_windows_are_read_as_transformers_does(
     fields: dict[str, Any], window: int | None, kinds: tuple[str, ...]
 ) -> None:
-    config = mc.LlamaConfig.from_dict({**BASE, **fields})
+    config = read_model_config({**BASE, **fields})
     assert (config.sliding_window, config.layer_types) == (window, kinds)
-    assert mc.LlamaConfig.from_dict(config.to_dict()) == config
+    assert read_model_config(config.to_dict()) == config
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoConfig.for_model(**{**BASE, **fields})
     if fields["model_type"] not in ("llama", "mistral"):  # which have no such field

@@ -209,7 +209,7 @@ def test_a_bias_that_stock_transformers_would_leave_out(bias: str) -> None:
 
 
 def test_models_of_another_kind_are_refused() -> None:
-    with pytest.raises(mc.InputError, match="attention in all layers, not StateSpace"):
+    with pytest.raises(mc.InputError, match="a model of the Llama family, not StateSpace"):
         mc.partial_context(mc.StateSpace(mc.StateSpaceConfig(23, 8, 4, 2)), mc.Window(4))
     for model in (hybrid(mc.Window(5)), hybrid(mc.Window(5, 1))):
         with pytest.raises(mc.InputError, match=r"see a part of their past already .layers 0 and 2 see the last 5"):

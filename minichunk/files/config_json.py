@@ -19,7 +19,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 # Of a model that no other library computes: its base's config.json, with `base_model_type`, `pattern` and layers of
 # `partial_attention`, which transformers refuses even where it is told to overlook the type.
 PARTIAL_CONTEXT = "partial_context"
-_OTHERS = ("mamba2", "state_space")  # which have a config of their own
+_OTHERS = ("gemma3_text", "mamba2", "state_space")  # which have a config of their own
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 _WRITTEN = (
@@ -40,7 +40,7 @@ def read_config(hugging_face_config: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         raise InputError(
             f"config: {field} {model_type!r} is not supported; supported are {', '.join(sorted(_FAMILIES))}, and "
-            f"by minichunk.load_model also {' and '.join(_OTHERS)}"
+            f"by minichunk.load_model also {', '.join(_OTHERS)}"
         )
     family = _FAMILIES[model_type]
     check_present(c, (*SIZES, *(("pattern", "layer_types") if partial else ())))

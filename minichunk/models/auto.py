@@ -9,6 +9,8 @@ import torch
 
 from ..errors import InputError
 from ..files.atomic import read_json
+from .gemma3 import Gemma3
+from .gemma3_config import MODEL_TYPE as GEMMA3
 from .llama import Llama
 from .mamba2 import Mamba2
 from .mamba2_config import MODEL_TYPE as MAMBA2
@@ -16,7 +18,7 @@ from .pretrained import Pretrained
 from .ssm import StateSpace
 from .ssm_config import MODEL_TYPE as STATE_SPACE
 
-OTHERS: dict[str, type[Pretrained]] = {STATE_SPACE: StateSpace, MAMBA2: Mamba2}
+OTHERS: dict[str, type[Pretrained]] = {STATE_SPACE: StateSpace, MAMBA2: Mamba2, GEMMA3: Gemma3}
 
 
 def model_class(config: dict[str, Any]) -> type[Pretrained]:
@@ -26,7 +28,7 @@ def model_class(config: dict[str, Any]) -> type[Pretrained]:
 
 def class_of(config: Any) -> type[Pretrained]:
     """The class of a config object."""
-    kinds: list[type[Pretrained]] = [Llama, *OTHERS.values()]
+    kinds: list[type[Pretrained]] = [*OTHERS.values(), Llama]  # a Gemma's config is a kind of Llama's
     return next(kind for kind in kinds if isinstance(config, kind.config_class))
 
 

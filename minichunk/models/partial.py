@@ -30,7 +30,7 @@ def partial_context(model: Pretrained, pattern: Pattern, full_layers: Sequence[i
     of its past already.
     """
     if not isinstance(model, Llama):
-        raise InputError(f"partial_context needs a model with attention in all layers, not {type(model).__name__}")
+        raise InputError(f"partial_context needs a model of the Llama family, not {type(model).__name__}")
     model.config = partial_config(model.config, pattern, full_layers)
     model.partial = {"pattern": asdict(pattern), "full_layers": full_layers_of(model.config)}
     layers: Any = model.layers
