@@ -33,10 +33,13 @@ def parse_bytes(text: str) -> int:
         raise InputError(f"{text!r} is not an amount of memory; write it like 24GiB, 80GB or 512MiB") from None
 
 
-def plan(setting: Setting, memory: int, seq_len: int | None, reserve: int, host: int) -> dict[str, Any]:
+def plan(
+    setting: Setting, memory: int, seq_len: int | None, reserve: int, host: int, quiet: bool = False
+) -> dict[str, Any]:
     """The forecast of the setting's method and of the others, as one JSON object. Raises InputError."""
     available = memory - reserve
-    forecasts = {m: forecast(replace(setting, method=m)) for m in dict.fromkeys([setting.method, *METHODS])}
+    methods = tqdm(dict.fromkeys([setting.method, *METHODS]), desc="plan", unit="method", leave=False, disable=quiet)
+    forecasts = {m: forecast(replace(setting, method=m)) for m in methods}
     longest = {m: found.longest(available, setting.chunk_size, host) for m, found in forecasts.items()}
     length = seq_len or longest[setting.method] or forecasts[setting.method].base
     at = forecasts[setting.method].at(length)
@@ -129,7 +132,7 @@ def run_plan(
     if table:
         print(longest_table(setting, parse_bytes(reserve)))
         return
-    found = plan(setting, parse_bytes(memory), seq_len, parse_bytes(reserve), parse_bytes(host_memory))
+    found = plan(setting, parse_bytes(memory), seq_len, parse_bytes(reserve), parse_bytes(host_memory), json)
     print(dumps(found, indent=2) if json else describe(found))
 
 
