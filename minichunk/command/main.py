@@ -42,6 +42,10 @@ def run(arguments: argparse.Namespace) -> None:
         from ..porting.golden import write_golden
 
         print("\n".join(f"written  {path}" for path in write_golden(**values)))
+    elif command == "walk":
+        from ..walk.step import run_walk
+
+        run_walk(**values)
     else:
         from ..files.smollm2 import get_smollm2
 
