@@ -128,6 +128,7 @@ first_part = [leaf.grad.clone() for leaf in leaves(0)]
 #
 # Rebuild its graph, on top of $m'_1$. Now $g_2$ is complete, because chunk 3 was the only one after it. **Relay**
 # (line 6): start the backward pass from the loss *and* from $m_2$ with gradient $g_2$.
+# To see it on a trained model: [the walk, step 17: relay](walk.html#method=seco&chunk=128&step=17).
 
 # %%
 J2, m2 = f(1)
