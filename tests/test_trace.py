@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
 import sys
@@ -94,6 +95,9 @@ def test_a_watched_step_is_the_step_bit_for_bit(
     assert all(torch.equal(got[name], expected[name]) for name in expected)
     norm = torch.cat([g.flatten() for g in expected.values()]).norm()
     assert log[-1]["gradient_norm"] == pytest.approx(float(norm), rel=1e-12)
+    losses = [event["loss"] for event in of(log, "loss")]
+    sums = [event["loss"] for event in of(log, "done")]
+    assert sums == pytest.approx([sum(losses[: i + 1]) for i in range(len(losses))], rel=1e-12)
     for event in log:
         check_event(event, log[0] if event is not log[0] else None)
 
@@ -257,7 +261,7 @@ def test_bytes_are_those_that_are_alive(method: str, kind: str, monkeypatch: pyt
     assert {event["bytes"]["weights"] for event in log} == {sum(p.nbytes for p in model.parameters())}
     assert log[0]["bytes"]["activations"] == sum(x.nbytes for x in {batch.input_ids})
     assert all(sum(event["bytes"].values()) <= event["peak"] for event in log)
-    made.clear()
+    assert log[-1]["peak"] < max(event["peak"] for event in log), "since the event before, not since the beginning"
     # But for the numbers that are being recorded, the peak is that of the step alone.
     assert max(event["peak"] for event in log) == count.peak
     if method != "full":
@@ -266,6 +270,20 @@ def test_bytes_are_those_that_are_alive(method: str, kind: str, monkeypatch: pyt
         )
         cache = {"attention": 2 * 3 * 2 * 2 * 18 * 4 * 8}  # keys and values: layers, B, G, positions, D, float64
         assert of(log, "memory")[0]["bytes"]["memory"] == cache.get(kind, of(log, "memory")[0]["bytes"]["memory"])
+
+
+@pytest.mark.parametrize("kind", ["attention", "state"])
+def test_when_the_step_is_over_its_memory_is_gone(kind: str) -> None:
+    """At once, not when the garbage collector comes by: nothing holds itself."""
+    model, batch = small(kind)
+    gc.collect()
+    gc.disable()
+    try:
+        log = mc.trace(mc.seco, model, *pair(batch), 9)
+    finally:
+        gc.enable()
+    loss = 8
+    assert log[-1]["bytes"]["activations"] == log[0]["bytes"]["activations"] + loss
 
 
 # The lines of the code.

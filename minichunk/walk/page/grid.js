@@ -109,7 +109,7 @@ function reads({ columns, top, height, run }, j) {
 
 function relays({ columns, top, height, event, run }) {
   const { x, w } = columns[event.chunk];
-  return event.received.map((norms, l) => [0.1, 0.28].map((side) => {
+  return event.received.map((norms, l) => [0.08, 0.2].map((side) => {
     const low = top(l) + height * 0.9, high = top(l) + height * 0.08;
     return `<path d="M${x + w * side} ${low}V${high}" class="send flow" style="stroke-width:${thickness(norm(norms), run)}" marker-end="url(#tip-green)" data-relayed="${l}" data-norm="${norm(norms)}"/>`;
   }).join("")).join("");

@@ -55,7 +55,7 @@ function drawBytes(event, peak) {
   const sum = event.bytes ? PARTS.reduce((total, [name]) => total + event.bytes[name], 0) : undefined;
   rows.push(["all that is alive now", sum, "sum"], ["most since the step before", event.peak, "peak-now"], ["peak of the step", peak.peak, "peak"]);
   const at = phaseOf(peak).toLowerCase() + (peak.chunk === undefined || here.run.whole ? "" : ` of ${chunkName(peak.chunk)}`);
-  $("peak-note").innerHTML = `▼ The peak is at <a href="#" data-step="${peak.i}">step ${peak.i}</a>, ${at}: ${whyPeak(here.run, peak)}.`;
+  $("peak-note").innerHTML = `▼ The peak is at <a href="#" data-step="${peak.i}">step ${peak.i}</a>, ${at}, because ${whyPeak(here.run, peak)}.`;
   $("bytes").tBodies[0].innerHTML = rows.map(([words, bytes, name]) =>
     `<tr class="row-${name}"><th scope="row">${words}</th><td data-part="${name}" data-bytes="${bytes ?? ""}" title="${bytes?.toLocaleString("en") ?? ""} bytes">${bytes === undefined ? "–" : mebibytes(bytes)}</td></tr>`).join("");
 }

@@ -51,7 +51,7 @@ const NOTES = ["what chunk j leaves behind, stored without a graph", "eq. 1: chu
 function drawEquation() {
   const { run } = here, marked = TERMS[eventNow().kind] ?? [];
   const notes = run.whole ? ["the whole text at once", "its gradient"] : NOTES;
-  $("equation").innerHTML = equations(run).map((line, n) => `<div><math display="inline">${line}</math> <span class="small">${notes[n]}</span></div>`).join("");
+  $("equation").innerHTML = equations(run).map((line, n) => `<div><math displaystyle="true">${line}</math> <span class="small">${notes[n]}</span></div>`).join("");
   for (const node of $("equation").querySelectorAll("[data-term]")) if (marked.includes(node.dataset.term)) node.classList.add("marked");
 }
 

@@ -20,7 +20,7 @@ const chunksNamed = (list) => (list.length === 1 ? chunkName(list[0]) : list.len
 const LABELS = { full: "full", seco: "SeCO", spaco: "SpaCO" };
 const PARTS = [
   ["weights", "weights"], ["gradients", "their gradients"], ["memory", "memory"],
-  ["memory_gradients", "gradients sent to it"], ["activations", "activations"],
+  ["memory_gradients", "gradients sent to it"], ["activations", "activations, and all else"],
 ];
 
 function runOf(entry, index) {
@@ -66,6 +66,9 @@ function statesOf(run) {
         next.held[event.layer][i] = sums.get(i) ?? Math.hypot(next.held[event.layer][i], norm(norms));
     } else if (event.kind === "done") {
       column("done");
+    } else if (event.kind === "end") { // the memory goes with the step
+      next.filled = table(false);
+      next.held = table(0);
     }
     next.gradient = event.gradient_norm ?? next.gradient;
     next.loss = event.kind === "end" || event.kind === "done" ? event.loss ?? next.loss : next.loss;

@@ -45,7 +45,7 @@ function sentenceOf(run, event, state) {
     end: () => `The step is over: loss ${number(event.loss)}${event.gradient_norm === undefined ? "" : `, gradient of norm ${number(event.gradient_norm)}`}${run.entries ? ", an estimate of both" : ""}. ${run.whole ? "" : comparison(run, event, lastKept)}`,
   };
   const rank = event.rank === undefined ? "" : `Rank ${event.rank}. `;
-  return rank + (words[event.kind]?.() ?? event.kind) + (event === run.events[run.peak] && event.peak !== undefined ? ` Memory has just been at its peak, ${mebibytes(event.peak)}: ${whyPeak(run, event)}.` : "");
+  return rank + (words[event.kind]?.() ?? event.kind) + (event === run.events[run.peak] && event.peak !== undefined ? ` This is the peak: ${mebibytes(event.peak)} were alive at once, because ${whyPeak(run, event)}.` : "");
 }
 
 function whyPeak(run, event) {
