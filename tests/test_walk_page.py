@@ -156,7 +156,8 @@ def test_buttons_slider_and_keys_lead_to_the_same_steps(open_page: Any) -> None:
 
 def test_it_plays_at_three_speeds_and_stops(open_page: Any) -> None:
     page = open_page(COMMITTED)
-    page.clock.install()
+    page.clock.install(time=0)
+    page.clock.pause_at(1000)  # from here on time passes only where the test lets it
     page.keyboard.press("Space")
     assert page.get_by_role("button", name="Pause", exact=True).is_visible()
     assert page.locator("#sentence").get_attribute("aria-live") == "off"
@@ -177,6 +178,10 @@ def test_it_plays_at_three_speeds_and_stops(open_page: Any) -> None:
     assert page.get_by_role("button", name="Pause", exact=True).is_visible()
     page.clock.run_for(310)
     assert step(page) == 1, "and begins again"
+    page.locator("#on").focus()
+    page.keyboard.press("Space")
+    assert step(page) == 2, "another button's space is its own"
+    assert page.get_by_role("button", name="Play", exact=True).is_visible()
 
 
 def test_methods_and_sizes_are_chosen_and_the_place_is_kept(open_page: Any, made: Any) -> None:
@@ -269,11 +274,13 @@ def test_what_is_drawn_is_what_seco_computes(open_page: Any, made: Any) -> None:
 def test_the_memory_is_drawn_to_scale_and_its_peak_marked(open_page: Any, made: Any) -> None:
     page, log = open_page(made[0]), logs_of(made[0].read_text())[0]
     read = """() => [...document.querySelectorAll('#memory g[data-step]')].map((g) =>
-      [...g.querySelectorAll('.bar')].map((bar) => Number(bar.getAttribute('height'))))"""
+      [...g.querySelectorAll('.bar')].map((bar) => ['y', 'height'].map((x) => Number(bar.getAttribute(x)))))"""
     bars = page.evaluate(read)
-    scale = sum(map(sum, bars)) / sum(sum(e["bytes"].values()) for e in log)
-    for heights, event in zip(bars, log, strict=True):
-        assert sum(heights) == pytest.approx(sum(event["bytes"].values()) * scale, abs=0.3)
+    heights = [sum(height for _, height in stack) for stack in bars]
+    scale = sum(heights) / sum(sum(e["bytes"].values()) for e in log)
+    for stack, height, event in zip(bars, heights, log, strict=True):
+        assert height == pytest.approx(sum(event["bytes"].values()) * scale, abs=0.3)
+        assert [y + h for y, h in stack[1:]] == pytest.approx([y for y, _ in stack[:-1]], abs=0.11), "one on the other"
     peak = max(range(len(log)), key=lambda i: log[i]["peak"])
     assert page.locator("#memory .peak").get_attribute("data-step") == str(peak)
     page.locator("#memory .peak").click()
