@@ -27,9 +27,10 @@ for each layer "keys and values" or "state". `done` and `end`: perhaps `gradient
 nothing. `shapes`: those of what was written. `sent`: [earlier chunk, norms …] of what this layer has sent to the memory
 just now, also to chunks that will never take it (SpaCO's skipped ones). `held`: the same for the sums so far.
 
-Any event may have `bytes`, an object of what is alive now: `weights`, `gradients` (the parameters'), `memory` (keys and
-values, states), `memory_gradients` (sent back to them) and `activations` (all else); `peak`, the most that was alive at
-once since the event before; and `rank`, where several processes take the step, each with some of the layers.
+Any event may have `step`, its number; `bytes`, an object of what is alive now: `weights`, `gradients` (the
+parameters'), `memory` (keys and values, states), `memory_gradients` (sent back to them) and `activations` (all else);
+`peak`, the most that was alive at once since the event before; and `rank`, where several processes take the step, each
+with some of the layers.
 """
 
 from __future__ import annotations

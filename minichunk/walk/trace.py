@@ -16,7 +16,7 @@ from ..batch import check_batch
 from ..chunks import Chunk, cut
 from ..memory.layers import wide
 from ..memory.state import LayerState
-from ..protocol import Memory, Options, Written
+from ..protocol import Memory, Written
 from .events import FORMAT, Event
 from .meter import Meter
 from .watch import WatchedModel, watched_layers
@@ -111,7 +111,7 @@ class Recorder:
 
         return draw
 
-    def made_memory(self, memory: Memory, chunks: Sequence[Chunk], options: Options) -> None:
+    def made_memory(self, memory: Memory) -> None:
         self.memory = memory
         layers = getattr(memory, "layers", ())
         names = ["state" if isinstance(layer, LayerState) else "keys and values" for layer in layers]
@@ -123,7 +123,7 @@ class Recorder:
     def filled(self, chunks: Sequence[Chunk], written: Written) -> None:
         self.write("fill", chunks=[self.chunks.index(chunk) for chunk in chunks], **self._written(written))
 
-    def ran(self, chunks: Sequence[Chunk], hidden: Tensor, written: Written, options: Options) -> None:
+    def ran(self, chunks: Sequence[Chunk], written: Written) -> None:
         if not torch.is_grad_enabled():
             return
         self.running = self.chunks.index(chunks[0]) if chunks else 0

@@ -27,10 +27,10 @@ Sent = Callable[[int, int, int, Sequence[Tensor]], None]
 class Observer(Protocol):
     """Who is told."""
 
-    def made_memory(self, memory: Memory, chunks: Sequence[Chunk], options: Options) -> None: ...
+    def made_memory(self, memory: Memory) -> None: ...
     def will_run(self) -> None: ...
     def filled(self, chunks: Sequence[Chunk], written: Written) -> None: ...
-    def ran(self, chunks: Sequence[Chunk], hidden: Tensor, written: Written, options: Options) -> None: ...
+    def ran(self, chunks: Sequence[Chunk], written: Written) -> None: ...
     def asked_for_gradients(self, chunk: Chunk) -> None: ...
     def received(self, chunk: Chunk, received: Written) -> None: ...
     def sent(self, layer: int, start: int, stop: int, gradients: Sequence[Tensor]) -> None: ...
@@ -56,7 +56,7 @@ class WatchedModel:
         memory = self.model.new_memory(batch, capacity, kept, options)
         for i, layer in enumerate(getattr(memory, "layers", ())):
             watch_layer(layer, i, self.observer.sent)
-        self.observer.made_memory(memory, kept, options)
+        self.observer.made_memory(memory)
         return WatchedMemory(memory, self.observer)
 
     def run(
@@ -68,7 +68,7 @@ class WatchedModel:
     ) -> tuple[Tensor, Written]:
         self.observer.will_run()
         hidden, written = self.model.run(input_ids, memory and memory.memory, chunks, options)
-        self.observer.ran(chunks, hidden, written, options)
+        self.observer.ran(chunks, written)
         return hidden, written
 
     def write(self, input_ids: Tensor, memory: WatchedMemory, chunks: Sequence[Chunk], options: Options) -> Written:
