@@ -20,14 +20,12 @@ from torch import Tensor
 
 import minichunk as mc
 from minichunk.batch import prepare
-from minichunk.chunks import cut
+from minichunk.chunks import cut, span
 from minichunk.command.main import main
 from minichunk.costs.baselines import Concatenating
 from minichunk.costs.count import CountBytes
-from minichunk.porting.golden import build as build_golden
-from minichunk.porting.golden import cases
 from minichunk.protocol import Options
-from minichunk.seco import fill, rebuild
+from minichunk.seco import fill, new_memory, rebuild
 from minichunk.walk.events import BYTES, NEEDS, check_event, compare, read_events, write_events
 from minichunk.walk.listing import LISTINGS, body, find, listing
 from minichunk.walk.page import MOST, logs_of, make_page
@@ -36,7 +34,6 @@ from minichunk.walk.step import record, title
 from .gradients import take_gradients
 from .rounding import Exact, measure
 from .strategies import Batch, batches, build, examples, models, tiny, tiny_state
-from .test_golden import NAMES, noise, read
 
 COMMITTED = Path(__file__).parents[1] / "tutorials" / "walk.html"
 Log = list[dict[str, Any]]
@@ -164,30 +161,31 @@ def test_mistakes_are_those_of_the_function(change: dict[str, Any]) -> None:
 # What is written down is so.
 
 
-@pytest.mark.parametrize("name", ["grouped", "qk-norm", "state"])
-def test_norms_are_those_of_the_golden_files(name: str) -> None:
-    """What each chunk wrote and was relayed: in the files these come from a loop of their own, and from NumPy."""
-    metadata, tensors = read(Path(__file__).parent / "golden" / f"{name}.safetensors")
-    case = cases()[name]
-    model, ids, labels = build_golden(case, NAMES.index(name))
-    expected, got = {}, {}
-    for prefix, draw in (("seco", None), ("spaco", case.spaco)):
-        kept = {} if draw is None else {"sampler": lambda *_, draw=draw: draw}
-        log = mc.trace(mc.seco if draw is None else mc.spaco, model, ids, labels, int(metadata["chunk_size"]), **kept)
-        values = [("written", 0, e["chunk"], e["written"], 1.0) for e in of(log, "rebuild")]
-        values += [("received", 1, e["chunk"], e["received"], e["factor"]) for e in of(log, "relay")]
-        for _, which, chunk, layers, factor in values:
-            for layer, norms in enumerate(layers):
-                for names, norm in zip(case.written, norms, strict=True):
-                    if key := names[which]:
-                        key = f"{prefix}.chunk.{chunk}.layer.{layer}.{key}"
-                        got[key] = torch.tensor(norm * factor, dtype=torch.float64)
-                        expected[key] = torch.from_numpy(tensors[key]).norm()
-        for e in of(log, "loss"):
-            key = f"{prefix}.chunk.{e['chunk']}.loss"
-            got[key], expected[key] = torch.tensor(e["loss"], dtype=torch.float64), torch.tensor(tensors[key])
-    assert len(got) > 40
-    Exact(expected, noise(name)).check(got)
+@pytest.mark.parametrize("kind", ["attention", "state"])
+def test_norms_and_losses_are_those_of_the_step(kind: str) -> None:
+    """Against the algorithm's own parts, called one by one; SeCO is the draw that keeps everything."""
+    model, batch = small(kind)
+    prepared, chunks = prepare(model, *pair(batch), None), cut(22, 6)
+    for draw in ([mc.Weight(1.0, 1.0)] * 4, [mc.Weight(1.5, 2.0), None, mc.Weight(1.25, 3.0), mc.Weight(1.75, 2.5)]):
+        take_gradients(model)
+        log = mc.trace(mc.spaco, model, *pair(batch), 6, sampler=lambda *_, draw=draw: draw)
+        kept = [i for i, weight in enumerate(draw) if weight is not None]
+        memory = new_memory(model, batch.input_ids, [chunks[i] for i in kept], Options())
+        fill(model, batch.input_ids, chunks[:-1], memory, Options())
+        events = zip(of(log, "rebuild"), of(log, "loss"), of(log, "relay"), strict=True)
+        for i, (rebuilt, lost, relayed) in zip(reversed(kept), events, strict=True):
+            weight = draw[i]
+            assert weight is not None
+            _, made = model.run(batch.input_ids[:, span([chunks[i]])], memory, [chunks[i]])
+            assert rebuilt["chunk"] == lost["chunk"] == relayed["chunk"] == i
+            assert rebuilt["written"] == [[float(x.detach().norm()) for x in layer] for layer in made]
+            assert rebuilt["shapes"] == [[list(x.shape) for x in layer] for layer in made]
+            loss, written, received = rebuild(model, prepared, chunks[i], memory, Options())
+            assert lost["loss"] == float((weight.loss * loss).detach())
+            norms = [norm for layer in relayed["received"] for norm in layer if norm > 0]
+            assert norms == [float(g.norm()) for g in received if g.norm() > 0]
+            assert (lost["factor"], relayed["factor"]) == weight
+            torch.autograd.backward([weight.loss * loss, *written], [None, *(weight.relay * g for g in received)])
 
 
 def sends(model: Any, batch: Batch, size: int) -> dict[str, Tensor]:
@@ -221,7 +219,8 @@ def test_what_is_sent_is_what_autograd_finds_at_leaves(offload: bool) -> None:
         for name, norm in zip(("key", "value"), norms, strict=True)
     }
     Exact({name: x.norm() for name, x in found.values.items()}, found.noise).check(got)
-    held = {(i, e["layer"]): norms for e in of(log, "backward") for i, *norms in e["held"]}  # the last one is the sum
+    # The last `held` is the sum of all that was sent: what the chunk receives.
+    held = {(i, e["layer"]): norms for e in of(log, "backward") for i, *norms in e["held"]}
     for event in of(log, "relay"):
         for layer, norms in enumerate(event["received"]):
             assert norms == pytest.approx(held[event["chunk"], layer], rel=1e-12)

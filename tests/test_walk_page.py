@@ -186,10 +186,10 @@ def test_it_plays_at_three_speeds_and_stops(open_page: Any) -> None:
 
 def test_methods_and_sizes_are_chosen_and_the_place_is_kept(open_page: Any, made: Any) -> None:
     page = open_page(made[0], "#step=6")
-    assert page.locator("#phase").inner_text() == "Loss · chunk 4"
+    assert page.locator("#phase").inner_text() == "Loss · chunk 3"
     page.get_by_role("radio", name="SpaCO").check()
     assert address(page) == "#method=spaco&chunk=6&step=7"
-    assert page.locator("#phase").inner_text() == "Loss · chunk 4"
+    assert page.locator("#phase").inner_text() == "Loss · chunk 3"
     page.get_by_role("radio", name="full", exact=True).check()
     assert address(page).startswith("#method=full&step=")
     assert page.locator("#size").is_disabled()
@@ -201,7 +201,7 @@ def test_methods_and_sizes_are_chosen_and_the_place_is_kept(open_page: Any, made
     page.get_by_role("radio", name="full, recomputed").check()
     assert address(page).startswith("#method=full-recompute&step=")
     again = open_page(made[0], "#method=spaco&chunk=6&step=8")
-    assert again.locator("#phase").inner_text() == "Relay · chunk 4"
+    assert again.locator("#phase").inner_text() == "Relay · chunk 3"
     assert "nobody has sent anything back" in sentence(again)
     assert open_page(made[0], "#method=nonsense&chunk=x&step=-7").locator("#count").inner_text().startswith("step 0")
 
@@ -323,7 +323,7 @@ def test_chains_that_die_are_seen_to(open_page: Any, made: Any) -> None:
     assert page.locator("#grid .skipped").count() == 1
     assert page.locator("#grid [data-sent='1']").get_attribute("class") == "send dead"
     assert page.locator("#grid [data-sent='0']").get_attribute("class") == "send flow"
-    assert "to chunk 2 (skipped: lost)" in sentence(page)
+    assert "to chunk 1 (skipped: lost)" in sentence(page)
 
 
 def test_for_keyboard_and_screen_reader(open_page: Any) -> None:
@@ -404,7 +404,7 @@ def test_a_state_is_shown_as_one_and_passes_a_skipped_chunk(open_page: Any, tmp_
     number = next(i for i, e in enumerate(log) if e["kind"] == "backward" and e["chunk"] == 2)
     page.locator("#slider").fill(str(number))
     assert "the gradients of the state that it was handed go into the memory" in sentence(page)
-    assert "to chunk 2 (skipped: it passes on to the chunk before, decayed)" in sentence(page)
+    assert "to chunk 1 (skipped: it passes on to the chunk before, decayed)" in sentence(page)
     assert page.locator("#grid [data-sent]").get_attribute("class") == "send flow"
 
 
@@ -420,7 +420,7 @@ def test_a_foreign_log_without_bytes_and_with_ranks(open_page: Any, made: Any, t
     assert not page.locator("#memory").is_visible()
     number = next(i for i, e in enumerate(mine) if e.get("rank") == 1)
     page.locator("#slider").fill(str(number))
-    assert sentence(page).startswith("Rank 1. The backward pass has left layer 3")
-    assert "rank 0: 2" in page.locator("#grid").text_content()
+    assert sentence(page).startswith("Rank 1. The backward pass has left layer 2")
+    assert "rank 0: 1" in page.locator("#grid").text_content()
     for _ in mine:
         page.locator("#on").click()

@@ -37,7 +37,7 @@ for t in range(1, k + 1):
 # %% [markdown]
 # Direct chains (p = 1) are right. All others are too light, the longer the worse, and with t = 1 nothing but the
 # direct ones is left.
-# A chain that dies: [the walk, step 9: backward](walk.html#method=spaco&chunk=128&step=9), where chunk 4 sends to chunk 2.
+# A chain that dies: [the walk, step 9: backward](walk.html#method=spaco&chunk=128&step=9), where chunk 3 sends to chunk 1.
 #
 # ## How much does it matter? On a trained model
 #

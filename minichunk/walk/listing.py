@@ -48,15 +48,15 @@ WHERE: dict[str, dict[str, list[tuple[int, str]]]] = {
 }
 REBUILT: list[tuple[int, str, str]] = [
     (1, "    memory.write(", "2, 3: run xⱼ without gradients, store m′ⱼ"),
-    (2, "hidden, written = model.run(", "5: (Jⱼ, mⱼ) = f(xⱼ; m′₁ … m′ⱼ₋₁; Θ), with its graph"),
+    (2, "hidden, written = model.run(", "5: (Jⱼ, mⱼ) = f(xⱼ; m′₀ … m′ⱼ₋₁; Θ), with its graph"),
     (2, "made, sent = ", "6: give mⱼ the gradient collected at m′ⱼ"),
 ]
 PAPER: dict[str, list[tuple[int, str, str]]] = {  # function, line, and the paper's line beside it, in our words
     "seco": [
-        (0, "fill(", "1–3: for j = 1 … k, fill"),
-        (0, "for chunk in ", "4: for j = k … 1"),
+        (0, "fill(", "1–3: for j = 0 … k−1, fill"),
+        (0, "for chunk in ", "4: for j = k−1 … 0"),
         (0, LOOP, "5, 6: rebuild chunk j, and relay"),
-        (0, "    torch.autograd.backward(", "7: backpropagate from Jⱼ and mⱼ to Θ and m′₁ … m′ⱼ₋₁"),
+        (0, "    torch.autograd.backward(", "7: backpropagate from Jⱼ and mⱼ to Θ and m′₀ … m′ⱼ₋₁"),
         *REBUILT,
     ],
     "spaco": [

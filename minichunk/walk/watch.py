@@ -55,7 +55,7 @@ class WatchedModel:
     ) -> WatchedMemory:
         memory = self.model.new_memory(batch, capacity, kept, options)
         for i, layer in enumerate(getattr(memory, "layers", ())):
-            watch_layer(layer, i, self.observer.sent)
+            watch_layer(layer, i, capacity, self.observer.sent)
         self.observer.made_memory(memory)
         return WatchedMemory(memory, self.observer)
 
@@ -92,11 +92,11 @@ class WatchedMemory:
         return received
 
 
-def watch_layer(layer: LayerMemory, number: int, sent: Sent) -> None:
+def watch_layer(layer: LayerMemory, number: int, capacity: int, sent: Sent) -> None:
     """Be told of every gradient that is sent to a layer's memory. There are two ways in which that happens:
 
-    - Its layer calls a method whose name begins with `add`, with the first position, and a gradient (B, G, n, D) for
-      each tensor that is written.
+    - Its layer calls a method whose name begins with `add`, with where it begins (see `stretches`), and a gradient
+      (B, G, n, D) for each tensor that is written.
     - It has handed out leaves, by `past`, in whose `.grad` autograd adds it up: what a chunk has been handed on.
     """
     itself = weakref.ref(layer)  # or layer and method would hold each other, and live on when the step is done
@@ -104,7 +104,8 @@ def watch_layer(layer: LayerMemory, number: int, sent: Sent) -> None:
     def adding(name: str) -> Callable[..., Any]:
         def add(start: int, *gradients: Tensor) -> Any:
             result = getattr(type(layer_of(itself)), name)(itself(), start, *gradients)
-            sent(number, start, start + gradients[0].shape[2], gradients)
+            for low, high, row in stretches(layer_of(itself), name, start, gradients[0].shape[2], capacity):
+                sent(number, low, high, [g[:, :, row : row + high - low] for g in gradients])
             return result
 
         return add
@@ -120,6 +121,22 @@ def watch_layer(layer: LayerMemory, number: int, sent: Sent) -> None:
         if name.startswith("add"):
             setattr(layer, name, adding(name))
     layer.past = past  # type: ignore[method-assign]
+
+
+def stretches(layer: Any, name: str, first: int, count: int, capacity: int) -> Iterator[tuple[int, int, int]]:
+    """Which positions `count` gradients are for, as (start, stop, row of the first one).
+
+    They count from a position; where the method is one for pinned positions, from an index among these.
+    """
+    if "pinned" not in name:
+        yield first, first + count, 0
+        return
+    pattern = layer.places.pattern
+    for start, stop in pattern.pinned(0, capacity):
+        index = pattern.pinned_before(start)
+        low, high = max(first, index), min(first + count, index + stop - start)
+        if low < high:
+            yield start + low - index, start + high - index, low - first
 
 
 def layer_of(reference: weakref.ref[LayerMemory]) -> LayerMemory:

@@ -40,15 +40,15 @@ function heads({ columns, run, event, top, height, left }) {
     const active = event.kind !== "begin" && (event.chunk === i || event.chunks?.includes(i));
     const tokens = run.chunks[i][1] - run.chunks[i][0], factor = run.entries?.[i]?.[0];
     const below = !coin ? (tight ? tokens : `${tokens} tokens`) : run.kept[i] ? (w < 50 ? `×${number(factor)}` : `kept ×${number(factor)}`) : w < 50 ? "skip" : "skipped";
-    return text(x + w / 2, 14, run.whole ? "the whole text" : tight ? i + 1 : chunkName(i), active ? "head active" : "head") +
+    return text(x + w / 2, 14, run.whole ? "the whole text" : tight ? i : chunkName(i), active ? "head active" : "head") +
       text(x + w / 2, 29, below, coin && !run.kept[i] ? "small skipped" : "small");
   });
   if (tight) parts.push(text(left - 6, 14, "chunk", "small", "end"));
   if (left < 50) parts.push(text(left - 6, 31, "layer", "small", "end"));
   const ranks = rankOfLayer(run);
   for (let l = 0; l < run.layers; l++) {
-    const name = left < 50 ? l + 1 : layerName(l);
-    parts.push(text(left - 6, top(l) + height / 2 + 4, (ranks[l] === undefined ? "" : `rank ${ranks[l]}: `) + (ranks[l] === undefined ? name : l + 1), "small", "end"));
+    const name = left < 50 ? l : layerName(l);
+    parts.push(text(left - 6, top(l) + height / 2 + 4, (ranks[l] === undefined ? "" : `rank ${ranks[l]}: `) + (ranks[l] === undefined ? name : l), "small", "end"));
   }
   return parts.join("");
 }

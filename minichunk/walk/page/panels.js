@@ -29,7 +29,7 @@ const TERMS = {
 
 function equations(run) {
   const j = mi("j"), J = mi("J"), theta = mi("Θ"), d = mo("∂"), [a, b] = run.entries ? [sub(mi("a"), j), sub(mi("b"), j)] : ["", ""];
-  const past = row(stored(`<mn>1</mn>`), mo("…"), stored(row(j, mo("−"), "<mn>1</mn>")));
+  const past = row(stored(`<mn>0</mn>`), mo("…"), stored(row(j, mo("−"), "<mn>1</mn>")));
   if (run.whole) return [
     row(term("chunk", term("loss", J), mo("="), mi("f"), mo("("), mi("x"), mo(";"), theta, mo(")"))),
     row(term("whole", term("sum", frac(row(mi("d"), J), row(mi("d"), theta))))),
@@ -63,11 +63,11 @@ function tableOf(run, event) {
   const [first, second] = columnsOf(run, event.layer);
   if (event.written) return {
     head: ["layer", "shape", `‖${first}‖`, `‖${second}‖`],
-    rows: event.written.map((norms, l) => [l + 1, event.shapes ? shape(event.shapes[l][0]) : "–", ...norms.slice(0, 2)]),
+    rows: event.written.map((norms, l) => [l, event.shapes ? shape(event.shapes[l][0]) : "–", ...norms.slice(0, 2)]),
   };
   if (event.kind === "relay" && event.received.length) return {
     head: ["layer", `gradient of ${first}`, `of ${second}`, "in all"],
-    rows: event.received.map((norms, l) => [l + 1, norms[0], norms[1] ?? "–", norm(norms)]),
+    rows: event.received.map((norms, l) => [l, norms[0], norms[1] ?? "–", norm(norms)]),
   };
   if (event.kind === "backward" && event.sent.length) {
     const sums = new Map((event.held ?? []).map(([i, ...norms]) => [i, norms]));
@@ -78,14 +78,14 @@ function tableOf(run, event) {
   }
   if (event.kind === "draw") return {
     head: ["chunk", "kept", "factor on its loss, a", "on its relay, b"],
-    rows: event.entries.map((e, i) => [i + 1, e ? "yes" : "no", e ? e[0] : "–", e ? e[1] : "–"]),
+    rows: event.entries.map((e, i) => [i, e ? "yes" : "no", e ? e[0] : "–", e ? e[1] : "–"]),
   };
   return { head: [], rows: [] };
 }
 
 function valuesOf(run, event, state) {
   const parts = [];
-  if (event.chunk !== undefined && !run.whole) parts.push(`j = ${event.chunk + 1}`);
+  if (event.chunk !== undefined && !run.whole) parts.push(`j = ${event.chunk}`);
   if (event.kind === "begin" && event.parameters) parts.push(`${event.parameters.toLocaleString("en")} parameters`, `batch of ${event.batch}`);
   if (event.kind === "loss") parts.push(`J = ${event.loss.toPrecision(6)}`);
   if (event.kind === "relay" && event.received.length) parts.push(`‖g‖ = ${norm(event.received.flat()).toPrecision(6)}`);

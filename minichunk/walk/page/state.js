@@ -1,12 +1,12 @@
 // What the page knows: the runs, and what a run has come to at each of its steps.
-// Log and code count chunks and layers from 0; the page shows them from 1, as the paper does.
+// Chunks and layers count from 0, as in the log and in the code.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const $ = (id) => document.getElementById(id);
 const escaped = (text) => String(text).replace(/[&<>"]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);
 const norm = (numbers) => Math.hypot(...numbers);
-const chunkName = (i) => `chunk ${i + 1}`;
-const layerName = (i) => `layer ${i + 1}`;
+const chunkName = (i) => `chunk ${i}`;
+const layerName = (i) => `layer ${i}`;
 
 const number = (x) => {
   if (x === 0) return "0";
@@ -15,7 +15,7 @@ const number = (x) => {
 const mebibytes = (bytes) => (bytes && bytes < 2 ** 18 ? `${(bytes / 2 ** 10).toFixed(1)} KiB` : `${(bytes / 2 ** 20).toFixed(2)} MiB`);
 const named = (items) => (items.length < 2 ? items.join("") : `${items.slice(0, -1).join(", ")} and ${items.at(-1)}`);
 const chunksNamed = (list) => (list.length === 1 ? chunkName(list[0]) : list.length > 3 && list.at(-1) - list[0] === list.length - 1
-  ? `chunks ${list[0] + 1} to ${list.at(-1) + 1}` : `chunks ${named(list.map((i) => i + 1))}`);
+  ? `chunks ${list[0]} to ${list.at(-1)}` : `chunks ${named(list)}`);
 
 const LABELS = { full: "full", seco: "SeCO", spaco: "SpaCO" };
 const PARTS = [
