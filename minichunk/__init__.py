@@ -19,6 +19,7 @@ from .samplers import Bernoulli, FixedBudget, PaperBudget, Weight
 from .seco import seco
 from .spaco import spaco
 from .training.generate import generate
+from .walk.trace import trace
 
 __version__ = "0.1.0"
 __all__ = [
@@ -47,4 +48,5 @@ __all__ = [
     "save_adapter",
     "seco",
     "spaco",
+    "trace",
 ]

@@ -84,6 +84,7 @@ assert torch.allclose(merged, whole, atol=1e-6)
 # `model(ids)` runs the whole sequence without any cache: ordinary attention, an ordinary Llama. `run_chunks` runs chunk
 # after chunk on top of a *memory* and writes into it what each chunk leaves behind: in a Llama, the keys and values of
 # every layer, the KV cache. RoPE needs the true positions, and a chunk says where it starts.
+# To see it: [the walk, step 3: fill](walk.html#method=seco&chunk=128&step=3).
 
 # %%
 with torch.no_grad():

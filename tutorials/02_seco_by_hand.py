@@ -155,6 +155,7 @@ for what, letters, x in [
 #
 # Rebuild its graph, on top of $m'_0$. Now $g_1$ is complete, because chunk 2 was the only one after it. **Relay**
 # (line 6): start the backward pass from the loss *and* from $m_1$ with gradient $g_1$.
+# To see it on a trained model: [the walk, step 17: relay](walk.html#method=seco&chunk=128&step=17).
 
 # %%
 J1, m1 = f(1)

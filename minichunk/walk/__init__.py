@@ -1,0 +1,1 @@
+"""One training step to look at: what happens in it as a log of events, and a page that shows it."""
