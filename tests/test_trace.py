@@ -24,6 +24,7 @@ from minichunk.chunks import cut, span
 from minichunk.command.main import main
 from minichunk.costs.baselines import Concatenating
 from minichunk.costs.count import CountBytes
+from minichunk.memory.pattern import Pattern
 from minichunk.protocol import Options
 from minichunk.seco import fill, new_memory, rebuild
 from minichunk.walk.events import BYTES, NEEDS, check_event, compare, read_events, write_events
@@ -208,8 +209,11 @@ def sends(model: Any, batch: Batch, size: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("offload", [False, True])
-def test_what_is_sent_is_what_autograd_finds_at_leaves(offload: bool) -> None:
+@pytest.mark.parametrize("pattern", [None, mc.Window(4, 2), mc.Strided(2, 2, 3)])
+def test_what_is_sent_is_what_autograd_finds_at_leaves(pattern: Pattern | None, offload: bool) -> None:
     model, batch = small()
+    if pattern is not None:
+        mc.partial_context(model, pattern, [0])
     found = measure(lambda: sends(model, batch, 6))
     log = mc.trace(mc.seco, model, *pair(batch), 6, offload=offload)
     got = {
@@ -218,7 +222,8 @@ def test_what_is_sent_is_what_autograd_finds_at_leaves(offload: bool) -> None:
         for i, *norms in e["sent"]
         for name, norm in zip(("key", "value"), norms, strict=True)
     }
-    Exact({name: x.norm() for name, x in found.values.items()}, found.noise).check(got)
+    nothing = {name: torch.zeros((), dtype=torch.float64) for name in found.values}  # was sent where nothing is told
+    Exact({name: x.norm() for name, x in found.values.items()}, found.noise).check({**nothing, **got})
     # The last `held` is the sum of all that was sent: what the chunk receives.
     held = {(i, e["layer"]): norms for e in of(log, "backward") for i, *norms in e["held"]}
     for event in of(log, "relay"):
