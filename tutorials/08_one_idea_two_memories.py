@@ -240,8 +240,8 @@ for W in (1, 4, 16, 64):
     print(f"window {W:2}: relative error {distance(gradient(mc.full, state, ids, ids), exact):.4f}")
 
 # %% [markdown]
-# The error falls with the window, but nothing is gained: a scan's backward costs the same however far back it looks,
-# and this takes two ([across chunks too](../minichunk/models/truncated.py)). SeCO is exact, with no window.
+# The error falls with W, but nothing is gained: a scan's backward costs the same for any W, and this takes two ([across
+# chunks too](../minichunk/models/truncated.py)). SeCO is exact. [Next](09_one_idea_three_memories.md): models with windows.
 #
 # ## Exercises
 #
