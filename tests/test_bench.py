@@ -52,7 +52,7 @@ def test_operations_by_hand(model_directory: Path) -> None:
     linear = 2 * (8 * 16 + 2 * 8 * 8 + 16 * 8 + 3 * 8 * 12)  # weights of the layers
     found = operations(model, cut(10, 10), cut(10, 10), recompute=False)
     assert found["linear"] == 10 * 2 * linear + 10 * (2 + 4) * linear + 10 * 6 * 300 * 8
-    pairs = 10 * 10 / 2
+    pairs = 10 * 11 / 2
     assert found["attention"] == pairs * 4 * 4 * 4 * 2 * (1 + 1 + 2.5)
     add_lora(model, 2)
     adapter = 2 * 2 * ((8 + 16) + (8 + 8))
@@ -62,7 +62,7 @@ def test_operations_by_hand(model_directory: Path) -> None:
     assert frozen["linear"] == 10 * (6 * linear + 8 * adapter + 4 * 300 * 8)
     model.config = replace(model.config, sliding_window=4, layer_types=("full_attention", "sliding_attention"))
     windowed = operations(model, [], cut(10, 3), recompute=True)["attention"]
-    assert windowed == (pairs + 4 * 4 / 2 + 6 * 4) * 4 * 4 * 4 * (1 + 2.5)
+    assert windowed == (pairs + 4 * 5 / 2 + 6 * 4) * 4 * 4 * 4 * (1 + 2.5)
     assert peak_operations("NVIDIA H200") == 989e12
     assert peak_operations("an abacus") is None
 

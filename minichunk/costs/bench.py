@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -18,9 +16,12 @@ from tqdm import tqdm
 from ..errors import InputError
 from ..files.atomic import write_json
 from .forecast import forecast
+from .machine import command, machine
 from .measure import METHODS, Case
+from .positions import REPEATS, measure_positions
 from .results import GIB, Result, plot, ratios, read_results, table
 from .setting import Setting
+from .sums import chunk_table, in_words, is_by_position, plot_curves, read_curves, sum_table
 
 
 def cpu_cases() -> list[Case]:
@@ -94,24 +95,7 @@ def _run(case: Case) -> dict[str, Any]:
 
 def _write(results: Sequence[Result], output: Path) -> None:
     rows = [{"case": asdict(r.case), "label": r.case.label, "samples": r.samples} for r in results]
-    write_json(output, {"command": _command(), "machine": machine(), "results": rows})
-
-
-def _command() -> str:
-    return " ".join(["minichunk", *sys.argv[1:]])
-
-
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    name = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), name)
-    found: dict[str, Any] = {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    found |= {"python": platform.python_version(), "torch": torch.__version__, "system": platform.system()}
-    if torch.cuda.is_available():
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return found
+    write_json(output, {"command": command(), "machine": machine(), "results": rows})
 
 
 def run_bench(
@@ -125,18 +109,29 @@ def run_bench(
         raise InputError(f"--preset {preset} does not run on --device {device}")
     if repeats is not None and repeats < 1:
         raise InputError(f"--repeats is {repeats}, but must be at least 1")
-    cases, default_repeats = PRESETS[preset]
-    if redraw is not None:
-        path, results = redraw, read_results(redraw)
-    else:
+    path = redraw or output or Path(f"bench-{preset}.json")
+    if redraw is None:
         check_device("cuda" if preset == "cuda" else "cpu")
-        path = output or Path(f"bench-{preset}.json")
-        results = bench(cases(), repeats or default_repeats, path, quiet=json)
-    drawn = plot(results, path.with_suffix(".png"))
+        if preset == "partial":
+            measure_positions(path, repeats or REPEATS, quiet=json)
+        else:
+            cases, default_repeats = PRESETS[preset]
+            bench(cases(), repeats or default_repeats, path, quiet=json)
+    drawn, shown = (_show_positions if is_by_position(path) else _show)(path)
     if json:
         print(path.read_text(), end="")
         return
-    print(table(results))
-    if compared := ratios(results):
-        print(f"\n{compared}")
+    print("\n\n".join(shown))
     print(f"\nwritten  {path}" + (f" and {path.with_suffix('.png')}" if drawn else ""))
+
+
+def _show(path: Path) -> tuple[bool, list[str]]:
+    """Draw the plot of a results file, if that can be; and what to print of it."""
+    results = read_results(path)
+    return plot(results, path.with_suffix(".png")), [text for text in (table(results), ratios(results)) if text]
+
+
+def _show_positions(path: Path) -> tuple[bool, list[str]]:
+    curves = read_curves(path)
+    shown = ["milliseconds of a chunk, and of a token", chunk_table(curves), sum_table(curves), in_words(curves)]
+    return plot_curves(curves, path.with_suffix(".png")), shown

@@ -57,8 +57,8 @@ def operations(
 
 
 def seen(part: Part) -> float:
-    """(query, key) pairs of a part; half of those of a triangle."""
-    in_band = part.reach + part.length / 2 if part.window >= part.reach + part.length else part.window
+    """(query, key) pairs of a part."""
+    in_band = part.reach + (part.length + 1) / 2 if part.window >= part.reach + part.length else part.window
     return (part.stop - part.start) * (part.pinned + in_band)
 
 

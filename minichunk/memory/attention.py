@@ -107,11 +107,12 @@ class Past:
         own = low - self.start
         if own >= 0:
             return cut_rows(k, own, k.shape[2]), cut_rows(v, own, k.shape[2])
-        k, v = (F.pad(x, (0, 0, -own, 0)) for x in (k, v))
-        for at, keys, values in self.memory.near(low, self.start):
-            rows = slice(at - low, at - low + keys.shape[2])
-            k[:, :, rows], v[:, :, rows] = keys, values
-        return k, v
+        B, G, n, D = k.shape
+        band = k.new_empty(B, G, n - own, D), v.new_empty(B, G, n - own, D)
+        for at, *pair in chain(self.memory.near(low, self.start), [(self.start, k, v)]):
+            for room, x in zip(band, pair, strict=True):
+                room[:, :, at - low : at - low + x.shape[2]] = x
+        return band
 
     def pinned(self, part: Part, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(index, keys, values) of what a part sees of the past's pinned positions, in pieces."""
@@ -179,10 +180,15 @@ class _PartAttention(torch.autograd.Function):
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, past: Past, part: Part, kernel: Kernel) -> tuple[Tensor, Tensor]:
-    out, lse = _band_forward(kernel, part, q, *past.band(part, k, v))
-    pieces = ((keys, values) for _, keys, values in past.pinned(part, kernel.piece or max(1, past.start)))
+    pieces = past.pinned(part, kernel.piece or max(1, past.start))
+    if k.shape[2] == 1:  # as when text is written: it sees all that is in reach, which need not be copied
+        out, lse = kernel.forward(q, k, v, None)
+        pieces = chain(past.memory.near(part.start - part.reach, part.start), pieces)
+    else:
+        out, lse = _band_forward(kernel, part, q, *past.band(part, k, v))
     rows = past.own_pinned(part, k.device)
-    for keys, values in chain(pieces, [] if rows is None else [(k[:, :, rows], v[:, :, rows])]):
+    own = [] if rows is None else [(0, k[:, :, rows], v[:, :, rows])]
+    for _, keys, values in chain(pieces, own):
         out_past, lse_past = kernel.forward(fold(q, k.shape[1]), keys, values, None)
         out, lse = merge(out, lse, out_past.reshape(out.shape), lse_past.reshape(lse.shape))
     return out.to(q.dtype), lse

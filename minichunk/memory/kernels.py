@@ -122,7 +122,8 @@ class FlashCPU(Kernel):
 
             return backward_in_tiles(masked, cut_band(q.shape[2], window, k.shape[2]), grad, q, k, v, out, lse)
         B, pieces = k.shape[0], q.shape[0] // k.shape[0]
-        if k.shape[2] % pieces:
+        # Each piece has a gradient of all queries: of a short past, that costs more than an idle core.
+        if k.shape[2] % pieces or pieces * k.shape[2] < q.shape[2]:
             grad, q, out, lse, pieces = grad[:B], q[:B], out[:B], lse[:B], 1
         if pieces > 1:
             k, v = (x[0].unflatten(1, (pieces, -1)).transpose(0, 1) for x in (k, v))  # (pieces, G, past/pieces, D)
