@@ -105,8 +105,7 @@ class FlashCPU(Kernel):
         return forward_in_tiles(masked, cut_band(q.shape[2], window, k.shape[2]), q, k, v)
 
     def prepare(self, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
-        # The kernel gives whole heads to the cores, and few heads leave cores idle: `backward` cuts the past
-        # into pieces, as if they were other sequences of the batch, which share their queries.
+        # Whole heads go to a core, and few leave some idle: `backward` cuts the past, as if into sequences of a batch.
         pieces = 1 if q.shape[0] > 1 else 4
         grad, q, out, lse = (x.expand(pieces, *x.shape[1:]) if pieces > 1 else x for x in (grad, q, out, lse))
         return _rows_first(grad), q, out, lse
