@@ -9,6 +9,7 @@ import copy
 import multiprocessing
 import os
 import pickle
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -207,13 +208,14 @@ def step_of_a_stage(rank: int, case: Case) -> None:
     case.run(mc.pipeline_seco, PipelineStage(case.model, case.counts, TIMEOUT))
 
 
-def die_in_the_walk(rank: int, dies: int, case: Case) -> None:
-    """One of the ranks is gone at its first rebuild, without a word."""
-    stage = PipelineStage(case.model, timeout=timedelta(seconds=5))
+def lose_one_in_the_walk(rank: int, lost: int, hangs: bool, case: Case) -> None:
+    """One of the ranks ends at its first rebuild without a word, or goes no further."""
+    stage = PipelineStage(case.model, timeout=timedelta(seconds=4))
     run = stage.run
 
     def last_run(x: Tensor, memory: Any, chunks: Any, options: Any) -> Any:
-        if rank == dies and torch.is_grad_enabled():
+        if rank == lost and torch.is_grad_enabled():
+            time.sleep(WITHIN if hangs else 0)
             os._exit(1)
         return run(x, memory, chunks, options)
 

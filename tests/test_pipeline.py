@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -123,6 +124,13 @@ def test_other_models_too(ranks: Ranks, make: Any, method: str) -> None:
     check(ranks, 3, case(make(), method=method, options=sampler))
 
 
+def test_the_first_rank_draws_for_all(ranks: Ranks) -> None:
+    """Chunks and dropout masks, though each rank has random numbers of its own."""
+    model = build(tiny(layers=3), 0)
+    mc.add_lora(model, 2, 4, ["q_proj", "down_proj"], dropout=0.5)
+    check(ranks, 3, case(model, method="spaco", options={"sampler": mc.Bernoulli(0.7)}))
+
+
 @pytest.mark.parametrize("learning", [["q_proj"], ["a_proj"]])
 def test_ranks_on_which_nothing_learns(ranks: Ranks, learning: list[str]) -> None:
     """An adapter in the last layer alone needs no gradient from the others, and one in the first needs all of them."""
@@ -183,6 +191,17 @@ def times(events: list[list[tuple[str, int]]]) -> list[dict[tuple[str, int], tup
     return timed
 
 
+def test_the_schedule_in_the_readme_is_so(ranks: Ranks) -> None:
+    """Drawn from what three ranks did: f fill, r rebuild, b backward, each with its chunk; a dot where a rank waits."""
+    answers = ranks.ask(3, tasks.events, case(build(tiny(layers=3), 0), 12, 2))
+    timed = times([events for events, _ in answers])
+    rows = []
+    for rank, done in enumerate(timed):
+        at = {start: f"{what[0]}{chunk}" for (what, chunk), (start, _) in done.items()}
+        rows.append(f"rank {rank}  " + " ".join(at.get(time, " .") for time in range(max(at) + 1)))
+    assert "\n".join(rows) in (Path(__file__).parents[1] / "README.md").read_text(), "\n" + "\n".join(rows)
+
+
 def test_layers_are_dealt_by_their_weights() -> None:
     assert deal([1, 1, 1, 1], 2) == [2, 2]
     assert deal([5, 1, 1, 1, 1, 1], 2) == [1, 5]
@@ -229,13 +248,13 @@ def test_without_a_process_group() -> None:
         mc.PipelineStage(build(tiny(), 0))
 
 
-@pytest.mark.parametrize("dies", [0, 2])
-def test_a_rank_that_dies_ends_the_others(tmp_path_factory: pytest.TempPathFactory, dies: int) -> None:
-    """Those beside it at once, and then those beside them."""
-    started = Ranks(3, tmp_path_factory.mktemp("dying"))
+@pytest.mark.parametrize(("lost", "hangs"), [(0, False), (2, False), (1, True)])
+def test_a_rank_that_is_lost_ends_the_others(tmp_path_factory: pytest.TempPathFactory, lost: int, hangs: bool) -> None:
+    """Those beside it at once, or after the timeout if it hangs, and then those beside them."""
+    started = Ranks(3, tmp_path_factory.mktemp("lost"))
     try:
-        started.tell(3, tasks.die_in_the_walk, dies, case(build(tiny(layers=3), 0)))
-        for rank in {0, 1, 2} - {dies}:
+        started.tell(3, tasks.lose_one_in_the_walk, lost, hangs, case(build(tiny(layers=3), 0)))
+        for rank in {0, 1, 2} - {lost}:
             failed, text = started.answer(rank)
             assert failed and text.startswith(f"RankLost: rank {rank} hears nothing from rank ")
             started.processes[rank].join(20)

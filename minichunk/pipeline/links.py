@@ -1,8 +1,8 @@
 """A rank's links to its neighbours: hidden states go up to the next rank, their gradients down to the one before.
 
-Each direction is a process group of its own. NCCL runs what two ranks say to each other in one group in the order in
-which it was issued, and a rank may well hand a hidden state up before it takes a gradient for which the next one,
-with fewer chunks in flight, does not wait any more.
+Each direction is a process group of its own. Within one group, NCCL runs what two ranks say to each other in the order
+in which each of them issues it. Here a rank hands the next chunk up before it takes a gradient, while the rank above,
+which has fewer chunks in flight, hands that gradient down before it takes the chunk: each would wait for the other.
 """
 
 from __future__ import annotations

@@ -17,8 +17,9 @@ from .links import Links
 class PipelineStage(Stack):
     """What is left of `model` on this rank; `stage.model` is the model itself, and its parameters keep their names.
 
-    Made at the same time on all ranks of the default process group, of the same model, which may be on the CPU before
-    it is cut and go to the rank's device after. An adapter has to be in it already.
+    Made at the same time on all ranks of the default process group, of models with the same weights: seed what is drawn
+    at random. The model may be on the CPU; `stage.to(device)` then moves what is left. An adapter has to be in it
+    already.
 
     counts: how many layers each rank gets; None: they are dealt by the bytes of their weights, the embedding's and the
         LM head's included.

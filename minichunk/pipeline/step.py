@@ -101,7 +101,7 @@ def _step(
     check_tokens(input_ids, labels, num_targets, stage.vocab_size)
     widen_gradients(stage)
     batch, chunks, links = make_batch(input_ids, labels, num_targets), cut(input_ids.shape[1], chunk_size), stage.links
-    weights, options, learns = agree(stage, input_ids, chunks, options, draw)
+    weights, options, below_learns = agree(stage, input_ids, chunks, options, draw)
     kept = [(chunk, weight) for chunk, weight in zip(chunks, weights, strict=True) if weight is not None]
     total = torch.zeros((), dtype=wide(stage.like), device=input_ids.device)
     if not kept:
@@ -113,9 +113,7 @@ def _step(
         memory.write(group, _fill(stage, _take(stage, batch, group), memory, group, options))
     waiting = deque[Waiting]()
     for chunk, weight in reversed(kept):  # line 4
-        x = _take(stage, batch, [chunk])
-        if not links.is_first and any(learns[: links.rank]):
-            x.requires_grad_()
+        x = _take(stage, batch, [chunk]).requires_grad_(below_learns)
         y, written = stage.run(x, memory, [chunk], options)  # line 5
         if not links.is_last:
             links.hand_up(y)

@@ -29,8 +29,11 @@ class Said(NamedTuple):
 
 def agree(
     stage: PipelineStage, input_ids: Tensor, chunks: Sequence[Chunk], options: Options, draw: Callable[[int], Weights]
-) -> tuple[Weights, Options, list[bool]]:
-    """The first rank's draw and its seed of the dropouts, for all; and which ranks have parameters that learn."""
+) -> tuple[Weights, Options, bool]:
+    """The first rank's draw and its seed of the dropouts, for all; and whether anything learns on the ranks before.
+
+    Raises InputError unless all ranks are about to do the same, and some parameter learns.
+    """
     weights = draw(len(chunks)) if stage.links.is_first else None
     options = replace(options, dropout_seed=stage.dropout_seed())
     learns = any(parameter.requires_grad for parameter in stage.parameters())
@@ -47,7 +50,7 @@ def agree(
     if not any(rank.learns for rank in said):
         raise InputError("no parameter of the model requires a gradient: nothing to train")
     assert first.weights is not None
-    return first.weights, first.options, [rank.learns for rank in said]
+    return first.weights, first.options, any(rank.learns for rank in said[: stage.links.rank])
 
 
 def set_aside(stage: PipelineStage) -> Tensor | None:
