@@ -9,6 +9,7 @@ import copy
 import multiprocessing
 import os
 import pickle
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -78,7 +79,7 @@ class Ranks:
 def _answer(connection: Connection) -> None:
     """The life of one process."""
     torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"  # not the host name
     while True:
         try:
             task, rank, ranks, store, arguments = pickle.loads(connection.recv_bytes())
