@@ -15,6 +15,8 @@ from .models.mamba2_config import Mamba2Config
 from .models.partial import partial_context
 from .models.ssm import StateSpace
 from .models.ssm_config import StateSpaceConfig
+from .pipeline.stage import PipelineStage
+from .pipeline.step import pipeline_seco, pipeline_spaco
 from .samplers import Bernoulli, FixedBudget, PaperBudget, Weight
 from .seco import seco
 from .spaco import spaco
@@ -33,6 +35,7 @@ __all__ = [
     "Mamba2",
     "Mamba2Config",
     "PaperBudget",
+    "PipelineStage",
     "StateSpace",
     "StateSpaceConfig",
     "Strided",
@@ -45,6 +48,8 @@ __all__ = [
     "load_model",
     "merge_lora",
     "partial_context",
+    "pipeline_seco",
+    "pipeline_spaco",
     "save_adapter",
     "seco",
     "spaco",

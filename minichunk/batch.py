@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import InputError
 from .protocol import Model
@@ -27,12 +27,24 @@ def prepare(model: Model, input_ids: Tensor, labels: Tensor, num_targets: float 
     """
     check_batch(model, input_ids, labels, num_targets)
     widen_gradients(model)
+    return make_batch(input_ids, labels, num_targets)
+
+
+def make_batch(input_ids: Tensor, labels: Tensor, num_targets: float | None) -> Batch:
+    """Of tensors that have been checked."""
     targets = shift(labels)
     return Batch(input_ids, targets, (targets != IGNORE).sum() if num_targets is None else num_targets)
 
 
 def check_batch(model: Model, input_ids: Tensor, labels: Tensor, num_targets: float | None) -> None:
     """Raise InputError for a batch that the model cannot be trained on."""
+    check_tokens(input_ids, labels, num_targets, model.lm_head.weight.shape[0])
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError("no parameter of the model requires a gradient: nothing to train")
+
+
+def check_tokens(input_ids: Tensor, labels: Tensor, num_targets: float | None, vocab_size: int) -> None:
+    """Raise InputError for a batch that no model of this vocabulary can be trained on."""
     for name, tensor in (("input_ids", input_ids), ("labels", labels)):
         if tensor.ndim != 2 or tensor.dtype != torch.int64 or tensor.shape[0] == 0:
             raise InputError(
@@ -44,9 +56,6 @@ def check_batch(model: Model, input_ids: Tensor, labels: Tensor, num_targets: fl
         raise InputError(f"input_ids has {input_ids.shape[1]} token, but a next-token loss needs at least 2")
     if num_targets is not None and not num_targets > 0:
         raise InputError(f"num_targets is {num_targets}, but must be above 0")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise InputError("no parameter of the model requires a gradient: nothing to train")
-    vocab_size = model.lm_head.weight.shape[0]
     for name, ids in (("input_ids", input_ids), ("labels", labels.where(labels != IGNORE, 0))):
         low, high = (int(bound) for bound in ids.aminmax())
         if low < 0 or high >= vocab_size:
@@ -56,7 +65,7 @@ def check_batch(model: Model, input_ids: Tensor, labels: Tensor, num_targets: fl
         raise InputError(f"labels has no valid target: after the shift every label is {IGNORE}")
 
 
-def widen_gradients(model: Model) -> None:
+def widen_gradients(model: Model | nn.Module) -> None:
     """Let the gradients of half-precision parameters be float32: a sum over many chunks would lose the small terms."""
     for parameter in model.parameters():
         narrow = parameter.requires_grad and parameter.dtype.itemsize < 4

@@ -12,7 +12,7 @@ import minichunk
 
 PACKAGE = Path(minichunk.__file__).parent
 # A wing may import those before it. "" is the top of the package: the algorithm.
-WINGS = ("", "files", "memory", "models", "training", "costs", "porting", "walk", "command")
+WINGS = ("", "files", "memory", "models", "pipeline", "training", "costs", "porting", "walk", "command")
 DOORS = ("__init__.py", "__main__.py")  # what the package offers, made of all of it
 # The algorithm and what it stands on, the Llama.
 CORE = (

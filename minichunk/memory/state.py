@@ -83,12 +83,17 @@ class Handed:
         h = self.last if row is None or start == self.end else self._here(self.states[row])
         h = h.detach()
         if row is not None and torch.is_grad_enabled():
-            later = self.read.pop(row + 1, None)  # of a chunk that is done: all but the gradient can go
-            if later is not None and later.grad is not None:
-                self.adjoint = self.adjoint + later.grad
+            self._gather(row)  # of a chunk that is done, all but the gradient can go
             if row:  # not the first row: there is a kept chunk before it
                 self.read[row] = h.requires_grad_()
         return h
+
+    def _gather(self, row: int) -> None:
+        """Add what came back from the chunk after this row's, if that is done: it may still wait for its turn."""
+        later = self.read.get(row + 1)
+        if later is not None and later.grad is not None:
+            self.adjoint = self.adjoint + later.grad
+            del self.read[row + 1]
 
     def _here(self, stored: Tensor) -> Tensor:
         return stored.to(self.last.device, non_blocking=True, copy=self.offload)
@@ -108,6 +113,7 @@ class Handed:
 
     def received(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         row = self.rows[chunk.start]
+        self._gather(row)
         adjoint = self.adjoint * self._here(self.skipped[row])
         self.adjoint = adjoint * self._here(self.through[row])
         return adjoint, torch.zeros_like(self.decay)

@@ -42,6 +42,11 @@ class Stack(nn.Module):
     def tie_weights(self) -> None:
         """Make one parameter of those that the config says are one."""
 
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the model's dtype, on its device."""
+        return next(self.norm.parameters())
+
     def shared(self, x: Tensor, start: int) -> tuple[Any, ...]:
         """What every layer is given beside x (B, T, E), whose first position is `start`."""
         return ()
@@ -50,7 +55,7 @@ class Stack(nn.Module):
         self, batch: int, capacity: int, kept: Sequence[Chunk] = (), options: Options = DEFAULTS
     ) -> LayerMemories:
         """See protocol.Model."""
-        extent = Extent(batch, capacity, kept, options, next(self.norm.parameters()))
+        extent = Extent(batch, capacity, kept, options, self.like)
         layers: Any = self.layers
         return LayerMemories([layer.new_memory(extent) for layer in layers], kept)
 

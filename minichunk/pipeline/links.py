@@ -1,0 +1,116 @@
+"""A rank's links to its neighbours: hidden states go up to the next rank, their gradients down to the one before.
+
+Each direction is a process group of its own. Within one group, NCCL runs what two ranks say to each other in the order
+in which each of them issues it. Here a rank hands the next chunk up before it takes a gradient, while the rank above,
+which has fewer chunks in flight, hands that gradient down before it takes the chunk: each would wait for the other.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..errors import InputError
+
+MOST_ON_THE_WAY = 2  # sends that nobody has taken yet: or the fill would pile up at a slow rank
+T = TypeVar("T")
+
+
+class RankLost(RuntimeError):
+    """Another rank has ended, or did not answer in time."""
+
+
+class Links:
+    """timeout: for every single message; None: PyTorch's own. Raises InputError without a process group."""
+
+    def __init__(self, timeout: timedelta | None = None) -> None:
+        if not dist.is_available() or not dist.is_initialized():
+            raise InputError(
+                "there is no process group: start the script by torchrun, and call "
+                "torch.distributed.init_process_group() in it first"
+            )
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.is_first, self.is_last = self.rank == 0, self.rank == self.ranks - 1
+        self.up, self.down = dist.new_group(timeout=timeout), dist.new_group(timeout=timeout)
+        self.on_the_way = deque[tuple[Any, Tensor, int]]()
+
+    def take_up(self, x: Tensor) -> Tensor:
+        """Fill x with the hidden state that comes from the rank before."""
+        return self._take(x, self.rank - 1, self.up)
+
+    def hand_up(self, x: Tensor) -> None:
+        """A hidden state for the next rank."""
+        self._hand(x, self.rank + 1, self.up)
+
+    def take_down(self, x: Tensor) -> Tensor:
+        """Fill x with the gradient that comes back from the next rank."""
+        return self._take(x, self.rank + 1, self.down)
+
+    def hand_down(self, x: Tensor) -> None:
+        """A gradient for the rank before."""
+        self._hand(x, self.rank - 1, self.down)
+
+    def flush(self) -> None:
+        """Until all that was handed over has been taken."""
+        while self.on_the_way:
+            self._wait()
+
+    def everyones(self, mine: T) -> list[T]:
+        """What each rank says, a picklable object, in the order of the ranks."""
+        said: list[Any] = [None] * self.ranks
+        with self._hears("the other ranks"):
+            dist.all_gather_object(said, mine, self.up)
+        return said
+
+    def from_last(self, x: Tensor) -> Tensor:
+        """Fill x with that of the last rank."""
+        with self._hears("the other ranks"):
+            dist.broadcast(x, self.ranks - 1, self.up)
+        return x
+
+    def swap_ends(self, x: Tensor) -> Tensor:
+        """On the first and the last rank: the other's x."""
+        other = torch.empty_like(x)
+        if self.is_first:
+            self._hand(x, self.ranks - 1, self.up)
+            self._take(other, self.ranks - 1, self.down)
+        else:
+            self._hand(x, 0, self.down)
+            self._take(other, 0, self.up)
+        self.flush()
+        return other
+
+    def _take(self, x: Tensor, source: int, group: Any) -> Tensor:
+        with self._hears(f"rank {source}"):
+            dist.recv(x, source, group)
+        return x
+
+    def _hand(self, x: Tensor, to: int, group: Any) -> None:
+        x = x.detach().contiguous()
+        with self._hears(f"rank {to}"):
+            work = dist.isend(x, to, group)
+        self.on_the_way.append((work, x, to))
+        if len(self.on_the_way) > MOST_ON_THE_WAY:
+            self._wait()
+
+    def _wait(self) -> None:
+        work, _, to = self.on_the_way.popleft()
+        with self._hears(f"rank {to}"):
+            work.wait()
+
+    @contextmanager
+    def _hears(self, other: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise RankLost(
+                f"rank {self.rank} hears nothing from {other}, which ended or did not answer in time ({reason})"
+            ) from error

@@ -1,0 +1,263 @@
+"""Several ranks find what one process finds, bit for bit: they add the same numbers in the same order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import minichunk as mc
+from minichunk.pipeline.deal import deal
+from minichunk.pipeline.links import MOST_ON_THE_WAY
+from minichunk.protocol import Recompute
+
+from . import ranks as tasks
+from .ranks import Case, Ranks
+from .strategies import Batch, batches, build, examples, models, state_models, tiny, tiny_state
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    started = Ranks(4, tmp_path_factory.mktemp("ranks"))
+    yield started
+    started.close()
+
+
+def some_ids(length: int, batch: int = 2) -> torch.Tensor:
+    return torch.randint(23, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def case(model: Any, length: int = 11, chunk_size: int = 3, **others: Any) -> Case:
+    ids = some_ids(length)
+    return Case(model, ids, ids, chunk_size, **others)
+
+
+def check(ranks: Ranks, number: int, case: Case) -> None:
+    """Each parameter is on one rank, a tied one on two, with the bits of one process; every rank knows the loss."""
+    answers = ranks.ask(number, tasks.in_several, case)
+    expected = answers[0][1]
+    left = set(expected) - {"loss"}
+    for rank, (got, _) in enumerate(answers):
+        for name, tensor in got.items():
+            assert torch.equal(tensor, expected[name]), f"{name} differs on rank {rank}"
+        names = set(got) - {"loss"}
+        assert names <= left, "a parameter is on two ranks"
+        left -= names
+    assert not left, f"on no rank: {left}"
+
+
+@st.composite
+def cases(draw: st.DrawFn, number: int) -> Case:
+    """Of all options, on at least as many layers as ranks."""
+    kinds = st.one_of(models(), models(), state_models())
+    model = draw(kinds.filter(lambda model: len(model.layers) >= number))
+    batch: Batch = draw(batches())
+    chunk_size = draw(st.integers(1, 16))
+    layers = len(model.layers)
+    cuts = draw(st.none() | st.sets(st.integers(1, layers - 1), min_size=number - 1, max_size=number - 1))
+    ends = [0, *sorted(cuts), layers] if cuts is not None else []
+    options: dict[str, Any] = {
+        "fill_size": draw(st.none() | st.integers(chunk_size, 20)),
+        "num_targets": draw(st.none() | st.just(7.0)),
+        "recompute": draw(st.sampled_from([False, True, "all"])),
+        "cache_grad_dtype": draw(st.none() | st.just(torch.float32)),
+        "offload": draw(st.booleans()),
+    }
+    method = draw(st.sampled_from(["seco", "spaco"]))
+    if method == "spaco":
+        options["sampler"] = draw(st.sampled_from([mc.Bernoulli(0.6), mc.FixedBudget(2), mc.PaperBudget(3, cap=2)]))
+    counts = [stop - start for start, stop in pairwise(ends)] or None
+    seed, steps = draw(st.integers(0, 2**31)), draw(st.integers(1, 2))
+    return Case(model, batch.input_ids, batch.labels, chunk_size, method, options, counts, seed, steps)
+
+
+@examples(25)
+@given(st.data())
+def test_two_ranks_find_what_one_process_finds(ranks: Ranks, data: st.DataObject) -> None:
+    check(ranks, 2, data.draw(cases(2)))
+
+
+@examples(20)
+@given(st.data())
+def test_three_ranks_find_what_one_process_finds(ranks: Ranks, data: st.DataObject) -> None:
+    check(ranks, 3, data.draw(cases(3)))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("chunk_size", [2, 6, 11])  # 6, 2 and 1 chunks: fewer than ranks too
+@pytest.mark.parametrize("layers", ["aaaa", "ssss", "sasas"])
+def test_four_ranks_find_what_one_process_finds(
+    ranks: Ranks, layers: str, chunk_size: int, recompute: Recompute
+) -> None:
+    model = build(tiny_state(layers, tie_word_embeddings=layers == "sasas"), 0)
+    check(ranks, 4, case(model, chunk_size=chunk_size, options={"recompute": recompute}))
+
+
+def mamba2() -> Any:
+    config = mc.Mamba2Config(
+        vocab_size=23, hidden_size=8, state_size=3, num_hidden_layers=3, num_heads=4, head_dim=4, n_groups=2,
+        eos_token_id=None,
+    )  # fmt: skip
+    return build(config, 0)
+
+
+def gemma3() -> Any:
+    config = mc.Gemma3Config(
+        vocab_size=23, hidden_size=8, intermediate_size=12, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=4, sliding_window=3, max_position_embeddings=32,
+        layer_types=("sliding_attention", "sliding_attention", "full_attention"),
+    )  # fmt: skip
+    return build(config, 0)
+
+
+@pytest.mark.parametrize("make", [mamba2, gemma3])
+@pytest.mark.parametrize("method", ["seco", "spaco"])
+def test_other_models_too(ranks: Ranks, make: Any, method: str) -> None:
+    sampler = {"sampler": mc.FixedBudget(3)} if method == "spaco" else {}
+    check(ranks, 3, case(make(), method=method, options=sampler))
+
+
+def test_the_first_rank_draws_for_all(ranks: Ranks) -> None:
+    """Chunks and dropout masks, though each rank has random numbers of its own."""
+    model = build(tiny(layers=3), 0)
+    mc.add_lora(model, 2, 4, ["q_proj", "down_proj"], dropout=0.5)
+    check(ranks, 3, case(model, method="spaco", options={"sampler": mc.Bernoulli(0.7)}))
+
+
+@pytest.mark.parametrize("learning", [["q_proj"], ["a_proj"]])
+def test_ranks_on_which_nothing_learns(ranks: Ranks, learning: list[str]) -> None:
+    """An adapter in the last layer alone needs no gradient from the others, and one in the first needs all of them."""
+    model = build(tiny_state("ssa"), 0)
+    mc.add_lora(model, 2, 4, learning)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(torch.randn_like(parameter))
+        if "layers.1" in name:
+            parameter.requires_grad_(False)
+    check(ranks, 3, case(model))
+
+
+def test_a_draw_that_keeps_nothing_leaves_the_gradients(ranks: Ranks) -> None:
+    check(ranks, 2, case(build(tiny(), 0), method="spaco", options={"sampler": keep_nothing}))
+
+
+def keep_nothing(num_chunks: int, generator: torch.Generator | None) -> list[None]:
+    return [None] * num_chunks
+
+
+@pytest.mark.parametrize(("number", "chunks"), [(1, 3), (2, 5), (3, 7), (4, 6), (4, 2)])
+def test_the_bubble_is_that_of_the_formula(ranks: Ranks, number: int, chunks: int) -> None:
+    """If a rebuild takes as long as a backward, the first rank waits for that part of its walk."""
+    answers = ranks.ask(number, tasks.events, case(build(tiny(layers=4), 0), 2 * chunks, 2))
+    timed = times([events for events, _ in answers])
+    walk = [(start, end) for (what, _), (start, end) in timed[0].items() if what != "fill"]
+    span, busy = max(end for _, end in walk) - min(start for start, _ in walk), len(walk)
+    assert Fraction(span - busy, span) == Fraction(number - 1, chunks + number - 1)
+    for rank, (seen, most) in enumerate(answers):
+        assert most <= MOST_ON_THE_WAY
+        assert [c for what, c in seen if what == "fill"] == list(range(chunks - 1))
+        for what in ("rebuild", "backward"):
+            assert [c for w, c in seen if w == what] == list(reversed(range(chunks)))
+        waiting, longest = 0, 0
+        for what, _ in seen:
+            waiting += {"fill": 0, "rebuild": 1, "backward": -1}[what]
+            longest = max(longest, waiting)
+        assert longest == min(number - rank, chunks)
+
+
+def times(events: list[list[tuple[str, int]]]) -> list[dict[tuple[str, int], tuple[int, int]]]:
+    """When each event begins and ends, if each takes one unit of time and messages none."""
+    timed: list[dict[tuple[str, int], tuple[int, int]]] = [{} for _ in events]
+    left = [list(one) for one in events]
+    while any(left):
+        for rank, todo in enumerate(left):
+            if not todo:
+                continue
+            event = todo[0]
+            needs = rank + 1 if event[0] == "backward" else rank - 1
+            if 0 <= needs < len(events) and event not in timed[needs]:
+                continue
+            free = max((end for _, end in timed[rank].values()), default=0)
+            ready = timed[needs][event][1] if 0 <= needs < len(events) else 0
+            timed[rank][event] = (max(free, ready), max(free, ready) + 1)
+            todo.pop(0)
+    return timed
+
+
+def test_the_schedule_in_the_readme_is_so(ranks: Ranks) -> None:
+    """Drawn from what three ranks did: f fill, r rebuild, b backward, each with its chunk; a dot where a rank waits."""
+    answers = ranks.ask(3, tasks.events, case(build(tiny(layers=3), 0), 12, 2))
+    timed = times([events for events, _ in answers])
+    rows = []
+    for rank, done in enumerate(timed):
+        at = {start: f"{what[0]}{chunk}" for (what, chunk), (start, _) in done.items()}
+        rows.append(f"rank {rank}  " + " ".join(at.get(time, " .") for time in range(max(at) + 1)))
+    assert "\n".join(rows) in (Path(__file__).parents[1] / "README.md").read_text(), "\n" + "\n".join(rows)
+
+
+def test_layers_are_dealt_by_their_weights() -> None:
+    assert deal([1, 1, 1, 1], 2) == [2, 2]
+    assert deal([5, 1, 1, 1, 1, 1], 2) == [1, 5]
+    assert deal([1, 1, 1, 9], 3) == [1, 2, 1]
+    assert deal([1, 2, 3], 1) == [3]
+
+
+def test_a_rank_has_its_own_layers_and_no_others(ranks: Ranks) -> None:
+    model = build(tiny(layers=3), 0)
+    names = ranks.ask(3, tasks.held, case(model, counts=[1, 1, 1]))
+    for rank, held in enumerate(names):
+        layers = {name.split(".")[2] for name in held if ".layers." in name}
+        others = {name for name in held if ".layers." not in name}
+        assert layers == {str(rank)}
+        assert others == [{"model.embed_tokens.weight"}, set(), {"model.norm.weight", "lm_head.weight"}][rank]
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "words"),
+    [
+        (tasks.step_of_a_stage, {"model": 2}, "2 layers, too few for 3 ranks"),
+        (tasks.step_of_a_stage, {"counts": [1, 3]}, "[1, 3], but must be 3 numbers"),
+        (tasks.step_of_a_stage, {"counts": [4, 0, 0]}, "at least 1"),
+        (tasks.step_of_a_stage, {"chunk_size": 0}, "chunk_size is 0"),
+        (tasks.another_batch_on_each, {}, "rank 1 was called with a batch of shape [2, 10]"),
+        (tasks.seco_of_a_stage, {}, "call pipeline_seco or pipeline_spaco"),
+    ],
+)
+def test_a_mistake_is_named_on_every_rank(ranks: Ranks, make: Any, changes: dict[str, Any], words: str) -> None:
+    wrong = case(build(tiny(layers=changes.pop("model", 4)), 0), **changes)
+    for message in ranks.ask(3, tasks.mistake, make, wrong):
+        assert words in message
+
+
+def test_nothing_to_train_is_named(ranks: Ranks) -> None:
+    model = build(tiny(), 0)
+    model.requires_grad_(False)
+    for message in ranks.ask(2, tasks.mistake, tasks.step_of_a_stage, case(model)):
+        assert "nothing to train" in message
+
+
+def test_without_a_process_group() -> None:
+    with pytest.raises(mc.InputError, match="torchrun"):
+        mc.PipelineStage(build(tiny(), 0))
+
+
+@pytest.mark.parametrize(("lost", "hangs"), [(0, False), (2, False), (1, True)])
+def test_a_rank_that_is_lost_ends_the_others(tmp_path_factory: pytest.TempPathFactory, lost: int, hangs: bool) -> None:
+    """Those beside it at once, or after the timeout if it hangs, and then those beside them."""
+    started = Ranks(3, tmp_path_factory.mktemp("lost"))
+    try:
+        started.tell(3, tasks.lose_one_in_the_walk, lost, hangs, case(build(tiny(layers=3), 0)))
+        for rank in {0, 1, 2} - {lost}:
+            failed, text = started.answer(rank)
+            assert failed and text.startswith(f"RankLost: rank {rank} hears nothing from rank ")
+            started.processes[rank].join(20)
+            assert started.processes[rank].exitcode == 1
+    finally:
+        started.close()
