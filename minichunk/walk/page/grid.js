@@ -5,7 +5,7 @@ function drawGrid() {
   const { run } = here, event = eventNow(), state = stateNow();
   const svg = $("grid");
   const width = Math.max(300, svg.parentElement.clientWidth - 24);
-  const narrow = width < 440, left = narrow ? 44 : 66, gap = narrow ? 4 : 8, head = 40;
+  const narrow = width < 420, left = narrow ? 44 : 66, gap = narrow ? 4 : 8, head = 40;
   const tall = innerHeight > 950 && !narrow;
   const height = Math.max(24, Math.min(tall ? 72 : narrow ? 38 : 45, (tall ? 450 : 290) / run.layers));
   const total = run.chunks.reduce((sum, [start, stop]) => sum + stop - start, 0);
@@ -72,7 +72,8 @@ function cells({ columns, top, height, narrow, run, event, state }, i) {
     parts.push(rect(x, y, w, upper, `body ${body}${atWork ? " at-work" : ""}`, `data-cell="${l},${i}" data-body="${body}"`));
     if (body === "input") parts.push(rect(x, y, 10, upper, "kept-input"));
     if (skipped) parts.push(`<rect x="${x}" y="${y}" width="${w}" height="${upper}" fill="url(#skip)"/>`);
-    if (w > 70 && upper > 15) parts.push(text(x + w / 2, y + upper / 2 + 4, { run: "run, not kept", graph: "graph", input: "input kept", done: "done", none: "" }[body], `small in-${body}`));
+    const aside = event.kind === "relay" && event.chunk === i && event.received.length ? 14 : 0; // there stands an arrow
+    if (w > 70 && upper > 15) parts.push(text(x + w / 2 + aside, y + upper / 2 + 4, { run: "run, not kept", graph: "graph", input: "input kept", done: "done", none: "" }[body], `small in-${body}`));
     if (run.whole) continue;
     parts.push(rect(x, y + height * STRIP, w, thin, state.filled[l][i] ? "memory filled" : "memory empty", `data-memory="${l},${i}"`));
     parts.push(rect(x, y + height * GRADIENT, w, thin, "room"));
@@ -124,11 +125,11 @@ const thickness = (size, run) => (1.2 + 4 * Math.sqrt(size / run.largest)).toFix
 function sends({ columns, top, height, narrow, event, run }) {
   const y = top(event.layer), start = columns[event.chunk].x, count = event.sent.length;
   return event.sent.map(([i, ...norms], n) => {
-    const to = columns[i], dead = lost(run, i, event.layer), end = to.x + to.w * (to.w > 90 ? 0.3 : 0.5), size = norm(norms);
+    const to = columns[i], dead = lost(run, i, event.layer), end = to.x + to.w * (to.w > 80 ? 0.2 : 0.5), size = norm(norms);
     const lane = y + height * (0.04 + (0.4 * (n + 1)) / (count + 1));
     const path = `M${start} ${lane}H${end + 6}Q${end} ${lane},${end} ${lane + 6}V${y + height * 0.86}`;
     return `<path d="${path}" class="${dead ? "send dead" : "send flow"}" style="stroke-width:${thickness(size, run)}" marker-end="url(#tip-${dead ? "red" : "green"})" data-sent="${i}" data-norm="${size}"/>` +
-      (to.w > 80 && !narrow ? text(to.x + to.w - 4, y + height * (STRIP + THIN / 2) + 3.5, dead ? `${number(size)} lost` : `+ ${number(size)}`, "tiny on-memory", "end") : "");
+      (to.w > 80 && !narrow ? text(to.x + to.w - 4, y + height * (STRIP + THIN / 2) + 3.5, dead ? `${number(size)}${to.w > 110 ? " lost" : ""}` : `+ ${number(size)}`, "tiny on-memory", "end") : "");
   }).join("");
 }
 

@@ -67,7 +67,7 @@ function drawBytes(event, peak) {
   const each = here.run.peaks.length === here.run.chunks.length ? "every chunk" : chunksNamed(here.run.peaks.map((e) => e.chunk).reverse());
   const at = phaseOf(peak).toLowerCase() + (peak.chunk === undefined || here.run.whole ? "" : ` of ${many ? each : chunkName(peak.chunk)}`);
   const link = `<a href="#" data-step="${peak.i}">step ${peak.i}</a>`;
-  $("peak-note").innerHTML = `▼ The peak is reached at ${many ? `the ${at}, first at ${link}` : `${link}, ${at}`}, because ${whyPeak(here.run, peak)}.`;
+  $("peak-note").innerHTML = `▼ The peak is reached at ${many ? `the ${at}, first at ${link}` : `${link}, ${at}`}, with ${whyPeak(here.run, peak)}.`;
   $("bytes").tBodies[0].innerHTML = rows.map(([words, bytes, name]) =>
     `<tr class="row-${name}"><th scope="row">${words}</th><td data-part="${name}" data-bytes="${bytes ?? ""}" title="${bytes?.toLocaleString("en") ?? ""} bytes">${bytes === undefined ? "–" : mebibytes(bytes)}</td></tr>`).join("");
 }

@@ -90,7 +90,7 @@ function valuesOf(run, event, state) {
   const parts = [];
   if (event.chunk !== undefined && !run.whole) parts.push(`j = ${event.chunk}`);
   if (event.kind === "begin" && event.parameters) parts.push(`${event.parameters.toLocaleString("en")} parameters`, `batch of ${event.batch}`);
-  if (event.kind === "loss") parts.push(`${event.factor > 1 ? "a·" : ""}J = ${timesFactor(event, "", (x) => x.toPrecision(6))}${event.loss.toPrecision(6)}`);
+  if (event.kind === "loss") parts.push(`${(event.factor ?? 1) === 1 ? "" : "a·"}J = ${timesFactor(event, (x) => x.toPrecision(6))}${event.loss.toPrecision(6)}`);
   if (event.kind === "relay" && event.received.length) parts.push(`‖g‖ = ${norm(event.received.flat()).toPrecision(6)}`);
   if (event.kind === "relay" && event.received.length && event.factor !== undefined && event.factor !== 1) parts.push(`passed on times b = ${number(event.factor)}`);
   if (event.kind === "end" || event.kind === "done") parts.push(`loss${event.kind === "done" ? " so far" : ""} ${event.loss?.toPrecision(6) ?? "–"}`);

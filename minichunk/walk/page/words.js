@@ -16,14 +16,14 @@ function sentenceOf(run, event, state) {
   const kept = run.kept.flatMap((yes, i) => (yes ? [i] : []));
   const words = {
     begin: () => beginning(run),
-    draw: () => (kept.length ? drawing(run, kept) : "A coin for each chunk: none is kept, and the step is over."),
+    draw: () => (kept.length ? drawing(run, kept) : "No chunk is kept, and the step is over."),
     memory: () => `Room is made for the ${what} that all chunks but the last${run.entries ? " kept one" : ""} leave behind, and for the gradients that later chunks will send back to those${run.entries ? " that are kept" : ""}.`,
     fill: () => `${sentenceCase(chunksNamed(event.chunks))} ${event.chunks.length > 1 ? "are" : "is"} run without a graph${event.chunks[0] ? `, on top of what ${chunksNamed(readBy(run, event.chunks[0]))} left behind` : ""}. Only the ${what} of every layer are kept, in the memory.${event.chunks.every((i) => !run.kept[i]) ? " It will be skipped on the way back: it is run because later chunks read it." : ""}`,
     rebuild: () => `${sentenceCase(chunkName(j))} is run again, now with its graph${j ? `, on top of the stored ${what} of ${chunksNamed(earlier)}: plain numbers, without a graph` : ""}. Its activations are alive, and no other chunk’s.`,
     forward: () => (run.recompute
       ? "The whole text is run, but only the input of each layer is kept. The layers will be run again on the way back."
       : "The whole text is run with its graph: the activations of all tokens in all layers are alive at once."),
-    loss: () => `${run.whole ? "The loss" : `${sentenceCase(chunkName(j))}’s share of the loss`} is ${timesFactor(event, "", number)}${number(event.loss)}.`,
+    loss: () => `${run.whole ? "The loss" : `${sentenceCase(chunkName(j))}’s share of the loss`} is ${timesFactor(event, number)}${number(event.loss)}.`,
     relay: () => (event.received.length
       ? `The relay. The stored ${what} have no graph, so what later chunks found out about those of ${chunkName(j)} must be handed over by hand: gradients of norm ${number(norm(event.received.flat()))} in all${event.factor === undefined || event.factor === 1 ? "" : `, times ${number(event.factor)}`}, as the gradient of what it wrote. So its backward pass carries its own loss and theirs.`
       : `Nothing to relay: no chunk ${run.entries ? `after ${chunkName(j)} is kept` : "comes after the last"}, so nobody has sent anything back to ${chunkName(j)}.`),
@@ -35,16 +35,16 @@ function sentenceOf(run, event, state) {
     end: () => `The step is over: loss ${number(event.loss)}${event.gradient_norm === undefined ? "" : `, gradient of norm ${number(event.gradient_norm)}`}${run.entries ? ", an estimate of both" : ""}. ${comparison(run, event)}${growth(run, kept)}`,
   };
   const rank = event.rank === undefined ? "" : `Rank ${event.rank}. `;
-  return rank + (words[event.kind]?.() ?? event.kind) + (run.peaks.includes(event) ? ` ${["backward", "done"].includes(event.kind) ? `Just before ${run.whole ? "they were" : "that"}${event.kind === "backward" && run.whole ? " freed" : ""} came the peak` : "This is the peak"}: ${mebibytes(event.peak)} were alive at once, because ${whyPeak(run, event)}.` : "");
+  return rank + (words[event.kind]?.() ?? event.kind) + (run.peaks.includes(event) ? ` ${["backward", "done"].includes(event.kind) ? `Just before ${run.whole && event.kind === "backward" ? "they were freed" : "that"} came the peak` : "This is the peak"}: ${mebibytes(event.peak)} alive at once, with ${whyPeak(run, event)}.` : "");
 }
 
 function whyPeak(run, event) {
-  const graph = run.recompute ? "a layer that is run again is alive" : run.whole ? "the graph of the whole text is alive" : "the whole graph of one chunk is alive";
+  const graph = run.recompute ? "a layer that is run again" : run.whole ? "the graph of the whole text" : "the whole graph of one chunk";
   const beside = { loss: "and what the loss needs beside it", done: "and the end of the backward pass beside it", backward: "and what the backward pass needs beside it" };
-  return `${graph}, ${beside[event.kind] ?? "and little beside it"}`;
+  return `${graph} ${beside[event.kind] ?? "and little beside it"}`;
 }
 
-const timesFactor = (event, name, show) => (event.factor === undefined || event.factor === 1 ? "" : `${name}${number(event.factor)} × ${show(event.loss / event.factor)} = `);
+const timesFactor = (event, show) => (!event.factor || event.factor === 1 ? "" : `${number(event.factor)} × ${show(event.loss / event.factor)} = `);
 const sentenceCase = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 
 function beginning(run) {
@@ -61,9 +61,9 @@ function drawing(run, kept) {
   const skipped = run.kept.flatMap((yes, i) => (yes ? [] : [i])), last = kept.at(-1);
   const [between, after] = [skipped.filter((i) => i < last), skipped.filter((i) => i > last)];
   const rates = run.events.find((e) => e.kind === "draw").rates, same = rates?.every((rate) => rate === rates[0]);
-  const chance = same ? `, which says keep with probability ${number(rates[0])}` : "";
+  const start = same ? `A coin for each chunk, which says keep with probability ${number(rates[0])}` : rates ? "A coin for each chunk" : "The draw";
   const is = (list) => (list.length > 1 ? "are" : "is");
-  return `A coin for each chunk${chance}: ${chunksNamed(kept)} ${is(kept)} kept.` +
+  return `${start}: ${chunksNamed(kept)} ${is(kept)} kept.` +
     (between.length ? ` ${sentenceCase(chunksNamed(between))} will be run forward, but skipped on the way back.` : "") +
     (after.length ? ` ${sentenceCase(chunksNamed(after))}, after the last that is kept, ${is(after)} not run at all.` : "") +
     (same ? ` What is kept counts times ${number(1 / rates[0])}, so that the mean over all draws is the full gradient.` : " What is kept counts by a factor that makes up for what is not.");
@@ -76,8 +76,8 @@ function sending(run, event, what) {
   if (isState(run, event.layer)) return `the gradients of the state that it was handed go into the memory, ${named(event.sent.map((s) =>
     `${size(s)} to ${chunkName(s[0])}${run.kept[s[0]] ? "" : " (skipped: it passes on to the chunk before, decayed)"}`))}.`;
   const [kept, gone] = [event.sent.filter(([i]) => run.kept[i]), event.sent.filter(([i]) => !run.kept[i])];
-  return (kept.length ? `the gradient of the ${what} that it had read goes to where they came from, ${named(kept.map((s) => `${size(s)} to ${chunkName(s[0])}`))}.` : `it had read the ${what} of skipped chunks only.`) +
-    (gone.length ? ` ${sentenceCase(chunksNamed(gone.map(([i]) => i)))} ${gone.length > 1 ? "were" : "was"} skipped: ${named(gone.map(size))} ${gone.length > 1 ? "are" : "is"} thrown away, and every chain through ${gone.length > 1 ? "them" : "it"} dies: each path of the gradient from a later loss through those ${what} to earlier chunks and to Θ. Chains that survive are weighted up.` : "");
+  return (kept.length ? `the gradient of the ${what} that it had read goes back, ${named(kept.map((s) => `${size(s)} to ${chunkName(s[0])}`))}.` : `it had read the ${what} of skipped chunks only.`) +
+    (gone.length ? ` ${sentenceCase(chunksNamed(gone.map(([i]) => i)))} ${gone.length > 1 ? "were" : "was"} skipped: ${named(gone.map(size))} ${gone.length > 1 ? "are" : "is"} thrown away, and every chain through ${gone.length > 1 ? "them" : "it"} dies: any path of the gradient from a later loss through those ${what} to earlier chunks and to Θ. The others are weighted up.` : "");
 }
 
 function following(run, kept, j) {
