@@ -109,6 +109,9 @@ def test_the_events_of_a_step_come_in_the_order_of_the_algorithm(kind: str) -> N
     log = mc.trace(mc.spaco, model, *pair(batch), 9, sampler=lambda *_: draw, recompute=True)
     assert kinds(log) == ["begin", "draw", "memory", *["fill"] * 2, *order * 2, "end"]
     assert of(log, "draw")[0]["entries"] == [[1.5, 2.0], None, [1.0, 1.0]]
+    assert "rates" not in of(log, "draw")[0], "nothing is known of their chances"
+    coins = mc.trace(mc.spaco, model, *pair(batch), 9, sampler=mc.Bernoulli([0.5, 1.0, 1.0]))
+    assert of(coins, "draw")[0]["rates"] == [0.5, 1.0, 1.0]
     assert [(e["chunk"], e["layer"]) for e in of(log, "backward")] == [
         (j, layer) for j in (2, 0) for layer in (2, 1, 0)
     ]
@@ -320,6 +323,7 @@ def test_the_marked_lines_are_those_that_run(method: str) -> None:
         keywords["sampler"] = mc.Bernoulli(1.0)
     mc.trace(getattr(mc, method), model, *pair(batch), on_event=look, **keywords)
     expected = {"forward"} if method == "full" else {"memory", "fill", "rebuild", "loss", "relay"}
+    assert shown["also"] == ({} if method == "full" else {"relay": shown["where"]["backward"]})
     assert set(checked) == expected | {"backward"} | ({"draw"} if method == "spaco" else set())
 
 
@@ -542,7 +546,7 @@ def test_the_committed_page_is_what_the_command_writes() -> None:
     logs = logs_of(page)
     assert page == make_page(logs), "the page or the code has changed: minichunk walk --output tutorials/walk.html"
     assert len(page.encode()) < MOST
-    assert "://" not in page
+    assert set(re.findall(r"\w+://[^\"]+", page)) == {"https://arxiv.org/abs/2505.16710"}, "linked, not loaded"
     for fresh in record(chunk_size=[128], dtype="float32", device="cpu"):
         log = next(log for log in logs if title(log) == title(fresh))
         assert kinds(log) == kinds(fresh)

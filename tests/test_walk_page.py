@@ -16,6 +16,7 @@ import torch
 import minichunk as mc
 from minichunk.walk.events import BYTES
 from minichunk.walk.page import logs_of, write_page
+from minichunk.walk.step import METHODS
 
 from .gradients import take_gradients
 from .strategies import build, tiny, tiny_state
@@ -132,7 +133,7 @@ def test_buttons_slider_and_keys_lead_to_the_same_steps(open_page: Any) -> None:
         ("Next phase", "PageDown", 2),
         ("Last step", "End", last),
         ("One step on", "ArrowRight", last),
-        ("Previous phase", "PageUp", last - 10),
+        ("Previous phase", "PageUp", last - 1),
         ("First step", "Home", 0),
         ("One step back", "ArrowLeft", 0),
     ):
@@ -152,6 +153,58 @@ def test_buttons_slider_and_keys_lead_to_the_same_steps(open_page: Any) -> None:
     for key, expected in (("ArrowRight", rebuild + 1), ("Home", 0), ("End", last), ("ArrowLeft", last - 1)):
         page.keyboard.press(key)  # the slider's own keys, once
         assert step(page) == expected
+    kinds = []
+    page.keyboard.press("Home")
+    while not kinds or kinds[-1] != "end":
+        page.keyboard.press("PageDown")
+        kinds.append(log[step(page)]["kind"])
+    chunk = ["rebuild", "loss", "relay", "backward", "done"]
+    assert kinds == ["memory", *["fill"] * 3, *chunk * 4, "end"], "a phase is all layers of a backward pass, no more"
+
+
+def test_keys_are_for_the_steps_after_a_method_or_a_size_is_chosen(open_page: Any) -> None:
+    page = open_page(COMMITTED, "#step=5")
+    for choose in (
+        lambda: page.get_by_role("radio", name="SpaCO").click(),
+        lambda: page.locator("#methods label").filter(has_text="SeCO").click(position={"x": 40, "y": 8}),
+    ):
+        choose()
+        method = page.locator("#methods input:checked").get_attribute("value")
+        last = int(page.locator("#slider").get_attribute("max"))
+        for key, expected in (("End", last), ("ArrowLeft", last - 1), ("Home", 0), ("ArrowRight", 1), ("PageDown", 2)):
+            page.keyboard.press(key)
+            assert step(page) == expected, key
+        page.keyboard.press("Space")
+        assert page.get_by_role("button", name="Pause", exact=True).is_visible()
+        page.keyboard.press("Space")
+        assert page.locator("#methods input:checked").get_attribute("value") == method
+    for name, value in (("size", "128"), ("speed", "900")):
+        page.locator(f"#{name}").focus()
+        before = step(page)
+        page.keyboard.press("ArrowRight")
+        assert (step(page), page.locator(f"#{name}").input_value()) == (before + 1, value)
+    page.locator("#size").click()
+    page.locator("#size").select_option("64")
+    assert page.evaluate("document.activeElement === document.body")
+
+
+def test_who_comes_to_a_control_by_the_keyboard_can_use_it(open_page: Any) -> None:
+    page = open_page(COMMITTED, "#step=5")
+    page.get_by_role("radio", name="SeCO").focus()
+    for name in ("SpaCO", "full"):
+        page.keyboard.press("ArrowRight")
+        assert page.get_by_role("radio", name=name, exact=True).is_checked()
+    page.keyboard.press("End")
+    assert step(page) == int(page.locator("#slider").get_attribute("max"))
+    page.locator("#slider").focus()
+    page.keyboard.press("Space")
+    assert page.get_by_role("button", name="Pause", exact=True).is_visible(), "the slider needs no space"
+    page.locator("#ghosts").focus()
+    page.keyboard.press("Space")
+    assert not page.locator("#ghosts").is_checked()
+    page.locator("#intro summary").focus()
+    page.keyboard.press("Space")
+    assert page.locator("#about").is_visible()
 
 
 def test_it_plays_at_three_speeds_and_stops(open_page: Any) -> None:
@@ -200,6 +253,13 @@ def test_methods_and_sizes_are_chosen_and_the_place_is_kept(open_page: Any, made
     assert page.locator("rect[data-body]").count() == 6
     page.get_by_role("radio", name="full, recomputed").check()
     assert address(page).startswith("#method=full-recompute&step=")
+    page.locator("#last").click()
+    page.get_by_role("radio", name="SpaCO").check()
+    assert address(page) == "#method=spaco&chunk=6&step=7", "where it was left"
+    again = open_page(COMMITTED, "#step=27")  # of a chunk that SpaCO skips
+    for name in ("full", "SeCO", "SpaCO", "SeCO"):
+        again.get_by_role("radio", name=name, exact=True).check()
+    assert address(again) == "#method=seco&chunk=128&step=27"
     again = open_page(made[0], "#method=spaco&chunk=6&step=8")
     assert again.locator("#phase").inner_text() == "Relay · chunk 3"
     assert "nobody has sent anything back" in sentence(again)
@@ -231,7 +291,7 @@ def test_every_number_on_the_page_is_one_of_the_log(open_page: Any, made: Any) -
             sent = [[i, math.hypot(*norms)] for i, *norms in event.get("sent", [])]
             assert found["sent"] == [[i, pytest.approx(x, rel=1e-12)] for i, x in sent]
             received = event["received"] if event["kind"] == "relay" else []
-            assert found["relayed"] == [pytest.approx(math.hypot(*norms)) for norms in received for _ in range(2)]
+            assert found["relayed"] == [pytest.approx(math.hypot(*norms)) for norms in received]
             held = {} if event["kind"] == "end" else held
             held |= {f"{event['layer']},{i}": math.hypot(*norms) for i, *norms in event.get("held", [])}
             assert found["held"] == pytest.approx(held)
@@ -313,6 +373,10 @@ def test_the_marked_line_and_term_follow_the_event(open_page: Any) -> None:
         assert line in current.locator("code").inner_text()
         assert current.locator(".paper").inner_text().startswith(paper)
         assert current.evaluate(INSIDE)
+        assert page.locator("#code .also").count() == (kind == "relay")
+        if kind == "relay":  # it is handed over by another line: both are seen
+            assert "torch.autograd.backward(" in page.locator("#code .also").inner_text()
+            assert page.locator("#code .also").evaluate(INSIDE)
         assert term in page.locator("#equation .marked").evaluate_all("(all) => all.map((x) => x.dataset.term)")
 
 
@@ -323,7 +387,40 @@ def test_chains_that_die_are_seen_to(open_page: Any, made: Any) -> None:
     assert page.locator("#grid .skipped").count() == 1
     assert page.locator("#grid [data-sent='1']").get_attribute("class") == "send dead"
     assert page.locator("#grid [data-sent='0']").get_attribute("class") == "send flow"
-    assert "to chunk 1 (skipped: lost)" in sentence(page)
+    thrown = next(math.hypot(*norms) for i, *norms in log[first]["sent"] if i == 1)
+    assert f"Chunk 1 was skipped: {thrown:.3g} is thrown away, and every chain through it dies" in sentence(page)
+    assert page.locator("#numbers .would-be").count() == 1
+
+
+def test_what_spaco_draws_weighs_and_estimates_is_said(open_page: Any, made: Any) -> None:
+    page = open_page(COMMITTED, "#method=spaco&chunk=128&step=1")
+    log = next(log for log in logs_of(COMMITTED.read_text()) if log[0]["method"] == "spaco")
+    assert "with probability 0.5: chunks 0, 2 and 3 are kept" in sentence(page)
+    assert "Chunk 1 will be run forward, but skipped on the way back." in sentence(page)
+    number = next(i for i, e in enumerate(log) if e["kind"] == "loss")
+    page.locator("#slider").fill(str(number))
+    loss = log[number]["loss"]
+    assert f"a·J = 2 × {loss / 2:#.6g} = {loss:#.6g}" in page.locator("#values").inner_text()
+    page.locator("#last").click()
+    assert "The mean over all draws is exactly the full gradient" in sentence(page)
+    assert re.search(r"Peak: [\d.]+ MiB here, [\d.]+ MiB for full\.", sentence(page))
+    page = open_page(made[0], "#method=spaco&chunk=6&step=999")
+    assert "exactly" not in sentence(page), "nobody knows by what chance these were drawn"
+
+
+def test_why_the_walk_goes_backwards_is_said_and_norms_are_of_before(open_page: Any) -> None:
+    log = logs_of(COMMITTED.read_text())[0]
+    page = open_page(COMMITTED, f"#step={next(i for i, e in enumerate(log) if e['kind'] == 'done')}")
+    assert "Chunk 2 comes next, not chunk 0, because only now have all its readers reported." in sentence(page)
+    assert "so far" in page.locator("#values").inner_text()
+    page.locator("#on").click()
+    assert "before this chunk" in page.locator("#values").inner_text()
+    assert "before this chunk" in page.locator("#grid").text_content()
+    page.locator("#last").click()
+    assert "would double blue and green" in sentence(page)
+    assert "at the loss of every chunk" in page.locator("#peak-note").inner_text()
+    begins = {open_page(COMMITTED, f"#method={m}").locator("#sentence").inner_text() for m in METHODS}
+    assert len(begins) == len(METHODS)
 
 
 def test_for_keyboard_and_screen_reader(open_page: Any) -> None:
@@ -337,7 +434,7 @@ def test_for_keyboard_and_screen_reader(open_page: Any) -> None:
     assert page.locator("#slider").get_attribute("aria-valuetext") == "step 17 of 45, Relay"
     reached = set()
     page.locator("h1").click()
-    for _ in range(20):
+    for _ in range(24):
         page.keyboard.press("Tab")
         reached.add(page.evaluate("document.activeElement.id || document.activeElement.name"))
     assert {
@@ -357,8 +454,8 @@ def test_for_keyboard_and_screen_reader(open_page: Any) -> None:
 
 def test_where_no_motion_is_wanted_there_is_none(open_page: Any) -> None:
     moving = "() => getComputedStyle(document.querySelector('#grid .flow')).animationName"
-    assert open_page(COMMITTED, "#step=17", reduced_motion="no-preference").evaluate(moving) == "flow"
-    assert open_page(COMMITTED, "#step=17", reduced_motion="reduce").evaluate(moving) == "none"
+    assert open_page(COMMITTED, "#step=18", reduced_motion="no-preference").evaluate(moving) == "flow"
+    assert open_page(COMMITTED, "#step=18", reduced_motion="reduce").evaluate(moving) == "none"
 
 
 CONTRAST = """() => {
@@ -384,6 +481,19 @@ def test_it_fits_phone_and_projector_light_and_dark(scheme: str, open_page: Any)
         page.wait_for_function(f"innerWidth === {width}")
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.locator("#on").is_visible()
+
+
+@pytest.mark.parametrize("step", [17, 45])
+def test_all_of_a_step_is_seen_without_scrolling(step: int, open_page: Any) -> None:
+    page = open_page(COMMITTED, f"#step={step}")
+    for width, height in ((1440, 900), (1920, 1080)):
+        page.set_viewport_size({"width": width, "height": height})
+        page.wait_for_function(f"innerWidth === {width}")
+        assert page.evaluate("document.documentElement.scrollHeight") <= height
+    page.set_viewport_size({"width": 390, "height": 844})
+    page.wait_for_function("innerWidth === 390")
+    low = page.locator("#grid .theta").bounding_box()
+    assert low["y"] + low["height"] < page.locator("#transport").bounding_box()["y"], "all layers, on a phone"
 
 
 def test_the_log_can_be_saved(open_page: Any, made: Any) -> None:

@@ -15,7 +15,9 @@ from playwright.sync_api import sync_playwright
 
 HERE = Path(__file__).parent
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-SIZE = {"width": 1190, "height": 900}
+SIZE = {"width": 1280, "height": 900}
+STYLE = """#numbers-panel { display: none !important } #said { min-height: 5.6em !important }
+    #code { flex: none !important; height: 340px }"""
 SECONDS = {"begin": 3.0, "fill": 1.2, "rebuild": 2.5, "loss": 1.2, "relay": 3.5, "backward": 0.7, "end": 5.0}
 
 
@@ -27,7 +29,8 @@ def frames(page_file: Path) -> tuple[list[Image.Image], list[int]]:
         browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
         page = browser.new_page(viewport=SIZE, color_scheme="light", reduced_motion="reduce")
         page.goto(page_file.as_uri())
-        page.add_style_tag(content="#code { max-height: 390px !important } #said { min-height: 5.6em !important }")
+        page.add_style_tag(content=STYLE)
+        page.evaluate("document.getElementById('intro').open = false")
         box = page.evaluate(
             "[document.getElementById('said').getBoundingClientRect().top,"
             " document.getElementById('grid').getBoundingClientRect().bottom]"

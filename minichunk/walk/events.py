@@ -6,7 +6,7 @@ that of all numbers of one tensor. `kind` says what has just happened, in this o
 | kind       | when                                   | fields                                    | and perhaps |
 |------------|----------------------------------------|-------------------------------------------|-------------|
 | `begin`    | first                                  | `format`, `method`, `chunks`, `layers`    | see below   |
-| `draw`     | SpaCO has drawn its chunks             | `entries`                                 |             |
+| `draw`     | SpaCO has drawn its chunks             | `entries`                                 | `rates`     |
 | `memory`   | there is room for what chunks write    |                                           | `remembers` |
 | `fill`     | chunks have been run without gradients | `chunks`, `written`                       | `shapes`    |
 | `rebuild`  | a chunk has been run with its graph    | `chunk`, `written`                        | `shapes`    |
@@ -18,8 +18,9 @@ that of all numbers of one tensor. `kind` says what has just happened, in this o
 | `end`      | the step is over                       | `loss`                                    | see below   |
 
 `begin`: perhaps also the numbers `tokens`, `batch` and `parameters`, `recompute` (true, false), the names `model` and
-`torch`, and `text`, what each chunk says. `entries`: for each chunk null, or [loss factor, relay factor]. `remembers`:
-for each layer "keys and values" or "state". `done` and `end`: perhaps `gradient_norm`, of all parameters so far, and
+`torch`, and `text`, what each chunk says. `entries`: for each chunk null, or [loss factor, relay factor]. `rates`: for
+each chunk the chance of its own coin, where factors of 1/chance make the estimate unbiased. `remembers`: for each layer
+"keys and values" or "state". `done` and `end`: perhaps `gradient_norm`, of all parameters so far, and
 `done` the `loss` so far.
 
 `method`: "full", "seco", "spaco" or a name of your own. `chunks` of `begin`: [start, stop) of each. `layers`: how many.

@@ -46,6 +46,9 @@ WHERE: dict[str, dict[str, list[tuple[int, str]]]] = {
         "end": [(0, "return backpropagate(")],
     },
 }
+ALSO: dict[str, list[tuple[int, str]]] = {  # lines that an event is about, and that are not at work yet
+    "relay": [(0, "    torch.autograd.backward(")]  # it is handed over in the arguments
+}
 REBUILT: list[tuple[int, str, str]] = [
     (1, "    memory.write(", "2, 3: run xⱼ without gradients, store m′ⱼ"),
     (2, "hidden, written = model.run(", "5: (Jⱼ, mⱼ) = f(xⱼ; m′₀ … m′ⱼ₋₁; Θ), with its graph"),
@@ -98,7 +101,8 @@ def listing(method: str) -> dict[str, Any]:
     """What the page shows of a method's code.
 
     functions: name, file, first line, lines (text, the paper's line) of each. where: for each kind of event, the
-    lines that are at work, as [function, line], the outermost first. Another method's is that of `seco`.
+    lines that are at work, as [function, line], the outermost first. also: further lines, in the same way. Another
+    method's is that of `seco`.
     """
     method = method if method in LISTINGS else "seco"
     functions = LISTINGS[method]
@@ -112,5 +116,8 @@ def listing(method: str) -> dict[str, Any]:
         }
         for at, function in enumerate(functions)
     ]
-    where = {kind: [[at, find(functions[at], line)] for at, line in stack] for kind, stack in WHERE[method].items()}
-    return {"functions": shown, "where": where}
+
+    def numbers(table: dict[str, list[tuple[int, str]]]) -> dict[str, list[list[int]]]:
+        return {kind: [[at, find(functions[at], line)] for at, line in stack] for kind, stack in table.items()}
+
+    return {"functions": shown, "where": numbers(WHERE[method]), "also": numbers({} if method == "full" else ALSO)}

@@ -17,6 +17,7 @@ from ..chunks import Chunk, cut
 from ..memory.layers import wide
 from ..memory.state import LayerState
 from ..protocol import Memory, Written
+from ..samplers import Bernoulli
 from .events import FORMAT, Event
 from .meter import Meter
 from .watch import WatchedModel, watched_layers
@@ -105,7 +106,8 @@ class Recorder:
     def watched_sampler(self, sampler: Callable[..., Any]) -> Callable[..., Any]:
         def draw(num_chunks: int, generator: torch.Generator | None) -> Any:
             entries = sampler(num_chunks, generator)
-            self.write("draw", entries=[weight and [float(x) for x in weight] for weight in entries])
+            rates = {"rates": list(sampler.rates(num_chunks))} if isinstance(sampler, Bernoulli) else {}
+            self.write("draw", entries=[weight and [float(x) for x in weight] for weight in entries], **rates)
             self.factors = [weight or (0.0, 0.0) for weight in entries]
             return entries
 

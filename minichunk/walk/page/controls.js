@@ -18,6 +18,8 @@ function draw() {
   $("phase").textContent = phaseOf(event) + (event.chunk === undefined || run.whole ? "" : ` · ${chunkName(event.chunk)}`) + (event.layer === undefined ? "" : ` · ${layerName(event.layer)}`);
   $("phase").className = `kind-${event.kind}`;
   $("sentence").textContent = sentenceOf(run, event, stateNow());
+  if (step > 0 && !here.begun) $("intro").open = false; // once: who opens it again keeps it
+  here.begun ||= step > 0;
   $("size-label").classList.toggle("idle", run.whole || sizes.length < 2);
   $("size").value = wantedSize;
   $("size").disabled = run.whole;
@@ -27,9 +29,9 @@ function draw() {
   $("words").innerHTML = words ? `<b>${run.whole ? "The text" : sentenceCase(chunkName(at))}:</b> ${escaped(words)}` : run.begin.text ? `<b>The text:</b> ${escaped(run.begin.text.join(""))}` : "";
   drawGrid();
   drawMemory();
-  drawCode();
   drawEquation();
   drawNumbers();
+  drawCode(); // it has the room that the numbers leave
   const wanted = `#method=${encodeURIComponent(here.run.whole && run.recompute ? "full-recompute" : run.method)}${run.whole ? "" : `&chunk=${run.size}`}&step=${step}`;
   if (location.hash !== wanted) history.replaceState(null, "", wanted);
 }
@@ -39,15 +41,21 @@ function go(step) {
   draw();
 }
 
-// To the same place of another run: its chunk and layer where it has them, or the first event of the kind.
+// To where a run was left, if it is of another kind or nothing was done since. Or to the same place of it: its chunk and
+// layer where it has them, or the first event of the kind.
+const KINDRED = { rebuild: "forward", forward: "rebuild", relay: "loss" };
 function choose(run) {
   if (run === here.run) return;
   stop();
-  const old = eventNow();
+  const old = eventNow(), known = here.left.get(run);
+  here.left.set(here.run, here.step);
   const alike = (keys) => run.events.findIndex((e) => keys.every((key) => e[key] === old[key]));
-  const found = [["kind", "chunk", "layer"], ["kind", "chunk"], ["kind"]].map(alike).find((i) => i >= 0) ?? 0;
+  const found = [["kind", "chunk", "layer"], ["kind", "chunk"], ["kind"]].map(alike).find((i) => i >= 0) ?? Math.max(0, run.events.findIndex((e) => e.kind === KINDRED[old.kind]));
+  const back = known !== undefined && (run.whole || here.run.whole || here.step === here.arrived);
+  const step = back ? known : here.step === 0 ? 0 : found;
   here.run = run;
-  go(here.step === 0 ? 0 : found);
+  go(step);
+  here.arrived = here.step;
 }
 
 const phase = (by) => {
@@ -91,8 +99,24 @@ const actions = {
 };
 const keys = { Home: "first", End: "last", ArrowLeft: "back", ArrowRight: "on", PageUp: "back-chunk", PageDown: "on-chunk" };
 
+// Keys that a control needs itself; all others are the page's, wherever the focus is.
+const OWN = {
+  range: ["Home", "End", "ArrowLeft", "ArrowRight"], radio: ["ArrowLeft", "ArrowRight"], "select-one": [" ", "Home", "End"],
+  checkbox: [" "], button: [" "],
+};
+
+function pressed(e) {
+  const field = e.target.closest("input, select, button, a, summary");
+  if (e.altKey || e.ctrlKey || e.metaKey || (field && OWN[field.type || "button"]?.includes(e.key))) return;
+  if (e.key === " ") $("play").click();
+  else if (keys[e.key]) $(keys[e.key]).click();
+  else return;
+  e.preventDefault();
+}
+
 function start() {
   $("about").innerHTML = aboutText();
+  $("letters").innerHTML = lettersText();
   $("methods").insertAdjacentHTML("beforeend", labels.map((label) => `<label><input type="radio" name="method" value="${escaped(label)}"> ${escaped(label)}</label>`).join(""));
   $("size").innerHTML = sizes.map((size) => `<option value="${size}">${size}</option>`).join("");
   drawLegend();
@@ -116,14 +140,13 @@ function start() {
     $("log").download = `${here.run.method}${here.run.whole ? "" : `-${here.run.size}`}.jsonl`;
     $("log").href = URL.createObjectURL(new Blob([lines], { type: "application/jsonl" }));
   });
-  document.addEventListener("keydown", (e) => {
-    const field = e.target.closest("input, select");
-    if (e.altKey || e.ctrlKey || e.metaKey || field?.matches("select, [type=radio]")) return;
-    if (e.key === " " && !e.target.closest("input, button, a")) $("play").click();
-    else if (keys[e.key] && !(field?.type === "range" && !e.key.startsWith("Page"))) $(keys[e.key]).click();
-    else return;
-    e.preventDefault();
-  });
+  // Who points at a method wants the keys for the steps again; who came to it by the keyboard stays there.
+  let pointing = false;
+  addEventListener("pointerdown", () => { pointing = true; }, true);
+  addEventListener("keydown", () => { pointing = false; }, true);
+  $("controls").addEventListener("click", (e) => { if (pointing && e.target.type === "radio") e.target.blur(); });
+  $("controls").addEventListener("change", (e) => { if (pointing && e.target.matches("select")) e.target.blur(); });
+  document.addEventListener("keydown", pressed);
   addEventListener("hashchange", () => { stop(); fromAddress(); });
   addEventListener("resize", draw);
   fromAddress();

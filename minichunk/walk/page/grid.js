@@ -5,10 +5,11 @@ function drawGrid() {
   const { run } = here, event = eventNow(), state = stateNow();
   const svg = $("grid");
   const width = Math.max(300, svg.parentElement.clientWidth - 24);
-  const left = width < 500 ? 44 : 66, gap = width < 500 ? 4 : 8, head = 40;
-  const height = Math.max(24, Math.min(innerHeight > 950 ? 58 : 46, (innerHeight > 950 ? 370 : 290) / run.layers));
+  const narrow = width < 420, left = narrow ? 44 : 66, gap = narrow ? 4 : 8, head = 40;
+  const tall = innerHeight > 950 && !narrow;
+  const height = Math.max(24, Math.min(tall ? 72 : narrow ? 38 : 45, (tall ? 450 : 290) / run.layers));
   const total = run.chunks.reduce((sum, [start, stop]) => sum + stop - start, 0);
-  const free = width - left - gap * (run.chunks.length - 1) - 2;
+  const free = width - left - gap * (run.chunks.length - 1) - 10; // and room for an arrow on the right
   let x = left;
   const columns = run.chunks.map(([start, stop]) => {
     const column = { x, w: ((stop - start) / total) * free };
@@ -17,7 +18,7 @@ function drawGrid() {
   });
   const top = (layer) => head + (run.layers - 1 - layer) * (height + 5);
   const bottom = head + run.layers * (height + 5);
-  const at = { columns, top, height, bottom, left, width, run, event, state };
+  const at = { columns, top, height, bottom, left, width, narrow, run, event, state };
   svg.setAttribute("viewBox", `0 0 ${width} ${bottom + 34}`);
   svg.setAttribute("width", width);
   svg.setAttribute("height", bottom + 34);
@@ -63,7 +64,7 @@ function rankOfLayer(run) {
 
 const STRIP = 0.5, GRADIENT = 0.76, THIN = 0.23; // of a cell's height
 
-function cells({ columns, top, height, run, event, state }, i) {
+function cells({ columns, top, height, narrow, run, event, state }, i) {
   const { x, w } = columns[i], parts = [], skipped = drawn(run) && !run.kept[i], thin = height * THIN;
   for (let l = 0; l < run.layers; l++) {
     const y = top(l), body = state.body[l][i], upper = run.whole ? height : height * 0.46, held = state.held[l][i], dead = lost(run, i, l);
@@ -71,20 +72,21 @@ function cells({ columns, top, height, run, event, state }, i) {
     parts.push(rect(x, y, w, upper, `body ${body}${atWork ? " at-work" : ""}`, `data-cell="${l},${i}" data-body="${body}"`));
     if (body === "input") parts.push(rect(x, y, 10, upper, "kept-input"));
     if (skipped) parts.push(`<rect x="${x}" y="${y}" width="${w}" height="${upper}" fill="url(#skip)"/>`);
-    if (w > 70 && upper > 15) parts.push(text(x + w / 2, y + upper / 2 + 4, { run: "run, not kept", graph: "graph", input: "input kept", done: "done", none: "" }[body], `small in-${body}`));
+    const aside = event.kind === "relay" && event.chunk === i && event.received.length ? 14 : 0; // there stands an arrow
+    if (w > 70 && upper > 15) parts.push(text(x + w / 2 + aside, y + upper / 2 + 4, { run: "run, not kept", graph: "graph", input: "input kept", done: "done", none: "" }[body], `small in-${body}`));
     if (run.whole) continue;
     parts.push(rect(x, y + height * STRIP, w, thin, state.filled[l][i] ? "memory filled" : "memory empty", `data-memory="${l},${i}"`));
     parts.push(rect(x, y + height * GRADIENT, w, thin, "room"));
     if (!held) continue;
-    const length = Math.max(2, w * Math.sqrt(held / run.largest));
+    const roomy = w > 80 && !narrow, length = Math.max(2, (roomy ? w - 56 : w) * Math.sqrt(held / run.largest));
     parts.push(rect(x, y + height * GRADIENT, length, thin, dead ? "sent lost" : state.relayed[i] ? "sent relayed" : "sent", `data-held="${l},${i}" data-norm="${held}"`));
-    if (w > 80) parts.push(text(x + w - 4, y + height * (GRADIENT + THIN) - thin / 2 + 3.5, number(held), "tiny", "end"));
+    if (roomy) parts.push(text(x + w - 4, y + height * (GRADIENT + THIN) - thin / 2 + 3.5, number(held), "tiny", "end"));
   }
   return parts.join("");
 }
 
-function theta({ bottom, left, width, event, state, run }) {
-  const words = state.gradient === null ? "parameters Θ" : `parameters Θ: gradient of norm ${number(state.gradient)}${event.kind === "end" || run.whole ? "" : " so far"}`;
+function theta({ bottom, left, width, narrow, event, state, run }) {
+  const words = state.gradient === null ? "parameters Θ" : `${narrow ? "Θ: " : "parameters Θ: gradient of "}norm ${number(state.gradient)} ${soFar(run, event)}`.trimEnd();
   return rect(left, bottom + 6, width - left - 2, 24, event.kind === "backward" || event.kind === "done" ? "theta active" : "theta") + text(left + (width - left) / 2, bottom + 22, words, "small");
 }
 
@@ -109,29 +111,31 @@ function reads({ columns, top, height, run }, j) {
 
 function relays({ columns, top, height, event, run }) {
   const { x, w } = columns[event.chunk];
-  return event.received.map((norms, l) => [0.08, 0.2].map((side) => {
-    const low = top(l) + height * 0.9, high = top(l) + height * 0.08;
-    return `<path d="M${x + w * side} ${low}V${high}" class="send flow" style="stroke-width:${thickness(norm(norms), run)}" marker-end="url(#tip-green)" data-relayed="${l}" data-norm="${norm(norms)}"/>`;
-  }).join("")).join("");
+  return event.received.map((norms, l) => {
+    const size = norm(norms), half = 1 + Number(thickness(size, run)) / 2, middle = x + Math.min(w * 0.2, 18), y = top(l);
+    const path = `M${middle - half} ${y + height * 0.95}V${y + 13}h-5L${middle} ${y + 2}L${middle + half + 5} ${y + 13}h-5V${y + height * 0.95}z`;
+    return `<path d="${path}" class="handed" data-relayed="${l}" data-norm="${size}"/>` +
+      (w > 60 ? text(middle + half + 8, y + height * (STRIP + THIN / 2) + 4, "relay", "on-memory", "start") : "");
+  }).join("");
 }
 
 const thickness = (size, run) => (1.2 + 4 * Math.sqrt(size / run.largest)).toFixed(1);
 
 // Through the bodies of earlier chunks, which are empty now, down to where the gradient gathers.
-function sends({ columns, top, height, event, run }) {
+function sends({ columns, top, height, narrow, event, run }) {
   const y = top(event.layer), start = columns[event.chunk].x, count = event.sent.length;
   return event.sent.map(([i, ...norms], n) => {
-    const to = columns[i], dead = lost(run, i, event.layer), end = to.x + to.w * (to.w > 90 ? 0.3 : 0.5), size = norm(norms);
+    const to = columns[i], dead = lost(run, i, event.layer), end = to.x + to.w * (to.w > 80 ? 0.2 : 0.5), size = norm(norms);
     const lane = y + height * (0.04 + (0.4 * (n + 1)) / (count + 1));
     const path = `M${start} ${lane}H${end + 6}Q${end} ${lane},${end} ${lane + 6}V${y + height * 0.86}`;
     return `<path d="${path}" class="${dead ? "send dead" : "send flow"}" style="stroke-width:${thickness(size, run)}" marker-end="url(#tip-${dead ? "red" : "green"})" data-sent="${i}" data-norm="${size}"/>` +
-      (to.w > 80 ? text(to.x + to.w - 4, y + height * (STRIP + THIN / 2) + 3.5, dead ? `${number(size)} lost` : `+ ${number(size)}`, "tiny on-memory", "end") : "");
+      (to.w > 80 && !narrow ? text(to.x + to.w - 4, y + height * (STRIP + THIN / 2) + 3.5, dead ? `${number(size)}${to.w > 110 ? " lost" : ""}` : `+ ${number(size)}`, "tiny on-memory", "end") : "");
   }).join("");
 }
 
 function intoTheta({ columns, bottom, event, top, height }) {
   const { x, w } = columns[event.chunk];
-  return `<path d="M${x + w - 8} ${top(event.layer) + height * 0.3}V${bottom + 5}" class="send plain flow" marker-end="url(#tip-green)"/>`;
+  return `<path d="M${x + w} ${top(event.layer) + height * 0.25}h4V${bottom + 5}" class="send plain flow" marker-end="url(#tip-green)"/>`;
 }
 
 function gridLabel(run, event, state) {
@@ -142,9 +146,10 @@ function gridLabel(run, event, state) {
 
 const LEGEND = [
   ["graph", "graph and activations alive"], ["filled", "left in the memory: keys and values, or a state"], ["sent", "gradient sent back to it (bar: root of its norm)"],
-  ["run", "run, nothing kept but the memory"], ["done", "done"], ["skipped", "skipped by a coin"],
+  ["relayed", "the same, handed over"], ["run", "run, nothing kept but the memory"], ["done", "done"], ["read", "what it reads"],
+  ["send", "gradients on their way: the thicker, the larger"], ["skipped", "skipped by a coin"], ["lost", "thrown away"],
 ];
 function drawLegend() {
   const coins = runs.some((run) => run.entries);
-  $("legend").innerHTML = LEGEND.filter(([kind]) => kind !== "skipped" || coins).map(([kind, words]) => `<li><i class="swatch ${kind}"></i>${words}</li>`).join("");
+  $("legend").innerHTML = LEGEND.filter(([kind]) => coins || !["skipped", "lost"].includes(kind)).map(([kind, words]) => `<li><i class="swatch ${kind}"></i>${words}</li>`).join("");
 }

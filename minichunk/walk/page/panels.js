@@ -1,14 +1,15 @@
 // The code with the current line, the equation with the current term, and the table of numbers.
 
 function drawCode() {
-  const { run } = here, stack = run.code.where[eventNow().kind] ?? [];
+  const { run } = here, { kind } = eventNow(), stack = run.code.where[kind] ?? [], also = run.code.also[kind] ?? [];
   const mark = (f, l) => {
     const depth = stack.findIndex(([at, line]) => at === f && line === l);
-    return depth < 0 ? "" : depth === stack.length - 1 ? "current" : "caller";
+    return depth === stack.length - 1 && depth >= 0 ? "current" : also.some(([at, line]) => at === f && line === l) ? "also" : depth < 0 ? "" : "caller";
   };
+  const asleep = (at) => at > 0 && stack.length > 1 && !stack.some(([f]) => f === at); // called by no line that is marked
   $("code").innerHTML = run.code.functions.map((f, at) =>
-    `<div class="function"><h3>${escaped(f.name)} <small>${escaped(f.file)}</small></h3><ol start="${f.first}">` +
-    f.lines.map(([line, paper], l) => {
+    `<div class="function"><h3>${escaped(f.name)} <small>${escaped(f.file)}${asleep(at) ? " …" : ""}</small></h3><ol start="${f.first}">` +
+    (asleep(at) ? [] : f.lines).map(([line, paper], l) => {
       const kind = mark(at, l);
       return `<li class="${kind}" ${kind === "current" ? 'aria-current="step"' : ""} value="${f.first + l}"><code>${escaped(line)}</code>${paper ? `<span class="paper">${escaped(paper)}</span>` : ""}</li>`;
     }).join("") + "</ol></div>").join("");
@@ -46,7 +47,7 @@ function equations(run) {
   ];
 }
 
-const NOTES = ["what chunk j leaves behind, stored without a graph", "eq. 1: chunk j, run again with its graph", "what later chunks send back to chunk j: the relay", "the gradient, one chunk at a time"];
+const NOTES = ["stored without a graph", "eq. 1: again, with its graph", "the relay: sent by later chunks", "the gradient, chunk by chunk"];
 
 function drawEquation() {
   const { run } = here, marked = TERMS[eventNow().kind] ?? [];
@@ -73,7 +74,7 @@ function tableOf(run, event) {
     const sums = new Map((event.held ?? []).map(([i, ...norms]) => [i, norms]));
     return {
       head: ["sent to", ...(event.sent[0].length > 2 ? [`‖∂${first}‖`, `‖∂${second}‖`] : [`‖∂${first}‖`]), "sum so far"],
-      rows: event.sent.map(([i, ...norms]) => [chunkName(i) + (lost(run, i, event.layer) ? " (lost)" : ""), ...norms, sums.has(i) ? norm(sums.get(i)) : "–"]),
+      rows: event.sent.map(([i, ...norms]) => [chunkName(i) + (lost(run, i, event.layer) ? " (lost)" : ""), ...norms, sums.has(i) ? { sum: norm(sums.get(i)), lost: lost(run, i, event.layer) } : "–"]),
     };
   }
   if (event.kind === "draw") return {
@@ -83,15 +84,17 @@ function tableOf(run, event) {
   return { head: [], rows: [] };
 }
 
+const soFar = (run, event) => (event.kind === "end" || run.whole ? "" : event.kind === "done" ? "so far " : "before this chunk ");
+
 function valuesOf(run, event, state) {
   const parts = [];
   if (event.chunk !== undefined && !run.whole) parts.push(`j = ${event.chunk}`);
   if (event.kind === "begin" && event.parameters) parts.push(`${event.parameters.toLocaleString("en")} parameters`, `batch of ${event.batch}`);
-  if (event.kind === "loss") parts.push(`J = ${event.loss.toPrecision(6)}`);
+  if (event.kind === "loss") parts.push(`${(event.factor ?? 1) === 1 ? "" : "a·"}J = ${timesFactor(event, (x) => x.toPrecision(6))}${event.loss.toPrecision(6)}`);
   if (event.kind === "relay" && event.received.length) parts.push(`‖g‖ = ${norm(event.received.flat()).toPrecision(6)}`);
-  if (event.factor !== undefined && event.factor !== 1) parts.push(`factor ${number(event.factor)}`);
+  if (event.kind === "relay" && event.received.length && event.factor !== undefined && event.factor !== 1) parts.push(`passed on times b = ${number(event.factor)}`);
   if (event.kind === "end" || event.kind === "done") parts.push(`loss${event.kind === "done" ? " so far" : ""} ${event.loss?.toPrecision(6) ?? "–"}`);
-  if (state.gradient !== null) parts.push(`‖dJ/dΘ‖ ${event.kind === "end" ? "" : "so far "}= ${state.gradient.toPrecision(6)}`);
+  if (state.gradient !== null) parts.push(`‖dJ/dΘ‖ ${soFar(run, event)}= ${state.gradient.toPrecision(6)}`);
   return parts.join(" · ");
 }
 
@@ -99,6 +102,6 @@ function drawNumbers() {
   const { run } = here, event = eventNow(), { head, rows } = tableOf(run, event);
   $("values").textContent = valuesOf(run, event, stateNow());
   $("numbers").tHead.innerHTML = head.length ? `<tr>${head.map((h) => `<th scope="col">${escaped(h)}</th>`).join("")}</tr>` : "";
-  const cell = (c) => (typeof c === "number" && !Number.isInteger(c) ? `<td data-value="${c}">${c.toPrecision(5)}</td>` : `<td>${escaped(c)}</td>`);
+  const cell = (c) => (c.sum !== undefined ? `<td data-value="${c.sum}" class="${c.lost ? "would-be" : ""}">${c.sum.toPrecision(5)}</td>` : typeof c === "number" && !Number.isInteger(c) ? `<td data-value="${c}">${c.toPrecision(5)}</td>` : `<td>${escaped(c)}</td>`);
   $("numbers").tBodies[0].innerHTML = rows.map((r) => `<tr>${r.map(cell).join("")}</tr>`).join("");
 }

@@ -39,6 +39,8 @@ function runOf(entry, index) {
   run.states = statesOf(run);
   run.largest = Math.max(1e-300, ...run.states.map((s) => Math.max(...s.held.flat())));
   run.peak = run.events.reduce((best, e, i) => ((e.peak ?? -1) > (run.events[best].peak ?? -1) ? i : best), 0);
+  const { kind, peak } = run.events[run.peak];
+  run.peaks = peak === undefined ? [] : run.events.filter((e) => e.kind === kind && e.peak > 0.999 * peak); // of each chunk
   return run;
 }
 
@@ -79,7 +81,7 @@ function statesOf(run) {
 }
 
 const runs = data.runs.map(runOf);
-const here = { run: runs[0], step: 0, playing: null, ghosts: true, constant: true };
+const here = { run: runs[0], step: 0, playing: null, ghosts: true, constant: true, left: new Map(), arrived: null };
 const eventNow = () => here.run.events[here.step];
 const stateNow = () => here.run.states[here.step];
 const isState = (run, layer) => run.remembers[layer] === "state";
@@ -90,11 +92,5 @@ const whatIsRemembered = (run) => {
   return kinds.map((kind) => (kind === "state" ? "states" : kind)).join(", ");
 };
 
-// A phase begins where another chunk is at work, or where filling turns into walking back.
-function phases(run) {
-  const starts = [0];
-  run.events.forEach((e, i) => {
-    if (["draw", "memory", "fill", "rebuild", "forward", "end"].includes(e.kind)) starts.push(i);
-  });
-  return [...new Set(starts)];
-}
+// A phase begins where something else happens, or the same to another chunk: only the layers of a backward pass are one.
+const phases = (run) => [...run.events.keys()].filter((i) => i === 0 || run.events[i].kind !== "backward" || run.events[i - 1].kind !== "backward");
