@@ -170,6 +170,8 @@ def test_what_transformers_would_ignore_it_refuses(pattern: Pattern, name: str, 
         ({"pattern": {"window": 4, "sinks": -1}}, "sinks is -1"),
         ({"pattern": {"block": 4, "local": 2, "stride": "2"}}, "stride is '2'"),
         ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "or 'partial_attention'"),
+        ({"layer_types": []}, "without any 'partial_attention'"),
+        ({"layer_types": ["full_attention"] * 3}, "without any 'partial_attention'"),
         ({"model_type": "ministral"}, "or 'sliding_attention'"),
     ],
 )
@@ -177,6 +179,13 @@ def test_a_wrong_config_is_named(change: dict[str, Any], words: str) -> None:
     written = hybrid(mc.Window(4, 3)).config.to_dict()
     with pytest.raises(mc.InputError, match=words):
         mc.LlamaConfig.from_dict({**written, **change})
+
+
+@pytest.mark.parametrize("fields", [{"sliding_window": 4}, {"pattern": mc.Window(4, 3)}])
+def test_a_window_that_no_layer_would_have(fields: dict[str, Any]) -> None:
+    """Or it would be ignored, and all layers would see all of the past."""
+    with pytest.raises(mc.InputError, match="layer_types"):
+        tiny(3, **fields)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from minichunk.costs.alike import Trace, peak_of
 from minichunk.costs.baselines import tiled_full
 from minichunk.costs.count import CountBytes
 from minichunk.costs.forecast import forecast
-from minichunk.costs.plan import longest_table, parse_bytes
+from minichunk.costs.plan import left_out, longest_table, parse_bytes
 from minichunk.costs.setting import CHUNKED, METHODS, Setting
 from minichunk.costs.step import count_step, optimizer_states, step_memory
 from minichunk.memory.kernels import kernel_for
@@ -142,6 +142,15 @@ def test_a_step_with_windows_is_forecast(
     for tokens in (1024, 3328):
         found = forecast(setting).at(tokens)
         assert found.peak + found.host == pytest.approx(whole_step(setting, tokens), rel=0.02)
+
+
+def test_without_chunks_windows_take_what_full_attention_takes(directory: str) -> None:
+    """As with a kernel that knows them. Masks would grow with the square of the length, and a forecast does not."""
+    full = Setting(directory, "full-recompute-tiled", 64, 3, 4, dtype=torch.float32, device="cpu")
+    hybrid = replace(full, pattern=mc.Window(40, 4))
+    assert step_memory(hybrid, 2048) == step_memory(full, 2048)
+    assert "masks" in left_out(hybrid)
+    assert "masks" not in left_out(full)
 
 
 def test_what_a_state_remembers(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ..chunks import cut
 from ..errors import InputError
 from ..files.room import human_bytes
+from ..memory.pattern import FULL
 from ..training.options import DTYPES, SAMPLERS, check_4bit, check_choice, check_least, make_pattern
 from .forecast import forecast
 from .setting import METHODS, Setting
@@ -21,6 +22,15 @@ UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "
 LEFT_OUT = (
     "the CUDA context, the allocator's fragmentation and the libraries' own buffers (the reserve stands for them)"
 )
+MASKS = (
+    "; and, of the methods without chunks, the masks (tokens x tokens) of layers that see a part of the past, which "
+    "minichunk's own `full` makes and a kernel that knows windows does not"
+)
+
+
+def left_out(setting: Setting) -> str:
+    """What is not counted, in words."""
+    return LEFT_OUT + (MASKS if {*setting.patterns()} - {FULL} else "")
 
 
 def parse_bytes(text: str) -> int:
@@ -63,7 +73,7 @@ def plan(
         "chunks": num_chunks,
         "most_kept": setting.kept(num_chunks),
         "sampler": setting.sampler,
-        "left_out": LEFT_OUT,
+        "left_out": left_out(setting),
     }
 
 

@@ -23,6 +23,8 @@ from ..memory.cache import LayerCache
 from ..memory.kernels import kernel_for
 from ..memory.layers import LayerMemories, LayerMemory
 from ..memory.offload import OffloadedLayer
+from ..memory.pattern import FULL
+from ..models.llama import Attention
 from ..models.pretrained import Pretrained
 from ..models.quantize import Linear4bit, check_bitsandbytes
 from ..models.shapes import alike, random_model
@@ -170,6 +172,9 @@ class _InParts(LayerMemories):
 
 def _whole_step(model: Pretrained, batch: Batch, setting: Setting, count: Trace) -> tuple[int, int, int]:
     """A step without chunks; returns as `_chunked_step`."""
+    for layer in model.modules():
+        if isinstance(layer, Attention):  # or each made a mask of (tokens, tokens), as no trainer of long texts does
+            layer.pattern = FULL
     if setting.method in ("full", "full-recompute"):
         backpropagate(model, batch, recompute=setting.method == "full-recompute")
         return 0, 0, 0

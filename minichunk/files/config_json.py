@@ -124,6 +124,8 @@ def check_windows(fields: dict[str, Any]) -> None:
         )
     if pattern is not None:
         check_pattern(pattern)
+        if PARTIAL not in kinds:
+            raise InputError(f"config: there is a pattern, but layer_types is {list(kinds)!r}, without any {PARTIAL!r}")
     if SLIDING in kinds or window is not None:
         check_sizes({"sliding_window": window}, ["sliding_window"])
 

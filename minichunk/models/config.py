@@ -72,6 +72,11 @@ class LlamaConfig:
             raise InputError(f"config: head_dim is {self.head_dim}, but RoPE needs an even number")
 
         check_windows(asdict(self))
+        if self.sliding_window is not None and not self.layer_types:
+            raise InputError(
+                f"config: sliding_window is {self.sliding_window}, but layer_types is empty: it must say which layers "
+                "have 'sliding_attention'"
+            )
 
     def patterns(self) -> list[Pattern]:
         """What the queries of each layer see."""

@@ -23,8 +23,8 @@ def partial_context(model: Pretrained, pattern: Pattern, full_layers: Sequence[i
     was not trained. Its config says so, `save_pretrained` writes it, and `save_adapter` writes it beside the adapter.
 
     pattern: mc.Window(window, sinks) or mc.Strided(block, local, stride).
-    full_layers: numbers of the layers that keep full attention, from 0; empty for none. None: the middle third of
-    them, rounded up, as in the paper.
+    full_layers: numbers of the layers that keep full attention, from 0; empty for none. None: the middle third, that is
+    all but a third, rounded down, at either end, as in the paper.
 
     Raises InputError for wrong numbers, for a model without attention or with states, and for one that sees a part
     of its past already.
