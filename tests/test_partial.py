@@ -199,6 +199,7 @@ def test_a_window_that_no_layer_would_have(fields: dict[str, Any]) -> None:
         ((mc.Window(4), [3]), "there is no layer 3; this model has 0 to 2"),
         ((mc.Window(4), [-1]), "there is no layer -1"),
         ((mc.Window(4), [0, 1, 2]), "these are all 3"),
+        ((mc.Window(4), 1), "1 is a number, but must be a list"),
     ],
 )
 def test_mistakes_leave_the_model_as_it_was(arguments: Any, words: str) -> None:

@@ -54,11 +54,14 @@ def partial_config(config: Any, pattern: Pattern, full_layers: Sequence[int] | N
             "partial context is for a model of full attention"
         )
     L = config.num_hidden_layers
+    if isinstance(full_layers, int):
+        raise InputError(f"full layers: {full_layers!r} is a number, but must be a list of layer numbers")
     full = set(range(L // 3, L - L // 3) if full_layers is None else full_layers)
     if wrong := sorted(full - set(range(L))):
         raise InputError(f"full layers: there is no layer {wrong[0]}; this model has 0 to {L - 1}")
     if len(full) == L:
-        raise InputError(f"full layers: these are all {L} of the model, and none is left to see a part of its past")
+        named = "these are" if full_layers is not None else "none are named, and the middle third is"
+        raise InputError(f"full layers: {named} all {L} of the model; none would be left to see a part of its past")
 
     def kinds(other: str) -> tuple[str, ...]:
         return tuple(FULL if i in full else other for i in range(L))
