@@ -35,10 +35,8 @@ def run(source: str, llama: ModuleType) -> ModuleType:
     """A module of this source, which builds on that Llama."""
     module = ModuleType(f"{__package__}.mutant")
     module.__dict__.update(Array=llama.Array, KeyValues=llama.KeyValues, Llama=llama.Llama)
-    exec(
-        compile(source.replace("from .numpy_llama import Array, KeyValues, Llama", ""), "mutant", "exec"),
-        module.__dict__,
-    )
+    source = source.replace("from .numpy_llama import Array, KeyValues, Llama", "")
+    exec(compile(source, "mutant", "exec"), module.__dict__)
     return module
 
 

@@ -57,6 +57,24 @@ def test_a_gradient_that_was_kept_too_early_is_told_apart() -> None:
         assert "yours is all zeros: it was kept before the backward pass" in words and "usually" not in words
 
 
+def test_one_parameter_that_is_wrong_is_no_wrong_step() -> None:
+    """After the gradient of another parameter agreed, it was kept, and cleared, at the right time."""
+
+    parameter = "grad.model.layers.2.self_attn.v_proj.weight"
+
+    def changed(wrong: Callable[[Tensor, Tensor], Tensor]) -> list[str]:
+        return signs(
+            lambda name, right: (
+                wrong(right[name], right[f"full.{parameter}"]) if name == f"seco.chunk.3.{parameter}" else right[name]
+            )
+        )
+
+    for words in changed(lambda right, full: 0 * right):
+        assert "yours is all zeros: no gradient comes to this parameter" in words and "kept before" not in words
+    for words in changed(lambda right, full: right + full):
+        assert "still has its graph" in words and "cleared" not in words
+
+
 def test_a_view_of_one_buffer_is_told_apart() -> None:
     def view(name: str, right: dict[str, Tensor]) -> Tensor:
         return right[re.sub(r"chunk\.\d", "chunk.0", name)] if grads(name, "seco") else right[name]
@@ -83,6 +101,7 @@ def test_what_agrees_rules_out_what_would_show_there() -> None:
     mutant = next(mutant for mutant in MUTANTS if mutant.key == "no rotation")
     words = compare(outputs(Numpy("hybrid", *mutant.modules())), file("hybrid")).words
     assert words.startswith("seco.chunk.0.layer.1.keys") and "activation" not in words and "RMSNorm" not in words
+    assert words_for(mutant)[0] in words
 
 
 STATE_WORDS = {mutant.key: words_for(mutant)[0] for mutant in MUTANTS if mutant.case == "state"}

@@ -149,7 +149,7 @@ def compare(mine: dict[str, Tensor], golden: Golden, precision: str | None = Non
     for n, name in enumerate(there):
         if words := difference(mine[name], golden.tensors[name], bound):
             before = f"{n} tensors before it agree, the last of them {there[n - 1]}" if n else "it is the first one"
-            about = _meanings(Seen(name, golden.case, golden.tensors, mine, bound), there[:n])
+            about = _meanings(Seen(name, golden.case, golden.tensors, mine, there[:n], bound))
             lines = [f"{name} {words}", f"  {before}", f"it is {describe(name)}", *about]
             return Verdict(False, "\n".join(lines), name)
     missing = [name for name in golden.tensors if name not in mine and not OPTIONAL.search(name)]
@@ -161,7 +161,7 @@ def compare(mine: dict[str, Tensor], golden: Golden, precision: str | None = Non
     return Verdict(True, counted + (f"; {len(left)} that can be left out are not there" if left else ""))
 
 
-def _meanings(seen: Seen, agreed: list[str]) -> list[str]:
+def _meanings(seen: Seen) -> list[str]:
     """What the numbers tell, or else what they may mean; nothing where there are none to compare."""
     got, expected = seen.mine[seen.name], seen.expected
     if got.shape != expected.shape or not got.is_floating_point() or not got.isfinite().all():
@@ -169,7 +169,7 @@ def _meanings(seen: Seen, agreed: list[str]) -> list[str]:
     if told := sign(seen):
         return [told]
     place = rank(seen.name)
-    forward = [name for name in agreed if len(place) > 2 and rank(name)[:3] == (place[0], 0, place[2])]
+    forward = [name for name in seen.agreed if len(place) > 2 and rank(name)[:3] == (place[0], 0, place[2])]
     if not (usual := usual_mistakes(seen, forward)):
         return ["no known mistake begins here"]
     return ["what usually begins here:", *(f"  - {words}" for words in usual)]

@@ -211,14 +211,14 @@ MISTAKES = (
 # fmt: on
 
 
-def usual_mistakes(seen: Seen, agreed: list[str]) -> list[str]:
+def usual_mistakes(seen: Seen, forward: list[str]) -> list[str]:
     """The words of all known mistakes that show first in this tensor; those of this file alone come first.
 
-    agreed: tensors of the same chunk's forward pass that are right, so nothing that would show in them is wrong. A
-    second batch shows the mistakes that the first would.
+    forward: tensors of the same forward pass that are right, so nothing that would show in them is wrong. A second
+    batch shows the mistakes that the first would.
     """
     here = [m for m in MISTAKES if (seen.case in m.cases or not m.cases) and _begins(m, seen.name, seen.case)]
-    here = [m for m in here if not any(_begins(m, name, seen.case) for name in agreed)]
+    here = [m for m in here if not any(_begins(m, name, seen.case) for name in forward)]
     told = {m.key: m.told(seen) for m in here if m.told}
     found = [m for m in here if told.get(m.key, not any(told.values()))]
     return [mistake.words for mistake in sorted(found, key=lambda mistake: not mistake.cases)]

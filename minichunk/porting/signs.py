@@ -17,13 +17,15 @@ NEAR = 1e-3  # of a norm: where rounding may do more, equal numbers tell nothing
 class Seen(NamedTuple):
     """A tensor that differs, both of the expected one's shape and finite.
 
-    golden, mine: all tensors of the file and of the port. bound: what rounding may do, relative to a norm.
+    golden, mine: all tensors of the file and of the port. agreed: the names of those before this one, which are right.
+    bound: what rounding may do, relative to a norm.
     """
 
     name: str
     case: str
     golden: dict[str, Tensor]
     mine: dict[str, Tensor]
+    agreed: list[str]
     bound: float
 
     @property
@@ -48,6 +50,9 @@ def sign(seen: Seen) -> str | None:
     if not (found := re.search(r"chunk\.(\d+)\.(grad\.)?", seen.name)):
         return None
     chunk, is_grad = int(found[1]), found[2] is not None
+    step = seen.name[: found.end()]
+    if is_grad and any(name.startswith(step) for name in seen.agreed):  # so it was kept and cleared at the right time
+        return "yours is all zeros: no gradient comes to this parameter" if all_zeros(seen) else None
     if (is_grad or not all_zeros(seen)) and _one_buffer(seen):
         return "yours is the same for all chunks: a view of one buffer, which goes on changing; keep a copy"
     if is_grad and all_zeros(seen):
@@ -67,7 +72,7 @@ def _one_buffer(seen: Seen) -> bool:
     names = [name for n in range(4) if (name := seen.other_chunk(n)) in seen.mine.keys() & seen.golden.keys()]
     alike = [name for name in names if seen.golden[name].shape == seen.expected.shape]
     differ = any(not torch.equal(seen.golden[name], seen.expected) for name in alike)
-    return differ and all(torch.equal(seen.mine[name], seen.mine[seen.name]) for name in alike)
+    return differ and all(torch.equal(seen.mine[name].double(), seen.got) for name in alike)
 
 
 def _not_cleared(seen: Seen) -> str | None:
@@ -100,6 +105,6 @@ def carried_twice(seen: Seen) -> bool:
 
 
 def not_decayed(seen: Seen) -> bool:
-    """Behind chunk 0, where chunk 1 is skipped; its gates do not depend on the draw."""
+    """At chunk 0, where chunk 1 is skipped; its gates do not depend on the draw."""
     decay = seen.golden[seen.other_chunk(1).replace("spaco", "seco").replace("adjoint", "decay")]
     return seen.equal(seen.got * decay, seen.expected)
