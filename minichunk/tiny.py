@@ -28,7 +28,7 @@ Kept = dict[int, tuple[float, float]]  # SpaCO's draw: chunks, numbered from 0, 
 def rotate(x: Tensor, start: int, theta: float) -> Tensor:
     """RoPE: turn dimensions i and i + D/2 of each query or key by an angle that grows with its position."""
     C, D = x.shape[-2:]
-    frequencies = 1 / (theta ** (torch.arange(0, D, 2) / D).double()).float()  # (D/2), rounded as Hugging Face does
+    frequencies = 1 / (theta ** (torch.arange(0, D, 2) / D).double()).float()  # (D/2); each step rounded to float32
     angles = torch.outer(torch.arange(start, start + C).float(), frequencies).double()  # (C, D/2)
     cos, sin = angles.cos().float().to(x), angles.sin().float().to(x)
     a, b = x.chunk(2, dim=-1)  # (B, H, C, D/2) each

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
-from . import numpy_llama, numpy_state
+from . import numpy_llama
 
 HERE = Path(__file__).parent
 
@@ -25,10 +25,19 @@ class Mutant(NamedTuple):
         for before, after in self.changes:
             assert text.count(before) == 1, f"{self.key}: {text.count(before)} times in {source}.py: {before}"
             text = text.replace(before, after)
-        module = ModuleType(f"{__package__}.{source}_mutant")
-        module.__package__ = __package__
-        exec(compile(text, f"{source}, {self.key}", "exec"), module.__dict__)
-        return (numpy_llama, module) if source == "numpy_state" else (module, numpy_state)
+        if source == "numpy_state":
+            return numpy_llama, run(text, numpy_llama)
+        llama = run(text, numpy_llama)
+        return llama, run((HERE / "numpy_state.py").read_text(), llama)
+
+
+def run(source: str, llama: ModuleType) -> ModuleType:
+    """A module of this source, which builds on that Llama."""
+    module = ModuleType(f"{__package__}.mutant")
+    module.__dict__.update(Array=llama.Array, KeyValues=llama.KeyValues, Llama=llama.Llama)
+    source = source.replace("from .numpy_llama import Array, KeyValues, Llama", "")
+    exec(compile(source, "mutant", "exec"), module.__dict__)
+    return module
 
 
 def mutant(key: str, before: str, after: str, case: str = "plain", *more: tuple[str, str]) -> Mutant:
@@ -73,6 +82,7 @@ FORWARD = [
     mutant("pairs of neighbours", "a, b = np.split(x, 2, axis=-1)", "a, b = x[..., ::2], x[..., 1::2]"),
     mutant("rotation backwards", "return np.concatenate((a * cos - b * sin, b * cos + a * sin), -1)",
            "return np.concatenate((a * cos + b * sin, b * cos - a * sin), -1)"),
+    mutant("no rotation", "return rotate(x, cos, sin), (saved, cos, sin)", "return x, (saved, cos, sin)"),
     mutant("keys before the rotation", "return rotate(x, cos, sin), (saved, cos, sin)",
            "return (x if name.endswith('k') else rotate(x, cos, sin)), (saved, cos, sin)"),
     mutant("eps outside the root", "r = 1 / np.sqrt((x * x).mean(-1, keepdims=True) + eps)",
@@ -102,6 +112,7 @@ FORWARD = [
     mutant("no residual", "residual = x + self.project", "residual = self.project"),
     mutant("heads not joined", "x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1)",
            "x.reshape(x.shape[0], x.shape[2], -1)"),
+    mutant("no MLP", 'y = residual + self.project(f"{mlp}.down_proj", gate * sigmoid * up)', "y = residual"),
     mutant("gate and up", 'gate, up = self.project(f"{mlp}.gate_proj", h2), self.project(f"{mlp}.up_proj", h2)',
            'up, gate = self.project(f"{mlp}.gate_proj", h2), self.project(f"{mlp}.up_proj", h2)'),
     mutant("another activation", "gate * sigmoid * up)", "np.maximum(gate, 0) * up)"),
@@ -136,6 +147,7 @@ BACKWARDS = [
     mutant("heads not summed", "shared, S, D).sum(2)", "shared, S, D).mean(2)", "grouped"),
     mutant("one use of the tied", 'self.learn(f"{self.head}.weight", outer(dlogits, y))', "pass", "tied"),
     mutant("nothing sent", ADD_UP, "pass"),
+    mutant("sent scaled", RELAYED, RELAYED.replace("weight[1] * g", "weight[1] * g / divisor")),
     mutant("wrong rows", "tuple(g[:, :, start:stop] for g", "tuple(g[:, :, : stop - start] for g"),
     mutant("replaced", ADD_UP, ADD_UP.replace("+=", "=")),
     mutant("one chunk back", ADD_UP,
@@ -145,6 +157,7 @@ BACKWARDS = [
            "        sent = (dk[:, :, :P] * near, dv[:, :, :P] * near)", "window"),
     mutant("not handed over", "(own[:, :, P:] + later for", "(own[:, :, P:] for"),
     mutant("handed over twice", "(own[:, :, P:] + later for", "(own[:, :, P:] + 2 * later for"),
+    mutant("handed over scaled", "(own[:, :, P:] + later for", "(own[:, :, P:] + later / 16 for"),
     mutant("handed over before the rotation", 'self.head_rotation_backward(f"{name}.k", dk, k_saved)',
            'self.head_rotation_backward(f"{name}.k", dk - relayed[0], k_saved) + join(relayed[0])'),
     mutant("gradients forgotten", BACKWARD, "model.grad.clear()\n        " + BACKWARD),
@@ -173,6 +186,9 @@ STATES = [
     mutant("adjoint stops at a kept chunk", CARRY, "self.adjoint = sent[0]", "state"),
     mutant("adjoint stops at a skipped chunk", "self.adjoint = self.adjoint * self.decays[i]\n",
            "self.adjoint = 0 * self.adjoint\n", "state"),
+    mutant("decay counted twice", SENT, "(dh,)", "state"),
+    mutant("no decay at a skipped chunk", "self.adjoint = self.adjoint * self.decays[i]\n",
+           "pass\n", "state"),
     mutant("all that autograd sends", CARRY, "self.adjoint = sent[0]", "state", (SENT, "(dh,)")),
     mutant("no way back through the state", SENT, "(0 * dh,)", "state"),
 ]

@@ -18,9 +18,10 @@ from minichunk.files.atomic import write_tensors
 from minichunk.porting import golden as writer
 from minichunk.porting.cases import Case, Step, build, cases
 from minichunk.porting.compare import OPTIONAL, Golden, compare, rank, read_golden
-from minichunk.porting.meanings import MISTAKES, describe
+from minichunk.porting.describe import describe
+from minichunk.porting.meanings import MISTAKES
 
-from .mutants import MUTANTS, Mutant
+from .mutants import FORWARD, LOSSES, MUTANTS, Mutant
 from .test_golden import COMMITTED, NAMES, Numpy
 
 
@@ -61,7 +62,8 @@ def words_for(mutant: Mutant) -> tuple[str, tuple[str, ...]]:
 def test_each_mistake_is_named_where_it_shows_first(mutant: Mutant) -> None:
     words, only = words_for(mutant)
     assert not only or mutant.case in only
-    for case in only or (mutant.case, "tied", "lora"):
+    others = ("tied", "lora", *(["hybrid"] if mutant in FORWARD + LOSSES else []))
+    for case in only or (mutant.case, *others):
         mine = outputs(Numpy(case, *mutant.modules()))
         for port in (mine, without_optional(mine)):
             verdict = compare(port, file(case))
@@ -189,6 +191,23 @@ def test_what_is_wrong_is_said_in_words() -> None:
     assert "must be all zeros, and is not" in changed(lambda x: x + 1, "seco.chunk.3.layer.0.key_grads")
     assert "is not the file's" in changed(lambda x: x + 1, "input_ids")
     assert "no known mistake begins here" in changed(lambda x: x + 1, "seco.chunk.2.layer.0.values")
+
+
+def test_what_has_no_numbers_to_compare_has_no_known_mistakes() -> None:
+    for change in (lambda x: x[:, :, :2], lambda x: x / 0, lambda x: x.long()):
+        assert "begins here" not in changed(change, "seco.chunk.0.layer.0.keys")
+    words = changed(lambda x: x[None], "seco.chunk.3.loss")
+    assert "but must have []; a scalar saved as [1]" in words and "begins here" not in words
+
+
+def test_what_is_given_does_not_count_as_left_out() -> None:
+    computed = {
+        name: t for name, t in file("lora").tensors.items() if not re.search("^(weights|masks)|ids|labels", name)
+    }
+    verdict = compare(computed, file("lora"))
+    assert verdict.equal and "left out" not in verdict.words
+    del computed["seco.chunk.0.logits"]
+    assert "; 1 that can be left out" in compare(computed, file("lora")).words
 
 
 def test_what_is_missing_is_named_and_what_can_be_left_out_is_not() -> None:

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..files.atomic import open_tensors
+from .describe import describe
 from .golden import FORMAT
-from .meanings import describe, usual_mistakes
+from .meanings import usual_mistakes
+from .signs import Seen, sign
 
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SLACK = 2  # rounding was measured on a few runs; other orders of the same steps may do more
@@ -27,6 +29,7 @@ METHODS = ("seco", "second.seco", "spaco", "second.spaco")
 OPTIONAL = re.compile(
     r"^(rope|full|masks|weights)\.|(^|\.)(input_ids|labels)$|\.(hidden|attention|residual|logits|decay)$"
 )
+GIVEN = re.compile(r"^(masks|weights)\.|(^|\.)(input_ids|labels)$")  # which a port reads and does not compute
 LAYER = ("hidden", "keys", "values", "state", "decay", "attention", "residual")
 RELAYED = ("key_grads", "value_grads", "adjoint")
 # Of the parameters' gradients in the order in which a backward pass comes to them.
@@ -98,8 +101,8 @@ def coarsest(tensors: dict[str, Tensor]) -> str:
 def difference(got: Tensor, expected: Tensor, bound: float) -> str | None:
     """In words; None: equal, up to rounding."""
     if got.shape != expected.shape:
-        turned = sorted(got.shape) == sorted(expected.shape)
-        hint = "; the same axes, in another order" if turned else ""
+        hint = "; the same axes, in another order" if sorted(got.shape) == sorted(expected.shape) else ""
+        hint = f"; a scalar saved as {list(got.shape)}" if got.numel() == 1 and not expected.shape else hint
         return f"has the shape {list(got.shape)}, but must have {list(expected.shape)}{hint}"
     if not expected.is_floating_point():
         same = not got.is_floating_point() and torch.equal(got.long(), expected.long())
@@ -146,20 +149,28 @@ def compare(mine: dict[str, Tensor], golden: Golden, precision: str | None = Non
     for n, name in enumerate(there):
         if words := difference(mine[name], golden.tensors[name], bound):
             before = f"{n} tensors before it agree, the last of them {there[n - 1]}" if n else "it is the first one"
-            usual = usual_mistakes(name, golden.case)
-            lines = [f"{name} {words}", f"  {before}", f"it is {describe(name)}", *_meanings(usual)]
+            about = _meanings(Seen(name, golden.case, golden.tensors, mine, there[:n], bound))
+            lines = [f"{name} {words}", f"  {before}", f"it is {describe(name)}", *about]
             return Verdict(False, "\n".join(lines), name)
     missing = [name for name in golden.tensors if name not in mine and not OPTIONAL.search(name)]
     unknown = sorted(mine.keys() - golden.tensors.keys())
     counted = f"{len(there)} tensors agree in {precision}, within {bound:.1g} of their norms"
     if missing:
         return Verdict(False, "\n".join([counted, *_missing(missing, unknown)]))
-    left = [name for name in golden.tensors if name not in mine and not name.startswith(("weights.", "masks."))]
+    left = [name for name in golden.tensors if name not in mine and not GIVEN.search(name)]
     return Verdict(True, counted + (f"; {len(left)} that can be left out are not there" if left else ""))
 
 
-def _meanings(usual: list[str]) -> list[str]:
-    if not usual:
+def _meanings(seen: Seen) -> list[str]:
+    """What the numbers tell, or else what they may mean; nothing where there are none to compare."""
+    got, expected = seen.mine[seen.name], seen.expected
+    if got.shape != expected.shape or not got.is_floating_point() or not got.isfinite().all():
+        return []
+    if told := sign(seen):
+        return [told]
+    place = rank(seen.name)
+    forward = [name for name in seen.agreed if len(place) > 2 and rank(name)[:3] == (place[0], 0, place[2])]
+    if not (usual := usual_mistakes(seen, forward)):
         return ["no known mistake begins here"]
     return ["what usually begins here:", *(f"  - {words}" for words in usual)]
 

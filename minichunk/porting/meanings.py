@@ -1,4 +1,4 @@
-"""What a tensor of a golden file is, and which mistakes show in it first.
+"""Which mistakes show first in a tensor of a golden file.
 
 No row of MISTAKES is from memory: tests/mutants.py makes each of them in a port in NumPy, and tests/test_compare.py
 keeps the tensors true in which they show.
@@ -7,26 +7,32 @@ keeps the tensors true in which they show.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
+
+from .signs import Seen, all_zeros, carried_twice, not_carried, not_decayed
 
 
 class Mistake(NamedTuple):
     """key: a name for it. first: where it shows first, whether or not a port has the tensors that can be left out.
 
-    cases: the golden files that show it; none: those of all Llamas.
+    cases: the golden files that show it; none: those of all Llamas. told: whether the numbers are this mistake's; where
+    those of any are, the others are not named.
     """
 
     key: str
     first: str
     words: str
     cases: tuple[str, ...] = ()
+    told: Callable[[Seen], bool] | None = None
 
 
 FIRST_KEYS = r"seco\.chunk\.0\.layer\.0\.keys"
-ATTENTION = r"seco\.chunk\.0\.layer\.(0\.(attention|residual)|1\.(hidden|keys))"
-RESIDUAL = r"seco\.chunk\.0\.layer\.(0\.residual|1\.(hidden|keys))"
-MLP = r"seco\.chunk\.0\.layer\.1\.(hidden|keys)"
-PAST = r"seco\.chunk\.1\.layer\.(0\.(attention|residual)|1\.(hidden|keys))"
+FIRST_NORM = r"seco\.chunk\.0\.layer\.0\.(keys|state)"
+ATTENTION = r"seco\.chunk\.0\.layer\.(0\.(attention|residual)|1\.(hidden|keys|state))"
+RESIDUAL = r"seco\.chunk\.0\.layer\.(0\.residual|1\.(hidden|keys|state))"
+MLP = r"seco\.chunk\.0\.layer\.1\.(hidden|keys|state)"
+PAST = r"seco\.chunk\.1\.layer\.(0\.(attention|residual)|1\.(hidden|keys|state))"
 LAST_LOSS = r"seco\.chunk\.3\.loss"
 RELAY = r"seco\.chunk\.2\.layer\.\d\.(key|value)_grads"
 SUM = r"seco\.chunk\.1\.layer\.\d\.(key|value)_grads"
@@ -36,9 +42,9 @@ SPARSE_RELAY = r"spaco\.chunk\.2\.layer\.\d\.(key|value)_grads"
 CARRY = r"spaco\.chunk\.0\.layer\.\d\.adjoint"
 
 
-def _at(first: str, words: dict[str, str], *cases: str) -> list[Mistake]:
+def _at(first: str, words: dict[str, str], *cases: str, told: Callable[[Seen], bool] | None = None) -> list[Mistake]:
     """The mistakes that show first there, by their keys."""
-    return [Mistake(key, first, text, cases) for key, text in words.items()]
+    return [Mistake(key, first, text, cases, told) for key, text in words.items()]
 
 
 # fmt: off
@@ -47,7 +53,10 @@ MISTAKES = (
     *_at(FIRST_KEYS, {
         "pairs of neighbours": "the rotation pairs dimensions 2i and 2i + 1; it must pair i and i + D/2",
         "rotation backwards": "the rotation turns the other way: a cos - b sin and b cos + a sin are right",
+        "no rotation": "the queries and keys are not rotated",
         "keys before the rotation": "the keys are those before the rotation; the cache holds rotated ones",
+    }),
+    *_at(FIRST_NORM, {
         "eps outside the root": "RMSNorm's eps stands outside the root: x / sqrt(mean(x²) + eps) is right",
         "mean subtracted": "the norm subtracts the mean, as LayerNorm does and RMSNorm does not",
         "norm by 1 + weight": "the norm multiplies by 1 + weight, as Gemma's does, instead of by weight",
@@ -73,11 +82,12 @@ MISTAKES = (
     }),
     *_at(ATTENTION, {
         "heads in turn": "query heads take key heads in turn (tile); neighbours share one (repeat)",
-    }, "grouped", "qk-norm", "window"),
+    }, "grouped", "qk-norm", "window", "hybrid"),
     *_at(RESIDUAL, {
         "no residual": "what attention returns is not added to the layer's input",
     }),
     *_at(MLP, {
+        "no MLP": "the MLP is left out",
         "gate and up": "gate_proj and up_proj are exchanged: silu(gate) · up is right",
         "another activation": "the activation is not silu(x) = x · sigmoid(x)",
         "norm of the wrong input": "the second norm is given the layer's input, not the sum with attention",
@@ -124,12 +134,13 @@ MISTAKES = (
     }),
     *_at(r"seco\.chunk\.3\.grad\..*v_proj", {
         "heads not summed": "the gradients of query heads that share a key head are not summed",
-    }, "grouped", "qk-norm", "window"),
+    }, "grouped", "qk-norm", "window", "hybrid"),
     *_at(r"seco\.chunk\.3\.grad\.model\.embed_tokens", {
         "one use of the tied": "the tied embedding gets the gradient of one of its two uses",
     }, "tied"),
     *_at(RELAY, {
         "nothing sent": "nothing is sent back: what arrives at the past as gradient must be kept",
+        "sent scaled": "what is sent back is divided by `num_targets` once more; the loss has the divisor already",
         "wrong rows": "the gradient is read at the wrong positions: a chunk's own, counted in the text",
     }),
     *_at(SUM, {
@@ -142,6 +153,7 @@ MISTAKES = (
     *_at(HANDED, {
         "not handed over": "what was received is not handed to the backward pass",
         "handed over twice": "what was received is handed to the backward pass twice",
+        "handed over scaled": "what was received is scaled once more (divided by `num_targets`) when it is handed over",
     }),
     *_at(r"seco\.chunk\.2\.grad\..*k_(proj|norm)", {
         "handed over before the rotation": "the relay goes to keys before the rotation; it belongs to the rotated ones",
@@ -182,53 +194,38 @@ MISTAKES = (
     }, "state", "hybrid"),
     *_at(r"seco\.chunk\.1\.layer\.\d\.adjoint", {
         "adjoint stops at a kept chunk": "g · decay is missing: the adjoint passes through the chunk as well",
-    }, "state", "hybrid"),
+    }, "state", "hybrid", told=not_carried),
+    *_at(r"seco\.chunk\.1\.layer\.\d\.adjoint", {
+        "decay counted twice": "g · decay is counted twice: take relayed · decay off what autograd sends",
+    }, "state", "hybrid", told=carried_twice),
     *_at(CARRY, {
         "adjoint stops at a skipped chunk": "the adjoint does not pass a skipped chunk; there too it is g · decay",
+    }, "state", "hybrid", told=all_zeros),
+    *_at(CARRY, {
+        "no decay at a skipped chunk": "the adjoint passes a skipped chunk as it is; it must be g · decay",
+    }, "state", "hybrid", told=not_decayed),
+    *_at(CARRY, {
         "all that autograd sends": "the relay's factor is on what passes by the decay alone, too: another estimate",
     }, "state", "hybrid"),
 )
 # fmt: on
 
 
-def usual_mistakes(name: str, case: str) -> list[str]:
-    """The words of all known mistakes that show first in this tensor of this file; those of this file alone come first.
+def usual_mistakes(seen: Seen, forward: list[str]) -> list[str]:
+    """The words of all known mistakes that show first in this tensor; those of this file alone come first.
 
-    A second batch shows those that the first would.
+    forward: tensors of the same forward pass that are right, so nothing that would show in them is wrong. A second
+    batch shows the mistakes that the first would.
     """
-    both = (name, name.removeprefix("second."))
-    found = [m for m in MISTAKES if (case in m.cases or not m.cases) and any(re.match(m.first, n) for n in both)]
+    here = [m for m in MISTAKES if (seen.case in m.cases or not m.cases) and _begins(m, seen.name, seen.case)]
+    here = [m for m in here if not any(_begins(m, name, seen.case) for name in forward)]
+    told = {m.key: m.told(seen) for m in here if m.told}
+    found = [m for m in here if told.get(m.key, not any(told.values()))]
     return [mistake.words for mistake in sorted(found, key=lambda mistake: not mistake.cases)]
 
 
-KINDS = {
-    "hidden": "what goes into layer {layer} at chunk {chunk}",
-    "keys": "the keys that chunk {chunk} writes in layer {layer}, after the rotation",
-    "values": "the values that chunk {chunk} writes in layer {layer}",
-    "state": "the state after chunk {chunk} in layer {layer}",
-    "decay": "the product of the gates of chunk {chunk} in layer {layer}",
-    "attention": "what attention returns to chunk {chunk} in layer {layer}, heads side by side, before o_proj",
-    "residual": "the input of layer {layer} plus what o_proj returns, at chunk {chunk}",
-    "logits": "what the LM head returns to chunk {chunk}",
-    "key_grads": "what is relayed to the keys of chunk {chunk} in layer {layer}: all that later chunks sent back",
-    "value_grads": "what is relayed to the values of chunk {chunk} in layer {layer}: all that later chunks sent back",
-    "adjoint": "what is relayed to the state after chunk {chunk} in layer {layer}",
-    "loss": "chunk {chunk}'s part of the mean loss",
-}
-
-
-def describe(name: str) -> str:
-    """What a tensor is, in words."""
-    method = "SpaCO" if "spaco" in name else "SeCO"
-    of = " of the second batch" if name.startswith("second.") else ""
-    factors = ", its factors included" if method == "SpaCO" else ""
-    if found := re.search(r"\.chunk\.(\d+)\.grad\.(.+)", name):
-        return f"the gradient of {found[2]} after the backward pass of chunk {found[1]} in {method}{of}{factors}"
-    if found := re.search(r"\.chunk\.(\d+)\.(?:layer\.(\d+)\.)?(\w+)$", name):
-        words = KINDS[found[3]].format(chunk=found[1], layer=found[2])
-        return f"{words}, in {method}{of}" + (factors if found[3].endswith(("loss", "grads", "adjoint")) else "")
-    if name.endswith("co.loss"):
-        return f"the sum of the chunks' losses in {method}{of}{factors}"
-    if name.startswith("full."):
-        return f"ordinary backpropagation: {name.removeprefix('full.')}"
-    return "what the file gives, for you to begin with"
+def _begins(mistake: Mistake, name: str, case: str) -> bool:
+    """Whether it may show first in this tensor. The hybrid's layer 1 is to a Llama's mistakes the first."""
+    if case == "hybrid":
+        name = re.sub(r"layer\.([12])\.", lambda layer: f"layer.{int(layer[1]) - 1}.", name)
+    return any(re.match(mistake.first, n) for n in (name, name.removeprefix("second.")))
