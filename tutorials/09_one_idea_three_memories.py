@@ -235,11 +235,11 @@ assert all(loss < 1 for steps, loss in fetching if steps >= 300)
 # all that have full layers are after it. What full attention has to learn here is to bear distances that it has never
 # met; in a window there are none. What stood far back hardly helps so small a model with a novel.
 #
-# **The repeat needs nothing but the far past.** Full attention learns it, and so does the hybrid whose *last* third is
-# full. Windows in all layers could only hand a token on, from layer to layer, three times. Where the full layers are may
-# matter: to find a token's twin, one layer writes beside each token which came before it, for which a window will do,
-# and a layer *above* looks for that. Below the last third are four layers; below the middle third, the paper's choice,
-# two. See in the table what came of each; then measure on your own model, with a task that needs the far past.
+# **The repeat needs nothing but the far past.** Full attention learns it, and so does every hybrid, a few dozen steps
+# later. Windows in all layers stay at chance: they could only hand a token on, from layer to layer, three times. To find
+# a token's twin takes two layers, one that writes beside each token which came before it (a window will do), and one
+# *above* that looks for that: below the last third are four layers, below the middle third, the paper's choice, two, and
+# here both are enough. One model, one seed of each curve: measure on your own, with a task that needs the far past.
 #
 # ## Exercises
 #
