@@ -105,7 +105,7 @@ def test_attention_over_the_cache(
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=["plain", "flash-cpu"])
-@examples(150)
+@examples(100)
 @given(
     B=st.integers(1, 2),
     G=st.integers(1, 3),

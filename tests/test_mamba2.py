@@ -99,7 +99,7 @@ def configs(draw: st.DrawFn) -> mc.Mamba2Config:
     )  # fmt: skip
 
 
-@examples(35)
+@examples(25)
 @given(
     config=configs(),
     batch=batches(),
@@ -263,7 +263,7 @@ def same_tensors(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 
 @given(config=configs())
-@examples(60)
+@examples(40)
 def test_config_json_and_back(config: mc.Mamba2Config) -> None:
     assert mc.Mamba2Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 

@@ -33,7 +33,7 @@ def shape_of_a_false_alarm() -> dict[str, object]:
     return {"model": build(tiny(1), 0), "batch": Batch(ids, labels), "chunk_size": 3, "block": 4, "entries": entries}
 
 
-@examples(60)
+@examples(40)
 @given(
     model=models(lora=False),
     batch=batches(),

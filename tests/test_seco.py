@@ -53,7 +53,7 @@ def full_with_masks(
         return mc.full(model, batch.input_ids, batch.labels, num_targets=num_targets)
 
 
-@examples(250)
+@examples(150)
 @given(
     model=models(),
     batch=batches(),
@@ -85,7 +85,7 @@ def test_seco_equals_full(
         exact.check(outcome(model, lambda: mc.seco(model, batch.input_ids, batch.labels, chunk_size, **keywords)))
 
 
-@examples(40)
+@examples(25)
 @given(
     model=models(),
     first=batches(),

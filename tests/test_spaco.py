@@ -135,7 +135,7 @@ def test_the_published_estimator_is_biased_as_the_theory_says(budget: int, cap: 
         exact.check(got, beside=draws)
 
 
-@examples(60)
+@examples(40)
 @given(
     model=models(lora=False),
     batch=batches(),

@@ -61,7 +61,7 @@ def of(log: Log, kind: str) -> Log:
 # What is watched is what is computed.
 
 
-@examples(20)
+@examples(12)
 @given(
     model=models(),
     batch=batches(),

@@ -27,14 +27,13 @@ Stretch = tuple[int, int, int]  # (start, stop, row of the first one)
 class Places:
     """Rows of a buffer, and which positions they have.
 
-    pinned: the rows of pinned positions, the first ones. ring: the rows of the ring, the last ones of `rows`.
+    The first rows have the pinned positions. ring: how many rows the ring has, the last ones of `rows`.
     kept: the chunks that will receive gradients. pinned_of, near_of: for each of them, the indices of its pinned
         positions, and those of its positions that the next one has in reach: (start, stop).
     pinned_slots: all pinned_of, neighbours as one, and their rows in a buffer of `pinned_slot_rows`.
     """
 
     pattern: Pattern
-    pinned: int
     stretches: Sequence[Stretch]
     ring: int
     rows: int
@@ -104,7 +103,7 @@ def places(pattern: Pattern, capacity: int, kept: tuple[Chunk, ...]) -> Places:
     following = [*(c.start for c in kept[1:]), capacity]
     near_of = [(max(c.start, start - pattern.reach), c.stop) for c, start in zip(kept, following, strict=False)]
     pinned_of = [(pattern.pinned_before(c.start), pattern.pinned_before(c.stop)) for c in kept]
-    return Places(pattern, pinned, stretches, ring, rows + ring, kept, pinned_of, near_of, *joined(pinned_of))
+    return Places(pattern, stretches, ring, rows + ring, kept, pinned_of, near_of, *joined(pinned_of))
 
 
 def joined(stretches: Iterable[tuple[int, int]], row: int = 0) -> tuple[list[Stretch], int]:
