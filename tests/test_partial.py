@@ -24,6 +24,7 @@ from minichunk.training.load import load_as_told
 from minichunk.training.options import PARTIAL_CONTEXT, TrainOptions
 from minichunk.training.train import load_data
 
+from .gradients import visible
 from .rounding import exactly, measure, outcome
 from .strategies import build, tiny
 from .test_model import ARCHITECTURES, BASE
@@ -51,14 +52,6 @@ def with_adapter(model: mc.Llama) -> mc.Llama:
     return model
 
 
-def sees(pattern: Pattern, i: int, j: int) -> bool:
-    """The rule, one pair at a time."""
-    if isinstance(pattern, mc.Strided):
-        block, other = i // pattern.block, j // pattern.block
-        return j <= i and (block - other < pattern.local or other % pattern.stride == 0)
-    return j <= i and (pattern.window is None or i - j < pattern.window or j < pattern.sinks)
-
-
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("full_layers", [(), (0,), None])
 def test_what_a_position_sees(pattern: Pattern, full_layers: tuple[int, ...] | None) -> None:
@@ -69,7 +62,7 @@ def test_what_a_position_sees(pattern: Pattern, full_layers: tuple[int, ...] | N
     T = 14
     expected = torch.eye(T)
     for part in parts:
-        expected = torch.tensor([[float(sees(part, i, j)) for j in range(T)] for i in range(T)]) @ expected
+        expected = visible(part, T).float() @ expected
     x = model.embedding(IDS[:1, :T]).detach().requires_grad_()
     hidden = x
     for layer in model.layers:

@@ -23,7 +23,7 @@ from ..chunks import cut
 from ..files.atomic import write_json
 from ..memory.pattern import Pattern, Strided, Window
 from ..models.llama import Llama
-from ..models.partial import full_layers_of, partial_config
+from ..models.partial import full_layers_of, partial_config, set_patterns
 from ..models.shapes import random_model
 from ..protocol import DEFAULTS
 from ..seco import fill, new_memory, rebuild
@@ -52,7 +52,6 @@ def measure_positions(
     torch.manual_seed(0)
     model = random_model(name, torch.float32)
     assert isinstance(model, Llama)
-    layers: Any = model.layers
     configs = {"full": model.config} | {which: partial_config(model.config, p) for which, p in hybrids.items()}
     seconds: dict[tuple[str, str, int], list[float]] = {}
     about = {
@@ -64,8 +63,7 @@ def measure_positions(
         for position in [*positions] * repeats:
             for which, config in configs.items():
                 bar.set_postfix_str(f"{which}, position {position:,}")
-                for layer, seen in zip(layers, config.patterns(), strict=True):
-                    layer.self_attn.pattern = seen
+                set_patterns(model, config)
                 for what, sample in _measure(model, position, chunk_size):
                     seconds.setdefault((what, which, position), []).append(sample)
                 bar.update()

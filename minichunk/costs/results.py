@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files.atomic import read_json, replacing
+from ..files.atomic import read_json
+from ..files.figures import new_figure, save_figure
 from ..files.room import human_bytes
 from .measure import Case
 
@@ -99,13 +100,9 @@ def ratios(results: Sequence[Result]) -> str:
 
 def plot(results: Sequence[Result], path: Path) -> bool:
     """Draw time per step and peak memory against length; False if matplotlib is not installed."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+    figure = new_figure(11, 5)
+    if figure is None:
         return False
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)
     chunk_size = results[0].case.chunk_size
     lines: dict[str, list[Result]] = {}
@@ -128,6 +125,5 @@ def plot(results: Sequence[Result], path: Path) -> bool:
     panels[0].set_title("Time per step")
     panels[1].set_title("Peak memory of the process")
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=5)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    save_figure(figure, path)
     return True

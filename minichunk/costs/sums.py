@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files.atomic import read_json, replacing
+from ..files.atomic import read_json
+from ..files.figures import new_figure, save_figure
 
 Line = dict[int, float]  # seconds by position
 LENGTHS = (4096, 16384, 32768, 131072)
@@ -128,13 +129,9 @@ def in_words(curves: Curves) -> str:
 
 def plot_curves(curves: Curves, path: Path) -> bool:
     """Draw a chunk's time against its position, and how many times as fast; False if matplotlib is not installed."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+    figure = new_figure(11, 4.6)
+    if figure is None:
         return False
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    FigureCanvasAgg(figure)
     chunks, ratios = figure.subplots(1, 2)
     for what, style in (("rebuild", "o-"), ("fill", "o--")):
         for which, line in curves.lines[what].items():
@@ -146,8 +143,7 @@ def plot_curves(curves: Curves, path: Path) -> bool:
     for axes in (chunks, ratios):
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    save_figure(figure, path)
     return True
 
 

@@ -156,8 +156,7 @@ class _PartAttention(torch.autograd.Function):
         kernel: Kernel = ctx.kernel
         # The same projections made the past's keys and values: they need gradients if ours do.
         sends_back = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        band = past.band(part, k, v)
-        dq, dk, dv = _band_backward(kernel, part, grad, q, *band, out, lse)
+        dq, dk, dv = _band_backward(kernel, part, grad, q, *past.band(part, k, v), out, lse)
         reach = past.start - (part.start - part.reach)
         if reach > 0 and sends_back:
             past.memory.add_near_grads(past.start - reach, dk[:, :, :reach], dv[:, :, :reach])

@@ -33,8 +33,13 @@ def partial_context(model: Pretrained, pattern: Pattern, full_layers: Sequence[i
         raise InputError(f"partial_context needs a model of the Llama family, not {type(model).__name__}")
     model.config = partial_config(model.config, pattern, full_layers)
     model.partial = {"pattern": asdict(pattern), "full_layers": full_layers_of(model.config)}
+    set_patterns(model, model.config)
+
+
+def set_patterns(model: Llama, config: LlamaConfig) -> None:
+    """Let the layers' queries see what the config says, whatever the model's own does."""
     layers: Any = model.layers
-    for layer, seen in zip(layers, model.config.patterns(), strict=True):
+    for layer, seen in zip(layers, config.patterns(), strict=True):
         layer.self_attn.pattern = seen
 
 

@@ -11,7 +11,8 @@ import torch
 from ..chunks import Chunk, cut
 from ..errors import InputError
 from ..files.shipped import SHIPPED_MODEL
-from ..memory.pattern import Pattern, Strided, Window
+from ..memory.pattern import Pattern
+from ..models.config import pattern_of
 from ..samplers import Bernoulli, FixedBudget, PaperBudget, most_kept
 from ..spaco import Sampler
 
@@ -78,7 +79,7 @@ def make_pattern(kind: str | None, given: Mapping[str, Any]) -> Pattern | None:
     values = {name: value for name, value in pattern_options(kind, given).items() if value is not None}
     if kind is None:
         return None
-    return Window(**values) if kind == "window" else Strided(**values)
+    return pattern_of(values)
 
 
 def default_dtype(device: str) -> str:

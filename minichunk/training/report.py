@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..files.atomic import replacing
+from ..files.figures import new_figure, save_figure
 from .evaluate import Span
 
 
@@ -41,13 +41,9 @@ def plot_run(
     path: Path, metrics: Sequence[dict[str, Any]], before: Sequence[Span], after: Sequence[Span], context: int
 ) -> bool:
     """Draw the loss by step and by position into a PNG; False if matplotlib is not installed."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+    figure = new_figure(10, 3.8)
+    if figure is None:
         return False
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    FigureCanvasAgg(figure)  # draws without a screen
     by_step, by_position = figure.subplots(1, 2)
     by_step.plot([m["step"] for m in metrics], [m["loss"] for m in metrics], color="tab:blue")
     by_step.set(xlabel="step", ylabel="training loss (nats per token)", title="Loss by step")
@@ -58,8 +54,7 @@ def plot_run(
         by_position.axvspan(context, spans_beyond[-1].stop, alpha=0.1, color="tab:blue", label="beyond the old context")
     by_position.set(xlabel="position", ylabel="held-out loss (nats per token)", title=_finding(before, after, context))
     by_position.legend()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    save_figure(figure, path)
     return True
 
 
