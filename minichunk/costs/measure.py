@@ -16,7 +16,6 @@ from torch import Tensor
 from ..batch import prepare
 from ..chunks import Chunk, cut
 from ..full import full
-from ..loss import token_losses
 from ..models.auto import load_model
 from ..models.llama import Llama
 from ..models.lora import add_lora
@@ -206,11 +205,9 @@ def _cache_bytes(case: Case) -> int:
 @torch.no_grad()
 def _forward(model: Pretrained, ids: Tensor, chunk_size: int) -> Tensor:
     """Inference: the loss of every chunk, over the cache."""
-    memory = model.new_memory(*ids.shape)
-    targets = shift(ids)
     total = torch.zeros((), device=ids.device)
-    for rows, hidden in model.run_chunks(ids, memory, chunk_size):
-        total += token_losses(hidden, model.lm_head.weight, targets[:, rows]).sum()
+    for _, losses in model.chunk_losses(ids, shift(ids), chunk_size):
+        total += losses.sum()
     return total / (ids.shape[1] - 1)
 
 

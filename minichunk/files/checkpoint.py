@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from .atomic import make_directory, open_tensors, read_json, write_json, write_tensors
+from .torchrun import is_first
 
 _INDEX = "model.safetensors.index.json"
 
@@ -27,16 +28,22 @@ def _size(files: Iterable[Path]) -> int:
 
 
 def read_checkpoint(
-    directory: Path, shapes: Mapping[str, Sequence[int]], tied: Collection[str], device: str | torch.device
+    directory: Path,
+    shapes: Mapping[str, Sequence[int]],
+    tied: Collection[str],
+    here: Collection[str],
+    device: str | torch.device,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors one by one, on the device; the host holds one at a time.
 
     shapes: what the model needs, by name. tied: names of copies of those, which may be there too and are not read.
+    here: which of `shapes` this process needs; the others have to be there, and are not read.
     Raises InputError, naming the file and the tensor, for one that is missing, unknown or of another shape.
     """
     names_by_file = _find_tensors(directory)
     size = _size(names_by_file)
-    bar = tqdm(total=size, desc=f"load {directory.name}", unit="B", unit_scale=True, leave=False, disable=size < 10**9)
+    total, quiet = size * len(here) // max(1, len(shapes)), size < 10**9 or not is_first()
+    bar = tqdm(total=total, desc=f"load {directory.name}", unit="B", unit_scale=True, leave=False, disable=quiet)
     found: set[str] = set()
     for path, names in names_by_file.items():
         with open_tensors(path, str(device)) as file:
@@ -50,10 +57,12 @@ def read_checkpoint(
                 shape, expected = file.get_slice(name).get_shape(), list(shapes[name])
                 if shape != expected:
                     raise InputError(f"{path}: {name} has the shape {shape}, but config.json makes it {expected}")
+                found.add(name)
+                if name not in here:
+                    continue
                 tensor = file.get_tensor(name)
                 if not tensor.is_floating_point():
                     raise InputError(f"{path}: {name} is {tensor.dtype}, but must be floating point (unquantized)")
-                found.add(name)
                 bar.update(tensor.nbytes)
                 yield name, tensor
     bar.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,11 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     load_in_4bit: bool = False,
+    prepare: Callable[[Pretrained], object] = lambda model: None,
 ) -> Pretrained:
     """As `from_pretrained` of the checkpoint's own class, see there. Raises InputError."""
     path = Path(directory) / "config.json"
     if Path(directory).is_dir() and not path.is_file():
         raise InputError(f"{directory} has no config.json: it is not a Hugging Face checkpoint")
     kind = model_class(read_json(path)) if path.is_file() else Llama
-    return kind.from_pretrained(directory, dtype, device, load_in_4bit)
+    return kind.from_pretrained(directory, dtype, device, load_in_4bit, prepare)

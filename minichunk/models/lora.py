@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .dropout import DropoutMasks
+from .elsewhere import Elsewhere
 from .quantize import Linear4bit, is_in_4bit
 from .stack import Stack
 
@@ -28,18 +29,12 @@ class LoraLinear(nn.Linear):
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
-        if isinstance(base, Linear4bit):
-            self.base, like = base, base.scales
-        else:
-            self.base, like = None, base.weight
+        self.base = base if isinstance(base, Linear4bit) else None
+        if isinstance(base, nn.Linear):
             self.weight, self.bias = base.weight, base.bias
         self.name, self.dropout, self.masks = name, dropout, masks
         self.scale = alpha / rank
-        wide = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
-        self.lora_A = nn.Linear(base.in_features, rank, bias=False, **wide)
-        self.lora_B = nn.Linear(rank, base.out_features, bias=False, **wide)
-        nn.init.kaiming_uniform_(self.lora_A.weight, a=5**0.5)  # as the LoRA paper's code: starts at B A = 0
-        nn.init.zeros_(self.lora_B.weight)
+        self.lora_A, self.lora_B = low_rank(base.in_features, base.out_features, rank, stored(base))
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias) if self.base is None else self.base(x)
@@ -55,6 +50,21 @@ class LoraLinear(nn.Linear):
         return (self.weight.to(product.dtype) + self.scale * product).to(self.weight.dtype)
 
 
+def stored(layer: nn.Linear | Linear4bit) -> Tensor:
+    """What its weight is stored as."""
+    return layer.scales if isinstance(layer, Linear4bit) else layer.weight
+
+
+def low_rank(in_features: int, out_features: int, rank: int, like: Tensor) -> tuple[nn.Linear, nn.Linear]:
+    """A (rank, in), random, and B (out, rank), zero, on like's device, in its dtype or in float32 if that is wider."""
+    wide = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
+    A = nn.Linear(in_features, rank, bias=False, **wide)
+    B = nn.Linear(rank, out_features, bias=False, **wide)
+    nn.init.kaiming_uniform_(A.weight, a=5**0.5)  # as the LoRA paper's code: starts at B A = 0
+    nn.init.zeros_(B.weight)
+    return A, B
+
+
 def adapters(model: Stack) -> dict[str, LoraLinear]:
     """The model's LoRA layers by their names."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
@@ -62,8 +72,11 @@ def adapters(model: Stack) -> dict[str, LoraLinear]:
 
 def linear_layers(model: Stack) -> list[str]:
     """Names that an adapter can be put at: those of the linear layers, each once, without the LM head."""
-    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear | Linear4bit))
-    names = dict.fromkeys(name.rpartition(".")[2] for name in linear)
+    names = dict[str, None]()
+    for name, module in model.named_modules():
+        inside = module.linear if isinstance(module, Elsewhere) else ()
+        linear = [name] if isinstance(module, nn.Linear | Linear4bit) else inside
+        names |= dict.fromkeys(full.rpartition(".")[2] for full in linear)
     return [name for name in names if name not in ("lm_head", "lora_A", "lora_B", "base")]
 
 
@@ -98,9 +111,13 @@ def add_lora(
         raise InputError("the model has an adapter already: call merge_lora(model) first")
     model.requires_grad_(False)
     masks = DropoutMasks()
+    like = next(stored(module) for module in model.modules() if isinstance(module, nn.Linear | Linear4bit))
     for name, module in list(model.named_modules()):
         parent_name, _, child = name.rpartition(".")
-        if child in targets:
+        if isinstance(module, Elsewhere):  # the same random numbers whoever has which layers
+            for sizes in [sizes for inside, sizes in module.linear.items() if inside.rpartition(".")[2] in targets]:
+                low_rank(*sizes, rank, like)
+        elif child in targets:
             assert isinstance(module, nn.Linear | Linear4bit)
             layer = LoraLinear(module, name, rank, alpha, dropout, masks)
             setattr(model.get_submodule(parent_name), child, layer)

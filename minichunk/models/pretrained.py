@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,11 +31,13 @@ class Pretrained(Stack):
         dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
         load_in_4bit: bool = False,
+        prepare: Callable[[Self], object] = lambda model: None,
     ) -> Self:
         """Load a Hugging Face checkpoint directory (`config.json` and safetensors).
 
         dtype: of all parameters; None takes that of the first tensor in the files.
         load_in_4bit: store the linear layers' weights in 4 bits, for LoRA; see quantize.py. Raises InputError.
+        prepare: called with the model before it has its tensors; those of what it takes out are not read.
         Tensor by tensor onto the device: the host holds one at a time.
         """
         if load_in_4bit:
@@ -50,18 +53,22 @@ class Pretrained(Stack):
         except InputError as error:
             raise InputError(f"{config_path}: {error}" if str(error).startswith("config:") else str(error)) from None
         wanted = dict(model.named_parameters())  # a tied LM head is named once, as the embedding
+        tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - wanted.keys()
+        in_file = {parameter: name for name, parameter in wanted.items()}
+        prepare(model)
+        here = {in_file[parameter]: name for name, parameter in model.named_parameters()}
         size = checkpoint_bytes(directory)
-        wide = sum(p.numel() for p in wanted.values()) * dtype.itemsize if dtype is not None else size
+        wide = sum(wanted[name].numel() for name in here) * dtype.itemsize if dtype is not None else size
         ways = [] if dtype is not None and dtype.itemsize == 2 else ["--dtype bfloat16"]
         ways += [] if load_in_4bit else ["--load-in-4bit"]
         advice = "take " + ", ".join([*ways, "a smaller model"]) + ", or free memory"
         check_room(str(directory), wide * 0.3 if load_in_4bit else wide, torch.device(device), advice)
-        tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - wanted.keys()
         shapes = {name: p.shape for name, p in wanted.items()}
-        for name, tensor in read_checkpoint(directory, shapes, tied, device):
+        for name, tensor in read_checkpoint(directory, shapes, tied, here.keys(), device):
             dtype = dtype or tensor.dtype  # one for all: the memory has the model's
-            _assign(model, name, tensor.to(dtype), load_in_4bit)
-        model.tie_weights()
+            _assign(model, here[name], tensor.to(dtype), load_in_4bit)
+        if len(here) == len(wanted):
+            model.tie_weights()
         return model
 
     def save_pretrained(self, directory: str | Path) -> None:

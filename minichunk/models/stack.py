@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..chunks import Chunk, cut, span
+from ..loss import token_losses
 from ..memory.layers import Extent, LayerMemories
 from ..protocol import DEFAULTS, Options, Written
 from .dropout import DropoutMasks
@@ -124,6 +125,13 @@ class Stack(nn.Module):
             hidden, written = self.run(input_ids[:, rows], memory, here)
             memory.write(here, written)
             yield rows, hidden
+
+    @torch.no_grad()
+    def chunk_losses(self, input_ids: Tensor, targets: Tensor, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
+        """Each chunk's place in input_ids (B, T), and the loss (B, C) of its targets in nats; 0 where there is none."""
+        memory = self.new_memory(*input_ids.shape)
+        for rows, hidden in self.run_chunks(input_ids, memory, chunk_size):
+            yield rows, token_losses(hidden, self.lm_head.weight, targets[:, rows])
 
     def _begin(self, input_ids: Tensor, chunks: Sequence[Chunk]) -> tuple[Tensor, tuple[Any, ...]]:
         x = self.embedding(input_ids)  # (B, T, E)

@@ -3,12 +3,15 @@
 Each direction is a process group of its own. Within one group, NCCL runs what two ranks say to each other in the order
 in which each of them issues it. Here a rank hands the next chunk up before it takes a gradient, while the rank above,
 which has fewer chunks in flight, hands that gradient down before it takes the chunk: each would wait for the other.
+
+With more processes than a pipeline needs there are copies of it, at work on other documents: adjacent processes are one
+pipeline, and those with the same layers a group, in which the gradients of the copies are added up.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -28,17 +31,29 @@ class RankLost(RuntimeError):
 
 
 class Links:
-    """timeout: for every single message; None: PyTorch's own. Raises InputError without a process group."""
+    """Of the process that is `rank` of the `ranks` of a pipeline, `copy` of `copies`; made on all of them at a time.
 
-    def __init__(self, timeout: timedelta | None = None) -> None:
+    ranks: processes that share the layers; None: all of the default process group, so that there is one copy.
+    timeout: for every single message; None: PyTorch's own.
+    Raises InputError without a process group, and for ranks that do not divide the number of processes.
+    """
+
+    def __init__(self, ranks: int | None = None, timeout: timedelta | None = None) -> None:
         if not dist.is_available() or not dist.is_initialized():
             raise InputError(
                 "there is no process group: start the script by torchrun, and call "
                 "torch.distributed.init_process_group() in it first"
             )
-        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        world = dist.get_world_size()
+        self.ranks = check_ranks(world if ranks is None else ranks, world)
+        self.copy, self.rank = divmod(dist.get_rank(), self.ranks)
+        self.copies = world // self.ranks
         self.is_first, self.is_last = self.rank == 0, self.rank == self.ranks - 1
-        self.up, self.down = dist.new_group(timeout=timeout), dist.new_group(timeout=timeout)
+        pipelines = [range(start, start + self.ranks) for start in range(0, world, self.ranks)]
+        alike = [range(rank, world, self.ranks) for rank in range(self.ranks)]
+        self.up, self.down = (_groups(pipelines, timeout)[self.copy] for _ in range(2))
+        self.copies_of_me = _groups(alike, timeout)[self.rank]
+        self.world = dist.new_group(timeout=timeout)
         self.on_the_way = deque[tuple[Any, Tensor, int]]()
 
     def take_up(self, x: Tensor) -> Tensor:
@@ -62,18 +77,24 @@ class Links:
         while self.on_the_way:
             self._wait()
 
-    def everyones(self, mine: T) -> list[T]:
-        """What each rank says, a picklable object, in the order of the ranks."""
-        said: list[Any] = [None] * self.ranks
+    def everyones(self, mine: T, of_all: bool = False) -> list[T]:
+        """What each rank says, a picklable object, in the order of the ranks; `of_all` copies, one after the other."""
+        said: list[Any] = [None] * self.ranks * (self.copies if of_all else 1)
         with self._hears("the other ranks"):
-            dist.all_gather_object(said, mine, self.up)
+            dist.all_gather_object(said, mine, self.world if of_all else self.up)
         return said
 
     def from_last(self, x: Tensor) -> Tensor:
         """Fill x with that of the last rank."""
         with self._hears("the other ranks"):
-            dist.broadcast(x, self.ranks - 1, self.up)
+            dist.broadcast(x, self._process(self.ranks - 1), self.up)
         return x
+
+    def add_copies(self, x: Tensor) -> None:
+        """Add to x those of the same rank in all other copies, in place."""
+        if self.copies > 1:
+            with self._hears("the other copies"):
+                dist.all_reduce(x, group=self.copies_of_me)
 
     def swap_ends(self, x: Tensor) -> Tensor:
         """On the first and the last rank: the other's x."""
@@ -88,22 +109,26 @@ class Links:
         return other
 
     def _take(self, x: Tensor, source: int, group: Any) -> Tensor:
-        with self._hears(f"rank {source}"):
-            dist.recv(x, source, group)
+        with self._hears(f"rank {self._process(source)}"):
+            dist.recv(x, self._process(source), group)
         return x
 
     def _hand(self, x: Tensor, to: int, group: Any) -> None:
         x = x.detach().contiguous()
-        with self._hears(f"rank {to}"):
-            work = dist.isend(x, to, group)
+        with self._hears(f"rank {self._process(to)}"):
+            work = dist.isend(x, self._process(to), group)
         self.on_the_way.append((work, x, to))
         if len(self.on_the_way) > MOST_ON_THE_WAY:
             self._wait()
 
     def _wait(self) -> None:
         work, _, to = self.on_the_way.popleft()
-        with self._hears(f"rank {to}"):
+        with self._hears(f"rank {self._process(to)}"):
             work.wait()
+
+    def _process(self, rank: int) -> int:
+        """Which process is that rank of this pipeline."""
+        return self.copy * self.ranks + rank
 
     @contextmanager
     def _hears(self, other: str) -> Iterator[None]:
@@ -112,5 +137,20 @@ class Links:
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise RankLost(
-                f"rank {self.rank} hears nothing from {other}, which ended or did not answer in time ({reason})"
+                f"rank {dist.get_rank()} hears nothing from {other}, which ended or did not answer in time ({reason})"
             ) from error
+
+
+def check_ranks(ranks: int, processes: int) -> int:
+    """`ranks`. Raises InputError unless so many processes are whole pipelines of them."""
+    if ranks < 1 or processes % ranks:
+        raise InputError(
+            f"a pipeline of {ranks} ranks needs {ranks} processes, or a multiple of it for copies, but there "
+            f"{'is' if processes == 1 else 'are'} {processes}: torchrun --nproc-per-node says how many"
+        )
+    return ranks
+
+
+def _groups(of: Sequence[range], timeout: timedelta | None) -> list[Any]:
+    """A process group for each of these; every process has to ask for all of them."""
+    return [dist.new_group(list(processes), timeout=timeout) for processes in of]

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..chunks import cut, span
 from ..errors import InputError
+from ..loss import token_losses
+from ..memory.layers import wide
+from ..models.decoder import RMSNorm
+from ..models.dropout import DropoutMasks
+from ..models.elsewhere import Elsewhere
 from ..models.stack import Stack
 from .deal import check_counts, deal, size
 from .links import Links
@@ -17,19 +24,27 @@ from .links import Links
 class PipelineStage(Stack):
     """What is left of `model` on this rank; `stage.model` is the model itself, and its parameters keep their names.
 
-    Made at the same time on all ranks of the default process group, of models with the same weights: seed what is drawn
-    at random. The model may be on the CPU; `stage.to(device)` then moves what is left. An adapter has to be in it
-    already.
+    Made at the same time on all processes of the default process group, of models with the same weights: seed what is
+    drawn at random. The model may be on the CPU; `stage.to(device)` then moves what is left. As the `prepare` of
+    `load_model` it leaves what other ranks have unread.
 
     counts: how many layers each rank gets; None: they are dealt by the bytes of their weights, the embedding's and the
         LM head's included.
     timeout: after which a rank that does not answer is given up, with RankLost; None: PyTorch's own.
+    links: between the ranks; None: all processes are one pipeline. `Links(2)` makes pipelines of two, each of which
+        works on documents of its own; `stage.add_copies()` then adds up their gradients.
     Raises InputError without a process group, for fewer layers than ranks, and for counts that do not add up.
     """
 
-    def __init__(self, model: Stack, counts: Sequence[int] | None = None, timeout: timedelta | None = None) -> None:
+    def __init__(
+        self,
+        model: Stack,
+        counts: Sequence[int] | None = None,
+        timeout: timedelta | None = None,
+        links: Links | None = None,
+    ) -> None:
         super().__init__()
-        self.links = links = Links(timeout)
+        self.links = links = links or Links(timeout=timeout)
         layers = list(model.layers)
         if len(layers) < links.ranks:
             raise InputError(f"the model has {len(layers)} layers, too few for {links.ranks} ranks: start fewer")
@@ -40,11 +55,8 @@ class PipelineStage(Stack):
             counts = deal(costs, links.ranks)
         check_counts(counts, len(layers), links.ranks)
         self.held = slice(sum(counts[: links.rank]), sum(counts[: links.rank + 1]))
-        self.config, self.masks = model.config, model.masks
         self.vocab_size, self.hidden_size = model.lm_head.weight.shape
         self.is_tied = links.ranks > 1 and model.lm_head.weight is model.embedding.weight
-        like = next(model.norm.parameters()).detach().new_empty(0)
-        self.register_buffer("_like", like, persistent=False)  # goes where the model goes
         _take_out(
             model,
             [layer for i, layer in enumerate(layers) if not self.held.start <= i < self.held.stop]
@@ -52,6 +64,14 @@ class PipelineStage(Stack):
             + ([] if links.is_last else [model.norm, model.lm_head]),
         )
         self.model = model
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def masks(self) -> DropoutMasks | None:  # type: ignore[override]
+        return self.model.masks
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -69,7 +89,13 @@ class PipelineStage(Stack):
 
     @property
     def like(self) -> Tensor:
-        return self.get_buffer("_like")
+        """A norm's weight: no adapter is put there, and it is not stored in 4 bits."""
+        return next(module.weight for module in self.layers.modules() if isinstance(module, RMSNorm))
+
+    @property
+    def stream_dtype(self) -> torch.dtype:
+        """Of the hidden states between layers."""
+        return wide(self.like) if getattr(self.config, "residual_in_fp32", False) else self.like.dtype
 
     @property
     def tied_weight(self) -> nn.Parameter | None:
@@ -90,10 +116,39 @@ class PipelineStage(Stack):
     def shared(self, x: Tensor, start: int) -> tuple[Any, ...]:
         return self.model.shared(x, start)
 
+    def take(self, input_ids: Tensor) -> Tensor:
+        """What this rank's layers are run on: the tokens (B, C), or what the rank before made of them, (B, C, E)."""
+        if self.links.is_first:
+            return input_ids
+        shape, dtype = (*input_ids.shape, self.hidden_size), self.stream_dtype
+        return self.links.take_up(torch.empty(shape, dtype=dtype, device=self.like.device))
+
+    @torch.no_grad()
+    def chunk_losses(self, input_ids: Tensor, targets: Tensor, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
+        """See Stack; yields on the last rank alone."""
+        memory = self.new_memory(*input_ids.shape)
+        for chunk in cut(input_ids.shape[1], chunk_size):
+            rows = span([chunk])
+            y, written = self.run(self.take(input_ids[:, rows]), memory, [chunk])
+            memory.write([chunk], written)
+            if self.links.is_last:
+                yield rows, token_losses(y, self.model.lm_head.weight, targets[:, rows])
+            else:
+                self.links.hand_up(y)
+        self.links.flush()
+
+    def add_copies(self) -> None:
+        """Add up the gradients of all copies of the pipeline: called on all processes, once all have done their part
+        of an optimizer step. Where a copy has done nothing, it adds nothing."""
+        for parameter in self.parameters():
+            if parameter.requires_grad and self.links.copies > 1:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                self.links.add_copies(parameter.grad)
+
 
 def _take_out(model: nn.Module, modules: Sequence[nn.Module]) -> None:
     """Put something without weights, which lets everything through, in their places."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if any(child is module for module in modules):
-                setattr(parent, name, nn.Identity())
+                setattr(parent, name, Elsewhere(child))

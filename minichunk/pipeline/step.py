@@ -110,10 +110,10 @@ def _step(
     last = kept[-1][0]
     memory = stage.new_memory(input_ids.shape[0], last.start, [chunk for chunk, _ in kept[:-1]], options)
     for group in groups([chunk for chunk in chunks if chunk < last], options.fill_size):  # lines 1-3
-        memory.write(group, _fill(stage, _take(stage, batch, group), memory, group, options))
+        memory.write(group, _fill(stage, stage.take(batch.input_ids[:, span(group)]), memory, group, options))
     waiting = deque[Waiting]()
     for chunk, weight in reversed(kept):  # line 4
-        x = _take(stage, batch, [chunk]).requires_grad_(below_learns)
+        x = stage.take(batch.input_ids[:, span([chunk])]).requires_grad_(below_learns)
         y, written = stage.run(x, memory, [chunk], options)  # line 5
         if not links.is_last:
             links.hand_up(y)
@@ -126,12 +126,6 @@ def _step(
     links.flush()
     add_up(stage, before)
     return links.from_last(total)
-
-
-def _take(stage: PipelineStage, batch: Batch, chunks: Sequence[Chunk]) -> Tensor:
-    """What this rank's layers are run on: the tokens (B, C), or what the rank before made of them, (B, C, E)."""
-    ids = batch.input_ids[:, span(chunks)]
-    return ids if stage.links.is_first else stage.links.take_up(stage.like.new_empty(*ids.shape, stage.hidden_size))
 
 
 def _fill(stage: PipelineStage, x: Tensor, memory: LayerMemories, chunks: Sequence[Chunk], options: Options) -> Written:

@@ -10,7 +10,6 @@ import torch
 from tqdm import tqdm
 
 from ..files.documents import Document, check_vocabulary, collate, cut_documents, read_documents
-from ..loss import token_losses
 from ..models.pretrained import Pretrained
 from ..targets import IGNORE, shift
 
@@ -46,9 +45,8 @@ def loss_by_position(
     for document in documents:
         input_ids, labels = collate([document], like.device)
         targets = shift(labels)
-        memory = model.new_memory(1, len(document))
-        for rows, hidden in model.run_chunks(input_ids, memory, chunk_size):
-            sums[rows] += token_losses(hidden, model.lm_head.weight, targets[:, rows])[0].double().cpu()
+        for rows, losses in model.chunk_losses(input_ids, targets, chunk_size):
+            sums[rows] += losses[0].double().cpu()
         counts[: len(document)] += (targets[0] != IGNORE).double().cpu()
         on_document()
     model.train(was_training)
