@@ -20,9 +20,10 @@ from minichunk.memory.pattern import FULL, Pattern
 from minichunk.models.auto import load_model
 from minichunk.models.partial import describe, partial_config
 from minichunk.training.evaluate import loss_by_position
+from minichunk.training.job import load_data
 from minichunk.training.load import load_as_told
-from minichunk.training.options import PARTIAL_CONTEXT, TrainOptions
-from minichunk.training.train import load_data
+from minichunk.training.options import TrainOptions
+from minichunk.training.partial_options import PARTIAL_CONTEXT
 
 from .gradients import visible
 from .rounding import exactly, measure, outcome

@@ -20,10 +20,11 @@ import minichunk as mc
 from minichunk.files.atomic import write_text
 from minichunk.training import train as train_module
 from minichunk.training.evaluate import loss_by_position, spans_for
+from minichunk.training.job import load_data, load_model, make_gradient
 from minichunk.training.loop import NonFiniteLoss, Schedule, Trainer, deterministic_kernels
 from minichunk.training.options import TrainOptions
 from minichunk.training.run_directory import Run
-from minichunk.training.train import Interrupted, load_data, load_model, make_gradient, train
+from minichunk.training.train import Interrupted, train
 
 from .gradients import Tensors, take_gradients
 from .rounding import measure

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from ..errors import InputError
+from ..files.torchrun import is_one_of_several
 from .arguments import build_parser
 
 
@@ -19,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
         from ..training.train import train
 
         resume = values.pop("resume", False)
-        if resume and (extra := sorted(values.keys() - {"output"})):
+        if resume and (extra := sorted(values.keys() - {"output", "pipeline", "timeout"})):
             raise InputError(f"--resume continues with the run's own options: leave out --{extra[0].replace('_', '-')}")
         train(TrainOptions.from_dict(values), resume)
     elif command == "generate":
@@ -60,20 +62,24 @@ def run(arguments: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 2 for a user's mistake, 1 for a training that failed or a port that differs, 130 after
     Ctrl-C."""
+    from ..pipeline.links import RankLost
+    from ..pipeline.start import speaks_first
     from ..training.loop import NonFiniteLoss
     from ..training.train import Interrupted
 
     try:
         return run(build_parser().parse_args(argv))
     except InputError as error:
-        print(f"minichunk: {error}", file=sys.stderr)
-        return 2
-    except NonFiniteLoss as error:
-        print(f"minichunk: {error}", file=sys.stderr)
-        return 1
+        status, words = 2, str(error)
+    except (NonFiniteLoss, RankLost) as error:
+        status, words = 1, str(error)
     except (Interrupted, KeyboardInterrupt) as error:
-        print(f"minichunk: {error or 'stopped'}", file=sys.stderr)
-        return 130
+        status, words = 130, str(error) or "stopped"
+    if speaks_first():
+        print(f"minichunk: {words}", file=sys.stderr, flush=True)
+    if is_one_of_several():
+        os._exit(status)  # a process group that has lost a rank may never come to its end
+    return status
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ model's context from 256 to 2,048 tokens with LoRA and SeCO, in under two minute
   minichunk train --model DIR --data book.txt --method spaco --budget 8
   minichunk train --model DIR --data book.txt --partial-context window --chunk-size 2048 --seq-len 65536
   minichunk train --output runs/1 --resume
+  torchrun --nproc-per-node 4 -m minichunk train --pipeline 4 --model DIR --data book.txt
 
 DIR is a Hugging Face checkpoint: config.json, tokenizer.json and safetensors. JSONL lines hold
 {"text": …}; {"prompt": …, "completion": …}, where only the completion is learnt; or {"messages": …},
@@ -67,7 +68,8 @@ def add_train(commands: argparse._SubParsersAction[Parser]) -> None:
     loop = train.add_argument_group("training")
     loop.add_argument("--steps", type=int, metavar="N", help="optimizer steps (default: 60)")
     loop.add_argument("--batch-size", type=int, metavar="B", help="pieces at a time (default: 1)")
-    loop.add_argument("--accumulate", type=int, metavar="N", help="batches per step (default: 1)")
+    loop.add_argument("--accumulate", type=int, metavar="N", help="batches per step, on all copies of the model "
+                      "together (default: one for each copy)")  # fmt: skip
     loop.add_argument(
         "--lr",
         type=float,
@@ -82,6 +84,11 @@ def add_train(commands: argparse._SubParsersAction[Parser]) -> None:
     lora.add_argument("--targets", nargs="+", metavar="NAME", help="layers with an adapter (default: all linear ones)")
     lora.add_argument("--load-in-4bit", action="store_true", help="store the frozen base in 4 bits (bitsandbytes)")
     lora.add_argument("--dropout", type=float, metavar="X", help="on the adapter's input (default: 0)")
+    several = train.add_argument_group("several GPUs", "started by torchrun --nproc-per-node P -m minichunk train …")
+    several.add_argument("--pipeline", type=int, metavar="N", help="let N processes share the layers; P / N copies "
+                         "of them work on other documents (also with --resume: any N)")  # fmt: skip
+    several.add_argument("--timeout", type=float, metavar="S", help="seconds after which a process that does not "
+                         "answer is given up (default: 600)")  # fmt: skip
     run = train.add_argument_group("run")
     run.add_argument("--dtype", help="float32, bfloat16 or float64 (default: bfloat16 on CUDA, else float32)")
     run.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")

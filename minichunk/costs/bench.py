@@ -102,7 +102,7 @@ def run_bench(
     preset: str | None, device: str | None, repeats: int | None, output: Path | None, redraw: Path | None, json: bool
 ) -> None:
     """`minichunk bench`. Raises InputError."""
-    from ..training.options import check_device
+    from ..training.checks import check_device
 
     preset = preset or device or "cpu"
     if device not in (None, "cuda" if preset == "cuda" else "cpu"):

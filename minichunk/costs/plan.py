@@ -14,7 +14,9 @@ from ..chunks import cut
 from ..errors import InputError
 from ..files.room import human_bytes
 from ..memory.pattern import FULL
-from ..training.options import DTYPES, SAMPLERS, check_4bit, check_choice, check_least, make_pattern
+from ..training.checks import check_4bit, check_choice, check_least
+from ..training.options import DTYPES, SAMPLERS
+from ..training.partial_options import make_pattern
 from .forecast import forecast
 from .setting import METHODS, Setting
 

@@ -40,3 +40,8 @@ HOW = "start with torchrun --nproc-per-node N -m minichunk train --pipeline N"
 def is_first() -> bool:
     """Whether this process speaks for all that torchrun has started."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def is_one_of_several() -> bool:
+    """Whether torchrun has started others beside this one."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..errors import InputError
 from ..files.peft import LoraConfig, read_adapter, write_adapter
@@ -15,25 +17,30 @@ from .quantize import Linear4bit
 from .stack import Stack
 
 
-def save_adapter(model: Pretrained, directory: str | Path, base_model: str | Path = "") -> None:
+def save_adapter(
+    model: Pretrained,
+    directory: str | Path,
+    base_model: str | Path = "",
+    whole: Callable[[dict[str, Tensor]], dict[str, Tensor] | None] = lambda tensors: tensors,
+) -> None:
     """Write the model's adapter as PEFT's `adapter_model.safetensors` and `adapter_config.json`.
 
     base_model: path or hub name of the base model, which PEFT reads from the config.
+    whole: makes all tensors by name of those that are here, or None where nothing is to be written.
     If `partial_context` changed the base, the config says so, and PEFT refuses it.
     Raises InputError if there is no adapter.
     """
-    layers = adapters(model)
-    if not layers:
+    if model.lora is None:
         raise InputError("the model has no adapter to save: call add_lora(model) first")
-    first = next(iter(layers.values()))
-    rank = first.lora_A.out_features
-    tensors = {}
-    for name, layer in layers.items():
-        tensors[f"{name}.lora_A.weight"] = layer.lora_A.weight.detach()
-        tensors[f"{name}.lora_B.weight"] = layer.lora_B.weight.detach()
-    targets = sorted({name.rpartition(".")[2] for name in layers})
-    config = LoraConfig(rank, first.scale * rank, first.dropout, model.partial)
-    write_adapter(directory, config, targets, tensors, str(base_model))
+    here = {}
+    for name, layer in adapters(model).items():
+        here[f"{name}.lora_A.weight"] = layer.lora_A.weight.detach()
+        here[f"{name}.lora_B.weight"] = layer.lora_B.weight.detach()
+    if (tensors := whole(here)) is not None:
+        targets = sorted({name.split(".")[-3] for name in tensors})
+        rank, alpha, dropout = model.lora
+        config = LoraConfig(rank, alpha, dropout, model.partial)
+        write_adapter(directory, config, targets, tensors, str(base_model))
 
 
 def load_adapter(model: Pretrained, directory: str | Path) -> None:
@@ -56,6 +63,8 @@ def load_adapter(model: Pretrained, directory: str | Path) -> None:
             raise InputError(f"{path.parent / 'adapter_config.json'}: {error}") from None
     if not adapters(model):
         add_lora(model, rank, alpha, targets, dropout)
+    assert model.lora is not None
+    model.lora = model.lora._replace(alpha=alpha)
     with torch.no_grad():
         for name, layer in adapters(model).items():
             layer.scale = alpha / rank

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,14 @@ from .dropout import DropoutMasks
 from .elsewhere import Elsewhere
 from .quantize import Linear4bit, is_in_4bit
 from .stack import Stack
+
+
+class Lora(NamedTuple):
+    """Of a model's adapter."""
+
+    rank: int
+    alpha: float
+    dropout: float
 
 
 class LoraLinear(nn.Linear):
@@ -121,6 +130,7 @@ def add_lora(
             assert isinstance(module, nn.Linear | Linear4bit)
             layer = LoraLinear(module, name, rank, alpha, dropout, masks)
             setattr(model.get_submodule(parent_name), child, layer)
+    model.lora = Lora(rank, alpha, dropout)
     if dropout > 0:
         model.masks = masks
 
@@ -142,5 +152,5 @@ def merge_lora(model: Stack) -> None:
         plain.weight = nn.Parameter(layer.merged())
         plain.bias = layer.bias
         setattr(model.get_submodule(parent_name), child, plain)
-    model.masks = None
+    model.lora = model.masks = None
     model.requires_grad_(True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import InputError
 from ..files.atomic import read_json
@@ -71,8 +71,15 @@ class Pretrained(Stack):
             model.tie_weights()
         return model
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write `config.json` and `model.safetensors`. Raises InputError for an adapter or a 4-bit base."""
+    def save_pretrained(
+        self,
+        directory: str | Path,
+        whole: Callable[[dict[str, Tensor]], dict[str, Tensor] | None] = lambda tensors: tensors,
+    ) -> None:
+        """Write `config.json` and `model.safetensors`. Raises InputError for an adapter or a 4-bit base.
+
+        whole: makes all tensors by name of those that are here, or None where nothing is to be written.
+        """
         if adapters(self):
             raise InputError(
                 "the model has an unmerged LoRA adapter: call merge_lora(model) first to fold it in, "
@@ -85,9 +92,10 @@ class Pretrained(Stack):
                 f"no config.json describes this model: a {self.config.model_type} implies other biases or q/k norms "
                 "than its config has; choose the model_type that has them"
             )
-        tensors = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        tensors = whole({name: parameter.detach() for name, parameter in self.named_parameters()})
         dtype = str(next(self.parameters()).dtype).removeprefix("torch.")
-        write_checkpoint(directory, {**self.config.to_dict(), "torch_dtype": dtype}, tensors)
+        if tensors is not None:
+            write_checkpoint(directory, {**self.config.to_dict(), "torch_dtype": dtype}, tensors)
 
 
 def _assign(model: nn.Module, name: str, tensor: torch.Tensor, load_in_4bit: bool) -> None:

@@ -26,6 +26,7 @@ class Stack(nn.Module):
 
     config: Any  # with `to_dict` and `from_dict`, in the terms of config.json
     lm_head: nn.Linear
+    lora: Any = None  # what `add_lora` was told, if there is an adapter
     masks: DropoutMasks | None = None  # of the dropouts, if there are any
 
     @property

@@ -90,11 +90,30 @@ class Links:
             dist.broadcast(x, self._process(self.ranks - 1), self.up)
         return x
 
+    def to_first(self, mine: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """On the first rank the tensors of all ranks of this pipeline, by name, on the CPU; None on the others."""
+        of_all = self.everyones({name: (x.shape, x.dtype) for name, x in mine.items()})
+        found = {name: x.detach().cpu() for name, x in mine.items()}
+        if not self.is_first:
+            for x in found.values():
+                self._hand(x, 0, self.down)
+            self.flush()
+            return None
+        for rank, theirs in enumerate(of_all[1:], 1):
+            for name, (shape, dtype) in theirs.items():
+                found[name] = self._take(torch.empty(shape, dtype=dtype), rank, self.down)
+        return found
+
     def add_copies(self, x: Tensor) -> None:
         """Add to x those of the same rank in all other copies, in place."""
         if self.copies > 1:
             with self._hears("the other copies"):
                 dist.all_reduce(x, group=self.copies_of_me)
+
+    def add_all(self, x: Tensor) -> None:
+        """Add to x those of all processes, in place."""
+        with self._hears("the other ranks"):
+            dist.all_reduce(x, group=self.world)
 
     def swap_ends(self, x: Tensor) -> Tensor:
         """On the first and the last rank: the other's x."""

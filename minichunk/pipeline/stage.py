@@ -57,6 +57,7 @@ class PipelineStage(Stack):
         self.held = slice(sum(counts[: links.rank]), sum(counts[: links.rank + 1]))
         self.vocab_size, self.hidden_size = model.lm_head.weight.shape
         self.is_tied = links.ranks > 1 and model.lm_head.weight is model.embedding.weight
+        head = next(name for name, parameter in model.named_parameters() if parameter is model.lm_head.weight)
         _take_out(
             model,
             [layer for i, layer in enumerate(layers) if not self.held.start <= i < self.held.stop]
@@ -64,6 +65,13 @@ class PipelineStage(Stack):
             + ([] if links.is_last else [model.norm, model.lm_head]),
         )
         self.model = model
+        # Of a parameter that the first rank has too, its name there by the name here.
+        twice = model.lm_head.weight if self.is_tied and links.is_last else None
+        self.twice = {name: head for name, parameter in model.named_parameters() if parameter is twice}
+
+    def named_parameters(self, *args: Any, **keywords: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """By their names in the model."""
+        return self.model.named_parameters(*args, **keywords)
 
     @property
     def config(self) -> Any:

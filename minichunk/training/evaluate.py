@@ -10,8 +10,9 @@ import torch
 from tqdm import tqdm
 
 from ..files.documents import Document, check_vocabulary, collate, cut_documents, read_documents
-from ..models.pretrained import Pretrained
+from ..models.stack import Stack
 from ..targets import IGNORE, shift
+from .ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Span:
 
 @torch.no_grad()
 def loss_by_position(
-    model: Pretrained,
+    model: Stack,
     documents: Sequence[Document],
     chunk_size: int,
     spans: Sequence[tuple[int, int]],
@@ -34,22 +35,25 @@ def loss_by_position(
     """Mean loss over the documents for each span of positions; spans without a target are left out.
 
     Runs chunk by chunk over the cache, so that a length that can be trained can be evaluated.
+    model: or a `PipelineStage`, on all processes; the copies of a pipeline share the documents.
     on_document: called after each document (a progress bar).
     """
+    ranks = Ranks(model)
     length = max(len(document) for document in documents)
     sums = torch.zeros(length, dtype=torch.float64)
     counts = torch.zeros(length, dtype=torch.float64)
-    like = model.lm_head.weight
     was_training = model.training
     model.eval()
-    for document in documents:
-        input_ids, labels = collate([document], like.device)
+    for _, document in ranks.mine(documents):
+        input_ids, labels = collate([document], model.like.device)
         targets = shift(labels)
         for rows, losses in model.chunk_losses(input_ids, targets, chunk_size):
             sums[rows] += losses[0].double().cpu()
-        counts[: len(document)] += (targets[0] != IGNORE).double().cpu()
+            counts[rows] += (targets[0, rows] != IGNORE).double().cpu()
         on_document()
     model.train(was_training)
+    ranks.add_all(sums)
+    ranks.add_all(counts)
     totals = [(start, stop, sums[start:stop].sum(), counts[start:stop].sum()) for start, stop in spans]
     return [Span(start, stop, (total / count).item()) for start, stop, total, count in totals if count > 0]
 
@@ -80,8 +84,8 @@ def evaluate_files(
     from ..files.chat import load_chat_template
     from ..files.shipped import MEASURED_ON, SHIPPED_MODEL, novel
     from ..models.partial import describe
+    from .checks import check_least
     from .load import load_as_told
-    from .options import check_least
 
     check_least({"seq_len": (seq_len, 2), "documents": (documents, 1), "chunk_size": (chunk_size, 1)})
     chat = load_chat_template(model or SHIPPED_MODEL)

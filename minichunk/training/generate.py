@@ -78,8 +78,8 @@ def continue_text(
     seed: int = 0,
 ) -> str:
     """`minichunk generate`: the prompt and its continuation as text. Raises InputError."""
+    from .checks import check_least
     from .load import load_as_told
-    from .options import check_least
 
     check_least({"max_new_tokens": (max_new_tokens, 1), "temperature": (temperature, 0), "seed": (seed, 0)})
     if seed >= 2**32:

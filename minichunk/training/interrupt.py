@@ -10,12 +10,16 @@ from tqdm import tqdm
 
 
 @contextmanager
-def interrupt_flag() -> Iterator[list[int]]:
-    """A list that is empty until Ctrl-C: the step at work ends first. A second Ctrl-C stops at once."""
+def interrupt_flag(speaks: bool = True) -> Iterator[list[int]]:
+    """A list that is empty until Ctrl-C: the step at work ends first. A second Ctrl-C stops at once.
+
+    speaks: says so; of several processes, all of which are told, one does.
+    """
     flag: list[int] = []
 
     def on_interrupt(number: int, _: object) -> None:
-        tqdm.write("Ctrl-C: finishing this step, then saving (press it again to stop at once)")
+        if speaks:
+            tqdm.write("Ctrl-C: finishing this step, then saving (press it again to stop at once)")
         flag.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,12 +12,15 @@ from ..chunks import Chunk
 from ..files.documents import load_tokenizer
 from ..files.room import check_room
 from ..files.shipped import SHIPPED_MODEL
+from ..files.torchrun import started
 from ..models.adapter_files import load_adapter
 from ..models.auto import load_model
 from ..models.pretrained import Pretrained
 from ..models.shapes import memory_bytes
+from ..models.stack import Stack
 from ..protocol import Options
-from .options import DTYPES, check_choice, check_device, default_dtype
+from .checks import check_choice, check_device
+from .options import DTYPES, default_dtype
 
 
 def load_as_told(
@@ -26,32 +29,36 @@ def load_as_told(
     dtype: str | None = None,
     device: str | None = None,
     load_in_4bit: bool = False,
+    prepare: Callable[[Pretrained], object] = lambda model: None,
 ) -> tuple[Pretrained, Tokenizer]:
     """The model of a checkpoint directory, with an adapter if one is named, and its tokenizer.
 
     None: the shipped model; no adapter; CUDA where there is one; bfloat16 on CUDA, else float32.
+    prepare: see `from_pretrained`.
     Raises InputError, for a wrong name before anything is read.
     """
     check_choice("dtype", dtype, DTYPES)
     device = check_device(device)
     directory = directory or SHIPPED_MODEL
     tokenizer = load_tokenizer(directory)
-    model = load_model(directory, DTYPES[dtype or default_dtype(device)], device, load_in_4bit)
+    model = load_model(directory, DTYPES[dtype or default_dtype(device)], device, load_in_4bit, prepare)
     if adapter is not None:
         load_adapter(model, adapter)
     return model, tokenizer
 
 
-def check_host_room(model: Pretrained, batch: int, kept: Sequence[Chunk], grad_dtype: torch.dtype | None) -> None:
+def check_host_room(model: Stack, batch: int, kept: Sequence[Chunk], grad_dtype: torch.dtype | None) -> None:
     """Raise InputError unless the host has room for the memory of `--offload`.
 
+    model: or this rank's part of it, where all ranks of this machine are taken to have as many layers.
     batch: sequences at a time. kept: the most chunks that a step backpropagates.
     """
     options = Options(cache_grad_dtype=grad_dtype, offload=True)
-    remembered, gradients = memory_bytes(model.config, model.lm_head.weight.dtype, kept, options, batch)
+    remembered, gradients = memory_bytes(model.config, model.like.dtype, kept, options, batch)
     wide = grad_dtype is None or grad_dtype.itemsize > 2
     ways = ["--cache-grad-dtype bfloat16"] if gradients and wide else []
     ways += ["a smaller --batch-size"] if batch > 1 else []
     what = f"--offload of {kept[-1].start:,} tokens" + (f" in each of {batch} sequences" if batch > 1 else "")
     advice = "take " + ", ".join([*ways, "a shorter --seq-len"]) + ", or free memory"
-    check_room(what, remembered + gradients, torch.device("cpu"), advice)
+    of_machine = len(model.layers) / model.config.num_hidden_layers * started().local_world
+    check_room(what, (remembered + gradients) * of_machine, torch.device("cpu"), advice)

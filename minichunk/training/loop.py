@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..files.documents import Document, collate, step_documents
 from ..models.pretrained import Pretrained
+from .ranks import Ranks
 
 # Adds the gradient of the mean loss of (model, input_ids, labels), given num_targets and a generator.
 Gradient = Callable[[Pretrained, Tensor, Tensor, int, torch.Generator], Tensor]
@@ -58,13 +60,16 @@ class NonFiniteLoss(RuntimeError):
 class Trainer:
     """Runs single steps. A step depends on the weights, the optimizer's state and its number only.
 
-    All randomness of a step comes from (seed, step), so that a resumed run repeats an uninterrupted
-    one bit for bit. Parameters in half precision are trained through float32 copies of them.
+    All randomness of a batch comes from (seed, step, number of the batch), so that a resumed run repeats an
+    uninterrupted one bit for bit, and a batch is the same on whatever copy of a pipeline. Parameters in half precision
+    are trained through float32 copies of them.
+
+    model: or a `PipelineStage`, on all processes that train together.
     """
 
     def __init__(
         self,
-        model: Pretrained,
+        model: Any,
         documents: Sequence[Document],
         gradient: Gradient,
         schedule: Schedule,
@@ -73,7 +78,7 @@ class Trainer:
         seed: int = 0,
     ) -> None:
         self.model, self.documents, self.gradient, self.schedule = model, documents, gradient, schedule
-        self.batch_size, self.accumulate, self.seed = batch_size, accumulate, seed
+        self.batch_size, self.accumulate, self.seed, self.ranks = batch_size, accumulate, seed, Ranks(model)
         self.step = 0  # steps done
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.device = next(model.parameters()).device
@@ -82,7 +87,7 @@ class Trainer:
             name: nn.Parameter(p.detach().float()) if p.dtype.itemsize < 4 else p for name, p in named.items()
         }
         self.optimizer = torch.optim.AdamW(
-            self.masters.values(),
+            [{"params": list(self.masters.values())}],  # there may be none: a rank on which nothing learns
             lr=schedule.lr,
             betas=(0.9, 0.95),
             weight_decay=schedule.weight_decay,
@@ -97,17 +102,19 @@ class Trainer:
         began = time.perf_counter()
         batches = list(self._batches())
         num_targets = sum(document.num_targets() for batch in batches for document in batch)
-        seed = self.seed * 1_000_003 + self.step
-        torch.manual_seed(seed)  # dropout
-        generator = torch.Generator().manual_seed(seed)  # the sampler
         losses = []
-        for batch in batches:
+        for number, batch in self.ranks.mine(batches):
+            seed = (self.seed * 1_000_003 + self.step + (number << 53)) % 2**64
+            torch.manual_seed(seed)  # dropout
+            generator = torch.Generator().manual_seed(seed)  # the sampler
             input_ids, labels = collate(batch, self.device)
-            losses.append(self.gradient(self.model, input_ids, labels, num_targets, generator))
+            losses.append((number, self.gradient(self.model, input_ids, labels, num_targets, generator)))
         norm = self._collect_gradients()
-        loss = sum(float(x) for x in losses)
+        of_copies = self.ranks.everyones([(number, float(loss)) for number, loss in losses])
+        by_number = dict(pair for copy in of_copies for pair in copy)
+        loss = sum(by_number[number] for number in range(len(batches)))
         if not math.isfinite(loss) or not math.isfinite(norm):
-            self._refuse(batches, losses)
+            self._refuse(batches, by_number)
         lr = self.schedule.lr_at(self.step)
         self._update(lr)
         self.step += 1
@@ -128,14 +135,18 @@ class Trainer:
 
     def _collect_gradients(self) -> float:
         """Move the gradients to the masters, clip them, and return their norm before clipping."""
+        grads = {}
         for name, parameter in self.parameters.items():
             master = self.masters[name]
-            # A SpaCO step may keep nothing: its estimate is then zero, not absent.
+            # A SpaCO step may keep nothing, a copy may have no batch: the gradient is then zero, not absent.
             grad = torch.zeros_like(master) if parameter.grad is None else parameter.grad.to(master.dtype)
             parameter.grad = None
-            master.grad = grad
-        clip = self.schedule.clip if self.schedule.clip > 0 else math.inf
-        return float(nn.utils.clip_grad_norm_(self.masters.values(), clip))
+            self.ranks.add_copies(grad)
+            grads[name] = master.grad = grad
+        total = self.ranks.norm(grads)
+        if self.schedule.clip > 0:
+            nn.utils.clip_grads_with_norm_(self.masters.values(), self.schedule.clip, total.to(self.device))
+        return float(total)
 
     def _update(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -147,39 +158,43 @@ class Trainer:
                 if self.masters[name] is not parameter:
                     parameter.copy_(self.masters[name])
 
-    def _refuse(self, batches: list[list[Document]], losses: list[Tensor]) -> None:
+    def _refuse(self, batches: list[list[Document]], losses: Mapping[int, float]) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        bad = [batch for batch, loss in zip(batches, losses, strict=True) if not torch.isfinite(loss)]
+        bad = [batches[number] for number, loss in losses.items() if not math.isfinite(loss)]
         what = "loss" if bad else "gradient"
         names = "; ".join(document.name for batch in (bad or batches) for document in batch)
         raise NonFiniteLoss(f"the {what} is not a finite number at step {self.step + 1} ({names})")
 
     def state(self) -> dict[str, Tensor]:
-        """All that a resume needs: weights, and AdamW's two moments and step count, by parameter name."""
+        """All that a resume needs of this rank: weights, AdamW's two moments and step count, by parameter name."""
         tensors = {}
         for name, master in self.masters.items():
-            tensors[f"weight.{name}"] = master.detach()
-            for key, value in self.optimizer.state[master].items():
-                tensors[f"{key}.{name}"] = value
+            if name not in self.ranks.twice:
+                tensors[f"weight.{name}"] = master.detach()
+                for key, value in self.optimizer.state[master].items():
+                    tensors[f"{key}.{name}"] = value
         return tensors
 
-    def load_state(self, tensors: dict[str, Tensor], step: int) -> None:
-        """Continue from `state()` after `step` steps. Raises InputError if it is of another model."""
-        expected = {f"weight.{name}": tuple(p.shape) for name, p in self.masters.items()}
-        found = {key: tuple(value.shape) for key, value in tensors.items() if key.startswith("weight.")}
-        if found != expected:
-            wrong = sorted(key for key in expected.keys() | found.keys() if found.get(key) != expected.get(key))
-            raise InputError(f"the checkpoint does not fit the model: {wrong[0]} differs")
+    def load_state(self, keys: Collection[str], read: Callable[[str], Tensor], step: int) -> None:
+        """Continue from the `state()` of all ranks after `step` steps. Raises InputError if it is of another model.
+
+        keys: of the tensors that there are. read: one of them; a rank reads only its own.
+        """
+        names = {self.ranks.twice.get(name, name): name for name in self.masters}
+        expected = set[str]().union(*self.ranks.everyones(set(names)))
+        if odd := sorted(expected ^ {key.removeprefix("weight.") for key in keys if key.startswith("weight.")}):
+            raise InputError(f"the checkpoint does not fit the model: weight.{odd[0]} differs")
         self.step = step
-        with torch.no_grad():
-            for name, master in self.masters.items():
-                master.copy_(tensors[f"weight.{name}"])
+        for stored, name in names.items():
+            master, weight = self.masters[name], read(f"weight.{stored}")
+            if weight.shape != master.shape:
+                raise InputError(f"the checkpoint does not fit the model: weight.{stored} differs")
+            with torch.no_grad():
+                master.copy_(weight)
                 self.parameters[name].copy_(master)
-                keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
-                # AdamW keeps its step count on the CPU unless it is fused.
-                self.optimizer.state[master] = {
-                    key: tensors[f"{key}.{name}"].to(
-                        "cpu" if key == "step" and self.device.type == "cpu" else self.device
-                    )
-                    for key in keys
-                }
+            # AdamW keeps its step count on the CPU unless it is fused.
+            self.optimizer.state[master] = {
+                key: read(f"{key}.{stored}").to("cpu" if key == "step" and self.device.type == "cpu" else self.device)
+                for key in ("step", "exp_avg", "exp_avg_sq")
+                if f"{key}.{stored}" in keys
+            }

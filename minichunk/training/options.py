@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -11,75 +10,16 @@ import torch
 from ..chunks import Chunk, cut
 from ..errors import InputError
 from ..files.shipped import SHIPPED_MODEL
+from ..files.torchrun import started
 from ..memory.pattern import Pattern
-from ..models.config import pattern_of
 from ..samplers import Bernoulli, FixedBudget, PaperBudget, most_kept
 from ..spaco import Sampler
+from .checks import check_4bit, check_choice, check_device, check_least
+from .partial_options import make_pattern, pattern_options
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 METHODS = ("seco", "spaco", "full")
 SAMPLERS = ("bernoulli", "fixed", "paper")
-# Each kind's options, with their default and their least value.
-PARTIAL_CONTEXT = {
-    "window": {"window": (1024, 1), "sinks": (64, 0)},
-    "strided": {"block": (64, 1), "local": (16, 1), "stride": (16, 1)},
-}
-
-
-def check_device(name: str | None) -> str:
-    """The device of `--device`; None: CUDA where there is one. Raises InputError for one that is not there."""
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name is None:
-        return "cuda" if count else "cpu"
-    here = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
-    if name not in here:
-        raise InputError(f"--device is {name!r}, but PyTorch sees only {', '.join(here)} here")
-    return name
-
-
-def check_least(options: dict[str, tuple[float | None, float]]) -> None:
-    """Each option's value and its bound, None allowed. Raises InputError for one that is below."""
-    for name, (value, bound) in options.items():
-        if value is not None and value < bound:
-            raise InputError(f"--{name.replace('_', '-')} is {value}, but must be at least {bound}")
-
-
-def check_choice(name: str, value: str | None, allowed: Collection[str]) -> None:
-    """Raises InputError unless the option `name` has one of these values, or none."""
-    if value is not None and value not in allowed:
-        raise InputError(f"--{name.replace('_', '-')} is {value!r}, but must be one of {', '.join(allowed)}")
-
-
-def check_4bit(load_in_4bit: bool, rank: int) -> None:
-    """Raises InputError for a base in 4 bits without an adapter to train."""
-    if load_in_4bit and rank == 0:
-        raise InputError("--load-in-4bit freezes the base: it needs an adapter, --rank of at least 1")
-
-
-def pattern_options(kind: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of `--partial-context` by name, with their defaults for None; those of the other kind are None.
-
-    given: these and others, by name. Raises InputError.
-    """
-    check_choice("partial_context", kind, PARTIAL_CONTEXT)
-    values: dict[str, Any] = {}
-    for other, options in PARTIAL_CONTEXT.items():
-        for name, (default, least) in options.items():
-            if other != kind and given[name] is not None:
-                raise InputError(f"--{name} belongs to --partial-context {other}")
-            check_least({name: (given[name], least)})
-            values[name] = default if other == kind and given[name] is None else given[name]
-    if kind is None and given["full_layers"] is not None:
-        raise InputError("--full-layers belongs to --partial-context")
-    return values
-
-
-def make_pattern(kind: str | None, given: Mapping[str, Any]) -> Pattern | None:
-    """The pattern of `--partial-context`; None: none. Raises InputError."""
-    values = {name: value for name, value in pattern_options(kind, given).items() if value is not None}
-    if kind is None:
-        return None
-    return pattern_of(values)
 
 
 def default_dtype(device: str) -> str:
@@ -118,7 +58,9 @@ class TrainOptions:
     deterministic: bool = False
     steps: int = 60
     batch_size: int = 1
-    accumulate: int = 1
+    accumulate: int | None = None
+    pipeline: int | None = None
+    timeout: float = 600.0
     lr: float | None = None
     warmup: int | None = None
     weight_decay: float = 0.0
@@ -139,6 +81,7 @@ class TrainOptions:
         self._check()
         device = check_device(self.device)
         num_chunks = len(cut(self.seq_len, self.chunk_size))
+        pipeline, copies = self._processes()
         return replace(
             self,
             model=self.model or str(SHIPPED_MODEL),
@@ -146,6 +89,8 @@ class TrainOptions:
             dtype=self.dtype or default_dtype(device),
             lr=self.lr if self.lr is not None else self._default_lr(),
             warmup=self.warmup if self.warmup is not None else self.steps // 10,
+            pipeline=pipeline,
+            accumulate=self.accumulate or copies,
             budget=self.budget or (max(1, num_chunks // 4) if self.method == "spaco" else None),
             **pattern_options(self.partial_context, vars(self)),
         )
@@ -153,6 +98,31 @@ class TrainOptions:
     def pattern(self) -> Pattern | None:
         """What the layers of `--partial-context` see."""
         return make_pattern(self.partial_context, vars(self))
+
+    def _processes(self) -> tuple[int, int]:
+        """Processes that share the layers, and how many copies there are of such a pipeline."""
+        world = started().world
+        if self.pipeline is None and world > 1:
+            raise InputError(
+                f"torchrun has started {world} processes: say with --pipeline how many of them share the layers "
+                f"({world}: all of them; 1: each has all layers, and documents of its own)"
+            )
+        ranks = self.pipeline or 1
+        if world == 1 and ranks > 1:
+            raise InputError(
+                f"--pipeline {ranks} needs {ranks} processes: torchrun --nproc-per-node {ranks} -m minichunk train "
+                f"--pipeline {ranks} …"
+            )
+        if world % ranks:
+            raise InputError(f"--pipeline is {ranks}, but must divide the {world} processes that torchrun has started")
+        if self.method == "full" and ranks > 1:
+            raise InputError("--method full does not run over several processes: take seco or spaco with --pipeline")
+        if self.accumulate is not None and self.accumulate < world // ranks:
+            raise InputError(
+                f"--accumulate is {self.accumulate}, but {world // ranks} copies of the model need a batch each: "
+                f"at least {world // ranks}"
+            )
+        return ranks, world // ranks
 
     def _default_lr(self) -> float:
         if self.rank == 0:
@@ -165,10 +135,10 @@ class TrainOptions:
             check_choice(name, getattr(self, name), allowed)
         least = {
             "seq_len": 2, "chunk_size": 1, "fill_size": self.chunk_size, "budget": 1, "steps": 1, "batch_size": 1,
-            "accumulate": 1, "rank": 0, "save_every": 1, "eval_documents": 0, "warmup": 0, "seed": 0,
+            "accumulate": 1, "pipeline": 1, "rank": 0, "save_every": 1, "eval_documents": 0, "warmup": 0, "seed": 0,
         }  # fmt: skip
         check_least({name: (getattr(self, name), bound) for name, bound in least.items()})
-        for name, value in (("lr", self.lr), ("cap", self.cap), ("alpha", self.alpha)):
+        for name, value in (("lr", self.lr), ("cap", self.cap), ("alpha", self.alpha), ("timeout", self.timeout)):
             if value is not None and not 0 < value < float("inf"):
                 raise InputError(f"--{name} is {value}, but must be a number above 0")
         for name, value in (("weight-decay", self.weight_decay), ("clip", self.clip)):

@@ -24,6 +24,7 @@ class Run:
         self.info = self.directory / "run.json"
         self.metrics = self.directory / "metrics.jsonl"
         self.checkpoint = self.directory / "checkpoint.safetensors"
+        self.adapter, self.model = self.directory / "adapter", self.directory / "model"
 
     @classmethod
     def new(cls, directory: str | Path | None) -> Run:
@@ -79,16 +80,24 @@ class Run:
         return metrics
 
     def save(self, trainer: Trainer) -> None:
-        write_tensors(self.checkpoint, trainer.state(), {"step": str(trainer.step)})
+        """Called on all processes; the first one writes what all have, whatever their number: one file."""
+        whole = trainer.ranks.whole(trainer.state())
+        if trainer.ranks.is_first and whole is not None:
+            write_tensors(self.checkpoint, whole, {"step": str(trainer.step)})
 
     def restore(self, trainer: Trainer) -> None:
         """Bring the trainer, and metrics.jsonl, back to the last save; to the start if there was none."""
-        if self.checkpoint.exists():
+        there = trainer.ranks.everyones(self.checkpoint.exists())
+        if any(there) and not all(there):
+            raise InputError(f"not all processes see {self.checkpoint}: it must be on a disk that all of them share")
+        if all(there):
             device = str(trainer.device)
             with open_tensors(self.checkpoint, device) as file:
                 step = int((file.metadata() or {}).get("step", -1))
                 if step < 0:
                     raise InputError(f"{self.checkpoint} does not say its step: it is not a checkpoint of minichunk")
-                trainer.load_state({key: file.get_tensor(key) for key in file.keys()}, step)  # noqa: SIM118
+                trainer.load_state(set(file.keys()), file.get_tensor, step)
+        if not trainer.ranks.is_first:
+            return
         lines = [json.dumps(metrics) for metrics in self.read_metrics() if metrics["step"] <= trainer.step]
         write_text(self.metrics, "".join(line + "\n" for line in lines))

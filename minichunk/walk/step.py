@@ -20,8 +20,8 @@ from ..models.pretrained import Pretrained
 from ..samplers import Bernoulli
 from ..seco import seco
 from ..spaco import spaco
+from ..training.checks import check_choice, check_least
 from ..training.load import load_as_told
-from ..training.options import check_choice, check_least
 from .events import Event, compare, read_events, write_events
 from .page import write_page
 from .trace import trace
