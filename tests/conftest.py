@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import minichunk as mc
 from minichunk.files.shipped import MEASURED_ON, novel
 from minichunk.training.pretrain import train_tokenizer
 
+from .ranks import Ranks
 from .strategies import tiny
 
 common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "max_examples": 100}
@@ -64,3 +66,11 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Pat
     mc.Llama(tiny(vocab_size=300, max_position_embeddings=16)).save_pretrained(directory)
     tokenizer.save(str(directory / "tokenizer.json"))
     return directory
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """Up to four processes of one group."""
+    started = Ranks(4, tmp_path_factory.mktemp("ranks"))
+    yield started
+    started.close()

@@ -187,7 +187,7 @@ def test_every_command_chooses_device_and_dtype_alike(
     class Asked(Exception):
         pass
 
-    def ask(directory: Path, dtype: torch.dtype, device: str, load_in_4bit: bool) -> NoReturn:
+    def ask(directory: Path, dtype: torch.dtype, device: str, load_in_4bit: bool, prepare: object) -> NoReturn:
         raise Asked(device, str(dtype).removeprefix("torch."), load_in_4bit)
 
     monkeypatch.chdir(tmp_path)

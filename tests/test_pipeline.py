@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -21,13 +20,6 @@ from minichunk.protocol import Recompute
 from . import ranks as tasks
 from .ranks import Case, Ranks
 from .strategies import Batch, batches, build, examples, models, state_models, tiny, tiny_state
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    started = Ranks(4, tmp_path_factory.mktemp("ranks"))
-    yield started
-    started.close()
 
 
 def some_ids(length: int, batch: int = 2) -> torch.Tensor:

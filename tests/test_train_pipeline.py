@@ -1,0 +1,304 @@
+"""`minichunk train` over several processes writes, to the last bit, the files that one process writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import minichunk as mc
+from minichunk.files.torchrun import started
+
+from . import train_ranks as tasks
+from .ranks import Ranks
+from .strategies import examples, tiny, tiny_state
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, model_directory: Path) -> dict[str, Path]:
+    """Checkpoints of four layers: a Llama, one whose embedding is also its head, and a hybrid with states."""
+    common = {"vocab_size": 300, "max_position_embeddings": 16}
+    made: dict[str, Any] = {
+        "llama": mc.Llama(tiny(layers=4, **common)),
+        "tied": mc.Llama(tiny(layers=4, tie_word_embeddings=True, **common)),
+        "hybrid": mc.StateSpace(tiny_state("sasa", **common)),
+        "mamba2": mc.Mamba2(
+            mc.Mamba2Config(300, 8, 4, 4, num_heads=2, head_dim=8, n_groups=1, tie_word_embeddings=False)
+        ),
+    }
+    paths = {}
+    for number, (name, model) in enumerate(made.items()):
+        paths[name] = tmp_path_factory.mktemp(name)
+        torch.manual_seed(number)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim == 2 else None
+        model.save_pretrained(paths[name])
+        shutil.copy(model_directory / "tokenizer.json", paths[name])
+    return paths
+
+
+@pytest.fixture
+def values(models: dict[str, Path], text: Path) -> dict[str, Any]:
+    return {
+        "model": str(models["llama"]), "data": [str(text)], "seq_len": 40, "chunk_size": 8, "steps": 3,
+        "save_every": 2, "rank": 2, "eval_documents": 3, "device": "cpu",
+    }  # fmt: skip
+
+
+STEADY = ("step", "loss", "grad_norm", "lr", "tokens")  # does not depend on the clock
+
+
+def files(directory: Path) -> dict[str, Any]:
+    """What a run has written, by name, without clock and memory, and what it was told."""
+    found: dict[str, Any] = {}
+    for path in directory.rglob("*"):
+        name = str(path.relative_to(directory))
+        if path.suffix == ".safetensors":
+            found[name] = {key: (str(x.dtype), x.tolist()) for key, x in load_file(path).items()}
+        elif name == "metrics.jsonl":
+            found[name] = [{key: json.loads(line)[key] for key in STEADY} for line in path.read_text().splitlines()]
+        elif path.suffix == ".json" and name != "run.json":
+            found[name] = json.loads(path.read_text())
+    return found
+
+
+def run(ranks: Ranks, world: int, values: dict[str, Any], output: Path, pipeline: int | None = None) -> dict[str, Any]:
+    told = values | {"output": str(output)} | ({"pipeline": pipeline or world} if world > 1 else {})
+    answers = ranks.ask(world, tasks.train_here, world, told)
+    assert not any(error for _, error in answers), answers
+    assert not any(lines for lines, _ in answers[1:]), "one process speaks for all"
+    return files(output)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "adapter": {},
+    "spaco, dropout, accumulation": {"method": "spaco", "budget": 2, "dropout": 0.2, "accumulate": 3, "batch_size": 2},
+    "all parameters": {"rank": 0, "weight_decay": 0.1, "clip": 0.01},
+    "all parameters, bfloat16": {"rank": 0, "dtype": "bfloat16", "recompute": True},
+    "bfloat16 sums": {
+        "dtype": "bfloat16",
+        "cache_grad_dtype": "bfloat16",
+        "fill_size": 16,
+        "recompute_attention": True,
+    },
+    "offload": {"offload": True, "dropout": 0.1},
+    "4 bits": {"load_in_4bit": True, "dtype": "bfloat16"},
+    "partial context": {"partial_context": "window", "window": 4, "sinks": 2, "full_layers": [1]},
+    "tied": {"model": "tied", "dropout": 0.1},
+    "hybrid": {"model": "hybrid", "targets": ["q_proj", "a_proj"]},
+    "an adapter on some ranks only": {"model": "hybrid", "targets": ["q_proj"], "dropout": 0.1},
+    "mamba2 in bfloat16": {"model": "mamba2", "dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_several_ranks_write_what_one_process_writes(
+    ranks: Ranks, models: dict[str, Path], values: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    values |= OPTIONS[name]
+    values["model"] = str(models.get(values["model"], values["model"]))
+    expected = run(ranks, 1, values, tmp_path / "one")
+    assert {"checkpoint.safetensors", "metrics.jsonl", "loss_by_position.json"} < set(expected)
+    for world in (2, 4) if name != "hybrid" else (3,):
+        assert run(ranks, world, values, tmp_path / str(world)) == expected
+
+
+@examples(8)
+@given(st.data())
+def test_whatever_the_options(
+    ranks: Ranks, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, text: Path, data: st.DataObject
+) -> None:
+    method = data.draw(st.sampled_from(["seco", "spaco"]))
+    values = {
+        "model": str(models[data.draw(st.sampled_from(["llama", "tied", "hybrid", "mamba2"]))]), "data": [str(text)],
+        "device": "cpu", "steps": 2, "eval_documents": 1, "method": method, "rank": data.draw(st.integers(1, 3)),
+        "seq_len": data.draw(st.integers(9, 40)), "chunk_size": (size := data.draw(st.integers(3, 12))),
+        "fill_size": data.draw(st.none() | st.integers(size, 30)), "batch_size": data.draw(st.integers(1, 2)),
+        "accumulate": data.draw(st.integers(1, 2)), "dropout": data.draw(st.sampled_from([0.0, 0.3])),
+        "recompute": data.draw(st.booleans()), "offload": data.draw(st.booleans()),
+        "dtype": data.draw(st.sampled_from(["float32", "bfloat16", "float64"])),
+        "clip": data.draw(st.sampled_from([0.0, 0.01, 1.0])), "seed": data.draw(st.integers(0, 2**31)),
+    }  # fmt: skip
+    if method == "spaco":
+        values |= {"budget": 2, "sampler": data.draw(st.sampled_from(["bernoulli", "fixed", "paper"]))}
+    directory = tmp_path_factory.mktemp("runs")
+    expected = run(ranks, 1, values, directory / "one")
+    assert run(ranks, data.draw(st.integers(2, 3)), values, directory / "several") == expected
+
+
+@pytest.mark.parametrize("pipeline", [1, 2])
+def test_copies_take_the_batches_in_turn(ranks: Ranks, values: dict[str, Any], tmp_path: Path, pipeline: int) -> None:
+    """Three batches for two copies: one of them has nothing to do at the end of a step. The sum has another order."""
+    values |= {"accumulate": 3, "dtype": "float64", "dropout": 0.2, "method": "spaco", "budget": 3, "clip": 0.1}
+    expected = run(ranks, 1, values, tmp_path / "one")
+    found = run(ranks, 2 * pipeline, values, tmp_path / "copies", pipeline)
+    for got, one in zip(found["metrics.jsonl"], expected["metrics.jsonl"], strict=True):
+        # A step of AdamW is a quotient of gradients: rounding stays rounding, with room for three steps of it.
+        assert got == pytest.approx(one, rel=1e-10)
+    assert found["metrics.jsonl"][0]["loss"] == expected["metrics.jsonl"][0]["loss"]
+
+
+@pytest.mark.parametrize("interrupt", [None, 2])
+def test_a_weight_on_two_ranks_counts_once(
+    ranks: Ranks, models: dict[str, Path], values: dict[str, Any], tmp_path: Path, interrupt: int | None
+) -> None:
+    """An embedding that is also the head, and learns: in the norm, in the files, and after a resume."""
+    values |= {"model": str(models["tied"]), "rank": 0, "dtype": "float64", "clip": 0.1, "lr": 0.01}
+    expected = run(ranks, 1, values, tmp_path / "one")
+    told = values | {"output": str(tmp_path / "several"), "pipeline": 2}
+    ranks.ask(2, tasks.train_here, 2, told, False, interrupt)
+    if interrupt is not None:
+        ranks.ask(2, tasks.train_here, 2, {"output": told["output"], "pipeline": 2}, True)
+    found = files(tmp_path / "several")
+    for name in ("checkpoint.safetensors", "model/model.safetensors"):
+        assert found[name].keys() == expected[name].keys()
+    for got, one in zip(found["metrics.jsonl"], expected["metrics.jsonl"], strict=True):
+        assert got == pytest.approx(one, rel=1e-10)
+    after = [[span["loss"] for span in each["loss_by_position.json"]["after"]] for each in (found, expected)]
+    assert after[0] == pytest.approx(after[1], rel=1e-10)
+
+
+def test_as_many_batches_as_copies_by_default(ranks: Ranks, values: dict[str, Any], tmp_path: Path) -> None:
+    found = run(ranks, 2, values, tmp_path / "copies", 1)
+    assert [line["tokens"] for line in found["metrics.jsonl"]] == [80, 80, 80]
+
+
+@pytest.mark.parametrize("worlds", [(2, 1), (1, 3), (4, 2)])
+@pytest.mark.parametrize("model", ["llama", "tied"])
+def test_a_run_goes_on_with_another_number_of_ranks(
+    ranks: Ranks, models: dict[str, Path], values: dict[str, Any], tmp_path: Path, worlds: tuple[int, int], model: str
+) -> None:
+    """Ctrl-C on one rank ends the step of all; what is resumed ends as what was never stopped."""
+    values |= {"model": str(models[model]), "rank": 0 if model == "llama" else 2, "steps": 4, "dropout": 0.1}
+    expected = run(ranks, 1, values, tmp_path / "one")
+    first, then = worlds
+    told = values | {"output": str(tmp_path / "several"), "pipeline": first}
+    stopped = ranks.ask(first, tasks.train_here, first, told, False, 3)
+    assert all(re.match("Interrupted: saved after step 3; go on with: .* --resume$", error) for _, error in stopped)
+    told = {"output": str(tmp_path / "several"), "pipeline": then}
+    answers = ranks.ask(then, tasks.train_here, then, told, True)
+    assert not any(error for _, error in answers)
+    assert any("after step 3 of 4" in line for line in answers[0][0])
+    assert files(tmp_path / "several") == expected
+
+
+@pytest.mark.parametrize("model", ["llama", "tied"])
+def test_a_rank_reads_its_own_tensors_alone(
+    ranks: Ranks, models: dict[str, Path], values: dict[str, Any], model: str
+) -> None:
+    values |= {"model": str(models[model]), "pipeline": 3}
+    embedding = "model.embed_tokens.weight"
+    head = embedding if model == "tied" else "lm_head.weight"
+    read = [set(names) for names, _ in ranks.ask(3, tasks.read_here, 3, values)]
+    assert [{n for n in names if ".layers." not in n} for names in read] == [
+        {embedding},
+        set(),
+        {"model.norm.weight", head},
+    ]
+    numbers = [sorted({name.split(".")[2] for name in names if ".layers." in name}) for names in read]
+    assert sorted(number for each in numbers for number in each) == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("world", "changes", "words"),
+    [
+        (2, {"pipeline": None}, "torchrun has started 2 processes: say with --pipeline"),
+        (3, {"pipeline": 2}, "--pipeline is 2, but must divide the 3 processes"),
+        (1, {"pipeline": 4}, "--pipeline 4 needs 4 processes: torchrun --nproc-per-node 4 -m minichunk train"),
+        (2, {"pipeline": 2, "method": "full"}, "--method full does not run over several processes"),
+        (2, {"pipeline": 1, "accumulate": 1}, "--accumulate is 1, but 2 copies of the model need a batch each"),
+        (3, {"pipeline": 3, "model": "shallow"}, "the model has 2 layers, too few for 3 ranks"),
+        (2, {"pipeline": 0}, "--pipeline is 0, but must be at least 1"),
+        (2, {"pipeline": 2, "lr": 1e30, "steps": 20}, "try a lower --lr"),
+    ],
+)
+def test_mistakes(
+    ranks: Ranks, values: dict[str, Any], model_directory: Path, tmp_path: Path, world: int, changes: dict[str, Any],
+    words: str,
+) -> None:  # fmt: skip
+    values |= changes | {"output": str(tmp_path / "run")}
+    values["model"] = str(model_directory) if changes.get("model") else values["model"]
+    for _, error in ranks.ask(world, tasks.train_here, world, values):
+        assert words in error
+
+
+def test_the_variables_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "x"}
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(mc.InputError, match=r"MASTER_PORT is missing, though RANK is there: start with torchrun"):
+        started()
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert started() == (1, 2, 0, 1)
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(mc.InputError, match="WORLD_SIZE is 'two', but must be a number"):
+        started()
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def torchrun(arguments: list[str], directory: Path) -> subprocess.CompletedProcess[str]:
+    where = {"PYTHONPATH": str(Path(mc.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*TORCHRUN, *arguments], cwd=directory, env=os.environ | where, capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+
+
+def options_of(values: dict[str, Any]) -> list[str]:
+    words = []
+    for name, value in values.items():
+        words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def test_the_command(values: dict[str, Any], tmp_path: Path) -> None:
+    """As a user gives it; and a mistake that all processes make is said once."""
+    command = ["-m", "minichunk", "train", "--pipeline", "2"]
+    done = torchrun([*command, *options_of(values)], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "ranks   over 2 ranks with 2, 2 layers" in done.stdout
+    assert done.stdout.count("peak memory") == 1
+    assert (tmp_path / "runs/1/adapter/adapter_model.safetensors").is_file()
+    done = torchrun([*command, "--resume", "--output", "runs/2"], tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("minichunk: --resume: runs/2 holds no run (run.json is missing)") == 1
+
+
+LOST = """
+import os, sys
+from minichunk.command.main import main
+from minichunk.training.loop import Trainer
+step = Trainer.run_step
+def run_step(trainer):
+    if trainer.step == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), 9)
+    return step(trainer)
+Trainer.run_step = run_step
+sys.exit(main())
+"""
+
+
+def test_a_rank_that_is_killed_ends_all_with_one_line(values: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "lost.py").write_text(LOST)
+    done = torchrun(["lost.py", "train", "--pipeline", "2", *options_of(values | {"steps": 5})], tmp_path)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("minichunk: ")]
+    assert len(lines) <= 1  # torchrun may end the others before they notice
+    for line in lines:
+        assert "hears nothing from" in line and "runs/1/checkpoint.safetensors is the last good one" in line
+    assert "exitcode  : -9" in done.stderr
+    answers = tasks.train_here(0, 1, {"output": str(tmp_path / "runs/1")}, resume=True)
+    assert any("after step 2 of 5" in line for line in answers[0])
