@@ -241,6 +241,21 @@ def test_accumulation_has_the_normaliser_of_the_whole_step(options: TrainOptions
     measure(lambda: gradients(4, 1)).check(gradients(1, 4))
 
 
+def test_each_batch_has_random_numbers_of_its_own(options: TrainOptions) -> None:
+    model, tokenizer = load_model(options)
+    documents, *_ = load_data(options, model, tokenizer)
+    seeds = []
+
+    def gradient(*arguments: Any) -> torch.Tensor:
+        seeds.append((arguments[-1].initial_seed(), torch.initial_seed()))
+        return torch.zeros(())
+
+    trainer = Trainer(model, documents, gradient, Schedule(2, 1.0), 1, 3)
+    for _ in range(2):
+        trainer.run_step()
+    assert len({generator for generator, _ in seeds}) == len({dropout for _, dropout in seeds}) == 6
+
+
 def test_schedule() -> None:
     schedule = Schedule(steps=110, lr=1.0, warmup=10)
     assert [schedule.lr_at(step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])

@@ -75,9 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         status, words = 1, str(error)
     except (Interrupted, KeyboardInterrupt) as error:
         status, words = 130, str(error) or "stopped"
+    several = is_one_of_several()
     if speaks_first():
-        print(f"minichunk: {words}", file=sys.stderr, flush=True)
-    if is_one_of_several():
+        before = "\n" if several else ""  # another one's progress bar may stand there
+        print(f"{before}minichunk: {words}", file=sys.stderr, flush=True)
+    if several:
         os._exit(status)  # a process group that has lost a rank may never come to its end
     return status
 

@@ -10,6 +10,7 @@ pipeline, and those with the same layers a group, in which the gradients of the 
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -154,7 +155,8 @@ class Links:
         try:
             yield
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            said = re.sub(r"^\[[^]]*\]\s*", "", str(error).strip())  # where in PyTorch's own code
+            reason = re.split(r"\. |\n", said)[0] or type(error).__name__
             raise RankLost(
                 f"rank {dist.get_rank()} hears nothing from {other}, which ended or did not answer in time ({reason})"
             ) from error

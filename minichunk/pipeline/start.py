@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,7 +14,7 @@ import torch.distributed as dist
 
 from ..errors import InputError
 from ..files.torchrun import started
-from .links import Links
+from .links import Links, RankLost
 
 
 @contextmanager
@@ -27,6 +28,7 @@ def linked(ranks: int, device: str, timeout: timedelta) -> Iterator[Links | None
         return
     here = dist.is_initialized()
     if not here:
+        signal.signal(signal.SIGTERM, _end)  # what torchrun sends to all once one has ended
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
         # What is on the CPU, like a checkpoint that is gathered, goes by Gloo on GPUs too.
@@ -34,6 +36,10 @@ def linked(ranks: int, device: str, timeout: timedelta) -> Iterator[Links | None
     yield Links(ranks, timeout)
     if not here:  # after an error the others may never come to it
         dist.destroy_process_group()
+
+
+def _end(number: int, frame: object) -> None:
+    raise RankLost(f"rank {started().rank} was told to end, as all are when one of them has ended")
 
 
 def local_device(device: str) -> str:
