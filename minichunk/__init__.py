@@ -15,6 +15,7 @@ from .models.mamba2_config import Mamba2Config
 from .models.partial import partial_context
 from .models.ssm import StateSpace
 from .models.ssm_config import StateSpaceConfig
+from .pipeline.links import Links, RankLost
 from .pipeline.stage import PipelineStage
 from .pipeline.step import pipeline_seco, pipeline_spaco
 from .samplers import Bernoulli, FixedBudget, PaperBudget, Weight
@@ -30,12 +31,14 @@ __all__ = [
     "Gemma3",
     "Gemma3Config",
     "InputError",
+    "Links",
     "Llama",
     "LlamaConfig",
     "Mamba2",
     "Mamba2Config",
     "PaperBudget",
     "PipelineStage",
+    "RankLost",
     "StateSpace",
     "StateSpaceConfig",
     "Strided",

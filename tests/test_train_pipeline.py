@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 import minichunk as mc
 from minichunk.files.torchrun import started
+from minichunk.pipeline.start import local_device
 
 from . import train_ranks as tasks
 from .ranks import Ranks
@@ -246,13 +247,20 @@ def test_the_variables_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
         started()
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert local_device("cuda") == "cuda"
+    with tasks.under_torchrun(1, 2):
+        assert (local_device("cuda"), local_device("cuda:0"), local_device("cpu")) == ("cuda:1", "cuda:1", "cpu")
+    with tasks.under_torchrun(1, 4), pytest.raises(mc.InputError, match="4 processes on this machine, but .* 2 GPUs"):
+        local_device("cuda")
 
 
-def torchrun(arguments: list[str], directory: Path) -> subprocess.CompletedProcess[str]:
+def torchrun(arguments: list[str], directory: Path, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     where = {"PYTHONPATH": str(Path(mc.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*TORCHRUN, *arguments], cwd=directory, env=os.environ | where, capture_output=True, text=True, timeout=120,
+        [*start, *arguments], cwd=directory, env=os.environ | where, capture_output=True, text=True, timeout=120,
         check=False,
     )  # fmt: skip
 
@@ -275,6 +283,20 @@ def test_the_command(values: dict[str, Any], tmp_path: Path) -> None:
     done = torchrun([*command, "--resume", "--output", "runs/2"], tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("minichunk: --resume: runs/2 holds no run (run.json is missing)") == 1
+
+
+def test_the_script_in_the_readme(tmp_path: Path) -> None:
+    """Also with one process, with the same losses."""
+    readme = Path(mc.__file__).parents[1] / "README.md"
+    (script,) = [code for code in readme.read_text().split("```python\n") if "init_process_group" in code]
+    code = script.partition("```")[0].replace('"minichunk/assets', f'"{Path(mc.__file__).parent}/assets')
+    (tmp_path / "several.py").write_text(code.replace("2048", "128").replace("range(3)", "range(2)"))
+    said = []
+    for processes in (1, 2):
+        done = torchrun(["several.py"], tmp_path, processes)
+        assert done.returncode == 0, done.stderr
+        said.append(re.findall(r"loss ([\d.]+?\d{4})", done.stdout))  # two ranks may write into one line
+    assert len(said[0]) == 2 and sorted(said[1]) == sorted(2 * said[0])
 
 
 LOST = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ..chunks import cut, span
 from ..errors import InputError
 from ..loss import token_losses
 from ..memory.layers import wide
+from ..models.auto import load_model
 from ..models.decoder import RMSNorm
 from ..models.dropout import DropoutMasks
 from ..models.elsewhere import Elsewhere
@@ -25,8 +27,8 @@ class PipelineStage(Stack):
     """What is left of `model` on this rank; `stage.model` is the model itself, and its parameters keep their names.
 
     Made at the same time on all processes of the default process group, of models with the same weights: seed what is
-    drawn at random. The model may be on the CPU; `stage.to(device)` then moves what is left. As the `prepare` of
-    `load_model` it leaves what other ranks have unread.
+    drawn at random. The model may be on the CPU; `stage.to(device)` then moves what is left. `PipelineStage.load` reads
+    a checkpoint without what other ranks have.
 
     counts: how many layers each rank gets; None: they are dealt by the bytes of their weights, the embedding's and the
         LM head's included.
@@ -68,6 +70,21 @@ class PipelineStage(Stack):
         # Of a parameter that the first rank has too, its name there by the name here.
         twice = model.lm_head.weight if self.is_tied and links.is_last else None
         self.twice = {name: head for name, parameter in model.named_parameters() if parameter is twice}
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | Path,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device = "cpu",
+        load_in_4bit: bool = False,
+        counts: Sequence[int] | None = None,
+        links: Links | None = None,
+    ) -> PipelineStage:
+        """A rank's part of a checkpoint, of which it reads its own tensors alone; otherwise as `load_model`."""
+        stages: list[PipelineStage] = []
+        load_model(directory, dtype, device, load_in_4bit, lambda model: stages.append(cls(model, counts, links=links)))
+        return stages[0]
 
     def named_parameters(self, *args: Any, **keywords: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """By their names in the model."""
