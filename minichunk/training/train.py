@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ..chunks import cut
 from ..files.documents import Document
 from ..files.room import human_bytes
+from ..files.torchrun import started
 from ..models.partial import describe
 from ..pipeline.links import Links, RankLost
 from ..pipeline.start import linked, local_device
@@ -162,4 +163,7 @@ def _last_good(run: Run) -> str:
 
 
 def _how_to_resume(trainer: Trainer, run: Run) -> str:
-    return f"saved after step {trainer.step}; go on with: minichunk train --output {run.directory} --resume"
+    links, command = trainer.ranks.links, "minichunk train"
+    if links is not None:  # or with another number of processes
+        command = f"torchrun --nproc-per-node {started().local_world} -m {command} --pipeline {links.ranks}"
+    return f"saved after step {trainer.step}; go on with: {command} --output {run.directory} --resume"
