@@ -112,10 +112,11 @@ def _add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     bench.add_argument(
         "--preset",
-        choices=["cpu", "targets", "partial", "cuda"],
+        choices=["cpu", "targets", "partial", "pipeline", "cuda"],
         help="cpu: a 47M Llama in float32, up to 4,096 tokens, 8 minutes on 2 cores (default). targets: also 16,384 "
         "tokens, under an hour. partial: what layers that see a part of the past save, by the position of a chunk, all "
-        "in one process, 10 minutes. cuda: an 8B-shaped Llama in bfloat16 with LoRA under a cap of 24 GiB",
+        "in one process, 10 minutes. pipeline: two ranks beside one process, a thread each, 7 minutes. cuda: an "
+        "8B-shaped Llama in bfloat16 with LoRA under a cap of 24 GiB",
     )
     bench.add_argument("--device", choices=["cpu", "cuda"], help="cuda is the same as --preset cuda (default: cpu)")
     bench.add_argument("--repeats", type=int, metavar="N", help="measurements of each case (default: the preset's)")

@@ -14,14 +14,14 @@ import torch
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..files.atomic import write_json
+from ..files.atomic import read_json, write_json
+from . import pipelined, positions, shares
 from .forecast import forecast
 from .machine import command, machine
 from .measure import METHODS, Case
-from .positions import REPEATS, measure_positions
 from .results import GIB, Result, plot, ratios, read_results, table
 from .setting import Setting
-from .sums import chunk_table, in_words, is_by_position, plot_curves, read_curves, sum_table
+from .sums import chunk_table, in_words, plot_curves, read_curves, sum_table
 
 
 def cpu_cases() -> list[Case]:
@@ -112,12 +112,14 @@ def run_bench(
     path = redraw or output or Path(f"bench-{preset}.json")
     if redraw is None:
         check_device("cuda" if preset == "cuda" else "cpu")
-        if preset == "partial":
-            measure_positions(path, repeats or REPEATS, quiet=json)
+        if preset in OWN:
+            measure, default_repeats, _ = OWN[preset]
+            measure(path, repeats or default_repeats, quiet=json)
         else:
             cases, default_repeats = PRESETS[preset]
             bench(cases(), repeats or default_repeats, path, quiet=json)
-    drawn, shown = (_show_positions if is_by_position(path) else _show)(path)
+    written_by = str(read_json(path).get("preset"))
+    drawn, shown = (OWN[written_by][2] if written_by in OWN else _show)(path)
     if json:
         print(path.read_text(), end="")
         return
@@ -135,3 +137,17 @@ def _show_positions(path: Path) -> tuple[bool, list[str]]:
     curves = read_curves(path)
     shown = ["milliseconds of a chunk, and of a token", chunk_table(curves), sum_table(curves), in_words(curves)]
     return plot_curves(curves, path.with_suffix(".png")), shown
+
+
+def _show_ranks(path: Path) -> tuple[bool, list[str]]:
+    found = shares.read_shares(path)
+    shown = ["seconds of a step", shares.time_table(found)]
+    shown += ["live tensors at their peak (and the process)", shares.memory_table(found), shares.in_words(found)]
+    return shares.plot_shares(found, path.with_suffix(".png")), shown
+
+
+# Presets that measure something else than one case after the other: how, how often, and what to show of it.
+OWN: dict[str, tuple[Callable[..., None], int, Callable[[Path], tuple[bool, list[str]]]]] = {
+    "partial": (positions.measure_positions, positions.REPEATS, _show_positions),
+    "pipeline": (pipelined.measure_ranks, pipelined.REPEATS, _show_ranks),
+}

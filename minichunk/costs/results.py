@@ -36,8 +36,13 @@ class Result:
         values = self.values(key)
         if not values:
             return "out of memory" if any(s.get("out_of_memory") for s in self.samples) else "failed"
-        low, middle, high = show(min(values)), show(statistics.median(values)), show(max(values))
-        return middle if low == high else f"{middle} ({low} to {high})"
+        return spread(values, show)
+
+
+def spread(values: Sequence[float], show: Callable[[float], str]) -> str:
+    """Median and range; one of them where they are shown alike."""
+    low, middle, high = show(min(values)), show(statistics.median(values)), show(max(values))
+    return middle if low == high else f"{middle} ({low} to {high})"
 
 
 def read_results(path: Path) -> list[Result]:

@@ -68,11 +68,6 @@ class Curves:
         return slower + self.chunk_size if slower < self.last else None
 
 
-def is_by_position(path: Path) -> bool:
-    """Whether these are results of positions.py. Raises InputError."""
-    return read_json(path).get("preset") == "partial"
-
-
 def read_curves(path: Path) -> Curves:
     """Read a results file. Raises InputError."""
     found: dict[str, dict[str, Line]] = {}
