@@ -1,4 +1,4 @@
-"""What pipelined.py has measured: which share of one process's time and memory each rank takes, and how long it waits."""
+"""What pipelined.py has measured: which share of one process's time and memory a rank takes, and how long it waits."""
 
 from __future__ import annotations
 
