@@ -6,6 +6,7 @@ Every wait in here has a timeout.
 from __future__ import annotations
 
 import copy
+import gc
 import multiprocessing
 import os
 import pickle
@@ -24,6 +25,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import minichunk as mc
+from minichunk.costs.count import CountBytes
+from minichunk.costs.setting import Setting
+from minichunk.costs.step import optimizer_states
+from minichunk.models.shapes import random_model
 from minichunk.pipeline.links import RankLost
 from minichunk.pipeline.stage import PipelineStage
 
@@ -222,3 +227,26 @@ def lose_one_in_the_walk(rank: int, lost: int, hangs: bool, case: Case) -> None:
 
     stage.run = last_run  # type: ignore[method-assign]
     case.run(mc.pipeline_seco, stage)
+
+
+def counted(rank: int, setting: Setting, tokens: int) -> int:
+    """Peak bytes on this rank of a whole real step of what is forecast, with the optimizer's state."""
+    assert setting.share is not None
+    model = random_model(setting.config(), setting.dtype, setting.rank, setting.targets)
+    stage = PipelineStage(model, setting.share.counts, TIMEOUT)
+    num_chunks = -(-tokens // setting.chunk_size)
+    kept = setting.kept(num_chunks)
+    entries = [None] * (num_chunks - kept) + [mc.Weight(1.0, 2.0)] * kept
+    keywords: dict[str, Any] = {"recompute": setting.recompute, "cache_grad_dtype": setting.cache_grad_dtype}
+    keywords |= {"offload": setting.offload, "fill_size": setting.fill_size}
+    gc.collect()
+    with CountBytes() as count:
+        count.add(*stage.parameters(), *stage.buffers())
+        states = optimizer_states(stage)
+        ids = torch.zeros(1, tokens, dtype=torch.int64)
+        if setting.method == "seco":
+            mc.pipeline_seco(stage, ids, ids, setting.chunk_size, **keywords)
+        else:
+            mc.pipeline_spaco(stage, ids, ids, setting.chunk_size, sampler=lambda *_: entries, **keywords)
+    assert states
+    return count.peak

@@ -20,6 +20,8 @@ def add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
     plan.add_argument("--model", default="llama-3-8b", metavar="M", help=f"directory or one of {', '.join(NAMES)}")
     plan.add_argument("--memory", default="24GiB", help="of the device (default: 24GiB)")
     plan.add_argument("--reserve", default="1GiB", help="of it not to be planned with (default: 1GiB)")
+    plan.add_argument("--gpus", type=int, default=1, metavar="N", help="of a pipeline: the fullest of so many GPUs is "
+                      "forecast, each of which has --memory (default: 1)")  # fmt: skip
     plan.add_argument(
         "--method",
         default="seco",
@@ -53,8 +55,9 @@ def add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     plan.add_argument("--load-in-4bit", action="store_true", help="store the frozen base in 4 bits")
     plan.add_argument("--offload", action="store_true", help="keep the cache and its gradients in host memory")
-    plan.add_argument("--host-memory", default="64GiB", help="for --offload (default: 64GiB)")
+    plan.add_argument("--host-memory", default="64GiB", help="for --offload, of all GPUs (default: 64GiB)")
     add_partial(plan)
     plan.add_argument("--device", default="cuda", choices=["cpu", "cuda"], help="whose kernels (default: cuda)")
-    plan.add_argument("--table", action="store_true", help="the longest context by memory, model and method, instead")
+    plan.add_argument("--table", action="store_true", help="the longest context by memory, model and method, instead; "
+                      "with --gpus by memory, number of GPUs up to N, and method")  # fmt: skip
     plan.add_argument("--json", action="store_true", help="print one JSON object")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -53,13 +54,27 @@ class Forecast:
             found = self.at(num_chunks * chunk_size)
             return found.peak <= available and (host is None or found.host <= host)
 
-        low, high = 0, max(1, self.base // chunk_size)  # low fits; high is doubled until it does not
-        while fits(high):
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if fits(middle) else (low, middle)
-        return low * chunk_size
+        return most(fits, self.base // chunk_size) * chunk_size
+
+    def growth(self, tokens: int) -> tuple[float, float]:
+        """What a token more takes at this length, on the device and in host memory."""
+        return self.per_token, self.host_per_token
+
+
+def most(fits: Callable[[int], bool], near: int) -> int:
+    """The largest number that fits, if all smaller ones do; found by few questions where it is not far from `near`.
+
+    0 if not even 1 fits.
+    """
+    low, high, step = near, near + 1, 1
+    while low > 0 and not fits(low):
+        low, high, step = max(0, low - step), low, 2 * step
+    while fits(high):
+        low, high, step = high, high + step, 2 * step
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 @functools.cache
@@ -72,7 +87,7 @@ def forecast(setting: Setting) -> Forecast:
         first, second = step_memory(setting, base), step_memory(setting, base + more)
         per_token, host_per_token = (second.peak - first.peak) / more, (second.host - first.host) / more
         return Forecast(setting, first, base, per_token, host_per_token)
-    num_chunks = setting.settled() // size + 3
+    num_chunks = setting.settled() // size + 3 + (setting.share.in_flight if setting.share else 0)
     at_base = step_memory(setting, num_chunks * size)
     base = num_chunks * size
     grows = sum(setting.growth(setting.kept(num_chunks))) / (setting.period() * size)

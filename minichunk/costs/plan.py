@@ -17,8 +17,8 @@ from ..memory.pattern import FULL
 from ..training.checks import check_4bit, check_choice, check_least
 from ..training.options import DTYPES, SAMPLERS
 from ..training.partial_options import make_pattern
-from .forecast import forecast
-from .setting import METHODS, Setting
+from .fullest import Fullest, check_gpus, describe_rank, forecast_on
+from .setting import CHUNKED, METHODS, Setting
 
 UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 LEFT_OUT = (
@@ -46,18 +46,29 @@ def parse_bytes(text: str) -> int:
 
 
 def plan(
-    setting: Setting, memory: int, seq_len: int | None, reserve: int, host: int, quiet: bool = False
+    setting: Setting, memory: int, seq_len: int | None, reserve: int, host: int, gpus: int = 1, quiet: bool = False
 ) -> dict[str, Any]:
-    """The forecast of the setting's method and of the others, as one JSON object. Raises InputError."""
+    """The forecast of the setting's method and of the others, as one JSON object. Raises InputError.
+
+    memory, reserve: of each GPU. host: of all of them together.
+    """
     available = memory - reserve
-    methods = tqdm(dict.fromkeys([setting.method, *METHODS]), desc="plan", unit="method", leave=False, disable=quiet)
-    forecasts = {m: forecast(replace(setting, method=m)) for m in methods}
-    longest = {m: found.longest(available, setting.chunk_size, host) for m, found in forecasts.items()}
-    length = seq_len or longest[setting.method] or forecasts[setting.method].base
-    at = forecasts[setting.method].at(length)
+    names = dict.fromkeys([setting.method, *(METHODS if gpus == 1 else CHUNKED)])
+    forecasts, longest = {}, {}
+    for m in tqdm(names, desc="plan", unit="method", leave=False, disable=quiet):
+        forecasts[m] = forecast_on(replace(setting, method=m), gpus)
+        longest[m] = forecasts[m].longest(available, setting.chunk_size, host)
+    here = forecasts[setting.method]
+    length = seq_len or longest[setting.method] or here.base
+    at = here.at(length)
     num_chunks = len(cut(length, setting.chunk_size))
+    dealt: dict[str, Any] = {}
+    if isinstance(here, Fullest):
+        dealt = {"layers_per_rank": list(here.counts(length)), "fullest_rank": here.fullest(length)}
     return {
         "model": setting.model,
+        "gpus": gpus,
+        **dealt,
         "method": setting.method,
         "memory_bytes": memory,
         "reserve_bytes": reserve,
@@ -68,8 +79,8 @@ def plan(
         "max_tokens": longest[setting.method],
         "breakdown": {name: value for name, value in asdict(at).items() if name not in ("peak", "host")},
         "methods": {
-            m: {"max_tokens": longest[m], "bytes_per_token": f.per_token, "host_bytes_per_token": f.host_per_token}
-            for m, f in forecasts.items()
+            m: {"max_tokens": longest[m], "bytes_per_token": device, "host_bytes_per_token": host}
+            for m, (device, host) in ((m, f.growth(longest[m] or length)) for m, f in forecasts.items())
         },
         "peak_bytes_all_kept": forecasts["seco"].at(length).peak if setting.method == "spaco" else at.peak,
         "chunks": num_chunks,
@@ -86,14 +97,31 @@ TABLE_MEMORY = (12, 16, 24, 48, 80, 141)  # GiB
 
 def longest_table(setting: Setting, reserve: int, models: Sequence[str] = TABLE_MODELS) -> str:
     """A Markdown table: the longest context, in thousands of tokens, by model, base, method and memory."""
-    lines = ["| model | base | method | " + " | ".join(f"{n} GiB" for n in TABLE_MEMORY) + " |"]
-    lines.append("|---|---|---|" + "---:|" * len(TABLE_MEMORY))
-    rows = [(m, four, method) for m in models for four in (False, True) for method in TABLE_METHODS]
-    for model, four, method in tqdm(rows, desc="plan", unit="row", leave=False):
-        found = forecast(replace(setting, model=model, load_in_4bit=four, method=method))
+    settings = {
+        f"{model} | {'4 bits' if four else 'bfloat16'} | {method}": (
+            replace(setting, model=model, load_in_4bit=four, method=method), 1
+        )
+        for model in models for four in (False, True) for method in TABLE_METHODS
+    }  # fmt: skip
+    return _table("model | base | method", settings, reserve)
+
+
+def gpus_table(setting: Setting, reserve: int, gpus: int) -> str:
+    """The same of one model, by number of GPUs, method and memory of each GPU."""
+    numbers = sorted({1, gpus, *(2**i for i in range(1, gpus.bit_length()))})
+    settings = {f"{n} | {method}": (replace(setting, method=method), n) for n in numbers for method in CHUNKED}
+    return _table("GPUs | method", settings, reserve)
+
+
+def _table(head: str, settings: dict[str, tuple[Setting, int]], reserve: int) -> str:
+    """Rows by what they begin with: what is trained, and on how many GPUs."""
+    lines = [f"| {head} | " + " | ".join(f"{n} GiB" for n in TABLE_MEMORY) + " |"]
+    lines.append("|---" * len(head.split("|")) + "|" + "---:|" * len(TABLE_MEMORY))
+    for begin, (setting, gpus) in tqdm(settings.items(), desc="plan", unit="row", leave=False):
+        found = forecast_on(setting, gpus)
         longest = (found.longest(n * 2**30 - reserve, setting.chunk_size) for n in TABLE_MEMORY)
         cells = [f"{tokens / 1000:,.0f}k" if tokens else "–" for tokens in longest]
-        lines.append(f"| {model} | {'4 bits' if four else 'bfloat16'} | {method} | " + " | ".join(cells) + " |")
+        lines.append(f"| {begin} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -101,6 +129,7 @@ def run_plan(
     model: str,
     memory: str,
     reserve: str,
+    gpus: int,
     method: str,
     seq_len: int | None,
     chunk_size: int,
@@ -129,7 +158,7 @@ def run_plan(
     check_choice("sampler", sampler, SAMPLERS)
     least: dict[str, tuple[float | None, float]] = {
         "seq_len": (seq_len, 2), "chunk_size": (chunk_size, 1), "fill_size": (fill_size, chunk_size),
-        "budget": (budget, 1), "rank": (rank, 0),
+        "budget": (budget, 1), "rank": (rank, 0), "gpus": (gpus, 1),
     }  # fmt: skip
     check_least(least)
     check_4bit(load_in_4bit, rank)
@@ -141,25 +170,33 @@ def run_plan(
         pattern=make_pattern(partial_context, {**partial, "full_layers": full_layers}),
         full_layers=None if full_layers is None else tuple(full_layers),
     )  # fmt: skip
+    check_gpus(setting, gpus)
     if table:
-        print(longest_table(setting, parse_bytes(reserve)))
+        apart = parse_bytes(reserve)
+        print(longest_table(setting, apart) if gpus == 1 else gpus_table(setting, apart, gpus))
         return
-    found = plan(setting, parse_bytes(memory), seq_len, parse_bytes(reserve), parse_bytes(host_memory), json)
+    found = plan(setting, parse_bytes(memory), seq_len, parse_bytes(reserve), parse_bytes(host_memory), gpus, json)
     print(dumps(found, indent=2) if json else describe(found))
 
 
 def describe(found: dict[str, Any]) -> str:
     """The forecast in words."""
     fits = "fits" if found["fits"] else "does NOT fit"
+    several, who = found["gpus"] > 1, ""
+    if several:
+        rank = describe_rank(found["layers_per_rank"], found["fullest_rank"])
+        who = f", on the fullest of {found['gpus']} GPUs ({rank})"
     lines = [
         f"{found['model']}, {found['method']}: the longest sequence that fits has {found['max_tokens']:,} tokens",
-        f"peak at {found['seq_len']:,} tokens: {human_bytes(found['peak_bytes'])}; {fits} into "
+        f"peak at {found['seq_len']:,} tokens{who}: {human_bytes(found['peak_bytes'])}; {fits} into "
         f"{human_bytes(found['memory_bytes'])} less a reserve of {human_bytes(found['reserve_bytes'])}",
+        *([f"layers of each rank: {', '.join(map(str, found['layers_per_rank']))}"] if several else []),
         "",
     ]
     lines += [f"  {name.replace('_', ' '):22} {human_bytes(n):>10}" for name, n in found["breakdown"].items()]
     if found["host_bytes"]:
-        lines.append(f"  {'in host memory':22} {human_bytes(found['host_bytes']):>10}")
+        of = " of all GPUs" if several else ""
+        lines.append(f"  {'in host memory' + of:22} {human_bytes(found['host_bytes']):>10}")
     lines += ["", "  method                    longest   grows per token"]
     for method, row in found["methods"].items():
         host = row["host_bytes_per_token"]

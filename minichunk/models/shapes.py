@@ -117,10 +117,18 @@ def memory_bytes(
 
     As the model's own memory has it: keys and values of all positions before the last kept chunk, or states.
     """
+    remembered, gradients = zip(*layer_memory_bytes(config, dtype, kept, options, batch), strict=True)
+    return sum(remembered), sum(gradients)
+
+
+def layer_memory_bytes(
+    config: Any, dtype: torch.dtype, kept: Sequence[Chunk], options: Options = DEFAULTS, batch: int = 1
+) -> list[tuple[int, int]]:
+    """The same for each layer."""
     times, model = _without_memory(config, dtype)
     with torch.device("meta"):
-        found = model.new_memory(batch, kept[-1].start, kept[:-1], options).tensors().bytes()
-    return found[0] * times, found[1] * times
+        memory = model.new_memory(batch, kept[-1].start, kept[:-1], options)
+    return [layer.tensors().bytes() for layer in memory.layers] * times
 
 
 @lru_cache(maxsize=8)

@@ -9,6 +9,7 @@ from itertools import accumulate
 from torch import nn
 
 from ..errors import InputError
+from ..models.stack import Stack
 
 
 def deal(costs: Sequence[float], ranks: int) -> list[int]:
@@ -32,9 +33,33 @@ def deal(costs: Sequence[float], ranks: int) -> list[int]:
     return list(best(0, ranks)[1])
 
 
-def size(module: nn.Module) -> int:
-    """Bytes of its weights, which are also what a token costs in its linear layers."""
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+def layer_costs(model: Stack, remembered: Sequence[int] | None = None) -> list[int]:
+    """For `deal`: the bytes that each layer takes on its rank; the first also the embedding's, the last the LM head's.
+
+    Counted are the weights as they are stored, in 4 bits for instance; of those that learn, their gradients and what
+    AdamW keeps; and what a layer remembers. Not counted are the activations of the chunks in flight, of which a rank
+    has more the earlier it comes, and time: a token costs as much as there are weights, in the embedding nothing, and
+    in a layer also what its attention over the past takes.
+
+    model: on any device, meta too. remembered: of each layer, on the device, as `layer_memory_bytes` finds it; None:
+        nothing, as with offload, or where the length is not known yet.
+    """
+    costs = [_bytes(layer) for layer in model.layers]
+    costs[0] += _bytes(model.embedding)
+    costs[-1] += _bytes(model.norm) + _bytes(model.lm_head)
+    return costs if remembered is None else [c + r for c, r in zip(costs, remembered, strict=True)]
+
+
+def _bytes(module: nn.Module) -> int:
+    """Of its weights, and of what those that learn need beside them."""
+    stored = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    return stored + sum(_to_learn(p) for p in module.parameters() if p.requires_grad)
+
+
+def _to_learn(p: nn.Parameter) -> int:
+    """Bytes of a gradient, of two moments, and of a copy if the parameter is in half precision; in float32 at least."""
+    wide = max(4, p.itemsize)
+    return p.numel() * (3 * wide + (wide if p.itemsize < wide else 0))
 
 
 def check_counts(counts: Sequence[int], layers: int, ranks: int) -> None:

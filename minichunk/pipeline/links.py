@@ -130,16 +130,22 @@ class Links:
 
     def _take(self, x: Tensor, source: int, group: Any) -> Tensor:
         with self._hears(f"rank {self._process(source)}"):
-            dist.recv(x, self._process(source), group)
+            self._receive(x, self._process(source), group)
         return x
 
     def _hand(self, x: Tensor, to: int, group: Any) -> None:
         x = x.detach().contiguous()
         with self._hears(f"rank {self._process(to)}"):
-            work = dist.isend(x, self._process(to), group)
+            work = self._send(x, self._process(to), group)
         self.on_the_way.append((work, x, to))
         if len(self.on_the_way) > MOST_ON_THE_WAY:
             self._wait()
+
+    def _receive(self, x: Tensor, source: int, group: Any) -> None:
+        dist.recv(x, source, group)
+
+    def _send(self, x: Tensor, to: int, group: Any) -> Any:
+        return dist.isend(x, to, group)
 
     def _wait(self) -> None:
         work, _, to = self.on_the_way.popleft()

@@ -19,7 +19,7 @@ from ..models.decoder import RMSNorm
 from ..models.dropout import DropoutMasks
 from ..models.elsewhere import Elsewhere
 from ..models.stack import Stack
-from .deal import check_counts, deal, size
+from .deal import check_counts, deal, layer_costs
 from .links import Links
 
 
@@ -30,8 +30,8 @@ class PipelineStage(Stack):
     drawn at random. The model may be on the CPU; `stage.to(device)` then moves what is left. `PipelineStage.load` reads
     a checkpoint without what other ranks have.
 
-    counts: how many layers each rank gets; None: they are dealt by the bytes of their weights, the embedding's and the
-        LM head's included.
+    counts: how many layers each rank gets; None: `deal(layer_costs(model), ranks)`, by the bytes of their weights, the
+        embedding's and the LM head's included.
     timeout: after which a rank that does not answer is given up, with RankLost; None: PyTorch's own.
     links: between the ranks; None: all processes are one pipeline. `Links(2)` makes pipelines of two, each of which
         works on documents of its own; `stage.add_copies()` then adds up their gradients.
@@ -51,10 +51,7 @@ class PipelineStage(Stack):
         if len(layers) < links.ranks:
             raise InputError(f"the model has {len(layers)} layers, too few for {links.ranks} ranks: start fewer")
         if counts is None:
-            costs = [size(layer) for layer in layers]
-            costs[0] += size(model.embedding)
-            costs[-1] += size(model.norm) + size(model.lm_head)
-            counts = deal(costs, links.ranks)
+            counts = deal(layer_costs(model), links.ranks)
         check_counts(counts, len(layers), links.ranks)
         self.held = slice(sum(counts[: links.rank]), sum(counts[: links.rank + 1]))
         self.vocab_size, self.hidden_size = model.lm_head.weight.shape

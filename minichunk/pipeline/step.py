@@ -110,8 +110,41 @@ def _step(
     last = kept[-1][0]
     memory = stage.new_memory(input_ids.shape[0], last.start, [chunk for chunk, _ in kept[:-1]], options)
     for group in groups([chunk for chunk in chunks if chunk < last], options.fill_size):  # lines 1-3
-        memory.write(group, _fill(stage, stage.take(batch.input_ids[:, span(group)]), memory, group, options))
-    waiting = deque[Waiting]()
+        memory.write(group, fill(stage, batch, memory, group, options))
+    total = total + walk_back(stage, batch, memory, kept, options, below_learns)
+    links.flush()
+    del memory  # another copy of a tied weight's gradient is to come
+    add_up(stage, before)
+    return links.from_last(total)
+
+
+def fill(
+    stage: PipelineStage, batch: Batch, memory: LayerMemories, chunks: Sequence[Chunk], options: Options
+) -> Written:
+    """Run these chunks without gradients and hand them on; on the last rank only as far as the memory needs it.
+
+    Returns what they write.
+    """
+    x = stage.take(batch.input_ids[:, span(chunks)])
+    if stage.links.is_last:
+        return stage.write(x, memory, chunks, options)
+    with torch.no_grad():
+        y, written = stage.run(x, memory, chunks, replace(options, recompute=False))
+    stage.links.hand_up(y)
+    return written
+
+
+def walk_back(
+    stage: PipelineStage,
+    batch: Batch,
+    memory: LayerMemories,
+    kept: Sequence[tuple[Chunk, Weight]],
+    options: Options,
+    below_learns: bool,
+) -> Tensor | float:
+    """Lines 4-7; below_learns: whether anything learns on the ranks before. Returns the loss, on the last rank."""
+    links, waiting = stage.links, deque[Waiting]()
+    total: Tensor | float = 0.0
     for chunk, weight in reversed(kept):  # line 4
         x = stage.take(batch.input_ids[:, span([chunk])]).requires_grad_(below_learns)
         y, written = stage.run(x, memory, [chunk], options)  # line 5
@@ -123,19 +156,7 @@ def _step(
             total = total + _backward(stage, batch, memory, waiting.popleft())
     while waiting:
         total = total + _backward(stage, batch, memory, waiting.popleft())
-    links.flush()
-    add_up(stage, before)
-    return links.from_last(total)
-
-
-def _fill(stage: PipelineStage, x: Tensor, memory: LayerMemories, chunks: Sequence[Chunk], options: Options) -> Written:
-    """Run these chunks without gradients and hand them on; on the last rank only as far as the memory needs it."""
-    if stage.links.is_last:
-        return stage.write(x, memory, chunks, options)
-    with torch.no_grad():
-        y, written = stage.run(x, memory, chunks, replace(options, recompute=False))
-    stage.links.hand_up(y)
-    return written
+    return total
 
 
 def _backward(stage: PipelineStage, batch: Batch, memory: LayerMemories, chunk: Waiting) -> Tensor | float:
@@ -149,7 +170,9 @@ def _backward(stage: PipelineStage, batch: Batch, memory: LayerMemories, chunk: 
         grad = stage.links.take_down(torch.empty_like(end))
     if end.requires_grad:  # or nothing from the embedding up to here learns
         made, sent = flat(chunk.written), flat(memory.received(chunk.chunk))  # line 6
-        relayed = [(m, weight.relay * g) for m, g in zip(made, sent, strict=True) if m.requires_grad] if sent else []
+        if weight.relay != 1.0:  # or it would be a copy
+            sent = [weight.relay * g for g in sent]
+        relayed = [(m, g) for m, g in zip(made, sent, strict=True) if m.requires_grad] if sent else []
         torch.autograd.backward([end, *(m for m, _ in relayed)], [grad, *(g for _, g in relayed)])  # line 7
     if chunk.x.grad is not None:
         stage.links.hand_down(chunk.x.grad)

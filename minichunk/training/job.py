@@ -17,10 +17,13 @@ from ..full import full
 from ..models.lora import add_lora, linear_layers
 from ..models.partial import partial_context
 from ..models.pretrained import Pretrained
+from ..models.shapes import layer_memory_bytes, random_model
+from ..pipeline.deal import deal, layer_costs
 from ..pipeline.links import Links
 from ..pipeline.stage import PipelineStage
 from ..pipeline.start import local_device
 from ..pipeline.step import pipeline_seco, pipeline_spaco
+from ..protocol import Options
 from ..seco import seco
 from ..spaco import spaco
 from .load import load_as_told
@@ -35,12 +38,13 @@ def load_model(options: TrainOptions, links: Links | None = None) -> tuple[Any, 
     links: of this rank, whose `PipelineStage` is returned then; it reads its own tensors alone.
     """
     torch.manual_seed(options.seed)  # the adapter's initial weights
-    stages = []
+    stages: list[PipelineStage] = []
 
     def prepare(model: Pretrained) -> None:
         if (pattern := options.pattern()) is not None:
             partial_context(model, pattern, options.full_layers)
-        stages.extend([PipelineStage(model, links=links)] if links is not None else [])
+        if links is not None:
+            stages.append(PipelineStage(model, deal_layers(options, model.config, links.ranks), links=links))
 
     model, tokenizer = load_as_told(
         options.model, None, options.dtype, local_device(known(options.device)), options.load_in_4bit, prepare
@@ -48,6 +52,21 @@ def load_model(options: TrainOptions, links: Links | None = None) -> tuple[Any, 
     if options.rank:
         add_lora(model, options.rank, options.alpha, options.targets or linear_layers(model), options.dropout)
     return (stages[0] if stages else model), tokenizer
+
+
+def deal_layers(options: TrainOptions, config: Any, ranks: int) -> list[int] | None:
+    """How many layers each rank gets: by their weights, what those that learn need, and what is remembered of a piece.
+
+    None, if there are too few layers. `minichunk plan --gpus` deals them so too.
+    """
+    dtype = DTYPES[known(options.dtype)]
+    if config.num_hidden_layers < ranks:
+        return None
+    shaped = random_model(config, dtype, options.rank, options.targets, "meta", options.load_in_4bit)
+    sums = DTYPES.get(options.cache_grad_dtype or "")
+    kept, how = options.most_kept(), Options(options.fill_size, bool(options.recompute), sums)
+    remembered = [sum(both) for both in layer_memory_bytes(config, dtype, kept, how, options.batch_size)]
+    return deal(layer_costs(shaped, None if options.offload else remembered), ranks)
 
 
 def load_data(
