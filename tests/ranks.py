@@ -222,3 +222,15 @@ def lose_one_in_the_walk(rank: int, lost: int, hangs: bool, case: Case) -> None:
 
     stage.run = last_run  # type: ignore[method-assign]
     case.run(mc.pipeline_seco, stage)
+
+
+def traced(rank: int, case: Case) -> tuple[list[dict[str, Any]], Tensors, Tensors]:
+    """The log of this rank; the gradients that it finds, and those that it finds alone."""
+    stage = PipelineStage(case.model, case.counts, TIMEOUT)
+    function = getattr(mc, f"pipeline_{case.method}")
+    torch.manual_seed(case.seed + rank)
+    loss = case.run(function, stage)
+    alone = take_gradients(stage.model)
+    torch.manual_seed(case.seed + rank)
+    log = mc.trace(function, stage, case.input_ids, case.labels, case.chunk_size, **case.options)
+    return log, {"loss": torch.tensor(log[-1]["loss"]), **take_gradients(stage.model)}, {"loss": loss, **alone}
