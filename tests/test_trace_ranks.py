@@ -15,6 +15,7 @@ from minichunk.command.main import main
 from minichunk.walk.events import check_event, compare, read_events, write_events
 from minichunk.walk.merge import about, merge, needed
 from minichunk.walk.page import logs_of
+from minichunk.walk.schedule import Work, draw_schedule, schedule
 
 from . import ranks as tasks
 from .gradients import take_gradients
@@ -163,3 +164,34 @@ def test_logs_that_are_not_of_one_step_are_refused(ranks: Ranks) -> None:
     ):
         with pytest.raises(mc.InputError, match=words):
             merge(logs)
+
+
+@pytest.mark.parametrize(("number", "chunks"), [(3, 6), (2, 4), (3, 2)])
+def test_the_schedule_is_that_of_the_readme_and_its_bubble_that_of_the_formula(
+    ranks: Ranks, number: int, chunks: int
+) -> None:
+    logs = ranks.ask(number, tasks.traced, case(build(tiny(layers=3), 0), 2 * chunks, 2))
+    log = merge([log for log, *_ in logs])
+    works = schedule(log, equal=True)
+    walk = [work for work in works if work.rank == 0 and work.what != "fill"]
+    span = walk[-1].stop - walk[0].start
+    assert (span - len(walk)) / span == (number - 1) / (chunks + number - 1)
+    if (number, chunks) == (3, 6):
+        rows = []
+        for rank in range(number):
+            at = {int(work.start): f"{work.what[0]}{work.chunks[0]}" for work in works if work.rank == rank}
+            rows.append(f"rank {rank}  " + " ".join(at.get(time, " .") for time in range(max(at) + 1)))
+        assert "\n".join(rows) in (Path(__file__).parents[1] / "README.md").read_text()
+    measured = schedule(log)
+    assert [work[:3] for work in measured] == [work[:3] for work in works]
+    assert min(work.start for work in measured) == 0.0
+    assert all(work.start < work.stop for work in measured)
+
+
+def test_the_schedule_is_drawn_box_by_box() -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    axes = figure.subplots()
+    draw_schedule(axes, [Work(0, "fill", (0, 1), 0.0, 2.0), Work(1, "rebuild", (2,), 2.5, 4.0)])
+    boxes = [(box.get_x(), box.get_width(), box.get_y() + box.get_height() / 2) for box in axes.patches]
+    assert boxes == [(0.0, 2.0, 0.0), (2.5, 1.5, 1.0)]
+    assert [text.get_text() for text in axes.texts] == ["0–1", "2"]
