@@ -6,6 +6,7 @@ Every wait in here has a timeout.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import multiprocessing
 import os
 import pickle
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import minichunk as mc
+from minichunk.costs.count import CountBytes
 from minichunk.pipeline.links import RankLost
 from minichunk.pipeline.stage import PipelineStage
 
@@ -234,3 +236,32 @@ def traced(rank: int, case: Case) -> tuple[list[dict[str, Any]], Tensors, Tensor
     torch.manual_seed(case.seed + rank)
     log = mc.trace(function, stage, case.input_ids, case.labels, case.chunk_size, **case.options)
     return log, {"loss": torch.tensor(log[-1]["loss"]), **take_gradients(stage.model)}, {"loss": loss, **alone}
+
+
+def torch_pipeline() -> Any:
+    """The module in tutorials/, which are no package."""
+    path = Path(__file__).parents[1] / "tutorials" / "torch_pipeline.py"
+    spec = importlib.util.spec_from_file_location("torch_pipeline", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def by_torch(rank: int, case: Case) -> tuple[Tensors, Tensors]:
+    """What this rank finds with PyTorch's own engine; and on the first one, what one process does."""
+    expected = in_one_process(case) if rank == 0 else {}
+    stage = PipelineStage(case.model, case.counts, TIMEOUT)
+    losses = [case.run(torch_pipeline().torch_seco, stage)]
+    return {"loss": torch.stack(losses), **take_gradients(stage.model)}, expected
+
+
+def peaks(rank: int, case: Case) -> tuple[int, int]:
+    """The most bytes that are alive on this rank in a step: ours, and that of PyTorch's own engine."""
+    found = []
+    for function in (mc.pipeline_seco, torch_pipeline().torch_seco):
+        stage = PipelineStage(copy.deepcopy(case.model), case.counts, TIMEOUT)
+        with CountBytes() as count:
+            case.run(function, stage)
+        found.append(count.peak)
+    return found[0], found[1]
