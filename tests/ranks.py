@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import linecache
 import multiprocessing
 import os
 import pickle
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ import minichunk as mc
 from minichunk.costs.count import CountBytes
 from minichunk.pipeline.links import RankLost
 from minichunk.pipeline.stage import PipelineStage
+from minichunk.walk.listing import LISTINGS
 
 from .gradients import Tensors, take_gradients
 
@@ -265,3 +268,19 @@ def peaks(rank: int, case: Case) -> tuple[int, int]:
             case.run(function, stage)
         found.append(count.peak)
     return found[0], found[1]
+
+
+def lines_of_events(rank: int, case: Case) -> list[tuple[str, str]]:
+    """The kind of each event that happens within the loop of the pipeline, and the line that is at work."""
+    stage, seen = PipelineStage(case.model, case.counts, TIMEOUT), list[tuple[str, str]]()
+    codes = [function.__code__ for function in LISTINGS["pipeline_seco"]]
+
+    def look(event: dict[str, Any]) -> None:
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame.f_code not in codes:
+            frame = frame.f_back
+        if frame is not None:
+            seen.append((event["kind"], linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()))
+
+    mc.trace(mc.pipeline_seco, stage, case.input_ids, case.labels, case.chunk_size, on_event=look)
+    return seen

@@ -13,6 +13,7 @@ import torch
 import minichunk as mc
 from minichunk.command.main import main
 from minichunk.walk.events import check_event, compare, read_events, write_events
+from minichunk.walk.listing import listing
 from minichunk.walk.merge import about, merge, needed
 from minichunk.walk.page import logs_of
 from minichunk.walk.schedule import Work, draw_schedule, schedule
@@ -195,3 +196,12 @@ def test_the_schedule_is_drawn_box_by_box() -> None:
     boxes = [(box.get_x(), box.get_width(), box.get_y() + box.get_height() / 2) for box in axes.patches]
     assert boxes == [(0.0, 2.0, 0.0), (2.5, 1.5, 1.0)]
     assert [text.get_text() for text in axes.texts] == ["0–1", "2"]
+
+
+def test_the_marked_lines_are_those_that_run(ranks: Ranks) -> None:
+    shown = listing("pipeline_seco")
+    marked = {kind: shown["functions"][at]["lines"][line][0].strip() for kind, [(at, line)] in shown["where"].items()}
+    seen = {pair for found in ranks.ask(2, tasks.lines_of_events, case(build(tiny(layers=3), 0))) for pair in found}
+    exact = {pair for pair in seen if pair[0] not in ("loss", "done")}  # a loss is written down when its relay is asked
+    assert {kind for kind, _ in exact} == {"memory", "fill", "rebuild", "relay", "backward"}
+    assert exact == {(kind, marked[kind]) for kind, _ in exact}

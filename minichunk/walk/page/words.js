@@ -41,7 +41,7 @@ function sentenceOf(run, event, state) {
 function whyPeak(run, event) {
   const graph = run.recompute ? "a layer that is run again" : run.whole ? "the graph of the whole text" : "the whole graph of one chunk";
   const beside = { loss: "and what the loss needs beside it", done: "and the end of the backward pass beside it", backward: "and what the backward pass needs beside it" };
-  if (event.rank !== undefined) return "the graphs of the chunks that wait on this rank";
+  if (event.rank !== undefined) return "all graphs that this rank holds";
   return `${graph} ${beside[event.kind] ?? "and little beside it"}`;
 }
 
