@@ -97,6 +97,10 @@ def test_a_watched_step_is_the_step_and_the_logs_of_the_ranks_are_that_of_one_pr
     check_order(merged, number)
 
 
+def keep_nothing(num_chunks: int, generator: torch.Generator | None) -> list[None]:
+    return [None] * num_chunks
+
+
 def check_order(merged: Log, number: int) -> None:
     """Nothing comes before what it needs, and no rank's work overlaps: what is left of its time is waiting."""
     seen, free = set(), dict.fromkeys(range(number), 0.0)
@@ -205,3 +209,19 @@ def test_the_marked_lines_are_those_that_run(ranks: Ranks) -> None:
     exact = {pair for pair in seen if pair[0] not in ("loss", "done")}  # a loss is written down when its relay is asked
     assert {kind for kind, _ in exact} == {"memory", "fill", "rebuild", "relay", "backward"}
     assert exact == {(kind, marked[kind]) for kind, _ in exact}
+
+
+def test_what_does_not_happen_is_in_no_log(ranks: Ranks) -> None:
+    """A rank without anything that learns goes back through no chunk, and a draw may keep none."""
+    model = build(tiny(layers=3), 0)
+    mc.add_lora(model, 2, 4)
+    for name, parameter in model.named_parameters():
+        if "layers.2." not in name:
+            parameter.requires_grad_(False)
+    log = merge([log for log, *_ in ranks.ask(2, tasks.traced, case(model, counts=[2, 1]))])
+    assert {event["rank"] for event in of(log, "relay")} == {event["rank"] for event in of(log, "backward")} == {1}
+    assert {work.rank for work in schedule(log, equal=True) if work.what == "backward"} == {1}
+    assert [event["chunk"] for event in of(log, "done") if event["rank"] == 0] == [3, 2, 1, 0]
+    kept = case(build(tiny(layers=3), 0), method="spaco", options={"sampler": keep_nothing})
+    log = merge([log for log, *_ in ranks.ask(2, tasks.traced, kept)])
+    assert [event["kind"] for event in log] == ["begin", "draw", "end"]

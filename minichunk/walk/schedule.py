@@ -35,7 +35,7 @@ def schedule(log: Sequence[Event], equal: bool = False) -> list[Work]:
 
 
 def clock_times(log: Sequence[Event]) -> list[Work]:
-    return [_work(event, event["time"] - event["took"], event["time"]) for event in log if event["kind"] in KINDS]
+    return [_work(event, event["time"] - event["took"], event["time"]) for event in log if _is_work(event)]
 
 
 def equal_times(log: Sequence[Event]) -> list[Work]:
@@ -45,11 +45,16 @@ def equal_times(log: Sequence[Event]) -> list[Work]:
         rank, kind = event.get("rank", 0), event["kind"]
         need = needed(event, rank, ranks)
         ready[rank] = max(ready.get(rank, 0.0), done.get(need, 0.0))
-        if kind in KINDS:
+        if _is_work(event):
             start = max(free.get(rank, 0.0), ready.pop(rank))
             free[rank] = done[rank, kind, about(event)] = start + 1.0
             works.append(_work(event, start, start + 1.0))
     return works
+
+
+def _is_work(event: Event) -> bool:
+    """A chunk of which a rank learns nothing is done without a backward pass, in no time at all."""
+    return event["kind"] in KINDS and event.get("took") != 0.0
 
 
 def _work(event: Event, start: float, stop: float) -> Work:
