@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from . import ranks as tasks
+from . import rank_tasks as tasks
 from .ranks import Case, Ranks
 from .strategies import build, tiny_state
 

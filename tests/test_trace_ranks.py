@@ -18,7 +18,7 @@ from minichunk.walk.merge import about, merge, needed
 from minichunk.walk.page import logs_of
 from minichunk.walk.schedule import Work, draw_schedule, schedule
 
-from . import ranks as tasks
+from . import rank_tasks as tasks
 from .gradients import take_gradients
 from .ranks import Case, Ranks
 from .strategies import build, tiny, tiny_state
