@@ -151,7 +151,8 @@ def test_the_command_makes_one_page_of_the_logs_of_all_ranks(
     write_events(tmp_path / "all.jsonl", merged)
     assert read_events(tmp_path / "all.jsonl") == merged
     assert main(["walk", "--events", paths[1], "--output", str(page)]) == 2
-    assert "there are the logs of the ranks [1], but must be those of [0, 1], one of each" in capsys.readouterr().err
+    words = f"{paths[1]}: there are the logs of the ranks [1], but must be those of [0, 1], one of each"
+    assert words in capsys.readouterr().err
 
 
 def test_logs_that_are_not_of_one_step_are_refused(ranks: Ranks) -> None:
@@ -165,7 +166,11 @@ def test_logs_that_are_not_of_one_step_are_refused(ranks: Ranks) -> None:
         ([first[0], first[0]], r"ranks \[0, 0\]"),
         ([first[0], first[1][:-1]], "no 'end'"),
         ([first[0], [e for e in first[1] if e["kind"] != "done"]], "each waits for another"),
-        ([[{k: v for k, v in first[0][0].items() if k != "ranks"}, *first[0][1:]], first[1]], "must have 'rank' and"),
+        (
+            [[{k: v for k, v in first[0][0].items() if k != "ranks"}, *first[0][1:]], first[1]],
+            "must have the number 'rank'",
+        ),
+        ([first[0], [{**first[1][0], "ranks": [[0, 2], None]}, *first[1][1:]]], "an entry for each rank"),
     ):
         with pytest.raises(mc.InputError, match=words):
             merge(logs)

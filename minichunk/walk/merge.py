@@ -52,14 +52,20 @@ def merge(logs: Sequence[Log]) -> list[Event]:
 def whole(logs: Sequence[Log]) -> list[Log]:
     """These logs, the first rank's first. Raises InputError unless they are those of all ranks of one step."""
     begins = [log[0] for log in logs]
-    if not all("rank" in begin and isinstance(begin.get("ranks"), list) for begin in begins):
-        raise InputError("a log of one rank of several must have 'rank' and 'ranks' in its 'begin'")
+    if not all(isinstance(begin.get("rank"), int) and isinstance(begin.get("ranks"), list) for begin in begins):
+        raise InputError("a log of one rank of several must have the number 'rank' and the list 'ranks' in its 'begin'")
     for name in ("method", "chunks", "layers"):
         if any(begin[name] != begins[0][name] for begin in begins):
             raise InputError(f"the logs of the ranks are of different steps: their {name!r} differ")
     found, wanted = sorted(begin["rank"] for begin in begins), list(range(len(begins[0]["ranks"])))
     if found != wanted:
         raise InputError(f"there are the logs of the ranks {found}, but must be those of {wanted}, one of each")
+    if not all(
+        len(begin["ranks"]) == len(logs) and isinstance(begin["ranks"][begin["rank"]], list) for begin in begins
+    ):
+        raise InputError(
+            "'ranks' must have an entry for each rank, and [first layer, behind the last] for the log's own"
+        )
     if any(log[-1]["kind"] != "end" for log in logs):
         raise InputError("the log of a rank has no 'end': the step has failed")
     return sorted(logs, key=lambda log: log[0]["rank"])

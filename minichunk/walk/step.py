@@ -55,10 +55,13 @@ def run_walk(
 
 def read_logs(paths: Sequence[str]) -> tuple[list[list[Event]], list[str | None]]:
     """The logs in these files, and their names; those of the ranks of a pipeline are one, without a name."""
-    logs = [(Path(path).stem, read_events(path)) for path in paths]
-    found: list[tuple[str | None, list[Event]]] = [(name, log) for name, log in logs if "rank" not in log[0]]
-    if ranks := [log for _, log in logs if "rank" in log[0]]:
-        found.insert(0, (None, merge(ranks)))
+    logs = [(path, read_events(path)) for path in paths]
+    found: list[tuple[str | None, list[Event]]] = [(Path(path).stem, log) for path, log in logs if "rank" not in log[0]]
+    if ranks := {path: log for path, log in logs if "rank" in log[0]}:
+        try:
+            found.insert(0, (None, merge(list(ranks.values()))))
+        except InputError as error:
+            raise InputError(f"{', '.join(ranks)}: {error}") from None
     return [log for _, log in found], [name for name, _ in found]
 
 
