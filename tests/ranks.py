@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # a step imports it, on every rank: so it is here once
 import torch.distributed as dist
 from torch import Tensor, nn
 

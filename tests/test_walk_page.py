@@ -534,3 +534,40 @@ def test_a_foreign_log_without_bytes_and_with_ranks(open_page: Any, made: Any, t
     assert "rank 0: 1" in page.locator("#grid").text_content()
     for _ in mine:
         page.locator("#on").click()
+
+
+def test_a_step_on_two_ranks_fills_the_rows_of_each_when_it_is_its_turn(
+    open_page: Any, made: Any, tmp_path: Path
+) -> None:
+    log, spans = logs_of(made[0].read_text())[0], [[0, 2], [2, 3]]
+    mine: list[dict[str, Any]] = []
+    for event in log:
+        if event["kind"] in ("begin", "end"):
+            mine.append({**event, "ranks": spans} if event["kind"] == "begin" else event)
+        elif event["kind"] == "backward":
+            mine.append({**event, "rank": int(event["layer"] == 2)})
+        else:
+            for rank, (start, stop) in enumerate(spans):
+                rows = {name: event[name] for name in ("written", "shapes", "received") if event.get(name)}
+                own = {name: [x if start <= i < stop else [] for i, x in enumerate(x)] for name, x in rows.items()}
+                mine.append({**event, **own, "rank": rank})
+    write_page(tmp_path / "ranks.html", [mine])
+    page = open_page(tmp_path / "ranks.html")
+    assert page.get_by_role("radio", name="SeCO, 2 ranks").is_checked()
+    assert all(f"rank {rank}: {layer}" in page.locator("#grid").text_content() for rank, layer in ((0, 1), (1, 2)))
+    for number, event in enumerate(mine):
+        page.locator("#slider").fill(str(number))
+        if "rank" not in event or event["kind"] not in ("fill", "rebuild", "relay"):
+            continue
+        start, stop = spans[event["rank"]]
+        drawn, i = page.evaluate(READ), event.get("chunk", event.get("chunks", [0])[0])
+        kind = {"fill": "run", "rebuild": "graph"}.get(event["kind"])
+        for layer in range(3):
+            body = drawn["bodies"][f"{layer},{i}"]
+            if kind is not None and event["rank"] == 0:
+                assert (body == kind) == (start <= layer < stop)
+        if event.get("received"):
+            assert len(drawn["relayed"]) == len([norms for norms in event["received"] if norms])
+        if event["kind"] == "rebuild":
+            assert ("It goes to rank 1" in sentence(page)) == (event["rank"] == 0)
+        assert len(drawn["table"]) in (0, *(n * (stop - start) for n in (2, 3)))

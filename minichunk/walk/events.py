@@ -18,10 +18,10 @@ that of all numbers of one tensor. `kind` says what has just happened, in this o
 | `end`      | the step is over                       | `loss`                                    | see below   |
 
 `begin`: perhaps also the numbers `tokens`, `batch` and `parameters`, `recompute` (true, false), the names `model` and
-`torch`, and `text`, what each chunk says. `entries`: for each chunk null, or [loss factor, relay factor]. `rates`: for
-each chunk the chance of its own coin, where factors of 1/chance make the estimate unbiased. `remembers`: for each layer
-"keys and values" or "state". `done` and `end`: perhaps `gradient_norm`, of all parameters so far, and
-`done` the `loss` so far.
+`torch`, `text`, what each chunk says, and `ranks`, see below. `entries`: for each chunk null, or [loss factor, relay
+factor]. `rates`: for each chunk the chance of its own coin, where factors of 1/chance make the estimate unbiased.
+`remembers`: for each layer "keys and values" or "state". `done` and `end`: perhaps `gradient_norm`, of all parameters
+so far, and `done` the `loss` so far.
 
 `method`: "full", "seco", "spaco" or a name of your own. `chunks` of `begin`: [start, stop) of each. `layers`: how many.
 `written`, `received`: for each layer the norms of its tensors (keys, values; a state, its decay); [] where there is
@@ -30,8 +30,13 @@ just now, also to chunks that will never take it (SpaCO's skipped ones). `held`:
 
 Any event may have `step`, its number; `bytes`, an object of what is alive now: `weights`, `gradients` (the
 parameters'), `memory` (keys and values, states), `memory_gradients` (sent back to them) and `activations` (all else);
-`peak`, the most that was alive at once since the event before; and `rank`, where several processes take the step, each
-with some of the layers.
+`peak`, the most that was alive at once since the event before.
+
+Where several processes take the step, each with some of the layers, an event may have the `rank` that it is of; `time`,
+when it happened, in seconds, by the machine's clock or from the beginning of the step; and `took`, how long: of `fill`
+and `rebuild` the forward pass, of `done` the backward pass. `written`, `received` and `shapes` have [] for layers of
+other ranks, `remembers` has null. `ranks` of `begin`: of each rank, [its first layer, the one behind its last]; in the
+log of one rank, whose `begin` has a `rank`, null for the others.
 """
 
 from __future__ import annotations

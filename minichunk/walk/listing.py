@@ -13,14 +13,18 @@ from collections.abc import Callable
 from typing import Any
 
 from ..full import backpropagate, full
+from ..pipeline import step
 from ..seco import fill, rebuild, seco
 from ..spaco import spaco
 
 Function = Callable[..., Any]
+PIPELINE: list[Function] = [step._step, step.fill, step.walk_back, step._backward]
 LISTINGS: dict[str, list[Function]] = {
     "seco": [seco, fill, rebuild],
     "spaco": [spaco, fill, rebuild],
     "full": [full, backpropagate],
+    "pipeline_seco": PIPELINE,
+    "pipeline_spaco": PIPELINE,
 }
 LOOP = "    loss, written, received = rebuild("
 ALIKE: dict[str, list[tuple[int, str]]] = {  # kind: function in the listing, and line, the outermost first
@@ -34,8 +38,23 @@ ALIKE: dict[str, list[tuple[int, str]]] = {  # kind: function in the listing, an
     "done": [(0, "    del loss, written, received")],
     "end": [(0, "return total")],
 }
+WALK_BACK = (0, "total = total + walk_back(")
+TURNS: dict[str, list[tuple[int, str]]] = {  # of a pipeline, where a chunk's turn comes at one of two lines of the loop
+    "begin": [(0, "batch, chunks, links = ")],
+    "draw": [(0, "weights, options, below_learns = agree(")],
+    "memory": [(0, "memory = stage.new_memory(")],
+    "fill": [(0, "    memory.write(group")],
+    "rebuild": [WALK_BACK, (2, "    y, written = stage.run(")],
+    "loss": [WALK_BACK, (3, "    loss = summed_loss(")],
+    "relay": [WALK_BACK, (3, "    made, sent = ")],
+    "backward": [WALK_BACK, (3, "    torch.autograd.backward(")],
+    "done": [WALK_BACK, (3, "return end.detach()")],
+    "end": [(0, "return links.from_last(total)")],
+}
 WHERE: dict[str, dict[str, list[tuple[int, str]]]] = {
     "seco": ALIKE,
+    "pipeline_seco": TURNS,
+    "pipeline_spaco": TURNS,
     "spaco": {**ALIKE, "draw": [(0, "weights = check_weights(sampler(")]},
     "full": {
         "begin": [(0, "return backpropagate(")],
@@ -46,13 +65,22 @@ WHERE: dict[str, dict[str, list[tuple[int, str]]]] = {
         "end": [(0, "return backpropagate(")],
     },
 }
-ALSO: dict[str, list[tuple[int, str]]] = {  # lines that an event is about, and that are not at work yet
-    "relay": [(0, "    torch.autograd.backward(")]  # it is handed over in the arguments
+ALSO: dict[str, dict[str, list[tuple[int, str]]]] = {  # lines that an event is about, and that are not at work yet
+    method: {} if method == "full" else {"relay": WHERE[method]["backward"]}  # it is handed over in the arguments
+    for method in WHERE
 }
 REBUILT: list[tuple[int, str, str]] = [
     (1, "    memory.write(", "2, 3: run xⱼ without gradients, store m′ⱼ"),
     (2, "hidden, written = model.run(", "5: (Jⱼ, mⱼ) = f(xⱼ; m′₀ … m′ⱼ₋₁; Θ), with its graph"),
     (2, "made, sent = ", "6: give mⱼ the gradient collected at m′ⱼ"),
+]
+IN_TURNS: list[tuple[int, str, str]] = [
+    (0, "for group in groups(", "1–3: for j = 0 … k−1, fill"),
+    (2, "for chunk, weight in ", "4: for j = k−1 … 0"),
+    (2, "    y, written = stage.run(", REBUILT[1][2]),
+    (2, "    waiting.append(", "and wait, while the ranks above work on it"),
+    (3, "    made, sent = ", REBUILT[2][2]),
+    (3, "    torch.autograd.backward(", "7: backpropagate from Jⱼ, or what came down, and mⱼ"),
 ]
 PAPER: dict[str, list[tuple[int, str, str]]] = {  # function, line, and the paper's line beside it, in our words
     "seco": [
@@ -71,6 +99,8 @@ PAPER: dict[str, list[tuple[int, str, str]]] = {  # function, line, and the pape
         (0, "    torch.autograd.backward(", "backpropagate from Jⱼ and mⱼ to Θ and m′ᵢ, i < j"),
         *((at, line, words.split(": ", 1)[1]) for at, line, words in REBUILT),
     ],
+    "pipeline_seco": IN_TURNS,
+    "pipeline_spaco": IN_TURNS,
     "full": [
         (1, "hidden, _ = model.run(", "naive parallel training: the whole text with its graph"),
         (1, "loss.backward()", "backpropagate through all of it"),
@@ -120,4 +150,4 @@ def listing(method: str) -> dict[str, Any]:
     def numbers(table: dict[str, list[tuple[int, str]]]) -> dict[str, list[list[int]]]:
         return {kind: [[at, find(functions[at], line)] for at, line in stack] for kind, stack in table.items()}
 
-    return {"functions": shown, "where": numbers(WHERE[method]), "also": numbers({} if method == "full" else ALSO)}
+    return {"functions": shown, "where": numbers(WHERE[method]), "also": numbers(ALSO[method])}

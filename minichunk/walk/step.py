@@ -23,6 +23,7 @@ from ..spaco import spaco
 from ..training.checks import check_choice, check_least
 from ..training.load import load_as_told
 from .events import Event, compare, read_events, write_events
+from .merge import merge
 from .page import write_page
 from .trace import trace
 
@@ -43,13 +44,25 @@ def run_walk(
     if compare is not None:
         print(difference(compare[0], compare[1], tolerance))
         return
-    logs = [read_events(path) for path in events] if events else record(**step)
+    logs, names = read_logs(events) if events else (record(**step), None)
     if log is not None:
         folder = make_directory(log)
         for one in logs:
             write_events(folder / f"{title(one)}.jsonl", one)
-    write_page(output, logs, [Path(path).stem for path in events] if events else None)
+    write_page(output, logs, names)
     print(f"written  {output}  (open it in a browser)")
+
+
+def read_logs(paths: Sequence[str]) -> tuple[list[list[Event]], list[str | None]]:
+    """The logs in these files, and their names; those of the ranks of a pipeline are one, without a name."""
+    logs = [(path, read_events(path)) for path in paths]
+    found: list[tuple[str | None, list[Event]]] = [(Path(path).stem, log) for path, log in logs if "rank" not in log[0]]
+    if ranks := {path: log for path, log in logs if "rank" in log[0]}:
+        try:
+            found.insert(0, (None, merge(list(ranks.values()))))
+        except InputError as error:
+            raise InputError(f"{', '.join(ranks)}: {error}") from None
+    return [log for _, log in found], [name for name, _ in found]
 
 
 def difference(a: str, b: str, tolerance: float = 1e-4) -> str:

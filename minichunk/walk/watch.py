@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -28,7 +28,7 @@ class Observer(Protocol):
     """Who is told."""
 
     def made_memory(self, memory: Memory) -> None: ...
-    def will_run(self) -> None: ...
+    def at_work(self) -> AbstractContextManager[None]: ...
     def filled(self, chunks: Sequence[Chunk], written: Written) -> None: ...
     def ran(self, chunks: Sequence[Chunk], written: Written) -> None: ...
     def asked_for_gradients(self, chunk: Chunk) -> None: ...
@@ -38,26 +38,25 @@ class Observer(Protocol):
 
 
 class WatchedModel:
-    """A `protocol.Model`."""
+    """A `protocol.Model`, or a rank's part of one: what is not watched is the model's own.
 
-    def __init__(self, model: Model, observer: Observer) -> None:
-        self.model, self.observer = model, observer
-        self.lm_head: nn.Linear = model.lm_head
+    first_layer: the number of its first layer.
+    """
 
-    def dropout_seed(self) -> int | None:
-        return self.model.dropout_seed()
+    def __init__(self, model: Model, observer: Observer, first_layer: int = 0) -> None:
+        self._model, self._observer, self._first_layer = model, observer, first_layer
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        return self.model.parameters()
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
     def new_memory(
         self, batch: int, capacity: int, kept: Sequence[Chunk] = (), options: Options = DEFAULTS
     ) -> WatchedMemory:
-        memory = self.model.new_memory(batch, capacity, kept, options)
-        for i, layer in enumerate(getattr(memory, "layers", ())):
-            watch_layer(layer, i, capacity, self.observer.sent)
-        self.observer.made_memory(memory)
-        return WatchedMemory(memory, self.observer)
+        memory = self._model.new_memory(batch, capacity, kept, options)
+        for i, layer in enumerate(getattr(memory, "layers", ()), self._first_layer):
+            watch_layer(layer, i, capacity, self._observer.sent)
+        self._observer.made_memory(memory)
+        return WatchedMemory(memory, self._observer)
 
     def run(
         self,
@@ -66,13 +65,14 @@ class WatchedModel:
         chunks: Sequence[Chunk] = (),
         options: Options = DEFAULTS,
     ) -> tuple[Tensor, Written]:
-        self.observer.will_run()
-        hidden, written = self.model.run(input_ids, memory and memory.memory, chunks, options)
-        self.observer.ran(chunks, written)
+        with self._observer.at_work():
+            hidden, written = self._model.run(input_ids, memory and memory.memory, chunks, options)
+        self._observer.ran(chunks, written)
         return hidden, written
 
     def write(self, input_ids: Tensor, memory: WatchedMemory, chunks: Sequence[Chunk], options: Options) -> Written:
-        return self.model.write(input_ids, memory.memory, chunks, options)
+        with self._observer.at_work():
+            return self._model.write(input_ids, memory.memory, chunks, options)
 
 
 class WatchedMemory:
@@ -147,8 +147,11 @@ def layer_of(reference: weakref.ref[LayerMemory]) -> LayerMemory:
 
 
 @contextmanager
-def watched_layers(layers: Sequence[nn.Module], left: Callable[[int], None]) -> Iterator[None]:
-    """Within the block, be told when a backward pass has left a layer: its input then has its gradient."""
+def watched_layers(layers: Sequence[nn.Module], left: Callable[[int], None], first: int = 0) -> Iterator[None]:
+    """Within the block, be told when a backward pass has left a layer: its input then has its gradient.
+
+    first: the number of the first of these layers.
+    """
 
     def before(number: int) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -158,7 +161,7 @@ def watched_layers(layers: Sequence[nn.Module], left: Callable[[int], None]) -> 
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(before(i)) for i, layer in enumerate(layers)]
+    handles = [layer.register_forward_pre_hook(before(i)) for i, layer in enumerate(layers, first)]
     try:
         yield
     finally:

@@ -46,7 +46,7 @@ function heads({ columns, run, event, top, height, left }) {
   });
   if (tight) parts.push(text(left - 6, 14, "chunk", "small", "end"));
   if (left < 50) parts.push(text(left - 6, 31, "layer", "small", "end"));
-  const ranks = rankOfLayer(run);
+  const ranks = run.rankOf;
   for (let l = 0; l < run.layers; l++) {
     const name = left < 50 ? l : layerName(l);
     parts.push(text(left - 6, top(l) + height / 2 + 4, (ranks[l] === undefined ? "" : `rank ${ranks[l]}: `) + (ranks[l] === undefined ? name : l), "small", "end"));
@@ -56,30 +56,24 @@ function heads({ columns, run, event, top, height, left }) {
 
 const drawn = (run) => run.entries && here.step >= run.events.findIndex((e) => e.kind === "draw");
 
-function rankOfLayer(run) {
-  const ranks = [];
-  for (const e of run.events) if (e.kind === "backward" && e.rank !== undefined) ranks[e.layer] = e.rank;
-  return ranks;
-}
-
 const STRIP = 0.5, GRADIENT = 0.76, THIN = 0.23; // of a cell's height
 
 function cells({ columns, top, height, narrow, run, event, state }, i) {
   const { x, w } = columns[i], parts = [], skipped = drawn(run) && !run.kept[i], thin = height * THIN;
   for (let l = 0; l < run.layers; l++) {
     const y = top(l), body = state.body[l][i], upper = run.whole ? height : height * 0.46, held = state.held[l][i], dead = lost(run, i, l);
-    const atWork = event.chunk === i && (event.kind !== "backward" || event.layer === l) && !["done", "end"].includes(event.kind);
+    const atWork = event.chunk === i && isOf(run, event, l) && (event.kind !== "backward" || event.layer === l) && !["done", "end"].includes(event.kind);
     parts.push(rect(x, y, w, upper, `body ${body}${atWork ? " at-work" : ""}`, `data-cell="${l},${i}" data-body="${body}"`));
     if (body === "input") parts.push(rect(x, y, 10, upper, "kept-input"));
     if (skipped) parts.push(`<rect x="${x}" y="${y}" width="${w}" height="${upper}" fill="url(#skip)"/>`);
-    const aside = event.kind === "relay" && event.chunk === i && event.received.length ? 14 : 0; // there stands an arrow
+    const aside = event.kind === "relay" && event.chunk === i && event.received[l]?.length ? 14 : 0; // there stands an arrow
     if (w > 70 && upper > 15) parts.push(text(x + w / 2 + aside, y + upper / 2 + 4, { run: "run, not kept", graph: "graph", input: "input kept", done: "done", none: "" }[body], `small in-${body}`));
     if (run.whole) continue;
     parts.push(rect(x, y + height * STRIP, w, thin, state.filled[l][i] ? "memory filled" : "memory empty", `data-memory="${l},${i}"`));
     parts.push(rect(x, y + height * GRADIENT, w, thin, "room"));
     if (!held) continue;
     const roomy = w > 80 && !narrow, length = Math.max(2, (roomy ? w - 56 : w) * Math.sqrt(held / run.largest));
-    parts.push(rect(x, y + height * GRADIENT, length, thin, dead ? "sent lost" : state.relayed[i] ? "sent relayed" : "sent", `data-held="${l},${i}" data-norm="${held}"`));
+    parts.push(rect(x, y + height * GRADIENT, length, thin, dead ? "sent lost" : state.relayed[l][i] ? "sent relayed" : "sent", `data-held="${l},${i}" data-norm="${held}"`));
     if (roomy) parts.push(text(x + w - 4, y + height * (GRADIENT + THIN) - thin / 2 + 3.5, number(held), "tiny", "end"));
   }
   return parts.join("");
@@ -99,10 +93,11 @@ function arrows(at) {
 }
 
 // What a chunk reads: a line along the memory of the chunks before it.
-function reads({ columns, top, height, run }, j) {
+function reads({ columns, top, height, run, event }, j) {
   if (!j) return "";
   const lines = [];
   for (let l = 0; l < run.layers; l++) {
+    if (!isOf(run, event, l)) continue;
     const y = top(l) + height * (STRIP + THIN / 2), from = isState(run, l) ? columns[j - 1].x + columns[j - 1].w : columns[0].x;
     lines.push(`<path d="M${from} ${y}H${columns[j].x}" class="read flow" marker-end="url(#tip-blue)"/>`);
   }
@@ -112,6 +107,7 @@ function reads({ columns, top, height, run }, j) {
 function relays({ columns, top, height, event, run }) {
   const { x, w } = columns[event.chunk];
   return event.received.map((norms, l) => {
+    if (!isOf(run, event, l)) return "";
     const size = norm(norms), half = 1 + Number(thickness(size, run)) / 2, middle = x + Math.min(w * 0.2, 18), y = top(l);
     const path = `M${middle - half} ${y + height * 0.95}V${y + 13}h-5L${middle} ${y + 2}L${middle + half + 5} ${y + 13}h-5V${y + height * 0.95}z`;
     return `<path d="${path}" class="handed" data-relayed="${l}" data-norm="${size}"/>` +

@@ -27,7 +27,7 @@ function drawMemory() {
     return `<g class="${e.i > here.step ? "ahead" : ""}" data-step="${e.i}">${rect(left + n * slot, top - 24, slot, base - top + 24, "hit")}${bars.join("")}${tick}</g>`;
   });
   const cursor = events.findIndex((e) => e.i === here.step);
-  const peak = events.find((e) => e.i === run.peak) ?? events[0];
+  const peak = events.find((e) => e.i === run.peak) ?? events.reduce((best, e) => ((e.peak ?? -1) > (best.peak ?? -1) ? e : best));
   const px = left + (events.indexOf(peak) + 0.5) * slot;
   const side = px > width / 2 ? "end" : "start";
   svg.setAttribute("viewBox", `0 0 ${width} ${height}`);

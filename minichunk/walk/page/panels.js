@@ -64,11 +64,11 @@ function tableOf(run, event) {
   const [first, second] = columnsOf(run, event.layer);
   if (event.written) return {
     head: ["layer", "shape", `‖${first}‖`, `‖${second}‖`],
-    rows: event.written.map((norms, l) => [l, event.shapes ? shape(event.shapes[l][0]) : "–", ...norms.slice(0, 2)]),
+    rows: event.written.map((norms, l) => [l, event.shapes?.[l].length ? shape(event.shapes[l][0]) : "–", ...norms.slice(0, 2)]).filter(([l]) => isOf(run, event, l)),
   };
   if (event.kind === "relay" && event.received.length) return {
     head: ["layer", `gradient of ${first}`, `of ${second}`, "in all"],
-    rows: event.received.map((norms, l) => [l, norms[0], norms[1] ?? "–", norm(norms)]),
+    rows: event.received.map((norms, l) => [l, norms[0], norms[1] ?? "–", norm(norms)]).filter(([l]) => isOf(run, event, l)),
   };
   if (event.kind === "backward" && event.sent.length) {
     const sums = new Map((event.held ?? []).map(([i, ...norms]) => [i, norms]));

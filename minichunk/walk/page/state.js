@@ -17,7 +17,7 @@ const named = (items) => (items.length < 2 ? items.join("") : `${items.slice(0, 
 const chunksNamed = (list) => (list.length === 1 ? chunkName(list[0]) : list.length > 3 && list.at(-1) - list[0] === list.length - 1
   ? `chunks ${list[0]} to ${list.at(-1)}` : `chunks ${named(list)}`);
 
-const LABELS = { full: "full", seco: "SeCO", spaco: "SpaCO" };
+const LABELS = { full: "full", seco: "SeCO", spaco: "SpaCO", pipeline_seco: "SeCO", pipeline_spaco: "SpaCO" };
 const PARTS = [
   ["weights", "weights"], ["gradients", "their gradients"], ["memory", "memory"],
   ["memory_gradients", "gradients sent to it"], ["activations", "activations, and all else"],
@@ -25,7 +25,7 @@ const PARTS = [
 
 function runOf(entry, index) {
   const [begin] = entry.events;
-  const label = entry.name ?? (LABELS[begin.method] ?? begin.method) + (begin.recompute ? ", recomputed" : "");
+  const label = entry.name ?? (LABELS[begin.method] ?? begin.method) + (begin.recompute ? ", recomputed" : "") + (begin.ranks ? `, ${begin.ranks.length} ranks` : "");
   const drawn = entry.events.find((e) => e.kind === "draw");
   const kept = drawn ? drawn.entries.map((e) => e !== null) : begin.chunks.map(() => true);
   const room = entry.events.find((e) => e.kind === "memory");
@@ -34,7 +34,7 @@ function runOf(entry, index) {
     index, label, begin, kept, entries: drawn?.entries ?? null, events: entry.events,
     method: begin.method, recompute: Boolean(begin.recompute), size: Math.max(...sizes), chunks: begin.chunks,
     layers: begin.layers, remembers: room?.remembers ?? [], whole: begin.method === "full",
-    code: data.code[begin.method] ?? data.code.seco,
+    code: data.code[begin.method] ?? data.code.seco, rankOf: ranksOf(entry.events),
   };
   run.states = statesOf(run);
   run.largest = Math.max(1e-300, ...run.states.map((s) => Math.max(...s.held.flat())));
@@ -44,23 +44,31 @@ function runOf(entry, index) {
   return run;
 }
 
+// The rank of each layer, where several processes take the step, each with some of the layers.
+function ranksOf(events) {
+  const ranks = [];
+  (events[0].ranks ?? []).forEach(([start, stop], rank) => ranks.splice(start, 0, ...Array(stop - start).fill(rank)));
+  if (!ranks.length) for (const e of events) if (e.kind === "backward" && e.rank !== undefined) ranks[e.layer] = e.rank;
+  return ranks;
+}
+const isOf = (run, event, layer) => event.rank === undefined || run.rankOf[layer] === undefined || run.rankOf[layer] === event.rank;
+
 // At each step: what the body of every cell is (none, run, graph, input, done), whether its memory is filled, the norm
 // of what has been sent back to it, and whether that has been relayed.
 function statesOf(run) {
   const table = (value) => Array.from({ length: run.layers }, () => run.chunks.map(() => value));
-  let state = { body: table("none"), filled: table(false), held: table(0), relayed: run.chunks.map(() => false), gradient: null, loss: null };
+  let state = { body: table("none"), filled: table(false), held: table(0), relayed: table(false), gradient: null, loss: null };
   const all = [];
   for (const event of run.events) {
     const next = structuredClone(state);
     for (const row of next.body) row.forEach((body, i) => { if (body === "run") row[i] = "none"; });
-    const column = (body) => { for (const row of next.body) row[event.chunk] = body; };
+    const column = (body) => next.body.forEach((row, l) => { if (isOf(run, event, l)) row[event.chunk] = body; });
     if (event.kind === "fill") {
-      for (const i of event.chunks) next.body.forEach((row, l) => { row[i] = "run"; next.filled[l][i] = true; });
+      for (const i of event.chunks) next.body.forEach((row, l) => { if (isOf(run, event, l)) { row[i] = "run"; next.filled[l][i] = true; } });
     } else if (event.kind === "rebuild" || event.kind === "forward") {
       column(run.recompute ? "input" : "graph");
     } else if (event.kind === "relay") {
-      event.received.forEach((norms, l) => { next.held[l][event.chunk] = norm(norms); });
-      next.relayed[event.chunk] = event.received.length > 0;
+      event.received.forEach((norms, l) => { if (isOf(run, event, l)) { next.held[l][event.chunk] = norm(norms); next.relayed[l][event.chunk] = true; } });
     } else if (event.kind === "backward") {
       next.body[event.layer][event.chunk] = "done";
       const sums = new Map((event.held ?? []).map(([i, ...norms]) => [i, norm(norms)]));

@@ -19,7 +19,7 @@ function sentenceOf(run, event, state) {
     draw: () => (kept.length ? drawing(run, kept) : "No chunk is kept, and the step is over."),
     memory: () => `Room is made for the ${what} that all chunks but the last${run.entries ? " kept one" : ""} leave behind, and for the gradients that later chunks will send back to those${run.entries ? " that are kept" : ""}.`,
     fill: () => `${sentenceCase(chunksNamed(event.chunks))} ${event.chunks.length > 1 ? "are" : "is"} run without a graph${event.chunks[0] ? `, on top of what ${chunksNamed(readBy(run, event.chunks[0]))} left behind` : ""}. Only the ${what} of every layer are kept, in the memory.${event.chunks.every((i) => !run.kept[i]) ? " It will be skipped on the way back: it is run because later chunks read it." : ""}`,
-    rebuild: () => `${sentenceCase(chunkName(j))} is run again, now with its graph${j ? `, on top of the stored ${what} of ${chunksNamed(earlier)}: plain numbers, without a graph` : ""}. Its activations are alive, and no other chunk’s.`,
+    rebuild: () => `${sentenceCase(chunkName(j))} is run again, now with its graph${j ? `, on top of the stored ${what} of ${chunksNamed(earlier)}: plain numbers, without a graph` : ""}. ${event.rank === undefined ? "Its activations are alive, and no other chunk’s." : waits(run, event)}`,
     forward: () => (run.recompute
       ? "The whole text is run, but only the input of each layer is kept. The layers will be run again on the way back."
       : "The whole text is run with its graph: the activations of all tokens in all layers are alive at once."),
@@ -41,8 +41,13 @@ function sentenceOf(run, event, state) {
 function whyPeak(run, event) {
   const graph = run.recompute ? "a layer that is run again" : run.whole ? "the graph of the whole text" : "the whole graph of one chunk";
   const beside = { loss: "and what the loss needs beside it", done: "and the end of the backward pass beside it", backward: "and what the backward pass needs beside it" };
+  if (event.rank !== undefined) return "all graphs that this rank holds";
   return `${graph} ${beside[event.kind] ?? "and little beside it"}`;
 }
+
+// On all ranks but the last a chunk is rebuilt some time before its backward pass.
+const waits = (run, event) => (event.rank === Math.max(...run.rankOf) ? "Above it are no layers, so its turn comes at once."
+  : `It goes to rank ${event.rank + 1}, and its activations wait here until the gradient comes back from there.`);
 
 const timesFactor = (event, show) => (!event.factor || event.factor === 1 ? "" : `${number(event.factor)} × ${show(event.loss / event.factor)} = `);
 const sentenceCase = (text) => text.charAt(0).toUpperCase() + text.slice(1);
@@ -54,7 +59,7 @@ function beginning(run) {
     : `Ordinary backpropagation of ${tokens} in one piece: the baseline. The graph of the whole text will be alive at once.`;
   return run.entries
     ? `${cut} All are run forward as in SeCO, but only a random few are gone back through: an estimate of the gradient, in less time.`
-    : `${cut} The exact gradient of all of them together is wanted, but the graph of only one chunk shall be alive at a time.`;
+    : `${cut} The exact gradient of all of them together is wanted, but the graph of only one chunk shall be alive at a time.${run.begin.ranks ? ` The layers are on ${run.begin.ranks.length} ranks: hidden states go up from rank to rank, their gradients come down.` : ""}`;
 }
 
 function drawing(run, kept) {

@@ -1,0 +1,249 @@
+# %% [markdown]
+# # 10. SeCO on several GPUs
+#
+# One card is not enough, so the layers are dealt out: each process, a *rank*, has a block of adjacent ones. What becomes
+# of Algorithm 1? Here two processes on your own machine do what two GPUs would do.
+#
+# **Predict before you read on.** Rank 0 has the lower half of the layers, rank 1 the upper half. What of a chunk has to
+# go from one to the other in the fill, in the rebuild, and in the backward pass? And what of these never has to: keys and
+# values, their gradients, the relay, weights, the gradients of weights?
+
+# %%
+import inspect
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from tokenizers import Tokenizer
+
+import minichunk as mc
+from minichunk.files.shipped import ASSETS, novel
+from minichunk.pipeline import step
+from minichunk.pipeline.links import Links
+from minichunk.walk.merge import merge
+from minichunk.walk.schedule import draw_schedule, schedule
+
+model = mc.Llama.from_pretrained(ASSETS / "austen-llama", dtype=torch.float64)  # 6 layers
+model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # untied: see exercise 1
+tokenizer = Tokenizer.from_file(str(ASSETS / "austen-llama" / "tokenizer.json"))
+ids = torch.tensor([tokenizer.encode(novel("persuasion").read_text()[20000:22000]).ids])[:, :96]
+
+
+def gradients(model):
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+mc.seco(model, ids, ids, chunk_size=16)
+one_process = gradients(model)
+
+# %% [markdown]
+# These lines have nothing to do with the matter: they start two processes, as `torchrun` would, which wait for functions,
+# run them, and leave what they return in a file.
+
+# %%
+WORKER = """
+import sys, torch, torch.distributed as dist, minichunk as mc
+from datetime import timedelta
+from minichunk.pipeline.links import Links
+folder, threads, rank, soon = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), timedelta(seconds=60)
+torch.set_num_threads(threads)  # as in the process that we compare with: more threads add in another order
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=soon)
+for _ in sys.stdin:  # somebody asks
+    source, task, model, arguments = torch.load(f"{folder}/asked.pt", weights_only=False)
+    exec(source, globals())
+    torch.save(globals()[task](rank, model, *arguments), f"{folder}/{rank}.pt")
+    print("done", flush=True)
+"""
+folder, place = tempfile.mkdtemp(), {**os.environ, "PYTHONPATH": str(Path(mc.__file__).parents[1])}
+place["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"  # this machine, whatever its name is
+told, pipes = str(torch.get_num_threads()), {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+start = [sys.executable, "-c", WORKER, folder, told]
+workers = [subprocess.Popen([*start, str(rank)], env=place, **pipes) for rank in (0, 1)]
+
+
+def on_two_ranks(task, *arguments):
+    """What `task(rank, model, *arguments)` returns in each of the two processes."""
+    source = inspect.getsource(gradients) + inspect.getsource(task)
+    torch.save((source, task.__name__, model, arguments), f"{folder}/asked.pt")
+    for worker in workers:
+        print(file=worker.stdin, flush=True)
+    assert all("done\n" in iter(worker.stdout.readline, "") for worker in workers), "a process has failed"
+    return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in (0, 1)]
+
+
+# %% [markdown]
+# ## What passes, and what never does
+#
+# `mc.PipelineStage(model)` takes out of a model what other ranks have; `mc.pipeline_seco` is called on all ranks as
+# `mc.seco` would be. In the first step here every message is written down, further ones are watched by `mc.trace`:
+
+
+# %%
+def steps(rank, model, ids, sizes):
+    stage, sent = mc.PipelineStage(model), []
+    hand = stage.links._hand
+
+    def watched_hand(x, to, group):
+        sent.append((to, tuple(x.shape)))
+        hand(x, to, group)
+
+    stage.links._hand = watched_hand
+    mc.pipeline_seco(stage, ids, ids, chunk_size=16)
+    stage.links._hand = hand
+    found = gradients(stage.model)
+    return found, sent, [mc.trace(mc.pipeline_seco, stage, ids, ids, chunk_size=size) for size in sizes]
+
+
+SIZES = (16, 48, 8)
+ranks = on_two_ranks(steps, ids, SIZES)
+for rank, (found, sent, _) in enumerate(ranks):
+    layers = sorted({int(name.split(".")[2]) for name in found if ".layers." in name})
+    print(f"rank {rank} has the layers {layers}, {', '.join(name for name in found if '.layers.' not in name)}")
+    for to, shape in sorted(set(sent)):
+        print(f"   and sends {sent.count((to, shape)):2} tensors {shape} to rank {to}")
+    assert all(torch.equal(found[name], one_process[name]) for name in found)
+print("every gradient is that of one process, bit for bit: True")
+
+# %% [markdown]
+# Six chunks: five hidden states (B, C, E) go up in the fill (as in one process the last chunk need not be filled), six in
+# the rebuild, and six gradients come down. **Keys and values never pass, nor do their gradients**: layer 3 of a chunk reads
+# what layer 3 of earlier chunks wrote, and sends gradients back to that; all of it is on one rank, and so is the relay.
+# For an 8B and chunks of 512 a message is 4 MiB in bfloat16; what stays where it is has 256 KiB for *each* token.
+#
+# ## The loop beside Algorithm 1
+#
+# All ranks run [`pipeline/step.py`](../minichunk/pipeline/step.py). Which of its lines are lines of Algorithm 1?
+
+# %%
+for function in (mc.seco, step._step, step.walk_back, step._backward):
+    print(function.__module__, function.__name__)
+    for line in inspect.getsource(function).splitlines():
+        if "# line" in line or "waiting" in line:
+            print(line)
+
+# %% [markdown]
+# The same lines, and `waiting` in between. A rank below the last cannot backpropagate a chunk that it has just rebuilt: the
+# gradient of its output has not come down yet. So the chunk waits, with its graph, and meanwhile the rank rebuilds the
+# chunks before it. The order is known as 1F1B ([PipeDream](https://arxiv.org/abs/1806.03377)), here with the chunks from
+# last to first as its micro-batches.
+#
+# ## Why line 6 has to wait
+#
+# `seco` asks the memory for the relay right after the rebuild: lines 5 and 6 are one function. **Predict:** if every rank
+# did that here, which of the six layers would get a wrong gradient?
+
+
+# %%
+def too_early(rank, model, ids):
+    stage, asked = mc.PipelineStage(model), {}
+    run = stage.run
+
+    def run_and_ask(x, memory, chunks, options):
+        if torch.is_grad_enabled():  # a rebuild
+            received = type(memory).received(memory, chunks[0])
+            asked[chunks[0]] = [tuple(g.clone() for g in layer) for layer in received]
+            memory.received = asked.get
+        return run(x, memory, chunks, options)
+
+    stage.run = run_and_ask
+    mc.pipeline_seco(stage, ids, ids, chunk_size=16)
+    return gradients(stage.model)
+
+
+wrong = {name: gradient for found in on_two_ranks(too_early, ids) for name, gradient in found.items()}
+for layer in range(6):
+    names = [name for name in one_process if f".layers.{layer}." in name]
+    right, found = (torch.cat([g[name].flatten() for name in names]) for g in (one_process, wrong))
+    off = float((found - right).norm() / right.norm())
+    print(f"layer {layer}: the gradient is off by {100 * off:4.1f} %")
+    assert (off == 0) == (layer >= 3)
+
+# %% [markdown]
+# On the last rank no chunk waits, so it asks at the right time. Rank 0 asks for chunk 4 when chunk 5 still waits and has
+# sent nothing back yet, for chunk 3 when chunk 4 does: of every relay the next chunk's share is lost. Nothing crashes, and
+# half of the model learns the right thing. So `_backward` asks when a chunk's *turn* has come. Turns go from the last chunk
+# to the first, as in `seco`, and every sum has the same terms in the same order: the gradients are equal bit for bit.
+#
+# ## The schedule, and its bubble
+#
+# The traces know when each rank has filled, rebuilt and backpropagated which chunk. Above as if each piece of work took
+# as long as any other, below by the clocks. **Predict** how much less rank 0 would wait with twice as many chunks.
+
+# %%
+log = merge([logs[0] for _, _, logs in ranks])
+figure, axes = plt.subplots(2, 1, figsize=(10, 3.6), layout="constrained")
+for axis, equal in zip(axes, (True, False), strict=True):
+    draw_schedule(axis, schedule(log, equal))
+    axis.set(xlabel="pieces of work" if equal else "seconds, with the watching")
+axes[0].set_xticks(range(0, 20, 2))
+figure.suptitle("Fill (blue), rebuild (yellow) and backward (green) of each chunk; blank: waiting")
+plt.show()
+
+for size, *logs in zip(SIZES, *(logs for _, _, logs in ranks), strict=True):
+    walk = [work for work in schedule(merge(logs), equal=True) if work.rank == 0 and work.what != "fill"]
+    chunks, long = 96 // size, walk[-1].stop - walk[0].start
+    print(f"{chunks:2} chunks: rank 0 waits for {long - len(walk):.0f} of the {long:.0f} pieces of its walk")
+    assert (long - len(walk)) / long == 1 / (chunks + 1)  # (ranks - 1) / (chunks + ranks - 1)
+
+# %% [markdown]
+# A rebuild and a backward pass are two pieces: 2 of 14 are 1 of 7, **(ranks - 1) of (chunks + ranks - 1)**. The pieces that
+# it waits for stay the same, so take many more chunks than ranks. In memory it costs this: a rank holds the graphs of as
+# many chunks as there are ranks from it on, the first one most.
+#
+# ## Copies
+#
+# With more processes than a pipeline needs there are copies of it, each with documents of its own. Two processes can be
+# two copies of a pipeline of one rank: `Links(1)`. The loss is divided by the targets of all documents, and at the end
+# of the step `add_copies` adds up the gradients. A copy without a document left calls just that.
+
+
+# %%
+def copies(rank, model, documents, num_targets):
+    stage = mc.PipelineStage(model, links=Links(1))
+    document = documents[stage.links.copy]
+    mc.pipeline_seco(stage, document, document, chunk_size=16, num_targets=num_targets)
+    stage.add_copies()
+    return gradients(stage.model)
+
+
+documents, num_targets = (ids[:, :60], ids[:, 60:]), 59 + 35
+in_one = []
+for document in documents:
+    mc.seco(model, document, document, chunk_size=16, num_targets=num_targets)
+    in_one.append(gradients(model))
+for found in on_two_ranks(copies, documents, num_targets):
+    assert all(torch.equal(found[name], in_one[0][name] + in_one[1][name]) for name in found)
+print("both copies have the sum of the gradients of both documents: True")
+
+for worker in workers:
+    worker.communicate(timeout=60)
+shutil.rmtree(folder)
+
+# %% [markdown]
+# ## Why not PyTorch's own engine, or FSDP?
+#
+# `torch.distributed.pipelining` has that schedule too. It calls backward by itself, so the relay is put in where the graph
+# passes by: at the output of a rank's layers, as an identity whose backward asks the memory. That is
+# [`torch_pipeline.py`](torch_pipeline.py), with the same gradients, [bit for bit](../tests/test_torch_pipeline.py). It is not
+# our engine: it receives each chunk, and each gradient, into a buffer of its own, so that the memory of every rank grows by
+# one hidden state or two per chunk (counted in that test); it wants chunks of one length, and at least as many as ranks.
+#
+# FSDP deals out every weight, and gathers it whenever it is used: in the fill, the rebuild and the backward pass of each
+# chunk. For an 8B in bfloat16 and 64 chunks that is 3 x 64 x 16 GB, 3 TB a step. A link of the pipeline carries three
+# messages for a chunk, 3 x 64 x 4 MiB: 0.8 GB.
+#
+# ## Exercises
+#
+# 1. Embedding and LM head of the shipped model are one weight; a line above unties them. Without it, which message is there
+#    besides, and which gradient equals one process's no longer bit for bit?
+# 2. Which messages pass in the last step of the walk, when chunk 0 has its turn? And if only the last layer has an adapter?
+# 3. Three ranks, 6 chunks: how many graphs does each rank hold at most, and for how many pieces does each wait in its walk?
+# 4. With `fill_size=32`, what changes in the schedule and in the messages, and what must not?
+# 5. Let only rank 0 ask too early, in a model of three ranks: which layers are wrong then? And if only rank 1 does?
