@@ -187,6 +187,17 @@ def events(rank: int, case: Case) -> tuple[list[tuple[str, int]], int]:
     return seen, most
 
 
+def copies_of_which_one_is_idle(rank: int, case: Case) -> tuple[Tensors, Tensors]:
+    """What each of two copies has in the end, and what one process finds: the first does all, the second nothing."""
+    expected = copy.deepcopy(case.model)
+    case.run(mc.seco, expected)
+    stage = PipelineStage(case.model, links=mc.Links(1, TIMEOUT))
+    if rank == 0:
+        case.run(mc.pipeline_seco, stage)
+    stage.add_copies()
+    return take_gradients(stage.model), take_gradients(expected)
+
+
 def held(rank: int, case: Case) -> list[str]:
     """The names of the parameters that a rank has."""
     return [name for name, _ in PipelineStage(case.model, case.counts, TIMEOUT).model.named_parameters()]

@@ -116,6 +116,16 @@ def test_other_models_too(ranks: Ranks, make: Any, method: str) -> None:
     check(ranks, 3, case(make(), method=method, options=sampler))
 
 
+def test_a_copy_without_a_document_adds_nothing(ranks: Ranks) -> None:
+    """In half precision too, where gradients are wider than weights."""
+    model = build(tiny(layers=2), 0).to(torch.bfloat16)
+    (busy, _), (idle, expected) = ranks.ask(2, tasks.copies_of_which_one_is_idle, case(model, length=8))
+    assert busy.keys() == idle.keys() == expected.keys()
+    for name, grad in expected.items():
+        assert grad.dtype == torch.float32
+        assert torch.equal(busy[name], grad) and torch.equal(idle[name], grad)
+
+
 def test_the_first_rank_draws_for_all(ranks: Ranks) -> None:
     """Chunks and dropout masks, though each rank has random numbers of its own."""
     model = build(tiny(layers=3), 0)

@@ -174,6 +174,15 @@ def test_ctrl_c_saves_and_says_how_to_resume(options: TrainOptions, monkeypatch:
     assert any("after step 3 of 6" in line for line in said)
 
 
+def test_a_second_ctrl_c_does_not_say_that_all_is_saved(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(trainer: Trainer) -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "run_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(options, say=quiet)
+
+
 def test_what_a_run_writes_and_says(options: TrainOptions) -> None:
     said: list[str] = []
     directory = train(options, say=said.append)
@@ -244,16 +253,16 @@ def test_accumulation_has_the_normaliser_of_the_whole_step(options: TrainOptions
 def test_each_batch_has_random_numbers_of_its_own(options: TrainOptions) -> None:
     model, tokenizer = load_model(options)
     documents, *_ = load_data(options, model, tokenizer)
-    seeds = []
+    drawn = []
 
     def gradient(*arguments: Any) -> torch.Tensor:
-        seeds.append((arguments[-1].initial_seed(), torch.initial_seed()))
+        drawn.append((float(torch.rand((), generator=arguments[-1])), float(torch.rand(()))))
         return torch.zeros(())
 
     trainer = Trainer(model, documents, gradient, Schedule(2, 1.0), 1, 3)
     for _ in range(2):
         trainer.run_step()
-    assert len({generator for generator, _ in seeds}) == len({dropout for _, dropout in seeds}) == 6
+    assert len({sampler for sampler, _ in drawn}) == len({dropout for _, dropout in drawn}) == 6
 
 
 def test_schedule() -> None:

@@ -221,7 +221,7 @@ def test_a_rank_reads_its_own_tensors_alone(
         (2, {"pipeline": None}, "torchrun has started 2 processes: say with --pipeline"),
         (3, {"pipeline": 2}, "--pipeline is 2, but must divide the 3 processes"),
         (1, {"pipeline": 4}, "--pipeline 4 needs 4 processes: torchrun --nproc-per-node 4 -m minichunk train"),
-        (2, {"pipeline": 2, "method": "full"}, "--method full does not run over several processes"),
+        (2, {"pipeline": 2, "method": "full"}, "--method full has no pipeline"),
         (2, {"pipeline": 1, "accumulate": 1}, "--accumulate is 1, but 2 copies of the model need a batch each"),
         (3, {"pipeline": 3, "model": "shallow"}, "the model has 2 layers, too few for 3 ranks"),
         (2, {"pipeline": 0}, "--pipeline is 0, but must be at least 1"),
@@ -239,6 +239,8 @@ def test_mistakes(
 
 
 def test_the_variables_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")  # as in a cluster that says so to every job
+    assert started() == (0, 1, 0, 1)
     said = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "x"}
     for name, value in said.items():
         monkeypatch.setenv(name, value)

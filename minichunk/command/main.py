@@ -80,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         before = "\n" if several else ""  # another one's progress bar may stand there
         print(f"{before}minichunk: {words}", file=sys.stderr, flush=True)
     if several:
+        sys.stdout.flush()
         os._exit(status)  # a process group that has lost a rank may never come to its end
     return status
 

@@ -88,7 +88,7 @@ def add_train(commands: argparse._SubParsersAction[Parser]) -> None:
     several.add_argument("--pipeline", type=int, metavar="N", help="let N processes share the layers; P / N copies "
                          "of them work on other documents (also with --resume: any N)")  # fmt: skip
     several.add_argument("--timeout", type=float, metavar="S", help="seconds after which a process that does not "
-                         "answer is given up (default: 600)")  # fmt: skip
+                         "answer is given up; one that ends is noticed at once (default: 7200)")  # fmt: skip
     run = train.add_argument_group("run")
     run.add_argument("--dtype", help="float32, bfloat16 or float64 (default: bfloat16 on CUDA, else float32)")
     run.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")

@@ -21,10 +21,10 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 def started() -> Started:
-    """The only process, unless torchrun has started this one. Raises InputError if its variables are not whole."""
-    found = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
-    if "RANK" not in found and "LOCAL_RANK" not in found:
+    """The only process, unless torchrun has started several. Raises InputError if its variables are not whole."""
+    if not is_one_of_several():
         return Started()
+    found = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
     missing = [name for name in (*_VARIABLES, "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
     if missing:
         raise InputError(f"torchrun's variable {missing[0]} is missing, though {next(iter(found))} is there: {HOW}")
@@ -39,9 +39,9 @@ HOW = "start with torchrun --nproc-per-node N -m minichunk train --pipeline N"
 
 def is_first() -> bool:
     """Whether this process speaks for all that torchrun has started."""
-    return os.environ.get("RANK", "0") == "0"
+    return not is_one_of_several() or os.environ["RANK"] == "0"
 
 
 def is_one_of_several() -> bool:
     """Whether torchrun has started others beside this one."""
-    return os.environ.get("WORLD_SIZE", "1") != "1"
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"

@@ -122,9 +122,9 @@ class Links:
         if self.is_first:
             self._hand(x, self.ranks - 1, self.up)
             self._take(other, self.ranks - 1, self.down)
-        else:
-            self._hand(x, 0, self.down)
+        else:  # in the order of the first rank, or under NCCL each would wait for the other
             self._take(other, 0, self.up)
+            self._hand(x, 0, self.down)
         self.flush()
         return other
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..batch import widen_gradients
 from ..chunks import cut, span
 from ..errors import InputError
 from ..loss import token_losses
@@ -162,9 +163,11 @@ class PipelineStage(Stack):
     def add_copies(self) -> None:
         """Add up the gradients of all copies of the pipeline: called on all processes, once all have done their part
         of an optimizer step. Where a copy has done nothing, it adds nothing."""
+        widen_gradients(self)
         for parameter in self.parameters():
             if parameter.requires_grad and self.links.copies > 1:
-                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter, dtype=wide(parameter))
                 self.links.add_copies(parameter.grad)
 
 

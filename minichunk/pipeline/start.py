@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import InputError
-from ..files.torchrun import started
+from ..files.torchrun import is_first, is_one_of_several, started
 from .links import Links, RankLost
 
 
@@ -39,7 +39,7 @@ def linked(ranks: int, device: str, timeout: timedelta) -> Iterator[Links | None
 
 
 def _end(number: int, frame: object) -> None:
-    raise RankLost(f"rank {started().rank} was told to end, as all are when one of them has ended")
+    raise RankLost(f"rank {started().rank} was told to end (SIGTERM), as all are when one of them has ended")
 
 
 def local_device(device: str) -> str:
@@ -60,13 +60,12 @@ def speaks_first() -> bool:
 
     When a rank ends, those beside it do too, each with an error; the first one names the cause.
     """
-    process = started()
-    if process.world == 1:
+    if not is_one_of_several():
         return True
     try:  # torchrun's own store outlives the ranks
         store: Any = dist.TCPStore(  # type: ignore[attr-defined]
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=5)
         )
         return bool(store.add(f"minichunk ended {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1)
-    except (RuntimeError, ValueError):
-        return process.rank == 0
+    except (RuntimeError, ValueError, KeyError):
+        return is_first()

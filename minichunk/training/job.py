@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -27,9 +27,7 @@ from ..protocol import Options
 from ..seco import seco
 from ..spaco import spaco
 from .load import load_as_told
-from .options import DTYPES, TrainOptions
-
-T = TypeVar("T")
+from .options import DTYPES, TrainOptions, known
 
 
 def load_model(options: TrainOptions, links: Links | None = None) -> tuple[Any, Tokenizer]:
@@ -44,7 +42,7 @@ def load_model(options: TrainOptions, links: Links | None = None) -> tuple[Any, 
         if (pattern := options.pattern()) is not None:
             partial_context(model, pattern, options.full_layers)
         if links is not None:
-            stages.append(PipelineStage(model, deal_layers(options, model.config, links.ranks), links=links))
+            stages.append(PipelineStage(model, deal_layers(options, model, links.ranks), links=links))
 
     model, tokenizer = load_as_told(
         options.model, None, options.dtype, local_device(known(options.device)), options.load_in_4bit, prepare
@@ -54,15 +52,16 @@ def load_model(options: TrainOptions, links: Links | None = None) -> tuple[Any, 
     return (stages[0] if stages else model), tokenizer
 
 
-def deal_layers(options: TrainOptions, config: Any, ranks: int) -> list[int] | None:
+def deal_layers(options: TrainOptions, model: Pretrained, ranks: int) -> list[int] | None:
     """How many layers each rank gets: by their weights, what those that learn need, and what is remembered of a piece.
 
     None, if there are too few layers. `minichunk plan --gpus` deals them so too.
     """
-    dtype = DTYPES[known(options.dtype)]
+    config, dtype = model.config, DTYPES[known(options.dtype)]
     if config.num_hidden_layers < ranks:
         return None
-    shaped = random_model(config, dtype, options.rank, options.targets, "meta", options.load_in_4bit)
+    targets = options.targets or linear_layers(model)
+    shaped = random_model(config, dtype, options.rank, targets, "meta", options.load_in_4bit)
     sums = DTYPES.get(options.cache_grad_dtype or "")
     kept, how = options.most_kept(), Options(options.fill_size, bool(options.recompute), sums)
     remembered = [sum(both) for both in layer_memory_bytes(config, dtype, kept, how, options.batch_size)]
@@ -111,9 +110,3 @@ def make_gradient(options: TrainOptions) -> Callable[[Any, Tensor, Tensor, int, 
         return (pipeline_spaco if over_ranks else spaco)(model, input_ids, labels, **arguments)
 
     return gradient
-
-
-def known(value: T | None) -> T:
-    """Not None: `TrainOptions.resolved` has filled it in."""
-    assert value is not None
-    return value

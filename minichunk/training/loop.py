@@ -104,7 +104,8 @@ class Trainer:
         num_targets = sum(document.num_targets() for batch in batches for document in batch)
         losses = []
         for number, batch in self.ranks.mine(batches):
-            seed = (self.seed * 1_000_003 + self.step + (number << 53)) % 2**64
+            # PyTorch's generator on the CPU takes 32 bits of a seed: those of another batch have to differ in these.
+            seed = self.seed * 1_000_003 + self.step + number * 2_654_435_769
             torch.manual_seed(seed)  # dropout
             generator = torch.Generator().manual_seed(seed)  # the sampler
             input_ids, labels = collate(batch, self.device)

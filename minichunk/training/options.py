@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -17,6 +17,7 @@ from ..spaco import Sampler
 from .checks import check_4bit, check_choice, check_device, check_least
 from .partial_options import make_pattern, pattern_options
 
+T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 METHODS = ("seco", "spaco", "full")
 SAMPLERS = ("bernoulli", "fixed", "paper")
@@ -25,6 +26,12 @@ SAMPLERS = ("bernoulli", "fixed", "paper")
 def default_dtype(device: str) -> str:
     """The name of the dtype that a model has on this device unless told otherwise."""
     return "bfloat16" if device.startswith("cuda") else "float32"
+
+
+def known(value: T | None) -> T:
+    """Not None: `TrainOptions.resolved` has filled it in."""
+    assert value is not None
+    return value
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class TrainOptions:
     batch_size: int = 1
     accumulate: int | None = None
     pipeline: int | None = None
-    timeout: float = 600.0
+    timeout: float = 7200.0
     lr: float | None = None
     warmup: int | None = None
     weight_decay: float = 0.0
@@ -116,11 +123,11 @@ class TrainOptions:
         if world % ranks:
             raise InputError(f"--pipeline is {ranks}, but must divide the {world} processes that torchrun has started")
         if self.method == "full" and ranks > 1:
-            raise InputError("--method full does not run over several processes: take seco or spaco with --pipeline")
+            raise InputError("--method full has no pipeline: take seco or spaco, or --pipeline 1")
         if self.accumulate is not None and self.accumulate < world // ranks:
             raise InputError(
-                f"--accumulate is {self.accumulate}, but {world // ranks} copies of the model need a batch each: "
-                f"at least {world // ranks}"
+                f"--accumulate is {self.accumulate}, but {world // ranks} copies of the model need a batch each in a "
+                f"step: at least {world // ranks} of them, or fewer processes"
             )
         return ranks, world // ranks
 

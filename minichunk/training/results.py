@@ -12,8 +12,7 @@ from tqdm import tqdm
 from ..files.atomic import write_json
 from ..models.adapter_files import save_adapter
 from .evaluate import Span
-from .job import known
-from .options import TrainOptions
+from .options import TrainOptions, known
 from .ranks import Ranks
 from .report import plot_run
 from .run_directory import Run

@@ -19,10 +19,10 @@ from ..pipeline.links import Links, RankLost
 from ..pipeline.start import linked, local_device
 from .evaluate import Span, loss_by_position, spans_for
 from .interrupt import interrupt_flag
-from .job import known, load_data, load_model, make_gradient
+from .job import load_data, load_model, make_gradient
 from .load import check_host_room
 from .loop import NonFiniteLoss, Schedule, Trainer, deterministic_kernels
-from .options import DTYPES, TrainOptions
+from .options import DTYPES, TrainOptions, known
 from .ranks import Ranks
 from .report import loss_table, peak_memory
 from .results import write_results
@@ -108,10 +108,11 @@ def _train(
     context = model.config.max_position_embeddings
     try:
         _run_steps(trainer, run, options)
-        after = evaluate("loss by position after")
-        written = write_results(ranks, run, options, before, after)
-    except KeyboardInterrupt:
-        raise Interrupted(_how_to_resume(trainer, run)) from None
+        try:
+            after = evaluate("loss by position after")
+            written = write_results(ranks, run, options, before, after)
+        except KeyboardInterrupt:  # the last step is saved
+            raise Interrupted(_how_to_resume(trainer, run)) from None
     except RankLost as error:
         raise RankLost(f"{error}{_last_good(run)}") from None
 
