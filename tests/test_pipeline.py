@@ -70,13 +70,13 @@ def cases(draw: st.DrawFn, number: int) -> Case:
     return Case(model, batch.input_ids, batch.labels, chunk_size, method, options, counts, seed, steps)
 
 
-@examples(16)
+@examples(10)
 @given(st.data())
 def test_two_ranks_find_what_one_process_finds(ranks: Ranks, data: st.DataObject) -> None:
     check(ranks, 2, data.draw(cases(2)))
 
 
-@examples(12)
+@examples(8)
 @given(st.data())
 def test_three_ranks_find_what_one_process_finds(ranks: Ranks, data: st.DataObject) -> None:
     check(ranks, 3, data.draw(cases(3)))

@@ -53,7 +53,7 @@ def full_with_masks(
         return mc.full(model, batch.input_ids, batch.labels, num_targets=num_targets)
 
 
-@examples(150)
+@examples(100)
 @given(
     model=models(),
     batch=batches(),

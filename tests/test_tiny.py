@@ -112,7 +112,7 @@ def test_every_golden_number_of_a_walk(name: str, method: str, monkeypatch: pyte
     check(name, got, expected)
 
 
-@examples(30)
+@examples(20)
 @given(st.integers(2, 14), st.integers(1, 16), st.lists(st.none() | st.tuples(*[st.floats(0.5, 2)] * 2), max_size=14))
 def test_it_is_the_package(length: int, chunk_size: int, entries: list[tuple[float, float] | None]) -> None:
     config = tiny_config(rope_theta=100.0, rms_norm_eps=1e-3)
