@@ -22,7 +22,7 @@ from .ranks import Ranks
 from .strategies import tiny
 
 common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "max_examples": 100}
-settings.register_profile("same", **common, derandomize=True)
+settings.register_profile("same", **common | {"max_examples": 60}, derandomize=True)
 settings.register_profile("explore", **common, print_blob=True)
 settings.register_profile("explore-few", **common | {"max_examples": 10}, print_blob=True)
 settings.load_profile("same")
