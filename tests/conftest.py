@@ -22,7 +22,7 @@ from .ranks import Ranks
 from .strategies import tiny
 
 common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "max_examples": 100}
-settings.register_profile("same", **common | {"max_examples": 60}, derandomize=True)
+settings.register_profile("same", **common | {"max_examples": 40}, derandomize=True)
 settings.register_profile("explore", **common, print_blob=True)
 settings.register_profile("explore-few", **common | {"max_examples": 10}, print_blob=True)
 settings.load_profile("same")
@@ -68,7 +68,7 @@ def model_directory(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Pat
     return directory
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     """Up to four processes of one group."""
     started = Ranks(4, tmp_path_factory.mktemp("ranks"))

@@ -93,8 +93,9 @@ def _answer(connection: Connection) -> None:
             return
         try:
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=TIMEOUT)
-            dist.barrier()  # a task that ends at once would leave the others in the middle of finding each other
+            dist.barrier()  # who ends at once would leave others in the middle of finding each other
             result = False, task(rank, *arguments)
+            dist.barrier()
             dist.destroy_process_group()
         except RankLost as error:  # one who has lost another ends too, as it would in a script
             connection.send_bytes(pickle.dumps((True, f"RankLost: {error}")))

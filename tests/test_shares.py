@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,13 +25,6 @@ from .ranks import Ranks
 from .strategies import tiny
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    started = Ranks(2, tmp_path_factory.mktemp("ranks"))
-    yield started
-    started.close()
 
 
 @pytest.fixture

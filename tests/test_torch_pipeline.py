@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,13 +10,6 @@ import torch
 from . import rank_tasks as tasks
 from .ranks import Case, Ranks
 from .strategies import build, tiny_state
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    started = Ranks(2, tmp_path_factory.mktemp("ranks"))
-    yield started
-    started.close()
 
 
 def case(layers: str, length: int, chunk_size: int, batch: int = 2) -> Case:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +23,6 @@ from .ranks import Case, Ranks
 from .strategies import build, tiny, tiny_state
 
 Log = list[dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    started = Ranks(3, tmp_path_factory.mktemp("ranks"))
-    yield started
-    started.close()
 
 
 def case(model: Any, length: int = 11, chunk_size: int = 3, **others: Any) -> Case:
