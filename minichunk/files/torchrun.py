@@ -17,6 +17,7 @@ class Started(NamedTuple):
     local_world: int = 1
 
 
+HOW = "start with torchrun --nproc-per-node N -m minichunk train --pipeline N"
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
@@ -32,9 +33,6 @@ def started() -> Started:
     if wrong:
         raise InputError(f"torchrun's variable {wrong[0]} is {found[wrong[0]]!r}, but must be a number: {HOW}")
     return Started(*(int(found[name]) for name in _VARIABLES))
-
-
-HOW = "start with torchrun --nproc-per-node N -m minichunk train --pipeline N"
 
 
 def is_first() -> bool:
