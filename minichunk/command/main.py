@@ -40,10 +40,6 @@ def run(arguments: argparse.Namespace) -> int:
         from ..training.evaluate import evaluate_files
 
         evaluate_files(**values)
-    elif command == "golden":
-        from ..porting.golden import write_golden
-
-        print("\n".join(f"written  {path}" for path in write_golden(**values)))
     elif command == "compare":
         from ..porting.compare import run_compare
 
