@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .parser import Parser
+from .options import Parser
 from .partial_arguments import add_partial
 
 
