@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minichunk as mc
-from minichunk.pipeline.deal import deal
 from minichunk.pipeline.links import MOST_ON_THE_WAY
+from minichunk.pipeline.split_layers import deal
 from minichunk.protocol import Recompute
 
 from . import ranks as tasks
