@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import minichunk as mc
+from minichunk.batch import IGNORE, shift
 from minichunk.chunks import cut
 from minichunk.models import truncated as truncated_module
 from minichunk.models.truncated import LayerReach, TruncatedStateSpace, truncation_errors
-from minichunk.targets import IGNORE, shift
 
 from .gradients import Tensors, combine
 from .recurrence import loop

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import minichunk as mc
+from minichunk.batch import IGNORE, shift
 from minichunk.chunks import Chunk
 from minichunk.memory.state import Handed, LayerState
 from minichunk.models.auto import load_model
 from minichunk.models.quantize import Linear4bit
 from minichunk.protocol import Recompute
-from minichunk.targets import IGNORE, shift
 
 from .gradients import Tensors, combine, take_gradients
 from .rounding import Exact, exactly, measure, outcome, weighted

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import minichunk as mc
+from minichunk.batch import shift
 from minichunk.chunks import Chunk, cut
 from minichunk.memory.layer_memory import LayerMemories
 from minichunk.memory.scan import scan
@@ -25,7 +26,6 @@ from minichunk.models.auto import load_model
 from minichunk.models.ssm import StateLayer
 from minichunk.protocol import DEFAULTS, Recompute
 from minichunk.seco import fill
-from minichunk.targets import shift
 
 from .gradients import oracle, take_gradients
 from .recurrence import loop

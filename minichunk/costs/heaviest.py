@@ -24,7 +24,7 @@ from ..memory.offload import OffloadedLayer
 from ..memory.pattern import FULL
 from ..models.llama import Attention
 from ..models.stack import Stack
-from ..pipeline import step as pipeline
+from ..pipeline import pipeline_seco as pipeline
 from ..pipeline.links import MOST_ON_THE_WAY
 from ..pipeline.stage import PipelineStage
 from ..pipeline.together import add_up
@@ -58,8 +58,7 @@ def chunked_step(model: Stack, batch: Batch, setting: Setting, count: Trace) -> 
 
 
 def rank_step(stage: PipelineStage, below_learns: bool, batch: Batch, setting: Setting, count: Trace) -> Bytes:
-    """Of a rank of a pipeline: what pipeline/step.py calls, until as many chunks wait as ever, and as many gradients
-    are on the way down."""
+    """Of a rank of a pipeline: what pipeline_seco.py calls, until the pipeline is full."""
     chunks, kept = _chunks(batch, setting)
     options, links = setting.options(), stage.links
     memory, held = _new_memory(stage, batch, kept, setting, count)

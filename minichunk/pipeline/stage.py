@@ -20,8 +20,8 @@ from ..models.decoder import RMSNorm
 from ..models.dropout import DropoutMasks
 from ..models.elsewhere import Elsewhere
 from ..models.stack import Stack
-from .deal import check_counts, deal, layer_costs
 from .links import Links
+from .split_layers import check_counts, deal, layer_costs
 
 
 class PipelineStage(Stack):

@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import minichunk as mc
-from minichunk.batch import prepare
+from minichunk.batch import prepare, shift
 from minichunk.chunks import Chunk, cut
 from minichunk.memory.layer_memory import LayerMemories
 from minichunk.protocol import DEFAULTS, Options, Written
 from minichunk.seco import fill, flat, new_memory, rebuild
-from minichunk.targets import shift
 
 from ..diagnose import Mistakes, Values, close, compare, hint, require, within
 from .common import (
