@@ -9,9 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..errors import InputError
-from ..files.torchrun import is_one_of_several
 from ..pipeline.links import RankLost
-from ..pipeline.start import speaks_first
+from ..pipeline.start import is_one_of_several, speaks_first
 from ..training.evaluate import EvaluateOptions, evaluate_files
 from ..training.generate import GenerateOptions, continue_text
 from ..training.loop import NonFiniteLoss

@@ -9,12 +9,12 @@ from itertools import pairwise
 import torch
 from tqdm import tqdm
 
+from ..batch import IGNORE, shift
 from ..files.chat import load_chat_template
 from ..files.documents import Document, check_vocabulary, collate, cut_documents, read_documents
 from ..files.shipped import MEASURED_ON, SHIPPED_MODEL, novel
 from ..models.partial import describe
 from ..models.stack import Stack
-from ..targets import IGNORE, shift
 from .load import load_as_told
 from .options import ReadOptions, check_options, option
 from .ranks import Ranks
