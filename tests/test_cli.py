@@ -94,8 +94,6 @@ def test_all_commands_take_models_of_other_kinds(
         ("--steps 0", "--steps is 0"),
         ("--rank -1", "--rank is -1"),
         ("--dropout 1", "--dropout is 1.0"),
-        ("--no-recompute --recompute-attention", "--recompute-attention is a kind of --recompute"),
-        ("--method full --recompute-attention", "--recompute-attention belongs to --method seco and spaco"),
         ("--targets q", "LoRA targets are ['q']"),
         ("--dtype int8", "--dtype is 'int8'"),
         ("--device cuda:99", "--device is 'cuda:99', but PyTorch sees only cpu"),

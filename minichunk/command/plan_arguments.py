@@ -48,11 +48,6 @@ def add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
         help="keep all activations of a chunk. Without this option a chunk keeps each layer's input and what its "
         "attention returned (4 MiB a layer at 8B and 512 tokens), and the rest is run again",
     )
-    recompute.add_argument(
-        "--recompute-attention",
-        action="store_true",
-        help="run attention over the past again too, which keeps the layers' inputs alone and takes more time",
-    )
     plan.add_argument("--load-in-4bit", action="store_true", help="store the frozen base in 4 bits")
     plan.add_argument("--offload", action="store_true", help="keep the cache and its gradients in host memory")
     plan.add_argument("--host-memory", default="64GiB", help="for --offload, of all GPUs (default: 64GiB)")

@@ -59,8 +59,6 @@ def add_train(commands: argparse._SubParsersAction[Parser]) -> None:
         help="run each layer again in its backward, to save memory (default: for models of a billion "
         "parameters or more)",
     )
-    how.add_argument("--recompute-attention", action="store_true", help="run attention over the past again too, which "
-                     "saves its output in every layer (4 MiB at 8B and 512 tokens) and takes more time")  # fmt: skip
     how.add_argument("--cache-grad-dtype", help="of the gradients summed for the cache (default: float32, or wider "
                                                 "with a wider model)")  # fmt: skip
     how.add_argument("--offload", action="store_true", help="keep the cache and its gradients in host memory")

@@ -99,8 +99,6 @@ def make_gradient(options: TrainOptions) -> Callable[[Any, Tensor, Tensor, int, 
         if options.method == "full":
             return full(model, input_ids, labels, **arguments)
         grad_dtype = DTYPES[options.cache_grad_dtype] if options.cache_grad_dtype else None
-        if options.recompute_attention:
-            arguments["recompute"] = "all"
         arguments |= {"chunk_size": options.chunk_size, "fill_size": options.fill_size, "cache_grad_dtype": grad_dtype}
         arguments["offload"] = options.offload
         over_ranks = isinstance(model, PipelineStage)

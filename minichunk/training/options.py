@@ -52,7 +52,6 @@ class TrainOptions:
     sampler: Literal["bernoulli", "fixed", "paper"] = "bernoulli"
     cap: float | None = None
     recompute: bool | None = None
-    recompute_attention: bool = False
     cache_grad_dtype: str | None = None
     offload: bool = False
     partial_context: str | None = None
@@ -157,11 +156,7 @@ class TrainOptions:
         given = self.budget is not None or self.cap is not None or self.sampler != "bernoulli"
         if self.method != "spaco" and given:
             raise InputError(f"--budget, --sampler and --cap belong to --method spaco, not to {self.method}")
-        chunked = [
-            name for name in ("fill_size", "cache_grad_dtype", "offload", "recompute_attention") if getattr(self, name)
-        ]
-        if self.recompute is False and self.recompute_attention:
-            raise InputError("--recompute-attention is a kind of --recompute: leave out --no-recompute")
+        chunked = [name for name in ("fill_size", "cache_grad_dtype", "offload") if getattr(self, name)]
         if self.method == "full" and chunked:
             raise InputError(f"--{chunked[0].replace('_', '-')} belongs to --method seco and spaco, not to full")
         check_4bit(self.load_in_4bit, self.rank)

@@ -75,8 +75,7 @@ def _train(
     training, validation, line = load_data(options, model, tokenizer)
     run = resumed or Run(ranks.everyones(Run.new(options.output).directory if ranks.is_first else Path())[0])
     total, trainable = ranks.count_parameters()
-    large = options.recompute_attention or total >= LARGE
-    recompute = large if options.recompute is None else options.recompute
+    recompute = total >= LARGE if options.recompute is None else options.recompute
     options = replace(options, output=str(run.directory), recompute=recompute)
     say(f"model   {options.model}: {total:,} parameters, {trainable:,} of them trained, {options.dtype}")
     if seen := describe(model.config):
