@@ -21,7 +21,7 @@ from ..models.llama import Llama
 from ..models.lora import add_lora
 from ..models.pretrained import Pretrained
 from ..models.shapes import memory_bytes, random_model, shape
-from ..protocol import Options, Recompute
+from ..protocol import Options
 from ..samplers import FixedBudget, Weight
 from ..seco import fill, new_memory, rebuild, seco
 from ..spaco import spaco
@@ -186,7 +186,7 @@ def _operations(case: Case, model: Pretrained) -> dict[str, float] | None:
     if not isinstance(model, Llama):
         return None
     if case.method.startswith("full"):
-        recompute: Recompute = "all" if case.method != "full" else False
+        recompute = case.method != "full"
         return operations(model, [], cut(case.tokens, case.tokens), recompute)
     if case.method in ("seco", "spaco"):
         chunks, weights = _cut(case)

@@ -13,7 +13,6 @@ import torch
 from ..chunks import Chunk, cut
 from ..memory.pattern import Part
 from ..models.llama import Llama
-from ..protocol import Recompute
 
 # Dense bfloat16 matrix peak in operations per second, from the makers' data sheets.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
@@ -24,13 +23,11 @@ def peak_operations(device_name: str) -> float | None:
     return next((peak for name, peak in PEAKS.items() if name in device_name), None)
 
 
-def operations(
-    model: Llama, filled: Sequence[Chunk], rebuilt: Sequence[Chunk], recompute: Recompute
-) -> dict[str, float]:
+def operations(model: Llama, filled: Sequence[Chunk], rebuilt: Sequence[Chunk], recompute: bool) -> dict[str, float]:
     """Multiplications and additions of a step, in linear layers and in attention, as executed.
 
     filled: what runs forward once, without the LM head. rebuilt: what runs forward and backward; for
-    `full` the whole sequence as one chunk. recompute: as in `seco`, where True keeps what attention returned.
+    `full` the whole sequence as one chunk. recompute: as in `seco`: True keeps what attention returned.
     A frozen weight has no gradient of its own, and flash attention's backward takes 5 products where the
     forward takes 2. Embeddings, norms and the like are left out; logits count once.
     """
@@ -42,7 +39,7 @@ def operations(
     backward = forward + 2.0 * sum(p.numel() for p in layers if p.requires_grad)
     head = model.lm_head.weight
     head_operations = 2.0 * head.numel() * (3 if head.requires_grad else 2)
-    linear_again, attention_again = float(bool(recompute)), float(recompute == "all")
+    linear_again = float(recompute)
 
     def pairs(chunks: Sequence[Chunk]) -> float:
         return sum(seen(part) for pattern in c.patterns() for chunk in chunks for part in pattern.parts(*chunk))
@@ -52,7 +49,7 @@ def operations(
 
     per_pair = 4.0 * c.num_attention_heads * c.head_dim
     linear = count(filled) * forward + count(rebuilt) * ((1 + linear_again) * forward + backward + head_operations)
-    attention = per_pair * (pairs(filled) + pairs(rebuilt) * (1 + attention_again + 2.5))
+    attention = per_pair * (pairs(filled) + pairs(rebuilt) * (1 + 2.5))
     return {"linear": linear, "attention": attention}
 
 
@@ -70,7 +67,7 @@ def _print_table(name: str, tokens: int, chunk_size: int = 512, rank: int = 8) -
     chunks = cut(tokens, chunk_size)
     print(f"{name}, {tokens:,} tokens, chunk {chunk_size}, LoRA rank {rank} on q and v; 10^15 operations a step")
     print("| recompute | linear layers | attention | all |\n|---|---:|---:|---:|")
-    rows: dict[str, Recompute] = {"nothing": False, "all but attention": True, "all": "all"}
+    rows = {"nothing": False, "all but attention": True}
     for label, recompute in rows.items():
         found = operations(model, chunks[:-1], chunks, recompute)
         numbers = [found["linear"], found["attention"], sum(found.values())]
