@@ -17,7 +17,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from minichunk.batch import prepare
+from minichunk.batch import IGNORE, prepare, shift
 from minichunk.chunks import cut, span
 from minichunk.files.atomic import write_tensors
 from minichunk.full import full
@@ -33,7 +33,6 @@ from minichunk.porting.compare import FORMAT
 from minichunk.protocol import Options
 from minichunk.samplers import Weight
 from minichunk.seco import fill, flat, new_memory, rebuild
-from minichunk.targets import IGNORE, shift
 
 HERE = Path(__file__).parent
 BATCH, LENGTH, CHUNK_SIZE = 2, 11, 3  # a ragged last chunk
