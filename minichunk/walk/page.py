@@ -1,19 +1,48 @@
-"""The page: one HTML file with everything in it, made of logs."""
+"""The page: one HTML file with everything in it, made of logs; and `minichunk walk`, which takes the steps for it."""
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
-from collections.abc import Sequence
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from ..chunks import cut, span
 from ..errors import InputError
-from ..files.atomic import write_text
-from .events import Event
-from .listing import LISTINGS, listing
+from ..files.atomic import make_directory, write_text
+from ..files.chat import load_chat_template
+from ..files.documents import check_vocabulary, cut_documents, read_documents
+from ..files.shipped import EXTENDED_ON, SHIPPED_MODEL, novel
+from ..full import full
+from ..models.config import LlamaConfig
+from ..models.llama import Llama
+from ..models.lora import add_lora
+from ..samplers import Bernoulli
+from ..seco import seco
+from ..spaco import spaco
+from ..training.checks import check_choice, check_least
+from ..training.load import load_as_told
+from .events import Event, read_events, write_events
+from .trace import trace
 
 FILES = Path(__file__).parent / "page"
-SCRIPTS = ("state.js", "words.js", "grid.js", "memory.js", "panels.js", "controls.js")
+SCRIPTS = ("state.js", "words.js", "drawing.js", "controls.js")
 MOST = 1_000_000  # bytes
+METHODS = ("seco", "spaco", "full", "full-recompute")
+CHUNK_SIZES = (128, 64, 256)
+MOST_CHUNKS = 32  # narrower columns cannot be read
+ALGORITHMS: dict[str, Callable[..., Any]] = {"seco": seco, "spaco": spaco, "full": full}
+SMALL = {
+    "model_type": "llama", "vocab_size": 8, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+}  # fmt: skip
 
 
 def make_page(logs: Sequence[Sequence[Event]], names: Sequence[str | None] | None = None) -> str:
@@ -23,13 +52,12 @@ def make_page(logs: Sequence[Sequence[Event]], names: Sequence[str | None] | Non
     megabyte or more.
     """
     runs = [{"name": name, "events": log} for name, log in zip(names or [None] * len(logs), logs, strict=True)]
-    known = sorted({"seco", *(log[0]["method"] for log in logs)} & LISTINGS.keys())
+    known = sorted({"seco", *(log[0]["method"] for log in logs)} & ALGORITHMS.keys())
     data = json.dumps({"runs": runs, "code": {method: listing(method) for method in known}}, separators=(",", ":"))
-    script = "\n".join((FILES / name).read_text(encoding="utf-8") for name in SCRIPTS)
     page = (FILES / "page.html").read_text(encoding="utf-8")
     for place, content in (
         ("/*CSS*/", (FILES / "page.css").read_text(encoding="utf-8")),
-        ("/*JS*/", f'"use strict";\n(() => {{\n{script}}})();'),
+        ("/*JS*/", "\n".join((FILES / name).read_text(encoding="utf-8") for name in SCRIPTS)),
         ("/*DATA*/", data.replace("<", "\\u003c")),  # no text of a user's ends the script
     ):
         page = page.replace(place, content, 1)
@@ -41,16 +69,126 @@ def make_page(logs: Sequence[Sequence[Event]], names: Sequence[str | None] | Non
     return page
 
 
-def write_page(path: str | Path, logs: Sequence[Sequence[Event]], names: Sequence[str | None] | None = None) -> None:
-    """Write the page, whole or not at all. Raises InputError."""
-    page = make_page(logs, names)
-    try:
-        write_text(path, page)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
-
-
 def logs_of(page: str) -> list[list[Event]]:
     """The logs that a page was made of."""
     start = page.index('id="data">') + len('id="data">')
     return [run["events"] for run in json.loads(page[start : page.index("</script>", start)])["runs"]]
+
+
+def listing(method: str) -> dict[str, Any]:
+    """What the page shows of an algorithm's code.
+
+    functions: name, file, number of the first line, and lines behind the docstring, of each. where: for each kind of
+    event, the lines that are at work, as [function, line], the outermost first. Both are seen in a small real step:
+    at each event, by the frames of the functions that run.
+    """
+    functions: list[Callable[..., Any]] = []
+    where: dict[str, list[list[int]]] = {}
+
+    def look(event: Event) -> None:
+        where[event["kind"]] = []
+        for frame, number in reversed(list(traceback.walk_stack(sys._getframe()))):
+            function = frame.f_globals.get(frame.f_code.co_name)
+            if frame.f_globals["__name__"] in {algorithm.__module__ for algorithm in ALGORITHMS.values()}:
+                if function not in functions:
+                    functions.append(function)
+                where[event["kind"]].append([functions.index(function), number - body(function)[0]])
+
+    with torch.random.fork_rng(devices=[]):
+        model, ids = Llama(LlamaConfig.from_dict(SMALL)), torch.zeros(1, 4, dtype=torch.int64)
+    sampler = {"sampler": Bernoulli(1.0)} if method == "spaco" else {}
+    trace(ALGORITHMS[method], model, ids, ids, *([] if method == "full" else [2]), on_event=look, **sampler)
+    shown = [
+        {"name": f.__name__, "file": f"{f.__module__.split('.', 1)[1]}.py", "first": body(f)[0], "lines": body(f)[1]}
+        for f in functions
+    ]
+    return {"functions": shown, "where": where}
+
+
+def body(function: Callable[..., Any]) -> tuple[int, list[str]]:
+    """The number of the first line behind a function's docstring, and the lines from there on, moved to the left."""
+    lines, first = inspect.getsourcelines(function)
+    (tree,) = ast.parse("".join(lines)).body
+    assert isinstance(tree, ast.FunctionDef)
+    start = tree.body[ast.get_docstring(tree) is not None].lineno - 1
+    return first + start, textwrap.dedent("".join(lines[start:])).splitlines()
+
+
+def run_walk(events: Sequence[str] | None = None, output: str = "walk.html", log: str | None = None, **step: Any) -> None:
+    """Write the page of a step, or of the logs `events`. Raises InputError."""
+    logs = [read_events(path) for path in events] if events else record(**step)
+    if log is not None:
+        folder = make_directory(log)
+        for one in logs:
+            write_events(folder / f"{title(one)}.jsonl", one)
+    page = make_page(logs, [Path(path).stem for path in events] if events else None)
+    try:
+        write_text(output, page)
+    except OSError as error:
+        raise InputError(f"{output} cannot be written: {error.strerror}") from None
+    print(f"written  {output}  (open it in a browser)")
+
+
+def title(log: Sequence[Event]) -> str:
+    """A log's method, and the size of its chunks."""
+    begin = log[0]
+    name = begin["method"] + ("-recompute" if begin.get("recompute") else "")
+    return name if begin["method"] == "full" else f"{name}-{begin['chunks'][0][1] - begin['chunks'][0][0]}"
+
+
+def record(
+    model: str | None = None,
+    data: Sequence[str] | None = None,
+    seq_len: int = 512,
+    chunk_size: Sequence[int] | None = None,
+    method: Sequence[str] | None = None,
+    budget: int | None = None,
+    rank: int = 0,
+    recompute: bool = False,
+    dtype: str | None = None,
+    device: str | None = None,
+    seed: int = 17,
+) -> list[list[Event]]:
+    """The logs of one step by each method, and by each chunk size. Raises InputError.
+
+    The parameters' gradients are there from the beginning, as in all but the first step of a training.
+    budget: chunks that SpaCO keeps on average; None: half of them.
+    """
+    sizes, methods = chunk_size or CHUNK_SIZES, method or METHODS
+    for name in methods:
+        check_choice("method", name, METHODS)
+    check_least({"seq_len": (seq_len, 2), "chunk_size": (min(sizes), 1), "rank": (rank, 0), "seed": (seed, 0)})
+    check_least({"budget": (budget, 1)})
+    language_model, tokenizer = load_as_told(model, None, dtype, device)
+    chat, eos = load_chat_template(model or SHIPPED_MODEL), language_model.config.first_eos()
+    documents = read_documents(data or [novel(EXTENDED_ON)], tokenizer, eos, chat)
+    check_vocabulary(documents, language_model.config.vocab_size)
+    text = cut_documents(documents, seq_len)[0][0]
+    if (most := len(cut(len(text), min(sizes)))) > MOST_CHUNKS:
+        raise InputError(
+            f"--chunk-size {min(sizes)} cuts {len(text):,} tokens into {most} chunks, but the page has room for "
+            f"{MOST_CHUNKS}"
+        )
+    if rank:
+        add_lora(language_model, rank, 2 * rank)
+    ids, labels = (x[None].clone().to(language_model.lm_head.weight.device) for x in (text.input_ids, text.labels))
+    logs = []
+    for name in methods:
+        for size in [len(text)] if name.startswith("full") else sizes:
+            for parameter in language_model.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            torch.manual_seed(seed)
+            chunks = cut(len(text), size)
+            keywords: dict[str, Any] = {"recompute": recompute or name == "full-recompute"}
+            if name.startswith("full"):
+                keywords["recompute"] = name == "full-recompute"
+            else:
+                keywords["chunk_size"] = size
+            if name == "spaco":
+                keywords["sampler"] = Bernoulli(min(1.0, (budget or len(chunks) / 2) / len(chunks)))
+                keywords["generator"] = torch.Generator().manual_seed(seed)
+            events = trace(ALGORITHMS[name.removesuffix("-recompute")], language_model, ids, labels, **keywords)
+            events[0]["text"] = [tokenizer.decode(text.input_ids[span([chunk])].tolist()) for chunk in chunks]
+            events[0]["model"] = Path(model or SHIPPED_MODEL).resolve().name
+            logs.append(events)
+    return logs
