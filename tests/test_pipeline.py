@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minichunk as mc
-from minichunk.pipeline.deal import deal
 from minichunk.pipeline.links import MOST_ON_THE_WAY
+from minichunk.pipeline.split_layers import deal
 from minichunk.protocol import Recompute
 
 from . import ranks as tasks
@@ -251,15 +251,21 @@ def test_without_a_process_group() -> None:
 
 
 @pytest.mark.parametrize(("lost", "hangs"), [(0, False), (2, False), (1, True)])
-def test_a_rank_that_is_lost_ends_the_others(tmp_path_factory: pytest.TempPathFactory, lost: int, hangs: bool) -> None:
+def test_a_rank_that_is_lost_ends_the_others(ranks: Ranks, lost: int, hangs: bool) -> None:
     """Those beside it at once, or after the timeout if it hangs, and then those beside them."""
-    started = Ranks(3, tmp_path_factory.mktemp("lost"))
     try:
-        started.tell(3, tasks.lose_one_in_the_walk, lost, hangs, case(build(tiny(layers=3), 0)))
+        ranks.tell(3, tasks.lose_one_in_the_walk, lost, hangs, case(build(tiny(layers=3), 0)))
         for rank in {0, 1, 2} - {lost}:
-            failed, text = started.answer(rank)
+            failed, text = ranks.answer(rank)
             assert failed and text.startswith(f"RankLost: rank {rank} hears nothing from rank ")
-            started.processes[rank].join(20)
-            assert started.processes[rank].exitcode == 1
+            ranks.processes[rank].join(20)
+            assert ranks.processes[rank].exitcode == 1
     finally:
-        started.close()
+        ranks.replace()
+
+
+def test_ranks_that_failed_are_replaced(ranks: Ranks) -> None:
+    """Of the tests' own pool: what is asked next finds new ones."""
+    with pytest.raises(AssertionError, match="rank 1 has ended without an answer"):
+        ranks.ask(3, tasks.end_without_a_word, 1)
+    assert ranks.ask(3, tasks.rank_of) == [0, 1, 2]

@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import minichunk as mc
-from minichunk.files.torchrun import started
-from minichunk.pipeline.start import local_device
+from minichunk.pipeline.start import local_device, started
 
 from . import train_ranks as tasks
 from .ranks import Ranks

@@ -12,7 +12,7 @@ from unittest.mock import patch
 import torch
 
 from minichunk.errors import InputError
-from minichunk.files.torchrun import started
+from minichunk.pipeline.start import started
 from minichunk.training import loop, results
 from minichunk.training.loop import NonFiniteLoss
 from minichunk.training.options import TrainOptions

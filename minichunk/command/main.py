@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import InputError
-from ..files.torchrun import is_one_of_several
 from .arguments import build_parser
 
 
@@ -63,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 2 for a user's mistake, 1 for a training that failed or a port that differs, 130 after
     Ctrl-C."""
     from ..pipeline.links import RankLost
-    from ..pipeline.start import speaks_first
+    from ..pipeline.start import is_one_of_several, speaks_first
     from ..training.loop import NonFiniteLoss
     from ..training.train import Interrupted
 

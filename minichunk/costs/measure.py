@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch import prepare
+from ..batch import prepare, shift
 from ..chunks import Chunk, cut
 from ..full import full
 from ..models.auto import load_model
@@ -25,7 +25,6 @@ from ..protocol import Options, Recompute
 from ..samplers import FixedBudget, Weight
 from ..seco import fill, new_memory, rebuild, seco
 from ..spaco import spaco
-from ..targets import shift
 from ..training.options import DTYPES
 from ..training.report import peak_memory
 from .baselines import concatenating, tiled_full, transformers_llama

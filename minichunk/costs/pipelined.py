@@ -26,8 +26,8 @@ from ..errors import InputError
 from ..files.atomic import write_json
 from ..models.shapes import random_model, shape
 from ..pipeline.links import Links
+from ..pipeline.pipeline_seco import pipeline_seco
 from ..pipeline.stage import PipelineStage
-from ..pipeline.step import pipeline_seco
 from ..protocol import Written
 from ..seco import seco
 from ..training.report import peak_memory
@@ -132,8 +132,8 @@ class TimedStage(PipelineStage):
             self.begin_walk()
         return result
 
-    def write(self, *arguments: Any) -> Written:
-        written = super().write(*arguments)
+    def fill(self, *arguments: Any) -> Written:
+        written = super().fill(*arguments)
         self.begin_walk()
         return written
 

@@ -9,9 +9,9 @@ from itertools import pairwise
 import torch
 from tqdm import tqdm
 
+from ..batch import IGNORE, shift
 from ..files.documents import Document, check_vocabulary, collate, cut_documents, read_documents
 from ..models.stack import Stack
-from ..targets import IGNORE, shift
 from .ranks import Ranks
 
 

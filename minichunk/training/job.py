@@ -18,11 +18,11 @@ from ..models.lora import add_lora, linear_layers
 from ..models.partial import partial_context
 from ..models.pretrained import Pretrained
 from ..models.shapes import layer_memory_bytes, random_model
-from ..pipeline.deal import deal, layer_costs
 from ..pipeline.links import Links
+from ..pipeline.pipeline_seco import pipeline_seco, pipeline_spaco
+from ..pipeline.split_layers import deal, layer_costs
 from ..pipeline.stage import PipelineStage
 from ..pipeline.start import local_device
-from ..pipeline.step import pipeline_seco, pipeline_spaco
 from ..protocol import Options
 from ..seco import seco
 from ..spaco import spaco

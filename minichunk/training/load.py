@@ -12,12 +12,12 @@ from ..chunks import Chunk
 from ..files.documents import load_tokenizer
 from ..files.room import check_room
 from ..files.shipped import SHIPPED_MODEL
-from ..files.torchrun import started
 from ..models.adapter_files import load_adapter
 from ..models.auto import load_model
 from ..models.pretrained import Pretrained
 from ..models.shapes import memory_bytes
 from ..models.stack import Stack
+from ..pipeline.start import started
 from ..protocol import Options
 from .checks import check_choice, check_device
 from .options import DTYPES, default_dtype

@@ -10,8 +10,8 @@ import torch
 from ..chunks import Chunk, cut
 from ..errors import InputError
 from ..files.shipped import SHIPPED_MODEL
-from ..files.torchrun import started
 from ..memory.pattern import Pattern
+from ..pipeline.start import started
 from ..samplers import Bernoulli, FixedBudget, PaperBudget, most_kept
 from ..spaco import Sampler
 from .checks import check_4bit, check_choice, check_device, check_least

@@ -13,10 +13,9 @@ from tqdm import tqdm
 from ..chunks import cut
 from ..files.documents import Document
 from ..files.room import human_bytes
-from ..files.torchrun import started
 from ..models.partial import describe
 from ..pipeline.links import Links, RankLost
-from ..pipeline.start import linked, local_device
+from ..pipeline.start import linked, local_device, started
 from .evaluate import Span, loss_by_position, spans_for
 from .interrupt import interrupt_flag
 from .job import load_data, load_model, make_gradient

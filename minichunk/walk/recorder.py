@@ -5,7 +5,7 @@ watched, and they compute what they compute alone, bit for bit. This is where it
 
 - the sampler: `draw`; `model.new_memory`: `memory`; `memory.write`: `fill`
 - `model.run`: `rebuild`, or `forward` where the whole text is run
-- the loss function: `loss`; `memory.received`: `relay`
+- the loss function: `loss`; `memory.hand_over`: `relay`
 - the gradient of a layer's input: `backward`, with what the layer has sent to its memory
 - `torch.autograd.backward`, when it returns: `done`
 """
@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from ..chunks import Chunk
 from ..costs.count import CountBytes
 from ..memory.attention import Past
-from ..memory.layers import LayerMemories, LayerMemory, wide
+from ..memory.layer_memory import LayerMemories, LayerMemory, wide
 from ..memory.state import LayerState
 from ..protocol import DEFAULTS, Memory, Options, Written
 from ..samplers import Bernoulli, Weight
@@ -130,13 +130,13 @@ class Recorder(CountBytes):
         return entries
 
     def new_memory(
-        self, batch: int, capacity: int, kept: Sequence[Chunk] = (), options: Options = DEFAULTS
+        self, batch: int, capacity: int, receiving: Sequence[Chunk] = (), options: Options = DEFAULTS
     ) -> Watched:
-        self.memory = memory = self.model.new_memory(batch, capacity, kept, options)
+        self.memory = memory = self.model.new_memory(batch, capacity, receiving, options)
         layers = memory.layers if isinstance(memory, LayerMemories) else []
         self.write("memory", remembers=["state" if isinstance(x, LayerState) else "keys and values" for x in layers])
         watched: Any = [Watched(x, past=partial(self.past, i, x, capacity)) for i, x in enumerate(layers)]
-        return Watched(memory, layers=watched, write=self.fill, received=self.relay)
+        return Watched(memory, layers=watched, write=self.fill, hand_over=self.relay)
 
     def fill(self, chunks: Sequence[Chunk], written: Written) -> None:
         assert self.memory is not None
@@ -161,7 +161,7 @@ class Recorder(CountBytes):
 
     def relay(self, chunk: Chunk) -> Written:
         assert self.memory is not None
-        received, factor = self.memory.received(chunk), self.factors[self.running][1]
+        received, factor = self.memory.hand_over(chunk), self.factors[self.running][1]
         self.write("relay", chunk=self.running, received=[self._norms(layer) for layer in received], factor=factor)
         return received
 
@@ -192,10 +192,10 @@ class Recorder(CountBytes):
             held = [[i, *self._norms(self.sums[layer, i])] for i in sent]
         self.write("backward", chunk=self.running, layer=layer, sent=rows, held=held)
 
-    def past(self, number: int, layer: LayerMemory, capacity: int, chunks: Sequence[Chunk], keep: bool) -> Any:
+    def past(self, number: int, layer: LayerMemory, capacity: int, chunks: Sequence[Chunk], save: bool) -> Any:
         """What a layer sees of its memory, which tells what is sent back to it: attention adds gradients to the
         memory, for others autograd adds them up in leaves."""
-        seen = layer.past(chunks, keep)
+        seen = layer.past(chunks, save)
         if isinstance(seen, Past):
             names = [name for name in dir(layer) if name.startswith("add")]
             adding = {name: partial(self.send, number, layer, name, capacity) for name in names}
