@@ -13,7 +13,6 @@ import torch
 import minichunk as mc
 from minichunk.command.main import build_parser, main
 from minichunk.costs import plan
-from minichunk.costs.operations import operations
 from minichunk.costs.setting import Setting
 from minichunk.costs.step import step_memory
 from minichunk.memory.pattern import FULL, Pattern
@@ -442,19 +441,6 @@ def test_the_plan_of_a_hybrid_is_that_of_its_checkpoint(tmp_path: Path, monkeypa
     found = [(step_memory(setting, 2048), setting.memory_bytes(2048), setting.reach()) for setting in settings]
     assert found[0] == found[1]
     assert [reach for *_, reach in found] == [207, 207, 0]
-
-
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_operations_are_those_of_the_pairs_that_are_seen(pattern: Pattern) -> None:
-    """To the triangles at the edges, which are counted as halves."""
-    model = build(tiny(1), seed=0)
-    T = 600
-    whole = operations(model, [], [mc.chunks.Chunk(0, T)], False)["attention"]
-    mc.partial_context(model, pattern, [])
-    part = operations(model, [], [mc.chunks.Chunk(0, T)], False)["attention"]
-    mask = pattern.mask(T)
-    assert mask is not None
-    assert part / whole == pytest.approx(float(mask.sum()) / (T * T / 2), rel=0.02)
 
 
 def test_defaults_in_the_help_are_the_defaults() -> None:

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from .parser import Parser
-from .plan_arguments import add_plan
+from .plan_arguments import add_bench, add_plan
 from .porting_arguments import add_compare, add_golden
 from .train_arguments import add_train
 from .walk_arguments import add_walk
@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_train(commands)
     _add_evaluate(commands)
     _add_generate(commands)
-    _add_bench(commands)
+    add_bench(commands)
     add_plan(commands)
     get = commands.add_parser(
         "get",
@@ -101,25 +101,3 @@ def _add_model(parser: Parser) -> None:
     parser.add_argument("--load-in-4bit", action="store_true", help="store the base in 4 bits (bitsandbytes)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float64 (default: bfloat16 on CUDA, else float32)")
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
-
-
-def _add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
-    bench = commands.add_parser(
-        "bench",
-        help="measure what each method costs",
-        description="Time and peak memory of one training step by each method, every measurement in its own process, "
-        "all methods in turn before any is repeated. Writes the results, every sample, as JSON, and a plot beside it.",
-    )
-    bench.add_argument(
-        "--preset",
-        choices=["cpu", "targets", "partial", "pipeline", "cuda"],
-        help="cpu: a 47M Llama in float32, up to 4,096 tokens, 8 minutes on 2 cores (default). targets: also 16,384 "
-        "tokens, under an hour. partial: what layers that see a part of the past save, by the position of a chunk, all "
-        "in one process, 10 minutes. pipeline: two ranks beside one process, a thread each, 7 minutes. cuda: an "
-        "8B-shaped Llama in bfloat16 with LoRA under a cap of 24 GiB",
-    )
-    bench.add_argument("--device", choices=["cpu", "cuda"], help="cuda is the same as --preset cuda (default: cpu)")
-    bench.add_argument("--repeats", type=int, metavar="N", help="measurements of each case (default: the preset's)")
-    bench.add_argument("--output", type=Path, metavar="FILE", help="results (default: bench-PRESET.json)")
-    bench.add_argument("--redraw", type=Path, metavar="FILE", help="measure nothing: table and plot of these results")
-    bench.add_argument("--json", action="store_true", help="print the results as one JSON object")
