@@ -25,8 +25,6 @@ import minichunk as mc
 from minichunk.files.shipped import ASSETS, novel
 from minichunk.pipeline import pipeline_seco as step
 from minichunk.pipeline.links import Links
-from minichunk.walk.merge import merge
-from minichunk.walk.schedule import draw_schedule, schedule
 
 model = mc.Llama.from_pretrained(ASSETS / "austen-llama", dtype=torch.float64)  # 6 layers
 model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # untied: see exercise 1
@@ -82,11 +80,11 @@ def on_two_ranks(task, *arguments):
 # ## What passes, and what never does
 #
 # `mc.PipelineStage(model)` takes out of a model what other ranks have; `mc.pipeline_seco` is called on all ranks as
-# `mc.seco` would be. In the first step here every message is written down, further ones are watched by `mc.trace`:
+# `mc.seco` would be. Here every message of a step is written down:
 
 
 # %%
-def steps(rank, model, ids, sizes):
+def step_and_messages(rank, model, ids):
     stage, sent = mc.PipelineStage(model), []
     hand = stage.links._hand
 
@@ -96,14 +94,10 @@ def steps(rank, model, ids, sizes):
 
     stage.links._hand = watched_hand
     mc.pipeline_seco(stage, ids, ids, chunk_size=16)
-    stage.links._hand = hand
-    found = gradients(stage.model)
-    return found, sent, [mc.trace(mc.pipeline_seco, stage, ids, ids, chunk_size=size) for size in sizes]
+    return gradients(stage.model), sent
 
 
-SIZES = (16, 48, 8)
-ranks = on_two_ranks(steps, ids, SIZES)
-for rank, (found, sent, _) in enumerate(ranks):
+for rank, (found, sent) in enumerate(on_two_ranks(step_and_messages, ids)):
     layers = sorted({int(name.split(".")[2]) for name in found if ".layers." in name})
     print(f"rank {rank} has the layers {layers}, {', '.join(name for name in found if '.layers.' not in name)}")
     for to, shape in sorted(set(sent)):
@@ -173,23 +167,64 @@ for layer in range(6):
 #
 # ## The schedule, and its bubble
 #
-# The traces know when each rank has filled, rebuilt and backpropagated which chunk. Above as if each piece of work took
-# as long as any other, below by the clocks. **Predict** how much less rank 0 would wait with twice as many chunks.
+# In which order does each rank fill, rebuild and backpropagate the chunks? And when does it have to wait, if each piece of
+# work takes as long as any other? **Predict** how much less rank 0 would wait with twice as many chunks.
+
 
 # %%
-log = merge([logs[0] for _, _, logs in ranks])
-figure, axes = plt.subplots(2, 1, figsize=(10, 3.6), layout="constrained")
-for axis, equal in zip(axes, (True, False), strict=True):
-    draw_schedule(axis, schedule(log, equal))
-    axis.set(xlabel="pieces of work" if equal else "seconds, with the watching")
-axes[0].set_xticks(range(0, 20, 2))
-figure.suptitle("Fill (blue), rebuild (yellow) and backward (green) of each chunk; blank: waiting")
+def order(rank, model, ids, size):
+    stage, seen, waiting = mc.PipelineStage(model), [], []
+    run, fill, backward = stage.run, stage.fill, torch.autograd.backward
+
+    def watched_run(x, memory, chunks, options):
+        if torch.is_grad_enabled():
+            waiting.append(chunks[0].start // size)
+        seen.append(("rebuild" if torch.is_grad_enabled() else "fill", chunks[0].start // size))
+        return run(x, memory, chunks, options)
+
+    def watched_fill(x, memory, chunks, options):
+        seen.append(("fill", chunks[0].start // size))
+        return fill(x, memory, chunks, options)
+
+    def watched_backward(*arguments):
+        seen.append(("backward", waiting.pop(0)))
+        backward(*arguments)
+
+    stage.run, stage.fill, torch.autograd.backward = watched_run, watched_fill, watched_backward
+    mc.pipeline_seco(stage, ids, ids, chunk_size=size)
+    torch.autograd.backward = backward
+    return seen
+
+
+def schedule(orders):
+    """When each (rank, what, chunk) begins: when the rank is free, and what it needs has come from the other one."""
+    starts, free, left = {}, [0, 0], [list(order) for order in orders]
+    while any(left):
+        for rank, (what, chunk) in [(rank, order[0]) for rank, order in enumerate(left) if order]:
+            needs_other = what == "backward" if rank == 0 else what != "backward"
+            if not needs_other or (1 - rank, what, chunk) in starts:
+                starts[rank, what, chunk] = max(free[rank], starts.get((1 - rank, what, chunk), -1) + 1)
+                free[rank] = starts[rank, what, chunk] + 1
+                left[rank].pop(0)
+    return starts
+
+
+plt.figure(figsize=(10, 2), layout="constrained")
+for (rank, what, chunk), start in schedule(on_two_ranks(order, ids, 16)).items():
+    color = {"fill": "#4878b0", "rebuild": "#e0a030", "backward": "#4a9c5d"}[what]
+    plt.barh(rank, 1, left=start, height=0.74, color=color, edgecolor="white")
+    plt.text(start + 0.5, rank, chunk, ha="center", va="center", color="white", weight="bold")
+plt.yticks([0, 1], ["rank 0", "rank 1"])
+plt.xticks(range(0, 20, 2))
+plt.xlabel("pieces of work")
+plt.title("Fill (blue), rebuild (yellow) and backward (green) of each chunk; blank: waiting")
 plt.show()
 
-for size, *logs in zip(SIZES, *(logs for _, _, logs in ranks), strict=True):
-    walk = [work for work in schedule(merge(logs), equal=True) if work.rank == 0 and work.what != "fill"]
-    chunks, long = 96 // size, walk[-1].stop - walk[0].start
-    print(f"{chunks:2} chunks: rank 0 waits for {long - len(walk):.0f} of the {long:.0f} pieces of its walk")
+for size in (16, 48, 8):
+    starts = schedule(on_two_ranks(order, ids, size))
+    walk = [start for (rank, what, _), start in starts.items() if rank == 0 and what != "fill"]
+    chunks, long = 96 // size, max(walk) + 1 - min(walk)
+    print(f"{chunks:2} chunks: rank 0 waits for {long - len(walk)} of the {long} pieces of its walk")
     assert (long - len(walk)) / long == 1 / (chunks + 1)  # (ranks - 1) / (chunks + ranks - 1)
 
 # %% [markdown]
