@@ -21,7 +21,7 @@ from minichunk.models.partial import describe, partial_config
 from minichunk.training.evaluate import loss_by_position
 from minichunk.training.job import load_data
 from minichunk.training.load import load_as_told
-from minichunk.training.options import TrainOptions
+from minichunk.training.options import ReadOptions, TrainOptions, options_of
 from minichunk.training.partial_options import PARTIAL_CONTEXT
 
 from .gradients import visible
@@ -357,10 +357,10 @@ def test_what_was_trained_is_what_is_evaluated(
     info = json.loads(Path("run/run.json").read_text())["options"]
     whole = Path("run/model").is_dir()
     used = ("run/model", None) if whole else (str(model_directory), "run/adapter")
-    model, tokenizer = load_as_told(*used, device="cpu")
+    model, tokenizer = load_as_told(ReadOptions(model=used[0], adapter=used[1], device="cpu"))
     told = "the last 2 blocks of 2 positions" if "strided" in options else "the last 4 positions"
     assert told in describe(model.config)
-    _, held_out, _ = load_data(TrainOptions.from_dict(info), model, tokenizer)
+    _, held_out, _ = load_data(options_of(TrainOptions, info), model, tokenizer)
     spans = [(0, 16), (16, 32), (32, 40)]
     assert [span.loss for span in loss_by_position(model, held_out, 8, spans)] == pytest.approx(after, rel=1e-6)
     for layer in model.layers:

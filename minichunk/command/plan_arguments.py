@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .parser import Parser
+from .options import Parser
 from .partial_arguments import add_partial
 
 
@@ -48,11 +48,6 @@ def add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
         action="store_true",
         help="keep all activations of a chunk. Without this option a chunk keeps each layer's input and what its "
         "attention returned (4 MiB a layer at 8B and 512 tokens), and the rest is run again",
-    )
-    recompute.add_argument(
-        "--recompute-attention",
-        action="store_true",
-        help="run attention over the past again too, which keeps the layers' inputs alone and takes more time",
     )
     plan.add_argument("--load-in-4bit", action="store_true", help="store the frozen base in 4 bits")
     plan.add_argument("--offload", action="store_true", help="keep the cache and its gradients in host memory")

@@ -25,7 +25,7 @@ from ..batch import Batch, check_tokens, make_batch, widen_gradients
 from ..chunks import Chunk, check_fill_size, cut, groups, span
 from ..loss import summed_loss
 from ..memory.layer_memory import LayerMemories, wide
-from ..protocol import Options, Recompute, Written
+from ..protocol import Options, Written
 from ..samplers import Weight
 from ..seco import flat
 from ..spaco import QUARTER, Sampler, check_weights
@@ -41,7 +41,7 @@ def pipeline_seco(
     *,
     fill_size: int | None = None,
     num_targets: float | None = None,
-    recompute: Recompute = False,
+    recompute: bool = False,
     cache_grad_dtype: torch.dtype | None = None,
     offload: bool = False,
 ) -> Tensor:
@@ -65,7 +65,7 @@ def pipeline_spaco(
     generator: torch.Generator | None = None,
     fill_size: int | None = None,
     num_targets: float | None = None,
-    recompute: Recompute = False,
+    recompute: bool = False,
     cache_grad_dtype: torch.dtype | None = None,
     offload: bool = False,
 ) -> Tensor:

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,8 @@ from ..models.lora import add_lora
 from ..samplers import Bernoulli
 from ..seco import seco
 from ..spaco import spaco
-from ..training.checks import check_choice, check_least
 from ..training.load import load_as_told
+from ..training.options import ModelOptions, StepOptions, changed, check_options, option
 from .events import Event, read_events, write_events
 from .trace import trace
 
@@ -36,7 +37,6 @@ FILES = Path(__file__).parent / "page"
 SCRIPTS = ("state.js", "words.js", "drawing.js", "controls.js")
 MOST = 1_000_000  # bytes
 METHODS = ("seco", "spaco", "full", "full-recompute")
-CHUNK_SIZES = (128, 64, 256)
 MOST_CHUNKS = 32  # narrower columns cannot be read
 ALGORITHMS: dict[str, Callable[..., Any]] = {"seco": seco, "spaco": spaco, "full": full}
 SMALL = {
@@ -114,19 +114,55 @@ def body(function: Callable[..., Any]) -> tuple[int, list[str]]:
     return first + start, textwrap.dedent("".join(lines[start:])).splitlines()
 
 
-def run_walk(events: Sequence[str] | None = None, output: str = "walk.html", log: str | None = None, **step: Any) -> None:
-    """Write the page of a step, or of the logs `events`. Raises InputError."""
-    logs = [read_events(path) for path in events] if events else record(**step)
-    if log is not None:
-        folder = make_directory(log)
-        for one in logs:
-            write_events(folder / f"{title(one)}.jsonl", one)
-    page = make_page(logs, [Path(path).stem for path in events] if events else None)
+@dataclass(frozen=True, kw_only=True)
+class WalkOptions(ModelOptions):
+    """Watch one training step in a browser.
+
+    Takes one real step by each method, writes down what happens, event by event, and makes one HTML file
+    of it that needs nothing else: the code with the current line, the chunks and layers, the memory, the
+    numbers. With no argument: the small Llama that ships with the package, on the first page of a novel.
+
+      minichunk walk
+      minichunk walk --model DIR --data notes.txt --seq-len 1024 --chunk-size 256
+      minichunk walk --log logs                     # also write the logs, one JSON object a line
+      minichunk walk --events mine.jsonl            # look at the log of another implementation
+
+    `python -c "import minichunk.walk.events as e; help(e)"` describes the log.
+    """
+
+    data: tuple[str, ...] | None = option(
+        None, "text or JSONL files", group="model and data", metavar="FILE", absent="a shipped novel"
+    )
+    seq_len: int = option(512, "tokens", group="the step", metavar="N", least=2)
+    chunk_size: tuple[int, ...] = option(
+        (128, 64, 256), "tokens per chunk, one or more to choose from", group="the step", metavar="C", least=1
+    )
+    method: tuple[str, ...] = option(METHODS, "of these", group="the step", choices=METHODS)
+    budget: int | None = changed(StepOptions, "budget", group="the step", absent="half of them")
+    rank: int = option(0, "of LoRA; 0 trains all", group="the step", metavar="R", least=0)
+    recompute: bool = option(False, "keep layers' inputs within a chunk, run the rest again", group="the step")
+    seed: int = option(17, "of SpaCO's coins", group="the step", metavar="N", least=0)
+    output: str = option("walk.html", "where to write the page", metavar="FILE")
+    log: str | None = option(None, "write the log of each method and chunk size there too", group="logs", metavar="DIR")
+    events: tuple[str, ...] | None = option(
+        None, "take no step: make the page of these logs", group="logs", metavar="FILE"
+    )
+
+
+def run_walk(options: WalkOptions) -> None:
+    """Write the page of a step, or of the logs `--events`. Raises InputError."""
+    paths = options.events
+    logs = [read_events(path) for path in paths] if paths else record(options)
+    if options.log is not None:
+        folder = make_directory(options.log)
+        for log in logs:
+            write_events(folder / f"{title(log)}.jsonl", log)
+    page = make_page(logs, [Path(path).stem for path in paths] if paths else None)
     try:
-        write_text(output, page)
+        write_text(options.output, page)
     except OSError as error:
-        raise InputError(f"{output} cannot be written: {error.strerror}") from None
-    print(f"written  {output}  (open it in a browser)")
+        raise InputError(f"{options.output} cannot be written: {error.strerror}") from None
+    print(f"written  {options.output}  (open it in a browser)")
 
 
 def title(log: Sequence[Event]) -> str:
@@ -136,59 +172,42 @@ def title(log: Sequence[Event]) -> str:
     return name if begin["method"] == "full" else f"{name}-{begin['chunks'][0][1] - begin['chunks'][0][0]}"
 
 
-def record(
-    model: str | None = None,
-    data: Sequence[str] | None = None,
-    seq_len: int = 512,
-    chunk_size: Sequence[int] | None = None,
-    method: Sequence[str] | None = None,
-    budget: int | None = None,
-    rank: int = 0,
-    recompute: bool = False,
-    dtype: str | None = None,
-    device: str | None = None,
-    seed: int = 17,
-) -> list[list[Event]]:
+def record(options: WalkOptions) -> list[list[Event]]:
     """The logs of one step by each method, and by each chunk size. Raises InputError.
 
     The parameters' gradients are there from the beginning, as in all but the first step of a training.
-    budget: chunks that SpaCO keeps on average; None: half of them.
     """
-    sizes, methods = chunk_size or CHUNK_SIZES, method or METHODS
-    for name in methods:
-        check_choice("method", name, METHODS)
-    check_least({"seq_len": (seq_len, 2), "chunk_size": (min(sizes), 1), "rank": (rank, 0), "seed": (seed, 0)})
-    check_least({"budget": (budget, 1)})
-    language_model, tokenizer = load_as_told(model, None, dtype, device)
-    chat, eos = load_chat_template(model or SHIPPED_MODEL), language_model.config.first_eos()
-    documents = read_documents(data or [novel(EXTENDED_ON)], tokenizer, eos, chat)
-    check_vocabulary(documents, language_model.config.vocab_size)
-    text = cut_documents(documents, seq_len)[0][0]
+    check_options(options)
+    model, tokenizer = load_as_told(options)
+    directory, sizes = options.model or SHIPPED_MODEL, options.chunk_size
+    documents = read_documents(
+        options.data or [novel(EXTENDED_ON)], tokenizer, model.config.first_eos(), load_chat_template(directory)
+    )
+    check_vocabulary(documents, model.config.vocab_size)
+    text = cut_documents(documents, options.seq_len)[0][0]
     if (most := len(cut(len(text), min(sizes)))) > MOST_CHUNKS:
         raise InputError(
             f"--chunk-size {min(sizes)} cuts {len(text):,} tokens into {most} chunks, but the page has room for "
             f"{MOST_CHUNKS}"
         )
-    if rank:
-        add_lora(language_model, rank, 2 * rank)
-    ids, labels = (x[None].clone().to(language_model.lm_head.weight.device) for x in (text.input_ids, text.labels))
+    if options.rank:
+        add_lora(model, options.rank, 2 * options.rank)
+    ids, labels = (x[None].clone().to(model.lm_head.weight.device) for x in (text.input_ids, text.labels))
     logs = []
-    for name in methods:
-        for size in [len(text)] if name.startswith("full") else sizes:
-            for parameter in language_model.parameters():
+    for method in options.method:
+        for size in [len(text)] if method.startswith("full") else sizes:
+            for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-            torch.manual_seed(seed)
+            torch.manual_seed(options.seed)
             chunks = cut(len(text), size)
-            keywords: dict[str, Any] = {"recompute": recompute or name == "full-recompute"}
-            if name.startswith("full"):
-                keywords["recompute"] = name == "full-recompute"
-            else:
-                keywords["chunk_size"] = size
-            if name == "spaco":
-                keywords["sampler"] = Bernoulli(min(1.0, (budget or len(chunks) / 2) / len(chunks)))
-                keywords["generator"] = torch.Generator().manual_seed(seed)
-            events = trace(ALGORITHMS[name.removesuffix("-recompute")], language_model, ids, labels, **keywords)
+            keywords: dict[str, Any] = {"chunk_size": size, "recompute": options.recompute}
+            if method.startswith("full"):
+                keywords = {"recompute": method == "full-recompute"}
+            elif method == "spaco":
+                keywords["sampler"] = Bernoulli(min(1.0, (options.budget or len(chunks) / 2) / len(chunks)))
+                keywords["generator"] = torch.Generator().manual_seed(options.seed)
+            events = trace(ALGORITHMS[method.removesuffix("-recompute")], model, ids, labels, **keywords)
             events[0]["text"] = [tokenizer.decode(text.input_ids[span([chunk])].tolist()) for chunk in chunks]
-            events[0]["model"] = Path(model or SHIPPED_MODEL).resolve().name
+            events[0]["model"] = Path(directory).resolve().name
             logs.append(events)
     return logs
