@@ -18,10 +18,10 @@ that of all numbers of one tensor. `kind` says what has just happened, in this o
 | `end`      | the step is over                       | `loss`                                    | see below   |
 
 `begin`: perhaps also the numbers `tokens`, `batch` and `parameters`, `recompute` (true, false), the names `model` and
-`torch`, and `text`, what each chunk says. `entries`: for each chunk null, or [loss factor, relay
-factor]. `rates`: for each chunk the chance of its own coin, where factors of 1/chance make the estimate unbiased.
-`remembers`: for each layer "keys and values" or "state". `done` and `end`: perhaps `gradient_norm`, of all parameters
-so far, and `done` the `loss` so far.
+`torch`, and `text`, what each chunk says. `entries`: for each chunk null, or [loss factor, relay factor]. `rates`: for
+each chunk the chance of its own coin, where factors of 1/chance make the estimate unbiased. `remembers`: for each layer
+"keys and values" or "state". `done` and `end`: perhaps `gradient_norm`, of all parameters so far, and `done` the `loss`
+so far.
 
 `method`: "full", "seco", "spaco" or a name of your own. `chunks` of `begin`: [start, stop) of each. `layers`: how many.
 `written`, `received`: for each layer the norms of its tensors (keys, values; a state, its decay); [] where there is
@@ -107,17 +107,11 @@ def check_event(event: Any, begin: Event | None) -> None:
     if begin is None:
         if event["format"] != FORMAT:
             raise InputError(f"the format is {event['format']!r}, but must be {FORMAT!r}")
-        if not event["chunks"] or not all(_is_span(chunk) for chunk in event["chunks"]) or event["layers"] < 1:
+        spans = [isinstance(chunk, list) and [type(x) for x in chunk] == [int, int] for chunk in event["chunks"]]
+        if not spans or not all(spans) or event["layers"] < 1:
             raise InputError("'chunks' must be a list of [start, stop] and 'layers' at least 1")
         return
-    _check_places(event, len(begin["chunks"]), begin["layers"])
-
-
-def _is_span(chunk: Any) -> bool:
-    return isinstance(chunk, list) and len(chunk) == 2 and all(isinstance(x, int) for x in chunk)
-
-
-def _check_places(event: Event, num_chunks: int, num_layers: int) -> None:
+    num_chunks, num_layers = len(begin["chunks"]), begin["layers"]
     sent = [*event.get("sent", []), *event.get("held", [])]
     if not all(isinstance(row, list) and row and isinstance(row[0], int) for row in sent):
         raise InputError("'sent' and 'held' must be lists of [chunk, norm, …]")

@@ -88,8 +88,8 @@ def listing(method: str) -> dict[str, Any]:
     def look(event: Event) -> None:
         where[event["kind"]] = []
         for frame, number in reversed(list(traceback.walk_stack(sys._getframe()))):
-            function = frame.f_globals.get(frame.f_code.co_name)
             if frame.f_globals["__name__"] in {algorithm.__module__ for algorithm in ALGORITHMS.values()}:
+                function = frame.f_globals[frame.f_code.co_name]
                 if function not in functions:
                     functions.append(function)
                 where[event["kind"]].append([functions.index(function), number - body(function)[0]])
@@ -98,11 +98,11 @@ def listing(method: str) -> dict[str, Any]:
         model, ids = Llama(LlamaConfig.from_dict(SMALL)), torch.zeros(1, 4, dtype=torch.int64)
     sampler = {"sampler": Bernoulli(1.0)} if method == "spaco" else {}
     trace(ALGORITHMS[method], model, ids, ids, *([] if method == "full" else [2]), on_event=look, **sampler)
-    shown = [
-        {"name": f.__name__, "file": f"{f.__module__.split('.', 1)[1]}.py", "first": body(f)[0], "lines": body(f)[1]}
-        for f in functions
-    ]
-    return {"functions": shown, "where": where}
+    shown = [(f.__name__, f"{f.__module__.split('.', 1)[1]}.py", *body(f)) for f in functions]
+    return {
+        "functions": [dict(zip(("name", "file", "first", "lines"), each, strict=True)) for each in shown],
+        "where": where,
+    }
 
 
 def body(function: Callable[..., Any]) -> tuple[int, list[str]]:

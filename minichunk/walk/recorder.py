@@ -183,13 +183,11 @@ class Recorder(CountBytes):
             inputs[0].register_hook(lambda _: self.leave(layer))
 
     def leave(self, layer: int) -> None:
-        with self.paused():
-            sent = {i: tensors for (at, i), tensors in sorted(self.now.items()) if at == layer}
-            for i, tensors in sent.items():
-                add_to(self.sums, (layer, i), tensors)
-                del self.now[layer, i]
-            rows = [[i, *self._norms(tensors)] for i, tensors in sent.items()]
-            held = [[i, *self._norms(self.sums[layer, i])] for i in sent]
+        sent = {i: self.now.pop((layer, i)) for (at, i) in sorted(self.now) if at == layer}
+        for i, tensors in sent.items():
+            self.add_up(self.sums, (layer, i), tensors)
+        rows = [[i, *self._norms(tensors)] for i, tensors in sent.items()]
+        held = [[i, *self._norms(self.sums[layer, i])] for i in sent]
         self.write("backward", chunk=self.running, layer=layer, sent=rows, held=held)
 
     def past(self, number: int, layer: LayerMemory, capacity: int, chunks: Sequence[Chunk], save: bool) -> Any:
@@ -204,27 +202,32 @@ class Recorder(CountBytes):
         before = next((i for i, chunk in enumerate(self.chunks) if chunk.stop == chunks[0].start), 0)
         for leaf in tree_leaves(seen):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
-                leaf.register_hook(lambda gradient: self.send_state(number, before, gradient))
+                leaf.register_hook(lambda gradient: self.add_up(self.now, (number, before), [gradient]))
         return seen
-
-    def send_state(self, layer: int, chunk: int, gradient: Tensor) -> None:
-        """A gradient has arrived at what the chunk had handed on."""
-        with self.paused():
-            add_to(self.now, (layer, chunk), [gradient])
 
     def send(self, number: int, layer: Any, name: str, capacity: int, first: int, *gradients: Tensor) -> None:
         """Attention adds a gradient (B, G, n, D) for each tensor that was written: sort them by chunks."""
         getattr(layer, name)(first, *gradients)
         with self.paused():
-            for start, stop, row in stretches(layer, name, first, gradients[0].shape[2], capacity):
-                for i, chunk in enumerate(self.chunks):
-                    low, high = max(start, chunk.start), min(stop, chunk.stop)
-                    if low < high:
-                        parts = [g[:, :, row + low - start : row + high - start] for g in gradients]
-                        pad = (0, 0, low - chunk.start, chunk.stop - high)
-                        add_to(self.now, (number, i), [F.pad(part, pad) for part in parts])
+            at = torch.arange(capacity)
+            if "pinned" in name:  # `first` counts the positions that are pinned
+                at = torch.cat([at[start:stop] for start, stop in layer.places.pattern.pinned(0, capacity)])
+            at = at[first : first + gradients[0].shape[2]]
+            for i, (start, stop) in enumerate(self.chunks):
+                rows = (at >= start) & (at < stop)
+                if rows.any():
+                    placed = [g.new_zeros((*g.shape[:2], stop - start, g.shape[3])) for g in gradients]
+                    for x, g in zip(placed, gradients, strict=True):
+                        x[:, :, at[rows] - start] = g[:, :, rows]
+                    self.add_up(self.now, (number, i), placed)
 
     # Numbers.
+
+    def add_up(self, sums: Sums, key: tuple[int, int], tensors: Sequence[Tensor]) -> None:
+        """Add tensors to the sums of this layer and chunk, in float32 or wider."""
+        with self.paused():
+            before = sums.get(key, [torch.zeros((), device=x.device) for x in tensors])
+            sums[key] = [x + y.to(wide(y)) for x, y in zip(before, tensors, strict=True)]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -256,28 +259,6 @@ class Recorder(CountBytes):
         return math.hypot(*self._norms(self._gradients()))
 
 
-def add_to(sums: Sums, key: tuple[int, int], tensors: Sequence[Tensor]) -> None:
-    """Add tensors to the sums of this layer and chunk, in float32 or wider."""
-    before = sums.get(key, [torch.zeros((), device=x.device) for x in tensors])
-    sums[key] = [x + y.to(wide(y)) for x, y in zip(before, tensors, strict=True)]
-
-
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
     """Of their storages, each once."""
     return sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}.values())
-
-
-def stretches(layer: Any, name: str, first: int, count: int, capacity: int) -> Iterator[tuple[int, int, int]]:
-    """Which positions `count` gradients are for, as (start, stop, row of the first one).
-
-    They count from a position; where the method is one for pinned positions, from an index among these.
-    """
-    if "pinned" not in name:
-        yield first, first + count, 0
-        return
-    pattern = layer.places.pattern
-    for start, stop in pattern.pinned(0, capacity):
-        index = pattern.pinned_before(start)
-        low, high = max(first, index), min(first + count, index + stop - start)
-        if low < high:
-            yield start + low - index, start + high - index, low - first
