@@ -16,8 +16,8 @@ from .models.partial import partial_context
 from .models.ssm import StateSpace
 from .models.ssm_config import StateSpaceConfig
 from .pipeline.links import Links, RankLost
+from .pipeline.pipeline_seco import pipeline_seco, pipeline_spaco
 from .pipeline.stage import PipelineStage
-from .pipeline.step import pipeline_seco, pipeline_spaco
 from .samplers import Bernoulli, FixedBudget, PaperBudget, Weight
 from .seco import seco
 from .spaco import spaco

@@ -14,14 +14,14 @@ from ..batch import widen_gradients
 from ..chunks import cut, span
 from ..errors import InputError
 from ..loss import token_losses
-from ..memory.layers import wide
+from ..memory.layer_memory import wide
 from ..models.auto import load_model
 from ..models.decoder import RMSNorm
 from ..models.dropout import DropoutMasks
 from ..models.elsewhere import Elsewhere
 from ..models.stack import Stack
-from .deal import check_counts, deal, layer_costs
 from .links import Links
+from .split_layers import check_counts, deal, layer_costs
 
 
 class PipelineStage(Stack):
