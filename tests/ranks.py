@@ -175,7 +175,7 @@ def in_several(rank: int, case: Case) -> tuple[Tensors, Tensors]:
 def events(rank: int, case: Case) -> tuple[list[tuple[str, int]], int]:
     """What this rank does with which chunk, in order, and the most messages that were on the way."""
     stage, seen, most = PipelineStage(case.model, timeout=TIMEOUT), list[tuple[str, int]](), 0
-    run, write, hand, backward = stage.run, stage.write, stage.links._hand, torch.autograd.backward
+    run, fill, hand, backward = stage.run, stage.fill, stage.links._hand, torch.autograd.backward
     rebuilt: list[int] = []
 
     def seen_run(x: Tensor, memory: Any, chunks: Any, options: Any) -> Any:
@@ -184,9 +184,9 @@ def events(rank: int, case: Case) -> tuple[list[tuple[str, int]], int]:
             rebuilt.append(seen[-1][1])
         return run(x, memory, chunks, options)
 
-    def seen_write(x: Tensor, memory: Any, chunks: Any, options: Any) -> Any:
+    def seen_fill(x: Tensor, memory: Any, chunks: Any, options: Any) -> Any:
         seen.append(("fill", chunks[0].start // case.chunk_size))
-        return write(x, memory, chunks, options)
+        return fill(x, memory, chunks, options)
 
     def seen_backward(*arguments: Any) -> None:
         seen.append(("backward", rebuilt.pop(0)))
@@ -197,7 +197,7 @@ def events(rank: int, case: Case) -> tuple[list[tuple[str, int]], int]:
         hand(*arguments)
         most = max(most, len(stage.links.on_the_way))
 
-    stage.run, stage.write, stage.links._hand = seen_run, seen_write, seen_hand  # type: ignore[method-assign]
+    stage.run, stage.fill, stage.links._hand = seen_run, seen_fill, seen_hand  # type: ignore[method-assign]
     torch.autograd.backward = seen_backward
     try:
         case.run(mc.pipeline_seco, stage)

@@ -147,9 +147,9 @@ def too_early(rank, model, ids):
 
     def run_and_ask(x, memory, chunks, options):
         if torch.is_grad_enabled():  # a rebuild
-            received = type(memory).received(memory, chunks[0])
+            received = type(memory).hand_over(memory, chunks[0])
             asked[chunks[0]] = [tuple(g.clone() for g in layer) for layer in received]
-            memory.received = asked.get
+            memory.hand_over = asked.get
         return run(x, memory, chunks, options)
 
     stage.run = run_and_ask

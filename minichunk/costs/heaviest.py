@@ -19,7 +19,7 @@ from ..chunks import Chunk, cut
 from ..full import backpropagate
 from ..memory.cache import LayerCache
 from ..memory.kernels import kernel_for
-from ..memory.layers import LayerMemories, LayerMemory
+from ..memory.layer_memory import LayerMemories, LayerMemory
 from ..memory.offload import OffloadedLayer
 from ..memory.pattern import FULL
 from ..models.llama import Attention
@@ -111,9 +111,9 @@ class _InParts(LayerMemories):
         self.count.next_part()
         super().write(chunks, written)
 
-    def received(self, chunk: Chunk) -> Written:
+    def hand_over(self, chunk: Chunk) -> Written:
         self.count.next_part()
-        return super().received(chunk)
+        return super().hand_over(chunk)
 
 
 def whole_step(model: Stack, batch: Batch, setting: Setting, count: Trace) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ from ..batch import widen_gradients
 from ..chunks import cut, span
 from ..errors import InputError
 from ..loss import token_losses
-from ..memory.layers import wide
+from ..memory.layer_memory import wide
 from ..models.auto import load_model
 from ..models.decoder import RMSNorm
 from ..models.dropout import DropoutMasks
