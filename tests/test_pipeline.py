@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import minichunk as mc
 from minichunk.pipeline.links import MOST_ON_THE_WAY
-from minichunk.pipeline.split_layers import deal
+from minichunk.pipeline.split_layers import split_costs
 from minichunk.protocol import Recompute
 
 from . import ranks as tasks
@@ -205,10 +205,10 @@ def test_the_schedule_in_the_readme_is_so(ranks: Ranks) -> None:
 
 
 def test_layers_are_dealt_by_their_weights() -> None:
-    assert deal([1, 1, 1, 1], 2) == [2, 2]
-    assert deal([5, 1, 1, 1, 1, 1], 2) == [1, 5]
-    assert deal([1, 1, 1, 9], 3) == [1, 2, 1]
-    assert deal([1, 2, 3], 1) == [3]
+    assert split_costs((1, 1, 1, 1), 2) == (2, 2)
+    assert split_costs((5, 1, 1, 1, 1, 1), 2) == (1, 5)
+    assert split_costs((1, 1, 1, 9), 3) == (1, 2, 1)
+    assert split_costs((1, 2, 3), 1) == (3,)
 
 
 def test_a_rank_has_its_own_layers_and_no_others(ranks: Ranks) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..models.stack import Stack
-from ..pipeline.links import Links
+from ..pipeline.links import MOST_ON_THE_WAY, Links
 from ..pipeline.stage import PipelineStage
 from .setting import Share
 
@@ -27,15 +27,20 @@ class Alone(Links):
         self.on_the_way = deque()
         self.handed = handed
 
-    def _receive(self, x: Tensor, source: int, group: Any) -> None:
-        pass
+    def _take(self, x: Tensor, source: int, group: Any) -> Tensor:
+        return x
 
-    def _send(self, x: Tensor, to: int, group: Any) -> Any:
+    def _hand(self, x: Tensor, to: int, group: Any) -> None:
+        x = x.detach().contiguous()
         self.handed()
-        return self
+        self.on_the_way.append((self, x, to))
+        self.flush(MOST_ON_THE_WAY)
 
     def wait(self) -> None:
         """As what a real message is sent by: until it has been taken."""
+
+    def add_ends(self, x: Tensor) -> None:
+        """Nothing comes from the other end."""
 
 
 def stage_alone(model: Stack, share: Share, handed: Callable[[], None]) -> tuple[PipelineStage, bool]:

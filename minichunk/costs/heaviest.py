@@ -27,7 +27,7 @@ from ..models.stack import Stack
 from ..pipeline import pipeline_seco as pipeline
 from ..pipeline.links import MOST_ON_THE_WAY
 from ..pipeline.stage import PipelineStage
-from ..pipeline.together import add_up
+from ..pipeline.pipeline_seco import add_up
 from ..protocol import Written
 from ..samplers import Weight
 from ..seco import fill, new_memory, rebuild

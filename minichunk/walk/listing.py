@@ -38,7 +38,7 @@ ALIKE: dict[str, list[tuple[int, str]]] = {  # kind: function in the listing, an
     "done": [(0, "    del loss, written, received")],
     "end": [(0, "return total")],
 }
-WALK_BACK = (0, "total = total + walk_back(")
+WALK_BACK = (0, "total = walk_back(")
 TURNS: dict[str, list[tuple[int, str]]] = {  # of a pipeline, where a chunk's turn comes at one of two lines of the loop
     "begin": [(0, "batch, chunks, links = ")],
     "draw": [(0, "weights, options, below_learns = agree(")],

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..chunks import Chunk
 from ..pipeline import pipeline_seco as step
 from ..pipeline.stage import PipelineStage
-from ..pipeline.together import agree
+from ..pipeline.pipeline_seco import agree
 from ..protocol import Written
 from .events import Event
 from .recorder import Recorder
@@ -46,7 +46,7 @@ class RankRecorder(Recorder):
                 self.drew(weights)
             return weights, *others
 
-        def watched_turn(stage: Any, batch: Any, memory: Any, waiting: step.Waiting) -> Any:
+        def watched_turn(stage: Any, batch: Any, memory: Any, waiting: step.Rebuilt) -> Any:
             self.running, self.began = self.chunks.index(waiting.chunk), time.time()
             self.ended = self.began  # where nothing learns there is no backward pass
             share = turn(stage, batch, memory, waiting)
