@@ -2,7 +2,7 @@
 
 A chunk leaves something behind for the chunks after it: it *writes* into the model's memory. When those chunks are
 backpropagated, the gradients of what they have read gather in the memory, until the chunk's own turn comes and it
-*receives* them. What is remembered, keys and values or a state, is between the model and its memory.
+is *handed* them. What is remembered, keys and values or a state, is between the model and its memory.
 """
 
 from __future__ import annotations
@@ -46,29 +46,35 @@ class Memory(Protocol):
     """What chunks leave behind, and what later chunks send back to them."""
 
     def write(self, chunks: Sequence[Chunk], written: Written) -> None:
-        """Store what these adjacent chunks wrote."""
+        """Store what these adjacent chunks wrote, in the fill: tensors without a graph."""
 
-    def received(self, chunk: Chunk) -> Written:
-        """The gradients sent back to what this chunk wrote, in its order and dtype; empty if none can have been."""
+    def hand_over(self, chunk: Chunk) -> Written:
+        """The gradients sent back to what this chunk wrote, in its order and dtype; empty if none can have been.
+
+        Asked once for each chunk that is rebuilt, the last one first: when all chunks after it are done. A memory may
+        give its sums away or carry them on to earlier chunks, so a second call for a chunk raises RuntimeError.
+        """
 
 
 class Model(Protocol):
-    """Something with an LM head, and a memory of its own kind, which `run` and `write` are handed back."""
+    """Something with an LM head, and a memory of its own kind, which `run` and `fill` are handed back."""
 
     lm_head: nn.Linear  # weight (V, E)
 
     def dropout_seed(self) -> int | None:
         """A fresh number from PyTorch's generator, which decides a step's dropout masks; None without dropout."""
 
-    def new_memory(self, batch: int, capacity: int, kept: Sequence[Chunk] = ..., options: Options = ...) -> Memory:
-        """For `batch` sequences of up to `capacity` positions, and for the gradients of the kept chunks alone."""
+    def new_memory(self, batch: int, capacity: int, receiving: Sequence[Chunk] = ..., options: Options = ...) -> Memory:
+        """For `batch` sequences of up to `capacity` positions, and for the gradients of the receiving chunks alone:
+        those that a later chunk sends gradients to, so without the last one that is rebuilt."""
 
     def run(
         self, input_ids: Tensor, memory: Any = ..., chunks: Sequence[Chunk] = ..., options: Options = ...
     ) -> tuple[Tensor, Written]:
-        """Run adjacent chunks (B, C) on top of the memory: their output (B, C, E) and what they write."""
+        """Run adjacent chunks (B, C) on top of the memory: their output (B, C, E) and what they write, which is
+        returned and not written: the memory stays as it is."""
 
-    def write(self, input_ids: Tensor, memory: Any, chunks: Sequence[Chunk], options: Options) -> Written:
+    def fill(self, input_ids: Tensor, memory: Any, chunks: Sequence[Chunk], options: Options) -> Written:
         """The same without gradients, and only as far as the memory needs it."""
 
     def parameters(self) -> Iterator[nn.Parameter]: ...

@@ -60,7 +60,7 @@ def seco(
 
 
 def new_memory(model: Model, input_ids: Tensor, kept: Sequence[Chunk], options: Options) -> Memory:
-    """A memory of all that lies before the last kept chunk; that one is read by nobody and receives nothing."""
+    """A memory of what lies before the last kept chunk, which no chunk reads; those before it receive gradients."""
     return model.new_memory(input_ids.shape[0], kept[-1].start, kept[:-1], options)
 
 
@@ -70,7 +70,7 @@ def fill(model: Model, input_ids: Tensor, chunks: Sequence[Chunk], memory: Memor
     With a fill size as many whole chunks as fit into it run at a time; what ends up in the memory is the same.
     """
     for group in groups(chunks, options.fill_size):
-        memory.write(group, model.write(input_ids[:, span(group)], memory, group, options))
+        memory.write(group, model.fill(input_ids[:, span(group)], memory, group, options))
 
 
 def rebuild(
@@ -84,7 +84,7 @@ def rebuild(
     rows = span([chunk])
     hidden, written = model.run(batch.input_ids[:, rows], memory, [chunk], options)
     loss = summed_loss(hidden, model.lm_head.weight, batch.targets[:, rows]) / batch.num_targets
-    made, sent = flat(written), flat(memory.received(chunk))
+    made, sent = flat(written), flat(memory.hand_over(chunk))
     relayed = [(m, g) for m, g in zip(made, sent, strict=True) if m.requires_grad] if sent else []
     return loss, [m for m, _ in relayed], [g for _, g in relayed]
 

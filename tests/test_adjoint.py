@@ -133,8 +133,8 @@ def window_of_one_less(patch: pytest.MonkeyPatch) -> None:
 
 
 def nothing_sent_back(patch: pytest.MonkeyPatch) -> None:
-    received = LayerReach.received
-    patch.setattr(LayerReach, "received", lambda self, chunk: tuple(0 * z for z in received(self, chunk)))
+    received = LayerReach.hand_over
+    patch.setattr(LayerReach, "hand_over", lambda self, chunk: tuple(0 * z for z in received(self, chunk)))
 
 
 def reach_of_one_chunk(patch: pytest.MonkeyPatch) -> None:
@@ -179,7 +179,7 @@ def test_only_what_is_within_reach_is_remembered(window: int, kept: list[int], i
     last = 4 if kept != [1] else 3
     memory = TruncatedStateSpace(model, window).new_memory(1, chunks[last].start, [chunks[i] for i in kept])
     for chunk in chunks[:last]:
-        memory.write([chunk], TruncatedStateSpace(model, window).write(batch.input_ids[:, :3], memory, [chunk]))
+        memory.write([chunk], TruncatedStateSpace(model, window).fill(batch.input_ids[:, :3], memory, [chunk]))
     (layer,) = memory.layers
     assert isinstance(layer, LayerReach)
     assert (len(layer.inputs), len(layer.states)) == (inputs, states)

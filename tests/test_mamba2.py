@@ -152,23 +152,23 @@ def test_spaco_is_unbiased(length: int, chunk_size: int) -> None:
 
 def no_tail(patch: pytest.MonkeyPatch) -> None:
     """What comes back to a chunk's last inputs is dropped."""
-    original = LayerState.received
+    original = LayerState.hand_over
 
-    def received(self: LayerState, chunk: Chunk) -> tuple[Tensor, ...]:
+    def hand_over(self: LayerState, chunk: Chunk) -> tuple[Tensor, ...]:
         state, state_decay, tail, tail_decay = original(self, chunk)
         return state, state_decay, torch.zeros_like(tail), tail_decay
 
-    patch.setattr(LayerState, "received", received)
+    patch.setattr(LayerState, "hand_over", hand_over)
 
 
 def no_state(patch: pytest.MonkeyPatch) -> None:
-    original = LayerState.received
+    original = LayerState.hand_over
 
-    def received(self: LayerState, chunk: Chunk) -> tuple[Tensor, ...]:
+    def hand_over(self: LayerState, chunk: Chunk) -> tuple[Tensor, ...]:
         state, *others = original(self, chunk)
         return torch.zeros_like(state), *others
 
-    patch.setattr(LayerState, "received", received)
+    patch.setattr(LayerState, "hand_over", hand_over)
 
 
 def lasting_tail(patch: pytest.MonkeyPatch) -> None:

@@ -213,7 +213,7 @@ def test_layers_are_dealt_by_their_weights() -> None:
 
 def test_a_rank_has_its_own_layers_and_no_others(ranks: Ranks) -> None:
     model = build(tiny(layers=3), 0)
-    names = ranks.ask(3, tasks.held, case(model, counts=[1, 1, 1]))
+    names = ranks.ask(3, tasks.parameter_names, case(model, counts=[1, 1, 1]))
     for rank, held in enumerate(names):
         layers = {name.split(".")[2] for name in held if ".layers." in name}
         others = {name for name in held if ".layers." not in name}

@@ -21,7 +21,7 @@ from minichunk.costs.plan import left_out, longest_table, parse_bytes
 from minichunk.costs.setting import CHUNKED, METHODS, Setting
 from minichunk.costs.step import count_step, optimizer_states, step_memory
 from minichunk.memory.kernels import kernel_for
-from minichunk.memory.layers import LayerMemories
+from minichunk.memory.layer_memory import LayerMemories
 from minichunk.models.shapes import memory_bytes, random_model
 from minichunk.protocol import Recompute
 from minichunk.samplers import most_kept

@@ -18,7 +18,7 @@ from minichunk.costs.fullest import Fullest, describe_rank, forecast_on
 from minichunk.costs.plan import gpus_table
 from minichunk.costs.setting import Setting, Share
 from minichunk.models.shapes import layer_memory_bytes, random_model
-from minichunk.pipeline.split_layers import split_layers
+from minichunk.pipeline.split_layers import layer_costs, split_layers
 
 from . import ranks as tasks
 from .ranks import Ranks

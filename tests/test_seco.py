@@ -186,7 +186,7 @@ def test_what_recompute_keeps_goes_with_the_graph() -> None:
 
 
 def no_relay(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("minichunk.memory.layers.LayerMemories.received", lambda *_: [])
+    patch.setattr("minichunk.memory.layer_memory.LayerMemories.hand_over", lambda *_: [])
 
 
 def wrong_order(patch: pytest.MonkeyPatch) -> None:

@@ -74,7 +74,7 @@ def by_a_clock(rank: int, step: Step) -> list[dict[str, Any]]:
     with (
         patch.object(measured, "time", SimpleNamespace(perf_counter=lambda: now)),
         patch.object(Stack, "run", taking(10, Stack.run)),
-        patch.object(Stack, "write", taking(10, Stack.write)),
+        patch.object(Stack, "fill", taking(10, Stack.fill)),
         patch.object(dist, "recv", taking(1, dist.recv)),
     ):
         return measure_rank(step)

@@ -19,7 +19,7 @@ from torch import Tensor
 import minichunk as mc
 from minichunk.batch import shift
 from minichunk.chunks import Chunk, cut
-from minichunk.memory.layers import LayerMemories
+from minichunk.memory.layer_memory import LayerMemories
 from minichunk.memory.scan import scan
 from minichunk.memory.state import Handed
 from minichunk.models.auto import load_model
@@ -151,7 +151,7 @@ def test_what_lies_below_all_that_learns_has_no_graph(target: str, graphs: list[
 def received_states(model: mc.StateSpace, ids: Tensor, chunk_size: int) -> dict[tuple[int, int], Tensor]:
     """What SeCO relays to the state of each layer at the end of each chunk, by layer and position."""
     found: dict[tuple[int, int], Tensor] = {}
-    original = LayerMemories.received
+    original = LayerMemories.hand_over
 
     def spy(self: LayerMemories, chunk: Chunk) -> Any:
         received = original(self, chunk)
@@ -159,7 +159,7 @@ def received_states(model: mc.StateSpace, ids: Tensor, chunk_size: int) -> dict[
         return received
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LayerMemories, "received", spy)
+        patch.setattr(LayerMemories, "hand_over", spy)
         mc.seco(model, ids, ids, chunk_size)
     model.zero_grad()
     return found

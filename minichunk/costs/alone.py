@@ -23,14 +23,14 @@ class Alone(Links):
     def __init__(self, ranks: int, rank: int, handed: Callable[[], None]) -> None:
         self.ranks, self.rank, self.copies, self.copy = ranks, rank, 1, 0
         self.is_first, self.is_last = rank == 0, rank == ranks - 1
-        self.up = self.down = None
+        self.ends = None
         self.on_the_way = deque()
         self.handed = handed
 
-    def _take(self, x: Tensor, source: int, group: Any) -> Tensor:
+    def take(self, x: Tensor, source: int) -> Tensor:
         return x
 
-    def _hand(self, x: Tensor, to: int, group: Any) -> None:
+    def hand(self, x: Tensor, to: int) -> None:
         x = x.detach().contiguous()
         self.handed()
         self.on_the_way.append((self, x, to))
@@ -39,8 +39,8 @@ class Alone(Links):
     def wait(self) -> None:
         """As what a real message is sent by: until it has been taken."""
 
-    def add_ends(self, x: Tensor) -> None:
-        """Nothing comes from the other end."""
+    def add(self, x: Tensor, group: Any = None) -> None:
+        """Nothing comes from others."""
 
 
 def stage_alone(model: Stack, share: Share, handed: Callable[[], None]) -> tuple[PipelineStage, bool]:

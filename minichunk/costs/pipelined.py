@@ -132,8 +132,8 @@ class TimedStage(PipelineStage):
             self.begin_walk()
         return result
 
-    def write(self, *arguments: Any) -> Written:
-        written = super().write(*arguments)
+    def fill(self, *arguments: Any) -> Written:
+        written = super().fill(*arguments)
         self.begin_walk()
         return written
 

@@ -62,21 +62,19 @@ class Links:
         )
         self.on_the_way = deque[tuple[Any, Tensor, int]]()
 
-    def take_up(self, x: Tensor) -> Tensor:
-        """Fill x with the hidden state that comes from the rank before."""
-        return self._take(x, self.rank - 1, self.up)
+    def take(self, x: Tensor, source: int) -> Tensor:
+        """Fill x with what the rank `source` hands to this one."""
+        with self._hears(source):
+            dist.recv(x, self._process(source), self.up if source < self.rank else self.down)
+        return x
 
-    def hand_up(self, x: Tensor) -> None:
-        """A hidden state for the next rank."""
-        self._hand(x, self.rank + 1, self.up)
-
-    def take_down(self, x: Tensor) -> Tensor:
-        """Fill x with the gradient that comes back from the next rank."""
-        return self._take(x, self.rank + 1, self.down)
-
-    def hand_down(self, x: Tensor) -> None:
-        """A gradient for the rank before."""
-        self._hand(x, self.rank - 1, self.down)
+    def hand(self, x: Tensor, to: int) -> None:
+        """Send x to the rank `to`. Waits only if too many messages have not been taken yet."""
+        x = x.detach().contiguous()
+        with self._hears(to):
+            work = dist.isend(x, self._process(to), self.up if to > self.rank else self.down)
+        self.on_the_way.append((work, x, to))
+        self.flush(MOST_ON_THE_WAY)
 
     def flush(self, left: int = 0) -> None:
         """Wait until at most that many of the messages handed over have not been taken yet."""
@@ -92,53 +90,28 @@ class Links:
             dist.all_gather_object(said, mine, None if of_all else self.up)
         return said
 
-    def from_last(self, x: Tensor) -> Tensor:
-        """Fill x with that of the last rank."""
-        with self._hears():
-            dist.broadcast(x, self._process(self.ranks - 1), self.up)
-        return x
-
     def to_first(self, mine: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """On the first rank the tensors of all ranks of this pipeline, by name, on the CPU; None on the others."""
         of_all = self.everyones({name: (x.shape, x.dtype) for name, x in mine.items()})
         found = {name: x.detach().cpu() for name, x in mine.items()}
         if not self.is_first:
             for x in found.values():
-                self._hand(x, 0, self.down)
+                self.hand(x, 0)
             self.flush()
             return None
         for rank, theirs in enumerate(of_all[1:], 1):
             for name, (shape, dtype) in theirs.items():
-                found[name] = self._take(torch.empty(shape, dtype=dtype), rank, self.down)
+                found[name] = self.take(torch.empty(shape, dtype=dtype), rank)
         return found
 
-    def add_copies(self, x: Tensor) -> None:
-        """Add to x those of the same rank in all other copies, in place."""
-        if self.copies > 1:
-            self._add(x, self.copies_of_me)
+    def add(self, x: Tensor, group: Any = None) -> None:
+        """Add to x those of all other processes of the group, in place.
 
-    def add_ends(self, x: Tensor) -> None:
-        """On the first and the last rank: add to x the other's, in place."""
-        self._add(x, self.ends)
-
-    def add_all(self, x: Tensor) -> None:
-        """Add to x those of all processes, in place."""
-        self._add(x, None)
-
-    def _add(self, x: Tensor, group: Any) -> None:
+        group: `ends` (the first and the last rank of a pipeline), `copies_of_me`, `up` (all ranks of the pipeline), or
+            None (all processes).
+        """
         with self._hears():
             dist.all_reduce(x, group=group)
-
-    def _take(self, x: Tensor, source: int, group: Any) -> Tensor:
-        with self._hears(source):
-            dist.recv(x, self._process(source), group)
-        return x
-
-    def _hand(self, x: Tensor, to: int, group: Any) -> None:
-        x = x.detach().contiguous()
-        with self._hears(to):
-            self.on_the_way.append((dist.isend(x, self._process(to), group), x, to))
-        self.flush(MOST_ON_THE_WAY)
 
     def _process(self, rank: int) -> int:
         """Which process is that rank of this pipeline."""

@@ -12,7 +12,8 @@ then. Turns go from the last chunk to the first, as in seco.py, so every sum has
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -20,13 +21,13 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch, check_tokens, make_batch, widen_gradients
-from ..chunks import Chunk, check_fill_size, cut, groups, span
+from ..chunks import Chunk, check_fill_size, cut, span
 from ..errors import InputError
 from ..loss import summed_loss
-from ..memory.layers import LayerMemories, wide
+from ..memory.layer_memory import LayerMemories, wide
 from ..protocol import Options, Recompute, Written
 from ..samplers import Weight
-from ..seco import flat
+from ..seco import fill, flat
 from ..spaco import QUARTER, Sampler, check_weights
 from .stage import PipelineStage
 
@@ -83,16 +84,16 @@ def pipeline_spaco(
     kept = [(chunk, weight) for chunk, weight in zip(chunks, weights, strict=True) if weight is not None]
     if not kept:
         return torch.zeros((), dtype=wide(stage.like), device=input_ids.device)
-    earlier = set_aside(stage)
     last = kept[-1][0]
     memory = stage.new_memory(input_ids.shape[0], last.start, [chunk for chunk, _ in kept[:-1]], options)
-    for group in groups([chunk for chunk in chunks if chunk < last], options.fill_size):  # lines 1-3
-        memory.write(group, fill(stage, batch, memory, group, options))
-    total = walk_back(stage, batch, memory, kept, options, below_learns)
-    links.flush()
-    del memory  # before a tied weight's gradient is added up
-    add_up(stage, earlier)
-    return links.from_last(total)
+    before = [chunk for chunk in chunks if chunk < last]
+    fill(stage, input_ids, before, memory, options)  # type: ignore[arg-type]  # lines 1-3; no LM head is asked for
+    with tied_weight_summed(stage):
+        total = walk_back(stage, batch, memory, kept, options, below_learns)
+        links.flush()
+        del memory  # before room is needed for a tied weight's sum
+    links.add(total, links.up)  # 0 before the last rank
+    return total
 
 
 def agree(
@@ -108,28 +109,10 @@ def agree(
     steps, draws, seeds, learning = zip(*said, strict=True)
     for rank, other in enumerate(steps):
         if other != steps[0]:
-            raise InputError(
-                f"rank {rank} was called with {other}, but rank 0 with {steps[0]}; all must do the same"
-            )
+            raise InputError(f"rank {rank} was called with {other}, but rank 0 with {steps[0]}; all must do the same")
     if not any(learning):
         raise InputError("no parameter of the model requires a gradient: nothing to train")
     return draws[0], replace(options, dropout_seed=seeds[0]), any(learning[: stage.links.rank])
-
-
-def fill(
-    stage: PipelineStage, batch: Batch, memory: LayerMemories, chunks: Sequence[Chunk], options: Options
-) -> Written:
-    """Run these chunks without gradients and hand them on; on the last rank only as far as the memory needs it.
-
-    Returns what they write.
-    """
-    x = stage.take(batch.input_ids[:, span(chunks)])
-    if stage.links.is_last:
-        return stage.write(x, memory, chunks, options)
-    with torch.no_grad():
-        y, written = stage.run(x, memory, chunks, replace(options, recompute=False))
-    stage.links.hand_up(y)
-    return written
 
 
 class Rebuilt(NamedTuple):
@@ -150,14 +133,14 @@ def walk_back(
     options: Options,
     below_learns: bool,
 ) -> Tensor:
-    """Lines 4-7. Returns the loss on the last rank, 0 on others. below_learns: whether a rank before learns anything."""
+    """Lines 4-7. Returns the loss on the last rank, 0 on others. below_learns: whether a rank before learns."""
     links, waiting = stage.links, deque[Rebuilt]()
     total = torch.zeros((), dtype=wide(stage.like), device=batch.input_ids.device)
     for chunk, weight in reversed(kept):  # line 4
         x = stage.take(batch.input_ids[:, span([chunk])]).requires_grad_(below_learns)
         y, written = stage.run(x, memory, [chunk], options)  # line 5
         if not links.is_last:
-            links.hand_up(y)
+            links.hand(y, links.rank + 1)
         waiting.append(Rebuilt(chunk, weight, x, y, written))
         del x, y, written  # or they would live on beside the next chunk's
         if len(waiting) == links.ranks - links.rank:
@@ -168,38 +151,38 @@ def walk_back(
 
 
 def _backward(stage: PipelineStage, batch: Batch, memory: LayerMemories, rebuilt: Rebuilt) -> Tensor | float:
-    """Lines 6 and 7, when a chunk's turn has come; returns its share of the loss, on the last rank."""
+    """Lines 6 and 7, when a chunk's turn has come. Returns its share of the loss on the last rank, 0 on others."""
     chunk, weight, x, end, written = rebuilt
-    grad = None
-    if stage.links.is_last:
+    links, grad = stage.links, None
+    if links.is_last:
         loss = summed_loss(end, stage.model.lm_head.weight, batch.targets[:, span([chunk])]) / batch.num_targets
         end = weight.loss * loss
     elif end.requires_grad:
-        grad = stage.links.take_down(torch.empty_like(end))
+        grad = links.take(torch.empty_like(end), links.rank + 1)
     if end.requires_grad:  # or nothing from the embedding up to here learns
-        made, sent = flat(written), flat(memory.received(chunk))  # line 6
+        made, sent = flat(written), flat(memory.hand_over(chunk))  # line 6
         if weight.relay != 1.0:  # or it would be a copy
             sent = [weight.relay * g for g in sent]
         relayed = [(m, g) for m, g in zip(made, sent, strict=True) if m.requires_grad] if sent else []
         torch.autograd.backward([end, *(m for m, _ in relayed)], [grad, *(g for _, g in relayed)])  # line 7
     if x.grad is not None:
-        stage.links.hand_down(x.grad)
-    return end.detach() if stage.links.is_last else 0.0
+        links.hand(x.grad, links.rank - 1)
+    return end.detach() if links.is_last else 0.0
 
 
-def set_aside(stage: PipelineStage) -> Tensor | None:
-    """Take away and return the gradient of earlier steps of a weight that two ranks have."""
+@contextmanager
+def tied_weight_summed(stage: PipelineStage) -> Iterator[None]:
+    """A weight that is embedding and LM head gets, on both ranks that have it, the sum of what they find in the block.
+
+    Within the block its gradient is this step's alone; that of earlier steps is added at the end.
+    """
     weight = stage.tied_weight
     if weight is None:
-        return None
+        yield
+        return
     earlier, weight.grad = weight.grad, None
-    return earlier
-
-
-def add_up(stage: PipelineStage, earlier: Tensor | None) -> None:
-    """Give both ranks of a weight that is embedding and LM head the sum of what they have found in this step."""
-    weight = stage.tied_weight
-    if weight is not None and weight.grad is not None:
-        stage.links.add_ends(weight.grad)
+    yield
+    if weight.grad is not None:
+        stage.links.add(weight.grad, stage.links.ends)
         if earlier is not None:
             weight.grad += earlier
