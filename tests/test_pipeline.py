@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 import minichunk as mc
 from minichunk.pipeline.links import MOST_ON_THE_WAY
 from minichunk.pipeline.split_layers import split_costs
-from minichunk.protocol import Recompute
 
 from . import ranks as tasks
 from .ranks import Case, Ranks
@@ -58,7 +57,7 @@ def cases(draw: st.DrawFn, number: int) -> Case:
     options: dict[str, Any] = {
         "fill_size": draw(st.none() | st.integers(chunk_size, 20)),
         "num_targets": draw(st.none() | st.just(7.0)),
-        "recompute": draw(st.sampled_from([False, True, "all"])),
+        "recompute": draw(st.booleans()),
         "cache_grad_dtype": draw(st.none() | st.just(torch.float32)),
         "offload": draw(st.booleans()),
     }
@@ -85,9 +84,7 @@ def test_three_ranks_find_what_one_process_finds(ranks: Ranks, data: st.DataObje
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("chunk_size", [2, 6, 11])  # 6, 2 and 1 chunks: fewer than ranks too
 @pytest.mark.parametrize("layers", ["aaaa", "ssss", "sasas"])
-def test_four_ranks_find_what_one_process_finds(
-    ranks: Ranks, layers: str, chunk_size: int, recompute: Recompute
-) -> None:
+def test_four_ranks_find_what_one_process_finds(ranks: Ranks, layers: str, chunk_size: int, recompute: bool) -> None:
     model = build(tiny_state(layers, tie_word_embeddings=layers == "sasas"), 0)
     check(ranks, 4, case(model, chunk_size=chunk_size, options={"recompute": recompute}))
 

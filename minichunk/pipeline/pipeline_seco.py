@@ -25,7 +25,7 @@ from ..chunks import Chunk, check_fill_size, cut, span
 from ..errors import InputError
 from ..loss import summed_loss
 from ..memory.layer_memory import LayerMemories, wide
-from ..protocol import Options, Recompute, Written
+from ..protocol import Options, Written
 from ..samplers import Weight
 from ..seco import fill, flat
 from ..spaco import QUARTER, Sampler, check_weights
@@ -42,7 +42,7 @@ def pipeline_seco(
     *,
     fill_size: int | None = None,
     num_targets: float | None = None,
-    recompute: Recompute = False,
+    recompute: bool = False,
     cache_grad_dtype: torch.dtype | None = None,
     offload: bool = False,
 ) -> Tensor:
@@ -69,7 +69,7 @@ def pipeline_spaco(
     generator: torch.Generator | None = None,
     fill_size: int | None = None,
     num_targets: float | None = None,
-    recompute: Recompute = False,
+    recompute: bool = False,
     cache_grad_dtype: torch.dtype | None = None,
     offload: bool = False,
 ) -> Tensor:

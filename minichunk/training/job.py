@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,7 @@ def load_model(options: TrainOptions, links: Links | None = None) -> tuple[Any, 
         if links is not None:
             stages.append(PipelineStage(model, layers_of_ranks(options, model, links.ranks), links=links))
 
-    model, tokenizer = load_as_told(
-        options.model, None, options.dtype, local_device(known(options.device)), options.load_in_4bit, prepare
-    )
+    model, tokenizer = load_as_told(replace(options, device=local_device(known(options.device))), prepare)
     if options.rank:
         add_lora(model, options.rank, options.alpha, options.targets or linear_layers(model), options.dropout)
     return (stages[0] if stages else model), tokenizer
@@ -97,8 +96,6 @@ def make_gradient(options: TrainOptions) -> Callable[[Any, Tensor, Tensor, int, 
         if options.method == "full":
             return full(model, input_ids, labels, **arguments)
         grad_dtype = DTYPES[options.cache_grad_dtype] if options.cache_grad_dtype else None
-        if options.recompute_attention:
-            arguments["recompute"] = "all"
         arguments |= {"chunk_size": options.chunk_size, "fill_size": options.fill_size, "cache_grad_dtype": grad_dtype}
         arguments["offload"] = options.offload
         over_ranks = isinstance(model, PipelineStage)
