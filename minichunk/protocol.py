@@ -9,34 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .chunks import Chunk
-from .errors import InputError
 
-Recompute = bool | Literal["all"]
 Written = Sequence[tuple[Tensor, ...]]  # what a chunk writes, one tuple for each layer
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a step is computed, at what cost, with the same result: keywords of `seco`, which describes them.
-
-    Raises InputError for another value of `recompute`.
-    """
+    """How a step is computed, at what cost, with the same result: keywords of `seco`, which describes them."""
 
     fill_size: int | None = None
-    recompute: Recompute = False
+    recompute: bool = False
     cache_grad_dtype: torch.dtype | None = None
     offload: bool = False
     dropout_seed: int | None = None  # decides the masks of a step's dropouts: those of fill and rebuild are the same
-
-    def __post_init__(self) -> None:
-        if self.recompute not in (False, True, "all") or not isinstance(self.recompute, bool | str):
-            raise InputError(f"recompute is {self.recompute!r}, but must be False, True or 'all'")
 
 
 DEFAULTS = Options()

@@ -16,7 +16,7 @@ from torch import Tensor
 from .batch import Batch, prepare
 from .chunks import Chunk, check_fill_size, cut, groups, span
 from .loss import summed_loss
-from .protocol import Memory, Model, Options, Recompute, Written
+from .protocol import Memory, Model, Options, Written
 
 
 def seco(
@@ -27,7 +27,7 @@ def seco(
     *,
     fill_size: int | None = None,
     num_targets: float | None = None,
-    recompute: Recompute = False,
+    recompute: bool = False,
     cache_grad_dtype: torch.dtype | None = None,
     offload: bool = False,
 ) -> Tensor:
@@ -40,7 +40,7 @@ def seco(
     fill_size: tokens per forward pass of the fill, rounded down to whole chunks; None: one chunk.
     num_targets: divides the summed loss instead of the count of valid targets, for gradient accumulation.
     recompute: within a chunk, keep only the layers' inputs and what attention returned, and run the rest of each
-        layer again for its backward; "all": run attention over the whole past again too.
+        layer again for its backward.
     cache_grad_dtype: of the sum of gradients sent back to keys and values; None: float32, or the model's if wider.
     offload: keep what grows in host memory; of keys, values and their gradients the device holds two blocks.
     Raises InputError for a batch or a size that does not fit.

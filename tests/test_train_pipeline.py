@@ -90,7 +90,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "dtype": "bfloat16",
         "cache_grad_dtype": "bfloat16",
         "fill_size": 16,
-        "recompute_attention": True,
+        "recompute": True,
     },
     "offload": {"offload": True, "dropout": 0.1},
     "4 bits": {"load_in_4bit": True, "dtype": "bfloat16"},

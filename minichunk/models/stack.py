@@ -85,7 +85,7 @@ class Stack(nn.Module):
             # Below the first layer that learns, the past needs no gradient either: there is nothing to hand it to.
             learns = x.requires_grad or any(p.requires_grad for p in layer.parameters())
             with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-                past = memory.layers[i].past(chunks, save=options.recompute is True) if memory is not None else None
+                past = memory.layers[i].past(chunks, save=options.recompute) if memory is not None else None
             if options.recompute:
                 # On top of a memory dropout draws its masks from seeds: no generator's state to replay.
                 x, wrote = checkpoint(
