@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-import minichunk as mc
 from minichunk.command.main import main
-from minichunk.models.shapes import SHAPES
+from minichunk.models.shapes import shape
 
 from .test_house import DOORS, PACKAGE, imports, lines_of_code
 
@@ -64,7 +63,7 @@ def test_the_forecast_is_what_plan_prints(capsys: pytest.CaptureFixture[str]) ->
     (longest,) = re.findall(r"that fits has ([\d,]+) tokens", block)
     rows = re.findall(r"^\| ((?:SeCO|SpaCO).*?) \| .*? \| (\d+) KiB \| ([\d,]+) \|", README, re.MULTILINE)
     assert [tokens for method, _, tokens in rows if "(the default)" in method] == [longest]
-    config = mc.LlamaConfig.from_dict(SHAPES["llama-3-8b"])
+    config = shape("llama-3-8b")
     numbers = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers  # keys and values of a token
     sums = {"SeCO, sums in float32": 4, "SeCO, sums in bfloat16": 2, "SpaCO, 8 chunks kept, sums in bfloat16": 0}
     expected = [(method, str(numbers * (2 + size) // 2**10)) for method, size in sums.items()]
