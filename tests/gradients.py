@@ -12,7 +12,7 @@ from torch import Tensor
 import minichunk as mc
 from minichunk.chunks import Chunk
 from minichunk.memory.pattern import Pattern, Strided
-from minichunk.models.rope import rope_tables, rotate
+from minichunk.models.llama import rope_tables, rotate
 from minichunk.models.ssm import StateLayer
 from minichunk.targets import IGNORE, shift
 

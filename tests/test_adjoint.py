@@ -14,9 +14,9 @@ from torch import Tensor
 
 import minichunk as mc
 from minichunk.chunks import cut
-from minichunk.models import truncated as truncated_module
-from minichunk.models.truncated import LayerReach, TruncatedStateSpace, truncation_errors
 from minichunk.targets import IGNORE, shift
+from tutorials import truncated_adjoint as truncated_module
+from tutorials.truncated_adjoint import LayerReach, TruncatedStateSpace, truncation_errors
 
 from .gradients import Tensors, combine
 from .recurrence import loop

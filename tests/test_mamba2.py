@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 import minichunk as mc
 from minichunk.chunks import Chunk
 from minichunk.memory.state import Handed, LayerState
-from minichunk.models.auto import load_model
+from minichunk.models.load import load_model
 from minichunk.models.quantize import Linear4bit
 from minichunk.protocol import Recompute
 from minichunk.targets import IGNORE, shift

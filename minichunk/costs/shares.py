@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import InputError
-from ..files.atomic import read_json
+from ..files.atomic import human_bytes, read_json
 from ..files.figures import new_figure, save_figure
-from ..files.room import human_bytes
 from .results import spread
 
 MIB = 1 << 20

@@ -15,11 +15,9 @@ from ..chunks import cut, span
 from ..errors import InputError
 from ..loss import token_losses
 from ..memory.layers import wide
-from ..models.auto import load_model
-from ..models.decoder import RMSNorm
-from ..models.dropout import DropoutMasks
-from ..models.elsewhere import Elsewhere
-from ..models.stack import Stack
+from ..models.load import load_model
+from ..models.lora import DropoutMasks, Placeholder
+from ..models.stack import RMSNorm, Stack
 from .deal import check_counts, deal, layer_costs
 from .links import Links
 
@@ -93,7 +91,7 @@ class PipelineStage(Stack):
         return self.model.config
 
     @property
-    def masks(self) -> DropoutMasks | None:  # type: ignore[override]
+    def masks(self) -> DropoutMasks | None:
         return self.model.masks
 
     @property
@@ -176,4 +174,4 @@ def _take_out(model: nn.Module, modules: Sequence[nn.Module]) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if any(child is module for module in modules):
-                setattr(parent, name, Elsewhere(child))
+                setattr(parent, name, Placeholder(child))

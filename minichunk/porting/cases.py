@@ -12,12 +12,11 @@ from torch import Tensor
 
 from ..memory.pattern import FULL, Window
 from ..models.config import Llama3Rope, LlamaConfig
-from ..models.dropout import DropoutMasks
 from ..models.llama import Attention, Llama
-from ..models.lora import adapters, add_lora
-from ..models.pretrained import Pretrained
+from ..models.lora import DropoutMasks, adapters, add_lora
 from ..models.ssm import StateSpace
 from ..models.ssm_config import StateSpaceConfig
+from ..models.stack import Stack
 from ..samplers import Weight
 from ..targets import IGNORE, shift
 
@@ -119,7 +118,7 @@ class GivenMasks(DropoutMasks):
 class Step(NamedTuple):
     """What one file is computed from. batches: input_ids and labels, int64 (B, T) each."""
 
-    model: Pretrained
+    model: Stack
     batches: list[tuple[Tensor, Tensor]]
     masks: dict[str, Tensor]
 
@@ -156,7 +155,7 @@ def build(case: Case) -> Step:
     return Step(model, batches, _give_masks(model, random))
 
 
-def _give_masks(model: Pretrained, random: numpy.random.RandomState) -> dict[str, Tensor]:
+def _give_masks(model: Stack, random: numpy.random.RandomState) -> dict[str, Tensor]:
     masks = {}
     for name, layer in adapters(model).items():
         kept = random.random_sample((BATCH, LENGTH, layer.in_features)) >= layer.dropout

@@ -19,9 +19,8 @@ from ..chunks import cut, span
 from ..errors import InputError
 from ..files.atomic import write_tensors
 from ..full import full
-from ..models.llama import Layer
-from ..models.pretrained import Pretrained
-from ..models.rope import rope_tables
+from ..models.llama import Layer, rope_tables
+from ..models.stack import Stack
 from ..protocol import Options
 from ..samplers import Weight
 from ..seco import fill, flat, new_memory, rebuild
@@ -31,7 +30,7 @@ FORMAT = "minichunk golden 2"
 
 
 @contextmanager
-def looking_inside(model: Pretrained) -> Iterator[dict[str, Tensor]]:
+def looking_inside(model: Stack) -> Iterator[dict[str, Tensor]]:
     """Yields what forward passes within the block compute on their way, (B, C, ·) each, by the files' names."""
     seen: dict[str, Tensor] = {}
 
@@ -84,7 +83,7 @@ def record(case: Case, step: Step, n: int, weights: Sequence[Weight | None], pre
     return out | {f"{prefix}.loss": total}
 
 
-def _gradients(model: Pretrained) -> dict[str, Tensor]:
+def _gradients(model: Stack) -> dict[str, Tensor]:
     return {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
 
 

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..models.pretrained import Pretrained
+from ..models.stack import Stack
 
 
 @torch.no_grad()
 def generate(
-    model: Pretrained,
+    model: Stack,
     input_ids: Tensor,
     max_new_tokens: int,
     *,

@@ -16,8 +16,8 @@ from ..files.shipped import EXTENDED_ON, MEASURED_ON, novel
 from ..full import full
 from ..models.lora import add_lora, linear_layers
 from ..models.partial import partial_context
-from ..models.pretrained import Pretrained
 from ..models.shapes import layer_memory_bytes, random_model
+from ..models.stack import Stack
 from ..pipeline.deal import deal, layer_costs
 from ..pipeline.links import Links
 from ..pipeline.stage import PipelineStage
@@ -38,7 +38,7 @@ def load_model(options: TrainOptions, links: Links | None = None) -> tuple[Any, 
     torch.manual_seed(options.seed)  # the adapter's initial weights
     stages: list[PipelineStage] = []
 
-    def prepare(model: Pretrained) -> None:
+    def prepare(model: Stack) -> None:
         if (pattern := options.pattern()) is not None:
             partial_context(model, pattern, options.full_layers)
         if links is not None:
@@ -52,7 +52,7 @@ def load_model(options: TrainOptions, links: Links | None = None) -> tuple[Any, 
     return (stages[0] if stages else model), tokenizer
 
 
-def deal_layers(options: TrainOptions, model: Pretrained, ranks: int) -> list[int] | None:
+def deal_layers(options: TrainOptions, model: Stack, ranks: int) -> list[int] | None:
     """How many layers each rank gets: by their weights, what those that learn need, and what is remembered of a piece.
 
     None, if there are too few layers. `minichunk plan --gpus` deals them so too.
@@ -69,7 +69,7 @@ def deal_layers(options: TrainOptions, model: Pretrained, ranks: int) -> list[in
 
 
 def load_data(
-    options: TrainOptions, model: Pretrained | PipelineStage, tokenizer: Tokenizer
+    options: TrainOptions, model: Stack | PipelineStage, tokenizer: Tokenizer
 ) -> tuple[list[Document], list[Document], str]:
     """Training and validation pieces, and a line that says what was kept. Raises InputError."""
     chat = load_chat_template(known(options.model)) if options.chat_template else None

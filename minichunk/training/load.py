@@ -9,13 +9,12 @@ import torch
 from tokenizers import Tokenizer
 
 from ..chunks import Chunk
+from ..files.atomic import check_room
 from ..files.documents import load_tokenizer
-from ..files.room import check_room
 from ..files.shipped import SHIPPED_MODEL
 from ..files.torchrun import started
 from ..models.adapter_files import load_adapter
-from ..models.auto import load_model
-from ..models.pretrained import Pretrained
+from ..models.load import load_model
 from ..models.shapes import memory_bytes
 from ..models.stack import Stack
 from ..protocol import Options
@@ -29,8 +28,8 @@ def load_as_told(
     dtype: str | None = None,
     device: str | None = None,
     load_in_4bit: bool = False,
-    prepare: Callable[[Pretrained], object] = lambda model: None,
-) -> tuple[Pretrained, Tokenizer]:
+    prepare: Callable[[Stack], object] = lambda model: None,
+) -> tuple[Stack, Tokenizer]:
     """The model of a checkpoint directory, with an adapter if one is named, and its tokenizer.
 
     None: the shipped model; no adapter; CUDA where there is one; bfloat16 on CUDA, else float32.
