@@ -26,7 +26,7 @@ _LATER = {
     "models.ssm_config": ("StateSpaceConfig",),
     "pipeline.links": ("Links", "RankLost"),
     "pipeline.stage": ("PipelineStage",),
-    "pipeline.step": ("pipeline_seco", "pipeline_spaco"),
+    "pipeline.pipeline_seco": ("pipeline_seco", "pipeline_spaco"),
     "training.generate": ("generate",),
     "walk.trace": ("trace",),
 }

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import InputError
 from .protocol import Model
-from .targets import IGNORE, shift
+
+IGNORE = -100  # Hugging Face's label of a position without a target
 
 
 class Batch(NamedTuple):
@@ -18,6 +20,14 @@ class Batch(NamedTuple):
     input_ids: Tensor
     targets: Tensor
     num_targets: Tensor | float
+
+
+def shift(labels: Tensor) -> Tensor:
+    """Targets (B, T): what position t has to predict is the label of t + 1, and nothing at the end.
+
+    Done once and before cutting, so that no target is lost where one chunk ends and the next begins.
+    """
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 
 def prepare(model: Model, input_ids: Tensor, labels: Tensor, num_targets: float | None) -> Batch:

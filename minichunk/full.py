@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batch import Batch, prepare
+from .batch import IGNORE, Batch, prepare
 from .protocol import Model, Options
-from .targets import IGNORE
 
 
 def full(

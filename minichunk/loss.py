@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .targets import IGNORE
+from .batch import IGNORE
 
 _TILE_ELEMENTS = 1 << 24  # logits alive at once: 64 MiB in float32
 

@@ -2,41 +2,32 @@
 
 A chunk leaves something behind for the chunks after it: it *writes* into the model's memory. When those chunks are
 backpropagated, the gradients of what they have read gather in the memory, until the chunk's own turn comes and it
-*receives* them. What is remembered, keys and values or a state, is between the model and its memory.
+is *handed* them. What is remembered, keys and values or a state, is between the model and its memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .chunks import Chunk
-from .errors import InputError
 
-Recompute = bool | Literal["all"]
 Written = Sequence[tuple[Tensor, ...]]  # what a chunk writes, one tuple for each layer
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a step is computed, at what cost, with the same result: keywords of `seco`, which describes them.
-
-    Raises InputError for another value of `recompute`.
-    """
+    """How a step is computed, at what cost, with the same result: keywords of `seco`, which describes them."""
 
     fill_size: int | None = None
-    recompute: Recompute = False
+    recompute: bool = False
     cache_grad_dtype: torch.dtype | None = None
     offload: bool = False
     dropout_seed: int | None = None  # decides the masks of a step's dropouts: those of fill and rebuild are the same
-
-    def __post_init__(self) -> None:
-        if self.recompute not in (False, True, "all") or not isinstance(self.recompute, bool | str):
-            raise InputError(f"recompute is {self.recompute!r}, but must be False, True or 'all'")
 
 
 DEFAULTS = Options()
@@ -46,29 +37,35 @@ class Memory(Protocol):
     """What chunks leave behind, and what later chunks send back to them."""
 
     def write(self, chunks: Sequence[Chunk], written: Written) -> None:
-        """Store what these adjacent chunks wrote."""
+        """Store what these adjacent chunks wrote, in the fill: tensors without a graph."""
 
-    def received(self, chunk: Chunk) -> Written:
-        """The gradients sent back to what this chunk wrote, in its order and dtype; empty if none can have been."""
+    def hand_over(self, chunk: Chunk) -> Written:
+        """The gradients sent back to what this chunk wrote, in its order and dtype; empty if none can have been.
+
+        Asked once for each chunk that is rebuilt, the last one first: when all chunks after it are done. A memory may
+        give its sums away or carry them on to earlier chunks, so a second call for a chunk raises RuntimeError.
+        """
 
 
 class Model(Protocol):
-    """Something with an LM head, and a memory of its own kind, which `run` and `write` are handed back."""
+    """Something with an LM head, and a memory of its own kind, which `run` and `fill` are handed back."""
 
     lm_head: nn.Linear  # weight (V, E)
 
     def dropout_seed(self) -> int | None:
         """A fresh number from PyTorch's generator, which decides a step's dropout masks; None without dropout."""
 
-    def new_memory(self, batch: int, capacity: int, kept: Sequence[Chunk] = ..., options: Options = ...) -> Memory:
-        """For `batch` sequences of up to `capacity` positions, and for the gradients of the kept chunks alone."""
+    def new_memory(self, batch: int, capacity: int, receiving: Sequence[Chunk] = ..., options: Options = ...) -> Memory:
+        """For `batch` sequences of up to `capacity` positions, and for the gradients of the receiving chunks alone:
+        those that a later chunk sends gradients to, so without the last one that is rebuilt."""
 
     def run(
         self, input_ids: Tensor, memory: Any = ..., chunks: Sequence[Chunk] = ..., options: Options = ...
     ) -> tuple[Tensor, Written]:
-        """Run adjacent chunks (B, C) on top of the memory: their output (B, C, E) and what they write."""
+        """Run adjacent chunks (B, C) on top of the memory: their output (B, C, E) and what they write, which is
+        returned and not written: the memory stays as it is."""
 
-    def write(self, input_ids: Tensor, memory: Any, chunks: Sequence[Chunk], options: Options) -> Written:
+    def fill(self, input_ids: Tensor, memory: Any, chunks: Sequence[Chunk], options: Options) -> Written:
         """The same without gradients, and only as far as the memory needs it."""
 
     def parameters(self) -> Iterator[nn.Parameter]: ...

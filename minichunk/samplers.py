@@ -1,9 +1,9 @@
 """Which chunks SpaCO keeps, and by which factors their losses and relays are multiplied.
 
-A chain is a path of the gradient from a chunk's loss back through the caches of earlier chunks
-(eq. 3); it survives when all of its chunks are kept. It is multiplied by the loss factor of the
-chunk where it starts and by the relay factor of every further one. An estimate is unbiased when,
-for every chain, the probability to survive times these factors is 1.
+The gradient of a chunk's loss goes back through the caches of earlier chunks, from one to another: such a path is a
+chain (eq. 3). A chain survives when all of its chunks are kept. It is then multiplied by the loss factor of the chunk
+where it starts and by the relay factor of every further one. An estimate is unbiased when, for every chain, the
+probability to survive times these factors is 1.
 """
 
 from __future__ import annotations
@@ -43,21 +43,17 @@ class Bernoulli:
     rate: float | Sequence[float]
 
     def __post_init__(self) -> None:
-        for rate in self._given():
+        for rate in self.rate if isinstance(self.rate, Sequence) else [self.rate]:
             if not isinstance(rate, int | float) or not 0 < rate <= 1:
                 raise InputError(f"the Bernoulli rate is {rate}, but must be above 0 and at most 1")
 
-    def _given(self) -> Sequence[float]:
-        return self.rate if isinstance(self.rate, Sequence) else [self.rate]
-
     def rates(self, num_chunks: int) -> Sequence[float]:
         """One rate for each chunk."""
-        rates = self._given()
         if not isinstance(self.rate, Sequence):
-            return [rates[0]] * num_chunks
-        if len(rates) != num_chunks:
-            raise InputError(f"Bernoulli has {len(rates)} rates, but there are {num_chunks} chunks")
-        return rates
+            return [self.rate] * num_chunks
+        if len(self.rate) != num_chunks:
+            raise InputError(f"Bernoulli has {len(self.rate)} rates, but there are {num_chunks} chunks")
+        return self.rate
 
     def __call__(self, num_chunks: int, generator: torch.Generator | None = None) -> Draw:
         coins = torch.rand(num_chunks, generator=generator, dtype=torch.float64).tolist()
@@ -78,8 +74,14 @@ class Bernoulli:
                 )
 
 
-class _Subset:
-    """Keep exactly t of the k chunks, every subset equally likely."""
+@dataclass(frozen=True)
+class FixedBudget:
+    """Keep exactly `budget` = t of k chunks, every subset equally likely: the same cost at every step, a small bias.
+
+    A chain through p chunks survives with t(t-1)…(t-p+1) / (k(k-1)…(k-p+1)). The factors k/t on
+    the loss and (k-1)/(t-1) on each relay make chains through one and two chunks exactly right;
+    longer ones are shrunk. A budget above the number of chunks keeps all. Raises InputError below 1.
+    """
 
     budget: int
 
@@ -89,48 +91,32 @@ class _Subset:
 
     def weight(self, t: int, k: int) -> Weight:
         """The factors of every kept chunk when t of k are kept."""
-        raise NotImplementedError
-
-    def _draw(self, kept: Sequence[int], num_chunks: int) -> Draw:
-        weight = self.weight(len(kept), num_chunks)
-        return [weight if i in kept else None for i in range(num_chunks)]
+        return Weight(k / t, (k - 1) / (t - 1) if t > 1 else 1.0)  # with t = 1 no relay is ever used
 
     def __call__(self, num_chunks: int, generator: torch.Generator | None = None) -> Draw:
         order = torch.randperm(num_chunks, generator=generator).tolist()
-        return self._draw(order[: self.budget], num_chunks)
+        return self._keep(order[: self.budget], num_chunks)
 
     def outcomes(self, num_chunks: int) -> Iterator[tuple[float, Draw]]:
         """All (probability, entries) pairs: every subset of the budget's size."""
         subsets = list(combinations(range(num_chunks), min(self.budget, num_chunks)))
         for kept in subsets:
-            yield 1 / len(subsets), self._draw(kept, num_chunks)
+            yield 1 / len(subsets), self._keep(kept, num_chunks)
+
+    def _keep(self, kept: Sequence[int], num_chunks: int) -> Draw:
+        weight = self.weight(len(kept), num_chunks)
+        return [weight if i in kept else None for i in range(num_chunks)]
 
 
 @dataclass(frozen=True)
-class FixedBudget(_Subset):
-    """Keep exactly `budget` = t of k chunks: the same cost at every step, and a small bias.
-
-    A chain through p chunks survives with t(t-1)…(t-p+1) / (k(k-1)…(k-p+1)). The factors k/t on
-    the loss and (k-1)/(t-1) on each relay make chains through one and two chunks exactly right;
-    longer ones are shrunk. A budget above the number of chunks keeps all. Raises InputError below 1.
-    """
-
-    budget: int
-
-    def weight(self, t: int, k: int) -> Weight:
-        return Weight(k / t, (k - 1) / (t - 1) if t > 1 else 1.0)  # with t = 1 no relay is ever used
-
-
-@dataclass(frozen=True)
-class PaperBudget(_Subset):
-    """Keep exactly `budget` = t of k chunks with the factor k/t, as published (Algorithm 2, eq. 9).
+class PaperBudget(FixedBudget):
+    """The same draw with the factor k/t on loss and relay, as published (Algorithm 2, eq. 9).
 
     Biased from chains through two chunks on, because the draws are not independent. The loss is
     scaled too, which Algorithm 2 as printed leaves out. cap: the most that the relay's factor may be
     (the paper advises 2). A budget above the number of chunks keeps all. Raises InputError.
     """
 
-    budget: int
     cap: float | None = None
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .batch import Batch, prepare
 from .chunks import Chunk, check_fill_size, cut, groups, span
 from .loss import summed_loss
-from .protocol import Memory, Model, Options, Recompute, Written
+from .protocol import Memory, Model, Options, Written
 
 
 def seco(
@@ -27,7 +27,7 @@ def seco(
     *,
     fill_size: int | None = None,
     num_targets: float | None = None,
-    recompute: Recompute = False,
+    recompute: bool = False,
     cache_grad_dtype: torch.dtype | None = None,
     offload: bool = False,
 ) -> Tensor:
@@ -40,7 +40,7 @@ def seco(
     fill_size: tokens per forward pass of the fill, rounded down to whole chunks; None: one chunk.
     num_targets: divides the summed loss instead of the count of valid targets, for gradient accumulation.
     recompute: within a chunk, keep only the layers' inputs and what attention returned, and run the rest of each
-        layer again for its backward; "all": run attention over the whole past again too.
+        layer again for its backward.
     cache_grad_dtype: of the sum of gradients sent back to keys and values; None: float32, or the model's if wider.
     offload: keep what grows in host memory; of keys, values and their gradients the device holds two blocks.
     Raises InputError for a batch or a size that does not fit.
@@ -60,7 +60,7 @@ def seco(
 
 
 def new_memory(model: Model, input_ids: Tensor, kept: Sequence[Chunk], options: Options) -> Memory:
-    """A memory of all that lies before the last kept chunk; that one is read by nobody and receives nothing."""
+    """A memory of what lies before the last kept chunk, which no chunk reads; those before it receive gradients."""
     return model.new_memory(input_ids.shape[0], kept[-1].start, kept[:-1], options)
 
 
@@ -70,7 +70,7 @@ def fill(model: Model, input_ids: Tensor, chunks: Sequence[Chunk], memory: Memor
     With a fill size as many whole chunks as fit into it run at a time; what ends up in the memory is the same.
     """
     for group in groups(chunks, options.fill_size):
-        memory.write(group, model.write(input_ids[:, span(group)], memory, group, options))
+        memory.write(group, model.fill(input_ids[:, span(group)], memory, group, options))
 
 
 def rebuild(
@@ -84,7 +84,7 @@ def rebuild(
     rows = span([chunk])
     hidden, written = model.run(batch.input_ids[:, rows], memory, [chunk], options)
     loss = summed_loss(hidden, model.lm_head.weight, batch.targets[:, rows]) / batch.num_targets
-    made, sent = flat(written), flat(memory.received(chunk))
+    made, sent = flat(written), flat(memory.hand_over(chunk))
     relayed = [(m, g) for m, g in zip(made, sent, strict=True) if m.requires_grad] if sent else []
     return loss, [m for m, _ in relayed], [g for _, g in relayed]
 

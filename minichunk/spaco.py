@@ -11,7 +11,7 @@ from torch import Tensor
 from .batch import prepare
 from .chunks import check_fill_size, cut
 from .errors import InputError
-from .protocol import Model, Options, Recompute
+from .protocol import Model, Options
 from .samplers import Bernoulli, Weight
 from .seco import fill, new_memory, rebuild
 
@@ -29,7 +29,7 @@ def spaco(
     generator: torch.Generator | None = None,
     fill_size: int | None = None,
     num_targets: float | None = None,
-    recompute: Recompute = False,
+    recompute: bool = False,
     cache_grad_dtype: torch.dtype | None = None,
     offload: bool = False,
 ) -> Tensor:

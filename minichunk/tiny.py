@@ -1,18 +1,20 @@
 """Chunk-wise training on one page: the gradient of a long text, with the graph of one short chunk at a time.
 
-Backpropagation keeps the activations of the whole text. But cut the text into chunks x_1 .. x_k, and a Llama sees
+Backpropagation keeps the activations of the whole text. But cut the text into chunks x_0, x_1, ... and a Llama sees
 the earlier ones only through the keys and values that they left behind (eq. 1 of arXiv 2505.16710):
 
-    J_j, m_j = f(x_j; m_1 .. m_{j-1}; Θ)        J_j: the loss of chunk j, m_j: its keys and values
+    J_j, m_j = f(x_j; m_0 .. m_{j-1}; Θ)        J_j: the loss of chunk j, m_j: its keys and values
 
 So whatever a loss has to tell an earlier chunk goes through these. There we cut: store m_j without its graph, as m'_j;
 collect the gradient that arrives there; hand it over when chunk j is run once more. That is SeCO, and it is exact.
 SpaCO does it for a random few of the chunks: cheaper, and right on average. `python -m minichunk.tiny` shows both.
 The page needs PyTorch alone; it runs Llama without rope scaling, and Qwen2, with all parameters trained.
+Chunks are counted from 0, here and everywhere in this project; only the paper counts them from 1.
 
 Shapes: B batch, T text, C chunk, P past, E hidden, H heads, G key-value heads, D head size, V vocabulary.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,13 +24,15 @@ from torch import Tensor
 Config = dict[str, Any]  # Hugging Face's config.json, parsed
 Parameters = dict[str, Tensor]  # Θ, by Hugging Face's names
 Cache = list[Tensor]  # keys and values of each layer in turn, (B, G, positions, D); an empty list: no past
-Kept = dict[int, tuple[float, float]]  # SpaCO's draw: chunks, numbered from 0, and their factors on loss and relay
+Kept = dict[int, tuple[float, float]]  # SpaCO's draw: the kept chunks, each with its factors on loss and relay
 
 
 def rotate(x: Tensor, start: int, theta: float) -> Tensor:
     """RoPE: turn dimensions i and i + D/2 of each query or key by an angle that grows with its position."""
     C, D = x.shape[-2:]
-    frequencies = 1 / (theta ** (torch.arange(0, D, 2) / D).double()).float()  # (D/2); each step rounded to float32
+    # Llama's angles are float32 numbers. Powers, cosines and sines are taken in float64 and then rounded, because the
+    # last bit of a float32 cosine differs from machine to machine. A port may leave all these casts out.
+    frequencies = 1 / (theta ** (torch.arange(0, D, 2) / D).double()).float()  # (D/2)
     angles = torch.outer(torch.arange(start, start + C).float(), frequencies).double()  # (C, D/2)
     cos, sin = angles.cos().float().to(x), angles.sin().float().to(x)
     a, b = x.chunk(2, dim=-1)  # (B, H, C, D/2) each
@@ -55,7 +59,8 @@ def llama(p: Parameters, config: Config, ids: Tensor, targets: Tensor, past: Cac
         q, k = (rotate(t, P, config["rope_theta"]) for t in (q, k))  # (B, H, C, D), (B, G, C, D) as v
         written += [k, v]
         if past:
-            k, v = torch.cat((past[2 * i], k), dim=2), torch.cat((past[2 * i + 1], v), dim=2)  # (B, G, P + C, D)
+            past_k, past_v = past[2 * i : 2 * i + 2]
+            k, v = torch.cat((past_k, k), dim=2), torch.cat((past_v, v), dim=2)  # (B, G, P + C, D)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)  # (B, H, C, D)
         x = x + linear(f"{attn}.o_proj", y.transpose(1, 2).flatten(2))  # (B, C, H * D) -> (B, C, E)
         h = norm(f"{layer}.post_attention_layernorm", x)
@@ -75,10 +80,13 @@ def full(p: Parameters, config: Config, ids: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fill(p: Parameters, config: Config, ids: Tensor, targets: Tensor, chunk_size: int) -> Cache:
-    """m'_1 .. m'_k side by side: keys and values of the whole text, (B, G, T, D), numbers without a graph."""
+    """All m'_j side by side: keys and values of the whole text, (B, G, T, D), numbers without a graph.
+
+    For speed, seco.py leaves out the LM head here, and the last chunk, which no later one reads.
+    """
     memory: Cache = []
     for x_j, y_j in zip(ids.split(chunk_size, dim=1), targets.split(chunk_size, dim=1), strict=True):  # line 1
-        _, m_j = llama(p, config, x_j, y_j, memory)  # line 2; the loss is not needed yet
+        _, m_j = llama(p, config, x_j, y_j, memory)  # line 2; the loss is not used
         memory = [torch.cat(pair, dim=2) for pair in zip(memory, m_j, strict=True)] if memory else m_j  # line 3
     return memory
 
@@ -87,11 +95,11 @@ def seco(p: Parameters, config: Config, ids: Tensor, targets: Tensor, chunk_size
     """Algorithm 1: what `full` does, with the graph of one chunk at a time."""
     n, k = (targets != -100).sum(), len(ids.split(chunk_size, dim=1))
     memory = fill(p, config, ids, targets, chunk_size)  # lines 1-3
-    sent = [torch.zeros_like(m) for m in memory]  # the gradient at m'_1 .. m'_k, as far as it has arrived
+    sent = [torch.zeros_like(m) for m in memory]  # the gradient at every m'_j, as far as it has arrived
     J = torch.zeros(())
-    for j in reversed(range(k)):  # line 4; m'_j is used by later chunks only, so by now its gradient is complete
+    for j in reversed(range(k)):  # line 4; only later chunks use m'_j, so by now its gradient is complete
         before, now = slice(0, j * chunk_size), slice(j * chunk_size, (j + 1) * chunk_size)
-        # m'_1 .. m'_{j-1} as leaves: autograd stops there, and puts into `.grad` what it would have carried further.
+        # The m' of chunks 0 to j-1 as leaves: autograd stops there; it leaves in `.grad` what would have gone on.
         past = [m[:, :, before].detach().requires_grad_() for m in memory]
         J_j, m_j = llama(p, config, ids[:, now], targets[:, now], past)  # line 5: m'_j once more, now with a graph
         # Autograd cannot know that m'_j, which later chunks used, is m_j. So it starts in two places: at J_j with 1,
@@ -134,17 +142,27 @@ if __name__ == "__main__":
     weights |= {"model.embed_tokens.weight": torch.randn(50, 16) / 4}
     ids = torch.randint(50, (2, 48))
     targets = F.pad(ids[:, 1:], (0, 1), value=-100)  # the next token, also across a cut: shift before cutting
-    draws = [(8, {j: (2.0, 2.0) for j in range(6) if coins >> j & 1}) for coins in range(64)]  # all falls of six coins
-    methods: list[Any] = [
-        ("full backpropagation", full, [()]),
-        ("SeCO, 6 chunks of 8", seco, [(8,)]),
-        ("SpaCO, coins of 1/2, factors 2, mean of all 64 draws", spaco, draws),
-        ("SpaCO, 3 of 6, the paper's factor 6/3, mean of all 20", spaco, [draw for draw in draws if len(draw[1]) == 3]),
-    ]
-    gradients: list[Tensor] = []
-    for what, method, calls in methods:
-        p = {name: t.double().requires_grad_() for name, t in weights.items()}  # new tensors, without `.grad`
-        J = sum(method(p, config, ids, targets, *arguments) for arguments in calls) / len(calls)
-        gradients.append(torch.cat([t.grad.flatten() for t in p.values()]) / len(calls))  # `.grad` adds up
-        error = (gradients[-1] - gradients[0]).norm() / gradients[0].norm()
-        print(f"{what:55} loss {J:.4f}  gradient off by {error:.0e}")
+    coins = [[j for j in range(6) if number >> j & 1] for number in range(64)]  # the kept chunks: all falls of 6 coins
+
+    def mean_spaco(*batch: Any, draws: list[list[int]]) -> Tensor:
+        """The mean over these draws, with the factor 2 = 1/rate = k/t on loss and relay."""
+        losses = [spaco(*batch, chunk_size=8, kept=dict.fromkeys(kept, (2.0, 2.0))) for kept in draws]
+        for t in batch[0].values():
+            t.grad /= len(draws)
+        return torch.stack(losses).mean()
+
+    methods: dict[str, Any] = {
+        "full backpropagation": full,
+        "SeCO, 6 chunks of 8": partial(seco, chunk_size=8),
+        "SpaCO, coins of 1/2, factors 2, mean of all 64 draws": partial(mean_spaco, draws=coins),
+        "SpaCO, 3 of 6, the paper's factor 6/3, mean of all 20": partial(
+            mean_spaco, draws=[kept for kept in coins if len(kept) == 3]
+        ),
+    }
+    exact = None
+    for name, method in methods.items():
+        p = {key: t.double().requires_grad_() for key, t in weights.items()}  # new tensors, without `.grad`
+        J = method(p, config, ids, targets)
+        gradient = torch.cat([t.grad.flatten() for t in p.values()])
+        exact = gradient if exact is None else exact  # the first method's
+        print(f"{name:55} loss {J:.4f}  gradient off by {(gradient - exact).norm() / exact.norm():.0e}")

@@ -114,7 +114,7 @@ class Order(TorchDispatchMode):
     def hold(self, tensor: Tensor, stream: FakeStream) -> None:
         self.lent[tensor.untyped_storage()._cdata, stream] = None
 
-    def the_end_of(self, stage: offload.Stage, host: list[Tensor]) -> None:
+    def the_end_of(self, stage: offload.DeviceBlocks, host: list[Tensor]) -> None:
         """What goes with the step: the buffers, once the main lane may use their memory; the host's, of itself."""
         buffers = [*(slot.buffer for slot in stage.arrivals + stage.departures), stage.sums]
         for buffer in buffers:
@@ -129,7 +129,7 @@ class Order(TorchDispatchMode):
 def fake_cuda(device: str = "cuda:1") -> Iterator[Order]:
     """Within the block, offload orders its work as for this GPU, and each operator's place in the order is checked."""
     FakeStream.currents = {}
-    order, stages, host = Order(device), list[offload.Stage](), list[Tensor]()
+    order, stages, host = Order(device), list[offload.DeviceBlocks](), list[Tensor]()
 
     @contextmanager
     def run_on(stream: FakeStream) -> Iterator[None]:
@@ -140,7 +140,7 @@ def fake_cuda(device: str = "cuda:1") -> Iterator[Order]:
         finally:
             order.running = FakeStream.currents[stream.device] = before
 
-    def new_stage(stage: offload.Stage, *args: Any) -> None:
+    def new_stage(stage: offload.DeviceBlocks, *args: Any) -> None:
         init(stage, *args)
         stages.append(stage)
 
@@ -148,11 +148,11 @@ def fake_cuda(device: str = "cuda:1") -> Iterator[Order]:
         host.append(make_host(*args, **more))
         return host[-1]
 
-    init, make_host = offload.Stage.__init__, offload.Stage.host
+    init, make_host = offload.DeviceBlocks.__init__, offload.DeviceBlocks.host
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(offload, "streams_of", lambda like: torch.device(device))
-        patch.setattr(offload.Stage, "__init__", new_stage)
-        patch.setattr(offload.Stage, "host", new_host)
+        patch.setattr(offload.DeviceBlocks, "__init__", new_stage)
+        patch.setattr(offload.DeviceBlocks, "host", new_host)
         patch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: order.hold(tensor, stream))
         fakes = {"Stream": FakeStream, "Event": FakeEvent, "current_stream": FakeStream.current, "stream": run_on}
         for name, fake in fakes.items():

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import minichunk as mc
+from minichunk.batch import IGNORE, shift
 from minichunk.chunks import Chunk
 from minichunk.memory.pattern import Pattern, Strided
 from minichunk.models.llama import rope_tables, rotate
 from minichunk.models.ssm import StateLayer
-from minichunk.targets import IGNORE, shift
 
 from .recurrence import loop
 

@@ -51,7 +51,7 @@ def other_factors(key: str, weight: str) -> Mutant:
     return mutant(key, WEIGHT, f"{WEIGHT}        weight = {weight}\n")
 
 
-RELAYED = "relayed = [tuple(weight[1] * g for g in layer.received(i)) for layer in memory]"
+RELAYED = "relayed = [tuple(weight[1] * g for g in layer.hand_over(i)) for layer in memory]"
 UNSCALED = RELAYED.replace("weight[1] * ", "")
 ADD_UP = "total[:, :, : grad.shape[2]] += grad"
 SEND = "layer.send(i, grads)"

@@ -106,7 +106,7 @@ class KeyValues:
     def write(self, own: tuple[Array, ...]) -> None:
         self.past.append(tuple(np.concatenate(pair, 2) for pair in zip(self.past[-1], own, strict=True)))
 
-    def received(self, i: int) -> tuple[Array, ...]:
+    def hand_over(self, i: int) -> tuple[Array, ...]:
         start, stop = self.cuts[i]
         return tuple(g[:, :, start:stop] for g in self.grads)
 
@@ -326,7 +326,7 @@ def spaco(
         past = [layer.past[i] for layer in memory]
         tape, written, inside = model.forward(ids[:, start:stop], start, past)  # rebuild
         loss, dlogits = loss_and_gradient(inside["logits"], targets[:, start:stop], divisor)
-        relayed = [tuple(weight[1] * g for g in layer.received(i)) for layer in memory]  # relay
+        relayed = [tuple(weight[1] * g for g in layer.hand_over(i)) for layer in memory]  # relay
         sent = model.backward(tape, weight[0] * dlogits, relayed)
         for layer, grads in zip(memory, sent, strict=True):
             layer.send(i, grads)

@@ -27,7 +27,7 @@ class State:
         self.past.append((state,))
         self.decays.append(decay)
 
-    def received(self, i: int) -> tuple[Array, ...]:
+    def hand_over(self, i: int) -> tuple[Array, ...]:
         return (self.adjoint,)
 
     def send(self, i: int, sent: tuple[Array, ...]) -> None:

@@ -40,13 +40,20 @@ TIMEOUT = timedelta(seconds=30)  # of a message
 
 
 class Ranks:
-    """Up to `most` processes, of which the first ones are the ranks of an example."""
+    """Up to `most` processes, of which the first ones are the ranks of an example.
+
+    After a failure all of them are replaced: some may have ended, and others still say what belongs to that example.
+    """
 
     def __init__(self, most: int, directory: Path) -> None:
+        self.most, self.directory, self.asked = most, directory, 0
+        self.start()
+
+    def start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])  # imported once, by the process that the ranks are forked from
-        self.directory, self.asked, self.connections, self.processes = directory, 0, list[Any](), list[Any]()
-        for _ in range(most):
+        self.connections, self.processes = list[Any](), list[Any]()
+        for _ in range(self.most):
             ours, theirs = context.Pipe()
             process = context.Process(target=_answer, args=(theirs,), daemon=True)
             process.start()
@@ -59,6 +66,8 @@ class Ranks:
         self.tell(ranks, task, *arguments)
         answers = [self.answer(rank) for rank in range(ranks)]
         failed = [str(text) for failed, text in answers if failed]
+        if failed:
+            self.replace()
         assert not failed, "\n".join(failed)
         return [answer for _, answer in answers]
 
@@ -70,14 +79,22 @@ class Ranks:
             connection.send_bytes(pickle.dumps((task, rank, ranks, store, arguments)))
 
     def answer(self, rank: int) -> tuple[bool, Any]:
-        """(whether it failed, what it returned or its traceback)."""
-        if not self.connections[rank].poll(WITHIN):
-            self.close()
-            raise AssertionError(f"rank {rank} has not answered within {WITHIN:.0f} s")
-        return pickle.loads(self.connections[rank].recv_bytes())
+        """(whether it failed, what it returned or what went wrong)."""
+        try:
+            if self.connections[rank].poll(WITHIN):
+                return pickle.loads(self.connections[rank].recv_bytes())
+        except EOFError:
+            return True, f"rank {rank} has ended without an answer"
+        return True, f"rank {rank} has not answered within {WITHIN:.0f} s"
+
+    def replace(self) -> None:
+        """Other processes for the next example."""
+        self.close()
+        self.start()
 
     def close(self) -> None:
-        for process in self.processes:
+        for connection, process in zip(self.connections, self.processes, strict=True):
+            connection.close()
             process.kill()
             process.join(WITHIN)
 
@@ -158,7 +175,7 @@ def in_several(rank: int, case: Case) -> tuple[Tensors, Tensors]:
 def events(rank: int, case: Case) -> tuple[list[tuple[str, int]], int]:
     """What this rank does with which chunk, in order, and the most messages that were on the way."""
     stage, seen, most = PipelineStage(case.model, timeout=TIMEOUT), list[tuple[str, int]](), 0
-    run, write, hand, backward = stage.run, stage.write, stage.links._hand, torch.autograd.backward
+    run, fill, hand, backward = stage.run, stage.fill, stage.links._hand, torch.autograd.backward
     rebuilt: list[int] = []
 
     def seen_run(x: Tensor, memory: Any, chunks: Any, options: Any) -> Any:
@@ -167,9 +184,9 @@ def events(rank: int, case: Case) -> tuple[list[tuple[str, int]], int]:
             rebuilt.append(seen[-1][1])
         return run(x, memory, chunks, options)
 
-    def seen_write(x: Tensor, memory: Any, chunks: Any, options: Any) -> Any:
+    def seen_fill(x: Tensor, memory: Any, chunks: Any, options: Any) -> Any:
         seen.append(("fill", chunks[0].start // case.chunk_size))
-        return write(x, memory, chunks, options)
+        return fill(x, memory, chunks, options)
 
     def seen_backward(*arguments: Any) -> None:
         seen.append(("backward", rebuilt.pop(0)))
@@ -180,7 +197,7 @@ def events(rank: int, case: Case) -> tuple[list[tuple[str, int]], int]:
         hand(*arguments)
         most = max(most, len(stage.links.on_the_way))
 
-    stage.run, stage.write, stage.links._hand = seen_run, seen_write, seen_hand  # type: ignore[method-assign]
+    stage.run, stage.fill, stage.links._hand = seen_run, seen_fill, seen_hand  # type: ignore[method-assign]
     torch.autograd.backward = seen_backward
     try:
         case.run(mc.pipeline_seco, stage)
@@ -226,6 +243,18 @@ def seco_of_a_stage(rank: int, case: Case) -> None:
 
 def step_of_a_stage(rank: int, case: Case) -> None:
     case.run(mc.pipeline_seco, PipelineStage(case.model, case.counts, TIMEOUT))
+
+
+def end_without_a_word(rank: int, lost: int) -> int:
+    """One of the ranks ends, and the others wait for it."""
+    if rank == lost:
+        os._exit(1)
+    dist.barrier()
+    return rank
+
+
+def rank_of(rank: int) -> int:
+    return rank
 
 
 def lose_one_in_the_walk(rank: int, lost: int, hangs: bool, case: Case) -> None:

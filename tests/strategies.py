@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import minichunk as mc
+from minichunk.batch import IGNORE, shift
 from minichunk.memory import band
 from minichunk.memory.attention import BLOCK
 from minichunk.memory.kernels import Plain
@@ -22,7 +23,6 @@ from minichunk.memory.pattern import FULL, Pattern, Strided, Window
 from minichunk.models.config import Llama3Rope
 from minichunk.models.load import class_of
 from minichunk.models.ssm import StateLayer
-from minichunk.targets import IGNORE, shift
 
 VOCAB = 23
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -79,7 +79,7 @@ def run(
         out = reference(wide[0], *keys_values, pattern)
         return dict(zip(NAMES, [out, *torch.autograd.grad(out, wide, grad.double())], strict=True))
 
-    received = memory.received(Chunk(0, past)) if past else (k_past.detach(), v_past.detach())
+    received = memory.hand_over(Chunk(0, past)) if past else (k_past.detach(), v_past.detach())
     got = dict(zip(NAMES, [out, *own, *received], strict=True))
     return got, measure(expected)
 

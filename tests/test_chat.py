@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import minichunk as mc
+from minichunk.batch import IGNORE
 from minichunk.files.chat import ChatTemplate, load_chat_template
 from minichunk.files.documents import load_tokenizer, read_documents
 from minichunk.files.shipped import SHIPPED_MODEL
-from minichunk.targets import IGNORE
 
 CHATML = """\
 {% for message in messages %}

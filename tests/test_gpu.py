@@ -44,7 +44,7 @@ def test_cuda_kernel_equals_the_plain_one(past: int, pattern: Pattern) -> None:
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         out = attend(*inputs, memory, past, kernel)
         own = torch.autograd.grad(out, inputs, grad)
-        results.append([out.detach(), *own, *(memory.received(filled) if past else ())])
+        results.append([out.detach(), *own, *(memory.hand_over(filled) if past else ())])
     for got, expected in zip(*results, strict=True):
         assert float((got - expected).float().norm()) <= 2e-2 * float(expected.float().norm()) + 1e-6
 

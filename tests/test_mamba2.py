@@ -18,12 +18,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 import minichunk as mc
+from minichunk.batch import IGNORE, shift
 from minichunk.chunks import Chunk
 from minichunk.memory.state import Handed, LayerState
 from minichunk.models.load import load_model
 from minichunk.models.quantize import Linear4bit
-from minichunk.protocol import Recompute
-from minichunk.targets import IGNORE, shift
 
 from .gradients import Tensors, combine, take_gradients
 from .rounding import Exact, exactly, measure, outcome, weighted
@@ -107,7 +106,7 @@ def configs(draw: st.DrawFn) -> mc.Mamba2Config:
     chunk_size=st.integers(1, 8),
     fill_chunks=st.integers(1, 3),
     blocks=st.tuples(*[st.integers(1, 6)] * 2),
-    recompute=st.sampled_from([False, True, "all"]),
+    recompute=st.booleans(),
     offload=st.booleans(),
 )
 def test_logits_and_gradients_equal_transformers(
@@ -117,7 +116,7 @@ def test_logits_and_gradients_equal_transformers(
     chunk_size: int,
     fill_chunks: int,
     blocks: tuple[int, int],
-    recompute: Recompute,
+    recompute: bool,
     offload: bool,
 ) -> None:
     """By `full` and by `seco`, chunks shorter than the convolution's kernel too; blocks: their scan's, and ours."""
@@ -152,23 +151,23 @@ def test_spaco_is_unbiased(length: int, chunk_size: int) -> None:
 
 def no_tail(patch: pytest.MonkeyPatch) -> None:
     """What comes back to a chunk's last inputs is dropped."""
-    original = LayerState.received
+    original = LayerState.hand_over
 
-    def received(self: LayerState, chunk: Chunk) -> tuple[Tensor, ...]:
+    def hand_over(self: LayerState, chunk: Chunk) -> tuple[Tensor, ...]:
         state, state_decay, tail, tail_decay = original(self, chunk)
         return state, state_decay, torch.zeros_like(tail), tail_decay
 
-    patch.setattr(LayerState, "received", received)
+    patch.setattr(LayerState, "hand_over", hand_over)
 
 
 def no_state(patch: pytest.MonkeyPatch) -> None:
-    original = LayerState.received
+    original = LayerState.hand_over
 
-    def received(self: LayerState, chunk: Chunk) -> tuple[Tensor, ...]:
+    def hand_over(self: LayerState, chunk: Chunk) -> tuple[Tensor, ...]:
         state, *others = original(self, chunk)
         return torch.zeros_like(state), *others
 
-    patch.setattr(LayerState, "received", received)
+    patch.setattr(LayerState, "hand_over", hand_over)
 
 
 def lasting_tail(patch: pytest.MonkeyPatch) -> None:

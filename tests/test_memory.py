@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -14,12 +15,13 @@ from minichunk.batch import prepare
 from minichunk.chunks import cut
 from minichunk.costs.baselines import Concatenating, concatenating
 from minichunk.memory.cache import LayerCache
-from minichunk.memory.layers import LayerMemories
+from minichunk.memory.layer_memory import LayerMemories
+from minichunk.memory.pattern import Pattern
 from minichunk.protocol import Options
 from minichunk.seco import fill, new_memory, rebuild
 
 from .rounding import exactly, outcome
-from .strategies import build, tiny
+from .strategies import build, tiny, tiny_state
 
 
 def saved_bytes_per_chunk(model: Any, length: int, chunk_size: int) -> list[int]:
@@ -124,3 +126,34 @@ def test_the_textbook_baseline_computes_the_same(entries: list[mc.Weight | None]
     everything = [mc.Weight(1, 1)] * 5
     exact = exactly(model, lambda: concatenating(model, ids, ids, 3, entries))
     exact.check(outcome(model, lambda: mc.spaco(model, ids, ids, 3, sampler=lambda *_: entries or everything)))
+
+
+def with_pattern(pattern: Pattern) -> mc.Llama:
+    model: mc.Llama = build(tiny(), seed=0)
+    for layer in model.layers:
+        layer.self_attn.pattern = pattern
+    return model
+
+
+KINDS: dict[str, tuple[Callable[[], Any], Options]] = {
+    "full": (lambda: build(tiny(), seed=0), Options()),
+    "window": (lambda: with_pattern(mc.Window(2, 1)), Options()),
+    "strided": (lambda: with_pattern(mc.Strided(2, 2, 2)), Options()),
+    "offloaded": (lambda: build(tiny(), seed=0), Options(offload=True)),
+    "state": (lambda: build(tiny_state(), seed=0), Options()),
+    "textbook": (lambda: Concatenating(build(tiny(), seed=0)), Options()),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_handed_over_once(kind: str) -> None:
+    """A second call would give other numbers (a state's adjoint goes on twice, a window's sums are gone): it raises."""
+    make, options = KINDS[kind]
+    model, ids, chunks = make(), torch.randint(23, (1, 9)), cut(9, 3)
+    batch, memory = prepare(model, ids, ids, None), new_memory(model, ids, chunks, options)
+    fill(model, ids, chunks[:-1], memory, options)
+    for chunk in reversed(chunks):
+        loss, written, received = rebuild(model, batch, chunk, memory, options)
+        torch.autograd.backward([loss, *written], [None, *received])
+        with pytest.raises(RuntimeError, match="has been handed its gradients already"):
+            memory.hand_over(chunk)

@@ -85,7 +85,7 @@ def test_a_mistake_in_the_blocks_is_found() -> None:
 
 
 def test_host_memory_holds_keys_values_and_the_kept_gradients_only() -> None:
-    stage = offload.Stage((2, 1, 2, 4), torch.zeros(1, dtype=torch.bfloat16), torch.float32)
+    stage = offload.DeviceBlocks((2, 1, 2, 4), torch.zeros(1, dtype=torch.bfloat16), torch.float32)
     layer = offload.OffloadedLayer(stage, 5000, [Chunk(0, 100), Chunk(700, 800)])
     cache, grads = layer.tensors()
     assert sum(x.numel() * x.element_size() for x in cache) == 5000 * 2 * 2 * 4 * 2

@@ -13,7 +13,6 @@ import torch
 import minichunk as mc
 from minichunk.command.main import build_parser, main
 from minichunk.costs import plan
-from minichunk.costs.operations import operations
 from minichunk.costs.setting import Setting
 from minichunk.costs.step import step_memory
 from minichunk.memory.pattern import FULL, Pattern
@@ -22,7 +21,7 @@ from minichunk.models.partial import describe, partial_config
 from minichunk.training.evaluate import loss_by_position
 from minichunk.training.job import load_data
 from minichunk.training.load import load_as_told
-from minichunk.training.options import TrainOptions
+from minichunk.training.options import ReadOptions, TrainOptions, options_of
 from minichunk.training.partial_options import PARTIAL_CONTEXT
 
 from .gradients import visible
@@ -358,10 +357,10 @@ def test_what_was_trained_is_what_is_evaluated(
     info = json.loads(Path("run/run.json").read_text())["options"]
     whole = Path("run/model").is_dir()
     used = ("run/model", None) if whole else (str(model_directory), "run/adapter")
-    model, tokenizer = load_as_told(*used, device="cpu")
+    model, tokenizer = load_as_told(ReadOptions(model=used[0], adapter=used[1], device="cpu"))
     told = "the last 2 blocks of 2 positions" if "strided" in options else "the last 4 positions"
     assert told in describe(model.config)
-    _, held_out, _ = load_data(TrainOptions.from_dict(info), model, tokenizer)
+    _, held_out, _ = load_data(options_of(TrainOptions, info), model, tokenizer)
     spans = [(0, 16), (16, 32), (32, 40)]
     assert [span.loss for span in loss_by_position(model, held_out, 8, spans)] == pytest.approx(after, rel=1e-6)
     for layer in model.layers:
@@ -442,19 +441,6 @@ def test_the_plan_of_a_hybrid_is_that_of_its_checkpoint(tmp_path: Path, monkeypa
     found = [(step_memory(setting, 2048), setting.memory_bytes(2048), setting.reach()) for setting in settings]
     assert found[0] == found[1]
     assert [reach for *_, reach in found] == [207, 207, 0]
-
-
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_operations_are_those_of_the_pairs_that_are_seen(pattern: Pattern) -> None:
-    """To the triangles at the edges, which are counted as halves."""
-    model = build(tiny(1), seed=0)
-    T = 600
-    whole = operations(model, [], [mc.chunks.Chunk(0, T)], False)["attention"]
-    mc.partial_context(model, pattern, [])
-    part = operations(model, [], [mc.chunks.Chunk(0, T)], False)["attention"]
-    mask = pattern.mask(T)
-    assert mask is not None
-    assert part / whole == pytest.approx(float(mask.sum()) / (T * T / 2), rel=0.02)
 
 
 def test_defaults_in_the_help_are_the_defaults() -> None:

@@ -13,9 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minichunk as mc
-from minichunk.pipeline.deal import deal
 from minichunk.pipeline.links import MOST_ON_THE_WAY
-from minichunk.protocol import Recompute
+from minichunk.pipeline.split_layers import deal
 
 from . import ranks as tasks
 from .ranks import Case, Ranks
@@ -58,7 +57,7 @@ def cases(draw: st.DrawFn, number: int) -> Case:
     options: dict[str, Any] = {
         "fill_size": draw(st.none() | st.integers(chunk_size, 20)),
         "num_targets": draw(st.none() | st.just(7.0)),
-        "recompute": draw(st.sampled_from([False, True, "all"])),
+        "recompute": draw(st.booleans()),
         "cache_grad_dtype": draw(st.none() | st.just(torch.float32)),
         "offload": draw(st.booleans()),
     }
@@ -85,9 +84,7 @@ def test_three_ranks_find_what_one_process_finds(ranks: Ranks, data: st.DataObje
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("chunk_size", [2, 6, 11])  # 6, 2 and 1 chunks: fewer than ranks too
 @pytest.mark.parametrize("layers", ["aaaa", "ssss", "sasas"])
-def test_four_ranks_find_what_one_process_finds(
-    ranks: Ranks, layers: str, chunk_size: int, recompute: Recompute
-) -> None:
+def test_four_ranks_find_what_one_process_finds(ranks: Ranks, layers: str, chunk_size: int, recompute: bool) -> None:
     model = build(tiny_state(layers, tie_word_embeddings=layers == "sasas"), 0)
     check(ranks, 4, case(model, chunk_size=chunk_size, options={"recompute": recompute}))
 
@@ -251,15 +248,21 @@ def test_without_a_process_group() -> None:
 
 
 @pytest.mark.parametrize(("lost", "hangs"), [(0, False), (2, False), (1, True)])
-def test_a_rank_that_is_lost_ends_the_others(tmp_path_factory: pytest.TempPathFactory, lost: int, hangs: bool) -> None:
+def test_a_rank_that_is_lost_ends_the_others(ranks: Ranks, lost: int, hangs: bool) -> None:
     """Those beside it at once, or after the timeout if it hangs, and then those beside them."""
-    started = Ranks(3, tmp_path_factory.mktemp("lost"))
     try:
-        started.tell(3, tasks.lose_one_in_the_walk, lost, hangs, case(build(tiny(layers=3), 0)))
+        ranks.tell(3, tasks.lose_one_in_the_walk, lost, hangs, case(build(tiny(layers=3), 0)))
         for rank in {0, 1, 2} - {lost}:
-            failed, text = started.answer(rank)
+            failed, text = ranks.answer(rank)
             assert failed and text.startswith(f"RankLost: rank {rank} hears nothing from rank ")
-            started.processes[rank].join(20)
-            assert started.processes[rank].exitcode == 1
+            ranks.processes[rank].join(20)
+            assert ranks.processes[rank].exitcode == 1
     finally:
-        started.close()
+        ranks.replace()
+
+
+def test_ranks_that_failed_are_replaced(ranks: Ranks) -> None:
+    """Of the tests' own pool: what is asked next finds new ones."""
+    with pytest.raises(AssertionError, match="rank 1 has ended without an answer"):
+        ranks.ask(3, tasks.end_without_a_word, 1)
+    assert ranks.ask(3, tasks.rank_of) == [0, 1, 2]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import minichunk as mc
 from minichunk.chunks import Chunk, cut
 from minichunk.memory.cache import LayerCache
-from minichunk.memory.offload import OffloadedLayer, Stage
+from minichunk.memory.offload import DeviceBlocks, OffloadedLayer
 from minichunk.memory.pattern import FULL, Pattern, Strided, Window
 from minichunk.memory.places import places
 from minichunk.models.partial import partial_config
@@ -28,7 +28,7 @@ GIB = 2**30
 def layer_of(pattern: Pattern, capacity: int, kept: Sequence[Chunk], offload: bool) -> LayerCache | OffloadedLayer:
     like = torch.zeros(1, dtype=torch.float64)
     if offload:
-        return OffloadedLayer(Stage((2, 1, 1, 1), like, torch.float64), capacity, kept, pattern)
+        return OffloadedLayer(DeviceBlocks((2, 1, 1, 1), like, torch.float64), capacity, kept, pattern)
     layer = LayerCache((1, 1, capacity, 1), kept, like, torch.float64, pattern)
     layer.keys.fill_(torch.nan)
     return layer
@@ -92,7 +92,7 @@ def test_what_is_sent_is_received(pattern: Pattern, chunk_size: int, count: int,
         seen = torch.zeros(chunks[-1].stop)
         for chunk in reversed(chunks):
             if chunk != chunks[-1]:
-                for received in layer.received(chunk):
+                for received in layer.hand_over(chunk):
                     assert torch.equal(received[0, 0, :, 0], seen[chunk.start : chunk.stop].double())
             for part in pattern.parts(*chunk):
                 low, pinned = part.start - part.reach, pattern.pinned_before(chunk.start)

@@ -21,9 +21,8 @@ from minichunk.costs.plan import left_out, longest_table, parse_bytes
 from minichunk.costs.setting import CHUNKED, METHODS, Setting
 from minichunk.costs.step import count_step, optimizer_states, step_memory
 from minichunk.memory.kernels import kernel_for
-from minichunk.memory.layers import LayerMemories
+from minichunk.memory.layer_memory import LayerMemories
 from minichunk.models.shapes import memory_bytes, random_model
-from minichunk.protocol import Recompute
 from minichunk.samplers import most_kept
 
 from .strategies import tiny
@@ -127,10 +126,10 @@ def test_offloaded_states_come_to_the_device(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("method", "recompute", "offload", "kinds"),
-    [("seco", False, False, "sfs"), ("seco", "all", True, "ssss"), ("spaco", True, False, "ssss")],
+    [("seco", False, False, "sfs"), ("seco", True, True, "ssss"), ("spaco", True, False, "ssss")],
 )
 def test_a_step_with_windows_is_forecast(
-    tmp_path: Path, method: str, recompute: Recompute, offload: bool, kinds: str
+    tmp_path: Path, method: str, recompute: bool, offload: bool, kinds: str
 ) -> None:
     """Layers of both kinds, and of one, which a few of them stand for."""
     fields = tiny(len(kinds), vocab_size=512, hidden_size=64, intermediate_size=128, head_dim=16).to_dict()
@@ -168,7 +167,7 @@ LAYERS = {  # every option of every method at least once
         Setting("", method, 64, 3, 0),
         *(
             [
-                Setting("", method, 64, 3, 4, recompute="all", offload=True),
+                Setting("", method, 64, 3, 4, recompute=True, offload=True),
                 Setting("", method, 64, 3, 0, recompute=False, fill_size=256, device="cpu"),
             ]
             if method in CHUNKED
@@ -212,10 +211,10 @@ def test_what_recompute_keeps(directory: str, capsys: pytest.CaptureFixture[str]
     """True keeps what attention returned: (1, 64, 64) in bfloat16 and log-sum-exps of 4 heads, in 4 layers."""
     common = ["plan", "--model", directory, "--chunk-size", "64", "--seq-len", "4096", "--json"]
     peaks = {}
-    for option in ("--no-recompute", "", "--recompute-attention"):
+    for option in ("--no-recompute", ""):
         assert main([*common, *([option] if option else [])]) == 0
         peaks[option] = json.loads(capsys.readouterr().out)["peak_bytes"]
-    assert peaks["--no-recompute"] > peaks[""] > peaks["--recompute-attention"]
+    assert peaks["--no-recompute"] > peaks[""]
 
 
 @pytest.mark.parametrize("method", ["seco", "spaco"])
@@ -291,8 +290,6 @@ def test_an_8b_llama_on_24_gib() -> None:
     assert seco.longest(available, 512) >= 30_000
     assert seco.at_base.chunk < 0.5 * 2**30
     assert forecast(Setting(method="spaco", sampler="fixed")).longest(available, 512) >= 54_000
-    lean = Setting(method="spaco", sampler="fixed", recompute="all")  # attention's outputs are not kept
-    assert forecast(lean).longest(available, 512) >= 55_000
 
 
 def test_counting_forgets_what_is_freed() -> None:

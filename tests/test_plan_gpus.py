@@ -18,7 +18,7 @@ from minichunk.costs.fullest import Fullest, describe_rank, forecast_on
 from minichunk.costs.plan import gpus_table
 from minichunk.costs.setting import Setting, Share
 from minichunk.models.shapes import layer_memory_bytes, random_model
-from minichunk.pipeline.deal import deal, layer_costs
+from minichunk.pipeline.split_layers import deal, layer_costs
 
 from . import ranks as tasks
 from .ranks import Ranks
@@ -54,7 +54,7 @@ ALL = {"rank": 0, "dtype": torch.float32}
         (llama(3), (2, 1), {"method": "spaco", **ALL, "recompute": False}),
         (llama(3, tie_word_embeddings=True), (1, 1, 1), {"method": "spaco", **ALL, "sampler": "fixed"}),
         (llama(3), (2, 1), {"method": "seco", **LORA, "chunk_size": 256, "fill_size": 1024}),
-        (llama(3), (2, 1), {"method": "seco", **LORA, "offload": True, "recompute": "all"}),
+        (llama(3), (2, 1), {"method": "seco", **LORA, "offload": True, "recompute": True}),
         (hybrid(), (2, 2, 1), {"method": "seco", **ALL}),
     ],
 )

@@ -20,7 +20,7 @@ from minichunk.memory.attention import Past
 from minichunk.memory.cache import LayerCache
 from minichunk.memory.kernels import FlashCPU
 from minichunk.models.lora import DropoutMasks
-from minichunk.protocol import Options, Recompute
+from minichunk.protocol import Options
 from minichunk.seco import fill, new_memory, rebuild
 
 from .gradients import distance, oracle, take_gradients
@@ -61,7 +61,7 @@ def full_with_masks(
     fill_chunks=st.integers(0, 4),
     extra=st.integers(0, 3),
     block=st.integers(1, 6),
-    recompute=st.sampled_from([False, True, "all"]),
+    recompute=st.booleans(),
     offload=st.booleans(),
     seed=st.integers(0, 2**31),
 )
@@ -72,7 +72,7 @@ def test_seco_equals_full(
     fill_chunks: int,
     extra: int,
     block: int,
-    recompute: Recompute,
+    recompute: bool,
     offload: bool,
     seed: int,
 ) -> None:
@@ -126,8 +126,8 @@ def test_full_with_recompute_is_the_same() -> None:
     exact.check(outcome(model, lambda: mc.full(model, ids, ids, recompute=True)))
 
 
-@pytest.mark.parametrize("recompute", [False, True, "all"])
-def test_a_forward_pass_between_a_rebuild_and_its_backward_changes_nothing(recompute: Recompute) -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_forward_pass_between_a_rebuild_and_its_backward_changes_nothing(recompute: bool) -> None:
     """Dropout's masks are drawn again for the chunk that is run again, whatever else has drawn some since."""
     model = build(tiny(), seed=8)
     mc.add_lora(model, 2, 4, ("q_proj", "down_proj"), dropout=0.5)
@@ -148,10 +148,8 @@ def test_a_forward_pass_between_a_rebuild_and_its_backward_changes_nothing(recom
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
-@pytest.mark.parametrize(("recompute", "passes"), [(False, 1), (True, 1), ("all", 2)])
-def test_recompute_does_not_run_attention_again_unless_told(
-    recompute: Recompute, passes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("recompute", [False, True])
+def test_recompute_does_not_run_attention_again(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, chunk = build(tiny(layers=3), seed=9), Chunk(4, 8)
     ids = torch.randint(23, (1, 8))
     options = Options(recompute=recompute)
@@ -161,7 +159,7 @@ def test_recompute_does_not_run_attention_again_unless_told(
     monkeypatch.setattr(FlashCPU, "forward", lambda self, *a, **k: calls.append(1) or forward(self, *a, **k))
     loss, _, _ = rebuild(model, prepare(model, ids, ids, None), chunk, memory, options)
     loss.backward()
-    assert len(calls) == passes * 3 * 2  # in each layer the chunk itself and its past
+    assert len(calls) == 3 * 2  # in each layer the chunk itself and its past
 
 
 def test_what_recompute_keeps_goes_with_the_graph() -> None:
@@ -186,7 +184,7 @@ def test_what_recompute_keeps_goes_with_the_graph() -> None:
 
 
 def no_relay(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr("minichunk.memory.layers.LayerMemories.received", lambda *_: [])
+    patch.setattr("minichunk.memory.layer_memory.LayerMemories.hand_over", lambda *_: [])
 
 
 def wrong_order(patch: pytest.MonkeyPatch) -> None:
@@ -319,8 +317,6 @@ def test_same_seed_same_bits() -> None:
         ({"chunk_size": 9, "fill_size": 8}, "fill_size is 8, but must be at least the chunk size, 9"),
         ({"input_ids": torch.zeros(0, 2, dtype=torch.int64)}, "must be int64"),
         ({"num_targets": 0}, "num_targets is 0"),
-        ({"recompute": "al"}, "recompute is 'al', but must be False, True or 'all'"),
-        ({"recompute": 1}, "recompute is 1, but must be"),
     ],
 )
 def test_wrong_arguments_are_named(change: dict[str, object], words: str) -> None:

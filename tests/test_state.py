@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import minichunk as mc
+from minichunk.batch import shift
 from minichunk.chunks import Chunk, cut
-from minichunk.memory.layers import LayerMemories
+from minichunk.memory.layer_memory import LayerMemories
 from minichunk.memory.scan import scan
 from minichunk.memory.state import Handed
 from minichunk.models.load import load_model
 from minichunk.models.ssm import StateLayer
-from minichunk.protocol import DEFAULTS, Recompute
+from minichunk.protocol import DEFAULTS
 from minichunk.seco import fill
-from minichunk.targets import shift
 
 from .gradients import oracle, take_gradients
 from .recurrence import loop
@@ -57,7 +57,7 @@ def plain_case(layers: str, **others: Any) -> dict[str, Any]:
     fill_chunks=st.integers(0, 4),
     extra=st.integers(0, 3),
     block=st.integers(1, 6),
-    recompute=st.sampled_from([False, True, "all"]),
+    recompute=st.booleans(),
     offload=st.booleans(),
 )
 def test_seco_equals_full(
@@ -67,7 +67,7 @@ def test_seco_equals_full(
     fill_chunks: int,
     extra: int,
     block: int,
-    recompute: Recompute,
+    recompute: bool,
     offload: bool,
 ) -> None:
     fill_size = fill_chunks * chunk_size + extra if fill_chunks else None
@@ -151,7 +151,7 @@ def test_what_lies_below_all_that_learns_has_no_graph(target: str, graphs: list[
 def received_states(model: mc.StateSpace, ids: Tensor, chunk_size: int) -> dict[tuple[int, int], Tensor]:
     """What SeCO relays to the state of each layer at the end of each chunk, by layer and position."""
     found: dict[tuple[int, int], Tensor] = {}
-    original = LayerMemories.received
+    original = LayerMemories.hand_over
 
     def spy(self: LayerMemories, chunk: Chunk) -> Any:
         received = original(self, chunk)
@@ -159,7 +159,7 @@ def received_states(model: mc.StateSpace, ids: Tensor, chunk_size: int) -> dict[
         return received
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LayerMemories, "received", spy)
+        patch.setattr(LayerMemories, "hand_over", spy)
         mc.seco(model, ids, ids, chunk_size)
     model.zero_grad()
     return found

@@ -100,7 +100,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         with pytest.raises(Stopped):
             train(options, say=quiet)
     assert len((Path(options.output or "") / "metrics.jsonl").read_text().splitlines()) == 5
-    resumed = results(train(TrainOptions(output=options.output), resume=True, say=quiet))
+    resumed = results(train(TrainOptions(output=options.output, resume=True), say=quiet))
     assert whole[1] == resumed[1]
     assert whole[0].keys() == resumed[0].keys()
     for name, tensor in whole[0].items():
@@ -144,7 +144,7 @@ def test_resume_before_the_first_save_starts_over(
         stop_at(2, patch)
         with pytest.raises(Stopped):
             train(options, say=quiet)
-    resumed = results(train(TrainOptions(output=options.output), resume=True, say=quiet))
+    resumed = results(train(TrainOptions(output=options.output, resume=True), say=quiet))
     assert whole[1] == resumed[1]
 
 
@@ -170,7 +170,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(options: TrainOptions, monkeypatch:
         train(options, say=quiet)
     assert signal.getsignal(signal.SIGINT) is handler
     said: list[str] = []
-    train(TrainOptions(output=options.output), resume=True, say=said.append)
+    train(TrainOptions(output=options.output, resume=True), say=said.append)
     assert any("after step 3 of 6" in line for line in said)
 
 
@@ -372,7 +372,7 @@ def test_a_damaged_run_file_is_named(options: TrainOptions) -> None:
         broken = {**info, "options": {**info["options"], name: value}}
         (directory / "run.json").write_text(json.dumps(broken))
         with pytest.raises(mc.InputError, match=r"run.json is not of this version"):
-            train(TrainOptions(output=str(directory)), resume=True, say=quiet)
+            train(TrainOptions(output=str(directory), resume=True), say=quiet)
 
 
 def test_ctrl_c_in_the_last_evaluation_says_how_to_resume(

@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import minichunk as mc
-from minichunk.files.torchrun import started
-from minichunk.pipeline.start import local_device
+from minichunk.pipeline.start import local_device, started
 
 from . import train_ranks as tasks
 from .ranks import Ranks
@@ -91,7 +90,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "dtype": "bfloat16",
         "cache_grad_dtype": "bfloat16",
         "fill_size": 16,
-        "recompute_attention": True,
+        "recompute": True,
     },
     "offload": {"offload": True, "dropout": 0.1},
     "4 bits": {"load_in_4bit": True, "dtype": "bfloat16"},

@@ -12,10 +12,10 @@ from unittest.mock import patch
 import torch
 
 from minichunk.errors import InputError
-from minichunk.files.torchrun import started
+from minichunk.pipeline.start import started
 from minichunk.training import loop, results
 from minichunk.training.loop import NonFiniteLoss
-from minichunk.training.options import TrainOptions
+from minichunk.training.options import TrainOptions, options_of
 from minichunk.training.train import Interrupted, train
 
 
@@ -43,7 +43,7 @@ def train_here(
     plot = patch.object(results, "plot_run", lambda *_: True)  # drawing takes longer than training
     with under_torchrun(rank, world), patch.object(loop.Trainer, "run_step", run_step), plot:
         try:
-            train(TrainOptions.from_dict(values), resume, lines.append)
+            train(options_of(TrainOptions, {**values, "resume": resume}), lines.append)
         except (InputError, NonFiniteLoss, Interrupted) as error:
             return lines, f"{type(error).__name__}: {error}"
     return lines, ""
@@ -76,5 +76,5 @@ def read_here(rank: int, world: int, values: dict[str, Any]) -> tuple[list[str],
             yield Seen(file)
 
     with under_torchrun(rank, world), patch.object(checkpoint, "open_tensors", seen):
-        stage, _ = load_model(TrainOptions.from_dict(values).resolved(), Links())
+        stage, _ = load_model(options_of(TrainOptions, values).resolved(), Links())
     return names, len(list(stage.named_parameters()))

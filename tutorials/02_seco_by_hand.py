@@ -81,7 +81,7 @@ print("targets of each, both rows together:", [int((targets[:, a:b] >= 0).sum())
 # concatenated in every attention, which is the textbook way; minichunk's own KV cache avoids that copy.
 
 # %%
-memory = Concatenating(model).new_memory(batch=2, capacity=11, kept=chunks[:-1])  # none sends to the last
+memory = Concatenating(model).new_memory(batch=2, capacity=11, receiving=chunks[:-1])  # none sends to the last
 
 
 def f(j):
@@ -221,7 +221,7 @@ def seco_by_hand(num_chunks):
             memory.write([chunks[j]], f(j)[1])
     for j in reversed(range(num_chunks)):
         J, m = f(j)  # rebuild
-        g = flat(memory.received(chunks[j]))  # what later chunks have sent back; empty for the last one
+        g = flat(memory.hand_over(chunks[j]))  # what later chunks have sent back; empty for the last one
         torch.autograd.backward([J, *flat(m)[: len(g)]], [None, *g])  # relay and backpropagate
         yield J.detach()
 

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 import minichunk as mc
 from minichunk.files.shipped import ASSETS, novel
-from minichunk.pipeline import step
+from minichunk.pipeline import pipeline_seco as step
 from minichunk.pipeline.links import Links
 from minichunk.walk.merge import merge
 from minichunk.walk.schedule import draw_schedule, schedule
@@ -119,7 +119,7 @@ print("every gradient is that of one process, bit for bit: True")
 #
 # ## The loop beside Algorithm 1
 #
-# All ranks run [`pipeline/step.py`](../minichunk/pipeline/step.py). Which of its lines are lines of Algorithm 1?
+# All ranks run [`pipeline/pipeline_seco.py`](../minichunk/pipeline/pipeline_seco.py). Which of its lines are lines of Algorithm 1?
 
 # %%
 for function in (mc.seco, step._step, step.walk_back, step._backward):
@@ -147,9 +147,9 @@ def too_early(rank, model, ids):
 
     def run_and_ask(x, memory, chunks, options):
         if torch.is_grad_enabled():  # a rebuild
-            received = type(memory).received(memory, chunks[0])
+            received = type(memory).hand_over(memory, chunks[0])
             asked[chunks[0]] = [tuple(g.clone() for g in layer) for layer in received]
-            memory.received = asked.get
+            memory.hand_over = asked.get
         return run(x, memory, chunks, options)
 
     stage.run = run_and_ask

@@ -19,7 +19,7 @@ import minichunk as mc
 from minichunk.batch import Batch, make_batch
 from minichunk.chunks import Chunk, cut, span
 from minichunk.loss import summed_loss
-from minichunk.memory.layers import LayerMemories
+from minichunk.memory.layer_memory import LayerMemories
 from minichunk.seco import flat
 
 
@@ -33,7 +33,7 @@ class Relay(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return grad, None, None, *(flat(ctx.memory.received(ctx.chunk)) or ctx.nothing)
+        return grad, None, None, *(flat(ctx.memory.hand_over(ctx.chunk)) or ctx.nothing)
 
 
 class Layers(nn.Module):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from minichunk.chunks import Chunk
 from minichunk.errors import InputError
 from minichunk.full import full
-from minichunk.memory.layers import Extent, Held
+from minichunk.memory.layer_memory import MemorySpec, MemoryUse
 from minichunk.memory.scan import scan
 from minichunk.models.ssm import StateLayer, StateSpace
 from minichunk.models.stack import RMSNorm, Stack
@@ -73,28 +73,28 @@ class TruncatedLayer(nn.Module):
             earlier = ()  # the fill has several chunks, and no gradients
         return x + torch.cat(outputs, 1).to(x.dtype), tuple(written)
 
-    def writes(self, x: Tensor, past: Reach | None, *shared: Any) -> tuple[Tensor, ...]:
+    def fill(self, x: Tensor, past: Reach | None, *shared: Any) -> tuple[Tensor, ...]:
         """What `forward` writes."""
         written: tuple[Tensor, ...] = self(x, past, *shared)[1]
         return written
 
-    def new_memory(self, extent: Extent) -> LayerReach:
+    def new_memory(self, spec: MemorySpec) -> LayerReach:
         """For what lies within reach of a kept chunk."""
-        zero = self.layer.nothing(extent.like.new_empty(extent.batch, 0, self.layer.norm.weight.shape[0]))
-        return LayerReach(zero, extent, self.window)
+        zero = self.layer.nothing(spec.like.new_empty(spec.batch, 0, self.layer.norm.weight.shape[0]))
+        return LayerReach(zero, spec, self.window)
 
 
 class LayerReach:
     """A truncated layer's memory: as of keys and values, of all tokens within reach of a kept chunk, and their
     gradients; and a state, which receives none, wherever they may begin. See layers.LayerMemory."""
 
-    def __init__(self, zero: Tensor, extent: Extent, window: int) -> None:
+    def __init__(self, zero: Tensor, spec: MemorySpec, window: int) -> None:
         self.window = window
-        self.starts = {extent.capacity, *(chunk.start for chunk in extent.kept)}
+        self.starts = {spec.capacity, *(chunk.start for chunk in spec.receiving)}
         self.states = {0: zero}
         self.inputs: dict[Chunk, Inputs] = {}  # leaves: autograd adds up in `.grad` what is sent back
 
-    def past(self, chunks: Sequence[Chunk], keep: bool) -> Reach:
+    def past(self, chunks: Sequence[Chunk], save: bool) -> Reach:
         start, earlier = chunks[0].start, list[Inputs]()
         if torch.is_grad_enabled():
             for chunk in sorted(self.inputs, reverse=True):  # whole chunks, until the window is full
@@ -115,16 +115,16 @@ class LayerReach:
                 self.states.pop(chunk.start)
             self.states[chunk.stop] = state
 
-    def received(self, chunk: Chunk) -> tuple[Tensor, ...]:
+    def hand_over(self, chunk: Chunk) -> tuple[Tensor, ...]:
         state = self.states[chunk.start]
         if chunk not in self.inputs:  # out of reach of all kept ones
             B, P, N, C = *state.shape, chunk.stop - chunk.start
             return state, state.new_zeros(B, C, P), state.new_zeros(B, C, N), state.new_zeros(B, C, N)
         return state, *(torch.zeros_like(z) if z.grad is None else z.grad for z in self.inputs.pop(chunk))
 
-    def tensors(self) -> Held:
+    def tensors(self) -> MemoryUse:
         leaves = [z for inputs in self.inputs.values() for z in inputs]
-        return Held([*self.states.values(), *leaves], [z.grad for z in leaves if z.grad is not None])
+        return MemoryUse([*self.states.values(), *leaves], [z.grad for z in leaves if z.grad is not None])
 
 
 class TruncatedStateSpace(Stack):

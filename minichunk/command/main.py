@@ -5,30 +5,47 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ..errors import InputError
-from ..files.torchrun import is_one_of_several
-from .arguments import build_parser
+from ..pipeline.links import RankLost
+from ..pipeline.start import is_one_of_several, speaks_first
+from ..training.evaluate import EvaluateOptions, evaluate_files
+from ..training.generate import GenerateOptions, continue_text
+from ..training.loop import NonFiniteLoss
+from ..training.options import TrainOptions, options_of
+from ..training.train import Interrupted, train
+from .arguments import add_others
+from .options import Parser, add_command
+
+# A command's options, and what it does; False is a port that differs.
+COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
+    "train": (TrainOptions, train),
+    "evaluate": (EvaluateOptions, evaluate_files),
+    "generate": (GenerateOptions, lambda options: print(continue_text(options))),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="minichunk", description="Chunk-wise training of language models on long contexts (SeCO and SpaCO)."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (options, _) in COMMANDS.items():
+        add_command(commands, name, options)
+    add_others(commands)
+    return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Carry out one parsed command; returns the exit status."""
     values = vars(arguments)
     command = values.pop("command")
-    if command == "train":
-        from ..training.options import TrainOptions
-        from ..training.train import train
-
-        resume = values.pop("resume", False)
-        if resume and (extra := sorted(values.keys() - {"output", "pipeline", "timeout"})):
-            raise InputError(f"--resume continues with the run's own options: leave out --{extra[0].replace('_', '-')}")
-        train(TrainOptions.from_dict(values), resume)
-    elif command == "generate":
-        from ..training.generate import continue_text
-
-        print(continue_text(**values))
-    elif command == "bench":
+    if command in COMMANDS:
+        options, carry_out = COMMANDS[command]
+        return int(carry_out(options_of(options, values)) is False)
+    if command == "bench":
         from ..costs.bench import run_bench
 
         run_bench(**values)
@@ -36,10 +53,6 @@ def run(arguments: argparse.Namespace) -> int:
         from ..costs.plan import run_plan
 
         run_plan(**values)
-    elif command == "evaluate":
-        from ..training.evaluate import evaluate_files
-
-        evaluate_files(**values)
     elif command == "golden":
         from ..porting.golden import write_golden
 
@@ -58,11 +71,6 @@ def run(arguments: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 2 for a user's mistake, 1 for a training that failed or a port that differs, 130 after
     Ctrl-C."""
-    from ..pipeline.links import RankLost
-    from ..pipeline.start import speaks_first
-    from ..training.loop import NonFiniteLoss
-    from ..training.train import Interrupted
-
     try:
         return run(build_parser().parse_args(argv))
     except InputError as error:

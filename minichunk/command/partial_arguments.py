@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .parser import Parser
+from .options import Parser
 
 PARTIAL_HELP = """\
 Make a hybrid of a model of full attention (LongGen, arXiv 2410.01485): the middle third of its layers

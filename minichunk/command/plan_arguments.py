@@ -1,10 +1,11 @@
-"""The options of `minichunk plan`."""
+"""The options of `minichunk plan` and `minichunk bench`."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
-from .parser import Parser
+from .options import Parser
 from .partial_arguments import add_partial
 
 
@@ -48,11 +49,6 @@ def add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
         help="keep all activations of a chunk. Without this option a chunk keeps each layer's input and what its "
         "attention returned (4 MiB a layer at 8B and 512 tokens), and the rest is run again",
     )
-    recompute.add_argument(
-        "--recompute-attention",
-        action="store_true",
-        help="run attention over the past again too, which keeps the layers' inputs alone and takes more time",
-    )
     plan.add_argument("--load-in-4bit", action="store_true", help="store the frozen base in 4 bits")
     plan.add_argument("--offload", action="store_true", help="keep the cache and its gradients in host memory")
     plan.add_argument("--host-memory", default="64GiB", help="for --offload, of all GPUs (default: 64GiB)")
@@ -61,3 +57,30 @@ def add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
     plan.add_argument("--table", action="store_true", help="the longest context by memory, model and method, instead; "
                       "with --gpus by memory, number of GPUs up to N, and method")  # fmt: skip
     plan.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
+    from ..costs.bench import METHODS, SHOWN
+
+    bench = commands.add_parser(
+        "bench",
+        help="measure what each method costs",
+        description="Time and peak memory of one training step by each method at each length, and both relative to "
+        "the first method. Random weights; every measurement is a process of its own, and all are made once before "
+        "any is repeated.",
+    )
+    bench.add_argument("--methods", nargs="+", metavar="M", default=list(SHOWN), help=f"of {', '.join(METHODS)} "
+                       f"(default: {' '.join(SHOWN)})")  # fmt: skip
+    bench.add_argument("--seq-len", nargs="+", type=int, metavar="N", default=[1024, 2048, 4096],
+                       help="tokens (default: 1024 2048 4096)")  # fmt: skip
+    bench.add_argument("--model", default="llama-47m", metavar="M", help="directory or a shape, as plan takes it "
+                       "(default: llama-47m)")  # fmt: skip
+    bench.add_argument("--chunk-size", type=int, default=512, metavar="C", help="tokens per chunk (default: 512)")
+    bench.add_argument("--fill-size", type=int, metavar="N", help="tokens per forward pass of the fill (default: C)")
+    bench.add_argument("--budget", type=int, metavar="t", help="spaco: chunks kept (default: a quarter)")
+    bench.add_argument("--rank", type=int, default=0, metavar="R", help="of LoRA; 0 trains all (default: 0)")
+    bench.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    bench.add_argument("--dtype", help="of the model (default: bfloat16 on CUDA, else float32)")
+    bench.add_argument("--repeats", type=int, default=2, metavar="N", help="measurements of each (default: 2)")
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="draw time and memory against the length, as a PNG")
+    bench.add_argument("--json", action="store_true", help="print all samples as one JSON object")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .parser import Parser
+from .options import Parser
 
 COMPARE_HELP = """\
 Compare a port's tensors with a golden file's, up to the first difference, and say what it usually means.

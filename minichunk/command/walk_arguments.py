@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .parser import Parser
+from .options import Parser
 
 WALK_HELP = """\
 Watch one training step, event by event, in a browser.

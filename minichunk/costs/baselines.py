@@ -17,7 +17,7 @@ from torch import Tensor
 from ..batch import Batch
 from ..chunks import Chunk, cut
 from ..loss import summed_loss
-from ..memory.layers import Held, LayerMemories
+from ..memory.layer_memory import LayerMemories, MemoryUse
 from ..memory.pattern import Pattern
 from ..models.llama import Llama
 from ..models.stack import Stack
@@ -33,7 +33,7 @@ class ConcatenatingLayer:
         self.pattern = pattern
         self.chunks: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def past(self, chunks: Sequence[Chunk], keep: bool) -> ConcatenatingPast:
+    def past(self, chunks: Sequence[Chunk], save: bool) -> ConcatenatingPast:
         pairs = [pair for start, pair in sorted(self.chunks.items()) if start < chunks[0].start]
         return ConcatenatingPast(pairs, self.pattern)
 
@@ -41,12 +41,12 @@ class ConcatenatingLayer:
         keys, values = written  # (B, G, C, D)
         self.chunks[chunks[0].start] = (keys.detach().requires_grad_(), values.detach().requires_grad_())
 
-    def received(self, chunk: Chunk) -> tuple[Tensor, ...]:
+    def hand_over(self, chunk: Chunk) -> tuple[Tensor, ...]:
         return tuple(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.chunks[chunk.start])
 
-    def tensors(self) -> Held:
+    def tensors(self) -> MemoryUse:
         leaves = [leaf for pair in self.chunks.values() for leaf in pair]
-        return Held(leaves, [leaf.grad for leaf in leaves if leaf.grad is not None])
+        return MemoryUse(leaves, [leaf.grad for leaf in leaves if leaf.grad is not None])
 
 
 class ConcatenatingPast:
@@ -77,9 +77,9 @@ class Concatenating:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
-    def new_memory(self, batch: int, capacity: int, kept: Sequence[Chunk] = (), *_: Any) -> LayerMemories:
+    def new_memory(self, batch: int, capacity: int, receiving: Sequence[Chunk] = (), *_: Any) -> LayerMemories:
         layers: Any = self.model.layers
-        return LayerMemories([ConcatenatingLayer(layer.self_attn.pattern) for layer in layers], kept)
+        return LayerMemories([ConcatenatingLayer(layer.self_attn.pattern) for layer in layers], receiving)
 
 
 def concatenating(

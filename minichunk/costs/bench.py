@@ -1,153 +1,279 @@
-"""`minichunk bench`: what each method costs in time and memory, side by side in one run."""
+"""`minichunk bench`: time and peak memory of a training step, a row for each length and method."""
 
 from __future__ import annotations
 
-import json
-import subprocess
+import os
+import platform
+import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from json import dumps
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from ..batch import prepare
+from ..chunks import check_fill_size, cut
 from ..errors import InputError
-from ..files.atomic import read_json, write_json
-from . import pipelined, positions, shares
-from .forecast import forecast
-from .machine import command, machine
-from .measure import METHODS, Case
-from .results import GIB, Result, plot, ratios, read_results, table
-from .setting import Setting
-from .sums import chunk_table, in_words, plot_curves, read_curves, sum_table
+from ..files.atomic import human_bytes
+from ..files.figures import new_figure, save_figure
+from ..full import full
+from ..models.shapes import random_model, shape
+from ..samplers import FixedBudget
+from ..seco import seco
+from ..spaco import spaco
+from ..training.checks import check_choice, check_device, check_least
+from ..training.options import DTYPES, default_dtype
+from ..training.report import peak_memory
+from .baselines import concatenating, tiled_full, transformers_llama
+
+WHOLE = ("full", "full-recompute", "full-recompute-tiled", "full-recompute-offload", "transformers")
+KINDS = ("", "-recompute", "-offload", "-recompute-offload")
+CHUNKED = tuple(f"{method}{kind}" for method in ("seco", "spaco") for kind in KINDS)
+METHODS = (*WHOLE, *CHUNKED, "seco-concatenating")
+SHOWN = ("full", "full-recompute", "full-recompute-offload", "seco", "spaco")
 
 
-def cpu_cases() -> list[Case]:
-    """Up to 4,096 tokens of the 47M model in float32."""
-    cases = []
-    for tokens in (1024, 2048, 4096):
-        methods = [m for m in METHODS if "concatenating" not in m and m != "seco-parts"]
-        methods += ["concatenating-seco"] if tokens == 4096 else []
-        cases += [Case(method, tokens, 512) for method in methods if method != "spaco"]
-        cases += [Case("spaco", tokens, 512, budget=tokens // 512 // part) for part in (4, 2) if tokens // 512 >= part]
-    return cases + [Case("seco", 2048, chunk_size) for chunk_size in (64, 128, 256, 1024)]
+@dataclass(frozen=True)
+class Case:
+    """A training step that is measured: of a model with random weights, on one random text of `seq_len` tokens.
 
-
-def target_cases() -> list[Case]:
-    """16,384 tokens, and the lengths between which the growth of memory is measured."""
-    cases = [Case(method, tokens, 512) for tokens in (8192, 16384) for method in ("seco", "forward")]
-    cases += [Case("spaco", 8192, 512, budget=4), Case("spaco", 16384, 512, budget=4)]
-    return [*cases, Case("concatenating-seco", 16384, 512), Case("concatenating-spaco", 16384, 512, budget=4)]
-
-
-def cuda_cases() -> list[Case]:
-    """An 8B-shaped Llama in bfloat16 with LoRA under a cap of 24 GiB, the host's memory for 128K tokens."""
-    common = Case("seco", 16384, 512, model="llama-3-8b", dtype="bfloat16", device="cuda", rank=8, recompute=True)
-    common = replace(common, memory_cap=24 * GIB, cache_grad_dtype="bfloat16", fill_size=2048)
-    longest = forecast(Setting(cache_grad_dtype=torch.bfloat16)).longest(23 * GIB, 512)
-    cases = [replace(common, tokens=tokens) for tokens in (1024, 4096, 16384, 28672, longest)]
-    cases += [replace(common, method="spaco", tokens=tokens, budget=8) for tokens in (16384, 53248)]
-    cases += [replace(common, method=m, tokens=n) for m in ("full", "full-recompute") for n in (1024, 4096)]
-    cases += [replace(common, method=f"full-recompute{which}") for which in ("", "-tiled", "-offload")]
-    cases += [replace(common, method="forward")]
-    cases += [replace(common, tokens=16384, offload=True, chunk_size=size) for size in (512, 1024, 2048)]
-    cases += [replace(common, tokens=16384, chunk_size=size) for size in (1024, 2048)]
-    return [*cases, replace(common, method="seco-parts", tokens=131072, chunk_size=2048, offload=True)]
-
-
-PRESETS: dict[str, tuple[Callable[[], list[Case]], int]] = {
-    "cpu": (cpu_cases, 2),
-    "targets": (lambda: [*cpu_cases(), *target_cases()], 2),
-    "cuda": (cuda_cases, 1),
-}
-
-
-def bench(cases: Sequence[Case], repeats: int, output: Path, quiet: bool = False) -> list[Result]:
-    """Measure every case `repeats` times, all of them once before any twice; write results and plots.
-
-    Each measurement is a process of its own. Round r draws SpaCO's chunks with seed r, the same ones
-    for every method. Raises InputError if the output cannot be written.
+    model: as for `shape`. budget: chunks that SpaCO keeps. rank: of LoRA; 0 trains all parameters.
     """
-    results = [Result(case, []) for case in cases]
-    with tqdm(total=repeats * len(cases), desc="bench", unit="run", disable=quiet) as bar:
+
+    method: str
+    seq_len: int
+    model: str = "llama-47m"
+    chunk_size: int = 512
+    fill_size: int | None = None
+    budget: int = 1
+    rank: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
+    seed: int = 0
+
+
+@dataclass
+class Row:
+    """The samples of a case, one for each repeat; or why there are none."""
+
+    case: Case
+    seconds: list[float]
+    peak_bytes: list[int]
+    error: str | None = None
+
+    def against(self, first: Row, name: str) -> float | None:
+        """The median relative to that of another row; None if one of the two has failed."""
+        if self.error or first.error:
+            return None
+        return statistics.median(getattr(self, name)) / statistics.median(getattr(first, name))
+
+
+def measure(case: Case) -> tuple[float, int, float]:
+    """Run the step after a short warm-up; returns its seconds, the peak memory in bytes, and the loss.
+
+    The memory is that of the device's allocator on CUDA, else that of this process.
+    """
+    device = torch.device(case.device)
+    torch.manual_seed(0)
+    model = random_model(case.model, DTYPES[case.dtype], case.rank, device=case.device)
+    step = step_of(case, model)
+    ids = torch.randint(shape(case.model).vocab_size, (1, case.seq_len), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(device)
+    step(ids[:, : min(case.seq_len, 2 * min(case.chunk_size, 64))])
+    model.zero_grad(set_to_none=True)
+    _synchronize(device)
+    began = time.perf_counter()
+    loss = step(ids)
+    _synchronize(device)
+    return time.perf_counter() - began, peak_memory(device), float(loss)
+
+
+def step_of(case: Case, model: Any) -> Callable[[Tensor], Tensor]:
+    """A function of token ids (1, T) that adds to the gradients by the method of this case, and returns the loss."""
+    name, _, suffix = case.method.partition("-")
+    size = case.chunk_size
+    if case.method == "full-recompute-tiled":
+        return lambda ids: tiled_full(model, prepare(model, ids, ids, None))
+    if case.method == "full-recompute-offload":
+        return lambda ids: tiled_full(model, prepare(model, ids, ids, None), offload=True)
+    if name == "full":
+        return lambda ids: full(model, ids, ids, recompute=bool(suffix))
+    if case.method == "transformers":
+        return _step_of_transformers(model)
+    if case.method == "seco-concatenating":
+        return lambda ids: concatenating(model, ids, ids, size)
+    options: dict[str, Any] = {"recompute": "recompute" in suffix, "offload": "offload" in suffix}
+    options["fill_size"] = case.fill_size
+    if name == "seco":
+        return lambda ids: seco(model, ids, ids, size, **options)
+
+    def spaco_step(ids: Tensor) -> Tensor:
+        coins = torch.Generator().manual_seed(case.seed)
+        return spaco(model, ids, ids, size, sampler=FixedBudget(case.budget), generator=coins, **options)
+
+    return spaco_step
+
+
+def _step_of_transformers(model: Any) -> Callable[[Tensor], Tensor]:
+    theirs = transformers_llama(model)
+    model.requires_grad_(False).to("meta")  # one copy of the weights is enough
+
+    def step(ids: Tensor) -> Tensor:
+        theirs.zero_grad(set_to_none=True)
+        loss: Tensor = theirs(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        return loss.detach()
+
+    return step
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def bench(cases: Sequence[Case], repeats: int, quiet: bool = False) -> list[Row]:
+    """Measure each case `repeats` times, all of them once before any twice; each time in a process of its own.
+
+    So the memory of one does not count for another. Repeat r draws SpaCO's chunks with seed r. A case that fails is
+    not repeated.
+    """
+    rows = [Row(case, [], []) for case in cases]
+    with tqdm(total=repeats * len(cases), desc="bench", unit="step", leave=False, disable=quiet) as bar:
         for seed in range(repeats):
-            for result in results:
-                bar.set_postfix_str(f"{result.case.label}, {result.case.tokens:,} tokens")
-                result.samples.append(_run(replace(result.case, seed=seed)))
+            for row in rows:
+                bar.set_postfix_str(f"{row.case.method}, {row.case.seq_len:,} tokens")
+                if row.error is None:
+                    _measure_in_process(row, seed)
                 bar.update()
-                _write(results, output)
-    return results
+    return rows
 
 
-def _run(case: Case) -> dict[str, Any]:
-    command = [sys.executable, "-m", "minichunk.costs.measure", json.dumps(asdict(case))]
-    process = subprocess.run(command, capture_output=True, text=True, check=False)
-    if process.returncode == 0:
-        sample: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
-        del sample["case"]
-        return sample
-    if process.returncode == -9:  # the kernel's out-of-memory killer
-        return {"out_of_memory": True}
-    return {"error": (process.stderr.strip().splitlines() or ["no message"])[-1]}
+def _measure_in_process(row: Row, seed: int) -> None:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        try:
+            seconds, peak, _ = process.submit(measure, replace(row.case, seed=seed)).result()
+        except (BrokenProcessPool, torch.OutOfMemoryError):  # the kernel ends a process that takes too much
+            row.error = "out of memory"
+        except Exception as error:
+            row.error = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            row.seconds.append(seconds)
+            row.peak_bytes.append(peak)
 
 
-def _write(results: Sequence[Result], output: Path) -> None:
-    rows = [{"case": asdict(r.case), "label": r.case.label, "samples": r.samples} for r in results]
-    write_json(output, {"command": command(), "machine": machine(), "results": rows})
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: the median and, of several repeats, the range; relative to the first method of the same length."""
+    first = rows[0].case.method
+    lines = [f"| tokens | method | seconds | / {first} | peak memory | / {first} |", "|---:|---|---:|---:|---:|---:|"]
+    for row in rows:
+        beside = next(r for r in rows if r.case.seq_len == row.case.seq_len)
+        begin = f"| {row.case.seq_len:,} | {row.case.method} |"
+        if row.error is not None:
+            lines.append(f"{begin} {row.error} | | | |")
+            continue
+        ratios = [row.against(beside, name) for name in ("seconds", "peak_bytes")]
+        time_ratio, memory_ratio = ("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
+        seconds, peak = _spread(row.seconds, lambda x: f"{x:.2f}"), _spread(row.peak_bytes, human_bytes)
+        lines.append(f"{begin} {seconds} | {time_ratio} | {peak} | {memory_ratio} |")
+    return "\n".join(lines)
+
+
+def _spread(values: Sequence[float], show: Callable[[float], str]) -> str:
+    """Median and range; the median alone where they are shown alike."""
+    low, middle, high = show(min(values)), show(statistics.median(values)), show(max(values))
+    return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw time and peak memory against the length, a line for each method. Raises InputError without matplotlib."""
+    figure = new_figure(11, 5)
+    if figure is None:
+        raise InputError("--plot needs matplotlib: pip install matplotlib")
+    panels = figure.subplots(1, 2)
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.error is None:
+            lines.setdefault(row.case.method, []).append(row)
+    lengths = sorted({row.case.seq_len for row in rows})
+    for axes, name, unit, title in zip(
+        panels, ("seconds", "peak_bytes"), (1, 2**30), ("Seconds of a step", "Peak memory, GiB"), strict=True
+    ):
+        for method, points in lines.items():
+            heights = [statistics.median(getattr(row, name)) / unit for row in points]
+            axes.plot([row.case.seq_len for row in points], heights, "o-", label=method)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks(lengths, [f"{tokens:,}" for tokens in lengths])
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set(xlabel="tokens", title=title)
+        axes.grid(alpha=0.3)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=5)
+    save_figure(figure, path)
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the figures are measured on: processor, threads, versions, GPU."""
+    name = platform.processor()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), name)
+    found: dict[str, Any] = {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    found |= {"python": platform.python_version(), "torch": torch.__version__, "system": platform.system()}
+    if torch.cuda.is_available():
+        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
+    return found
 
 
 def run_bench(
-    preset: str | None, device: str | None, repeats: int | None, output: Path | None, redraw: Path | None, json: bool
+    methods: Sequence[str],
+    seq_len: Sequence[int],
+    model: str,
+    chunk_size: int,
+    fill_size: int | None,
+    budget: int | None,
+    rank: int,
+    device: str,
+    dtype: str | None,
+    repeats: int,
+    plot: Path | None,
+    json: bool,
 ) -> None:
-    """`minichunk bench`. Raises InputError."""
-    from ..training.checks import check_device
-
-    preset = preset or device or "cpu"
-    if device not in (None, "cuda" if preset == "cuda" else "cpu"):
-        raise InputError(f"--preset {preset} does not run on --device {device}")
-    if repeats is not None and repeats < 1:
-        raise InputError(f"--repeats is {repeats}, but must be at least 1")
-    path = redraw or output or Path(f"bench-{preset}.json")
-    if redraw is None:
-        check_device("cuda" if preset == "cuda" else "cpu")
-        if preset in OWN:
-            measure, default_repeats, _ = OWN[preset]
-            measure(path, repeats or default_repeats, quiet=json)
-        else:
-            cases, default_repeats = PRESETS[preset]
-            bench(cases(), repeats or default_repeats, path, quiet=json)
-    written_by = str(read_json(path).get("preset"))
-    drawn, shown = (OWN[written_by][2] if written_by in OWN else _show)(path)
+    """`minichunk bench`: print the table, or all samples as JSON. Raises InputError."""
+    for method in methods:
+        check_choice("methods", method, METHODS)
+    check_choice("dtype", dtype, DTYPES)
+    check_least({"seq_len": (min(seq_len), 2), "chunk_size": (chunk_size, 1), "budget": (budget, 1), "rank": (rank, 0)})
+    check_least({"repeats": (repeats, 1)})
+    check_fill_size(fill_size, chunk_size)
+    shape(model)
+    device = check_device(device)
+    if plot is not None and new_figure(1, 1) is None:
+        raise InputError("--plot needs matplotlib: pip install matplotlib")
+    cases = [
+        Case(method, tokens, model, chunk_size, fill_size, budget or max(1, len(cut(tokens, chunk_size)) // 4), rank,
+             device, dtype or default_dtype(device))
+        for tokens in seq_len for method in methods
+    ]  # fmt: skip
+    rows = bench(cases, repeats, quiet=json)
+    if plot is not None:
+        draw(rows, plot)
     if json:
-        print(path.read_text(), end="")
-        return
-    print("\n\n".join(shown))
-    print(f"\nwritten  {path}" + (f" and {path.with_suffix('.png')}" if drawn else ""))
-
-
-def _show(path: Path) -> tuple[bool, list[str]]:
-    """Draw the plot of a results file, if that can be; and what to print of it."""
-    results = read_results(path)
-    return plot(results, path.with_suffix(".png")), [text for text in (table(results), ratios(results)) if text]
-
-
-def _show_positions(path: Path) -> tuple[bool, list[str]]:
-    curves = read_curves(path)
-    shown = ["milliseconds of a chunk, and of a token", chunk_table(curves), sum_table(curves), in_words(curves)]
-    return plot_curves(curves, path.with_suffix(".png")), shown
-
-
-def _show_ranks(path: Path) -> tuple[bool, list[str]]:
-    found = shares.read_shares(path)
-    shown = ["seconds of a step", shares.time_table(found)]
-    shown += ["live tensors at their peak (and the process)", shares.memory_table(found), shares.in_words(found)]
-    return shares.plot_shares(found, path.with_suffix(".png")), shown
-
-
-# Presets that measure something else than one case after the other: how, how often, and what to show of it.
-OWN: dict[str, tuple[Callable[..., None], int, Callable[[Path], tuple[bool, list[str]]]]] = {
-    "partial": (positions.measure_positions, positions.REPEATS, _show_positions),
-    "pipeline": (pipelined.measure_ranks, pipelined.REPEATS, _show_ranks),
-}
+        results = [
+            {"method": row.case.method, "seq_len": row.case.seq_len, "seconds": row.seconds,
+             "peak_bytes": row.peak_bytes, "error": row.error}
+            for row in rows
+        ]  # fmt: skip
+        command = " ".join(["minichunk", *sys.argv[1:]])
+        print(dumps({"command": command, "machine": describe_machine(), "results": results}, indent=2))
+    else:
+        print(table(rows))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from ..errors import InputError
 from ..models.shapes import alike, random_model
-from ..pipeline.deal import deal, layer_costs
+from ..pipeline.split_layers import deal, layer_costs
 from .forecast import BATCH, Forecast, forecast, most
 from .setting import CHUNKED, Setting, Share
 from .step import StepBytes

@@ -19,12 +19,12 @@ from ..chunks import Chunk, cut
 from ..full import backpropagate
 from ..memory.cache import LayerCache
 from ..memory.kernels import kernel_for
-from ..memory.layers import LayerMemories, LayerMemory
+from ..memory.layer_memory import LayerMemories, LayerMemory
 from ..memory.offload import OffloadedLayer
 from ..memory.pattern import FULL
 from ..models.llama import Attention
 from ..models.stack import Stack
-from ..pipeline import step as pipeline
+from ..pipeline import pipeline_seco as pipeline
 from ..pipeline.links import MOST_ON_THE_WAY
 from ..pipeline.stage import PipelineStage
 from ..pipeline.together import add_up
@@ -58,8 +58,7 @@ def chunked_step(model: Stack, batch: Batch, setting: Setting, count: Trace) -> 
 
 
 def rank_step(stage: PipelineStage, below_learns: bool, batch: Batch, setting: Setting, count: Trace) -> Bytes:
-    """Of a rank of a pipeline: what pipeline/step.py calls, until as many chunks wait as ever, and as many gradients
-    are on the way down."""
+    """Of a rank of a pipeline: what pipeline_seco.py calls, until the pipeline is full."""
     chunks, kept = _chunks(batch, setting)
     options, links = setting.options(), stage.links
     memory, held = _new_memory(stage, batch, kept, setting, count)
@@ -112,9 +111,9 @@ class _InParts(LayerMemories):
         self.count.next_part()
         super().write(chunks, written)
 
-    def received(self, chunk: Chunk) -> Written:
+    def hand_over(self, chunk: Chunk) -> Written:
         self.count.next_part()
-        return super().received(chunk)
+        return super().hand_over(chunk)
 
 
 def whole_step(model: Stack, batch: Batch, setting: Setting, count: Trace) -> tuple[int, int, int]:

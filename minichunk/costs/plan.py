@@ -141,7 +141,6 @@ def run_plan(
     dtype: str,
     cache_grad_dtype: str | None,
     no_recompute: bool,
-    recompute_attention: bool,
     device: str,
     offload: bool,
     host_memory: str,
@@ -164,7 +163,7 @@ def run_plan(
     check_4bit(load_in_4bit, rank)
     setting = Setting(
         model, method, chunk_size, budget, rank, tuple(targets) if targets else None, DTYPES[dtype],
-        DTYPES[cache_grad_dtype] if cache_grad_dtype else None, "all" if recompute_attention else not no_recompute,
+        DTYPES[cache_grad_dtype] if cache_grad_dtype else None, not no_recompute,
         device=device,
         offload=offload, load_in_4bit=load_in_4bit, fill_size=fill_size, sampler=sampler,
         pattern=make_pattern(partial_context, {**partial, "full_layers": full_layers}),

@@ -18,7 +18,7 @@ from ..models.config import LlamaConfig
 from ..models.partial import partial_config
 from ..models.shapes import layer_memory_bytes, shape
 from ..pipeline.links import MOST_ON_THE_WAY
-from ..protocol import Options, Recompute
+from ..protocol import Options
 from ..samplers import most_kept
 
 FEW = 8  # chunks from which on their memory grows evenly
@@ -64,7 +64,7 @@ class Setting:
     targets: tuple[str, ...] | None = None
     dtype: torch.dtype = torch.bfloat16
     cache_grad_dtype: torch.dtype | None = None
-    recompute: Recompute = True
+    recompute: bool = True
     device: str = "cuda"
     offload: bool = False
     load_in_4bit: bool = False

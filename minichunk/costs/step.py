@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..batch import Batch, widen_gradients
+from ..batch import Batch, shift, widen_gradients
 from ..models.quantize import Linear4bit, check_bitsandbytes
 from ..models.shapes import alike, random_model
 from ..models.stack import Stack
-from ..targets import shift
 from .alike import Trace, peak_of
 from .alone import stage_alone
 from .heaviest import chunked_step, rank_step, whole_step

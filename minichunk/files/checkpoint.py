@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from ..errors import InputError
 from .atomic import make_directory, open_tensors, read_json, write_json, write_tensors
-from .torchrun import is_first
 
 _INDEX = "model.safetensors.index.json"
 
@@ -43,7 +43,7 @@ def read_checkpoint(
 
     names_by_file = _find_tensors(directory)
     size = _size(names_by_file)
-    total, quiet = size * len(here) // max(1, len(shapes)), size < 10**9 or not is_first()
+    total, quiet = size * len(here) // max(1, len(shapes)), size < 10**9 or os.environ.get("RANK", "0") != "0"
     bar = tqdm(total=total, desc=f"load {directory.name}", unit="B", unit_scale=True, leave=False, disable=quiet)
     found: set[str] = set()
     for path, names in names_by_file.items():

@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from ..batch import IGNORE, shift
 from ..errors import InputError
-from ..targets import IGNORE, shift
 from .chat import ChatTemplate, Message, Part
 
 FORMS = "must be an object with the string 'text', with 'prompt' and 'completion', or with 'messages'"

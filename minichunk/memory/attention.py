@@ -77,13 +77,13 @@ def fold(x: Tensor, G: int) -> Tensor:
 class Past:
     """What a chunk's attention holds by reference instead of saving: a layer's memory and its place in it.
 
-    keep: for a layer that recompute runs twice. The first run leaves the attention's output and log-sum-exp
+    save: for a layer that recompute runs twice. The first run leaves the attention's output and log-sum-exp
     here and the second takes them, so that only what lies before and after the attention is run again.
     """
 
-    def __init__(self, memory: KeyValues, start: int, keep: bool = False, kernel: Kernel | None = None) -> None:
-        self.memory, self.start, self.keep, self.kernel = memory, start, keep, kernel
-        self.kept: dict[Part, tuple[Tensor, Tensor]] = {}
+    def __init__(self, memory: KeyValues, start: int, save: bool = False, kernel: Kernel | None = None) -> None:
+        self.memory, self.start, self.save, self.kernel = memory, start, save, kernel
+        self.saved: dict[Part, tuple[Tensor, Tensor]] = {}
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of the chunk to itself and to what lies before it, as far as the memory's pattern lets it see.
@@ -137,12 +137,12 @@ class _PartAttention(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, past: Past, part: Part) -> Tensor:
         q, k, v = _rows(q), _rows(k), _rows(v)
         kernel = ctx.kernel = past.kernel or pick_kernel(q)
-        if part in past.kept:
-            out, lse = (x.detach() for x in past.kept[part])
+        if part in past.saved:
+            out, lse = (x.detach() for x in past.saved[part])
         else:
             out, lse = _forward(q, k, v, past, part, kernel)
-        if past.keep:
-            past.kept[part] = (out.detach(), lse)  # detached: what is returned will hold this node, which holds `past`
+        if past.save:
+            past.saved[part] = (out.detach(), lse)  # detached: what is returned will hold this node, which holds `past`
         ctx.save_for_backward(q, k, v, out, lse)  # one chunk, however long the past
         ctx.past, ctx.part = past, part
         return out

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..chunks import Chunk
 from .attention import Past
 from .kernels import Kernel
-from .layers import Held
+from .layer_memory import MemoryUse
 from .pattern import FULL, Pattern
 from .places import Stretch, places, within
 
@@ -46,8 +46,8 @@ class LayerCache:
         self.key_grads, self.value_grads = (like.new_zeros(slots, dtype=grad_dtype) for _ in range(2))
         self.near_grads: dict[Chunk, tuple[Tensor, Tensor]] = {}
 
-    def past(self, chunks: Sequence[Chunk], keep: bool) -> Past:
-        return Past(self, chunks[0].start, keep, self.kernel)
+    def past(self, chunks: Sequence[Chunk], save: bool) -> Past:
+        return Past(self, chunks[0].start, save, self.kernel)
 
     def write(self, chunks: Sequence[Chunk], written: tuple[Tensor, ...]) -> None:
         keys, values = written  # (B, G, C, D)
@@ -79,7 +79,7 @@ class LayerCache:
             for total, sent in zip(self.near_grads[chunk], (key_grads, value_grads), strict=True):
                 total[:, :, row : row + high - low] += sent[:, :, low - position : high - position]
 
-    def received(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    def hand_over(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         near, pinned = self.near_grads.pop(chunk, (None, None)), self.places.pinned_grads(chunk)
         keys = self._received(chunk, near[0], self.key_grads, pinned)
         values = self._received(chunk, near[1], self.value_grads, pinned)
@@ -98,6 +98,6 @@ class LayerCache:
             total[:, :, -near.shape[2] :] += near
         return total
 
-    def tensors(self) -> Held:
+    def tensors(self) -> MemoryUse:
         near = [x for pair in self.near_grads.values() for x in pair]
-        return Held([self.keys, self.values], [self.key_grads, self.value_grads, *near])
+        return MemoryUse([self.keys, self.values], [self.key_grads, self.value_grads, *near])

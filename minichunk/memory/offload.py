@@ -21,7 +21,7 @@ from torch import Tensor
 from ..chunks import Chunk
 from .attention import BLOCK, Past
 from .kernels import Kernel
-from .layers import Held
+from .layer_memory import MemoryUse
 from .pattern import FULL, Pattern
 from .places import places
 
@@ -83,7 +83,7 @@ class Slot:
             lane.stream.wait_event(self.events[which])
 
 
-class Stage:
+class DeviceBlocks:
     """What the layers share on the device: two blocks of the past, two of gradients to go back, and the lanes.
 
     The buffers are memory of the main lane: it may have used it for something else before, and uses it
@@ -125,7 +125,7 @@ class OffloadedLayer:
 
     kernel: Kernel | None = None
 
-    def __init__(self, stage: Stage, capacity: int, kept: Sequence[Chunk], pattern: Pattern = FULL) -> None:
+    def __init__(self, stage: DeviceBlocks, capacity: int, kept: Sequence[Chunk], pattern: Pattern = FULL) -> None:
         self.stage, self.pattern = stage, pattern
         self.places = where = places(pattern, capacity, tuple(kept))
         sizes = [min(BLOCK, where.rows - start) for start in range(0, where.rows, BLOCK)]
@@ -136,14 +136,14 @@ class OffloadedLayer:
             rows = self.pinned_rows[chunk] + max(0, near[1] - near[0])
             self.grads[chunk] = stage.host(rows, stage.grad_dtype, zero=True)
 
-    def past(self, chunks: Sequence[Chunk], keep: bool) -> Past:
-        return Past(self, chunks[0].start, keep, self.kernel)
+    def past(self, chunks: Sequence[Chunk], save: bool) -> Past:
+        return Past(self, chunks[0].start, save, self.kernel)
 
     def write(self, chunks: Sequence[Chunk], written: tuple[Tensor, ...]) -> None:
         keys, values = written  # (B, G, C, D)
         rows = torch.stack((keys, values)).permute(3, 0, 1, 2, 4).contiguous()  # (C, 2, B, G, D)
         bring, start, stop = self.stage.bring, chunks[0].start, chunks[-1].stop
-        bring.follow(self.stage.main)  # also for the arrivals to come, see Stage
+        bring.follow(self.stage.main)  # also for the arrivals to come, see DeviceBlocks
         with bring():
             for to, part in self.places.writes(start, stop):
                 for at, low, high in by_block(part.start, to):
@@ -211,11 +211,11 @@ class OffloadedLayer:
                 slot.mark(FREE, send)
                 rows.copy_(sums, non_blocking=True)
 
-    def received(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    def hand_over(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         total, main, send = self.grads[chunk], self.stage.main, self.stage.send
         with send():  # after all that was sent before
             here = total.to(self.stage.like.device, non_blocking=True, copy=True)
-        main.follow(send)  # also before the buffers go, see Stage
+        main.follow(send)  # also before the buffers go, see DeviceBlocks
         main.hold(here)
         keys, values = self.spread(chunk, here).to(self.stage.like.dtype).permute(1, 2, 3, 0, 4)
         return keys, values
@@ -232,8 +232,8 @@ class OffloadedLayer:
         total[len(total) - (len(grads) - row) :] += grads[row:]
         return total
 
-    def tensors(self) -> Held:
-        return Held(self.blocks, list(self.grads.values()))
+    def tensors(self) -> MemoryUse:
+        return MemoryUse(self.blocks, list(self.grads.values()))
 
 
 def by_block(at: int, rows: slice) -> Iterator[tuple[int, int, int]]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..chunks import Chunk
-from .layers import Extent, Held
+from .layer_memory import MemorySpec, MemoryUse
 from .scan import scan
 
 
@@ -49,10 +49,10 @@ def scan_chunks(
     return torch.cat(outputs, dim=-2), written
 
 
-def starts_of(extent: Extent) -> tuple[list[int], dict[int, int]]:
+def starts_of(spec: MemorySpec) -> tuple[list[int], dict[int, int]]:
     """Where a state will be asked for, and the rows of these: where kept chunks begin, also the last, which is not
-    among `extent.kept`."""
-    starts = sorted({extent.capacity, *(chunk.start for chunk in extent.kept)})
+    among `spec.receiving`."""
+    starts = sorted({spec.capacity, *(chunk.start for chunk in spec.receiving)})
     return starts, {start: row for row, start in enumerate(starts)}
 
 
@@ -63,11 +63,11 @@ class Handed:
     With `offload` it waits in host memory; the layer gets it on its own device.
     """
 
-    def __init__(self, zero: Tensor, decay: Tensor, extent: Extent) -> None:
-        self.starts, self.rows = extent.common(Handed, lambda: starts_of(extent))
+    def __init__(self, zero: Tensor, decay: Tensor, spec: MemorySpec) -> None:
+        self.starts, self.rows = spec.common(Handed, lambda: starts_of(spec))
         self.end, self.last = 0, zero  # what the last chunk that was written has handed on
         self.decay = torch.ones_like(decay)  # over all chunks since the last kept one
-        self.offload = extent.options.offload
+        self.offload = spec.options.offload
         home = torch.device("cpu") if self.offload and zero.is_cuda else zero.device
 
         def room(like: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class Handed:
             stored = self.states[self.rows[chunk.stop]].copy_(value, non_blocking=True)
             self.last = value if self.offload else stored
 
-    def received(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+    def hand_over(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         row = self.rows[chunk.start]
         self._gather(row)
         adjoint = self.adjoint * self._here(self.skipped[row])
@@ -128,7 +128,7 @@ class LayerState:
     def __init__(self, handed: Sequence[Handed]) -> None:
         self.handed = handed
 
-    def past(self, chunks: Sequence[Chunk], keep: bool) -> Before:
+    def past(self, chunks: Sequence[Chunk], save: bool) -> Before:
         lengths = [stop - start for start, stop in chunks]
         return Before(tuple(part.before(chunks[0].start) for part in self.handed), lengths)
 
@@ -138,8 +138,8 @@ class LayerState:
             for part in self.handed:
                 part.write(chunk, *next(pairs))
 
-    def received(self, chunk: Chunk) -> tuple[Tensor, ...]:
-        return tuple(tensor for part in self.handed for tensor in part.received(chunk))
+    def hand_over(self, chunk: Chunk) -> tuple[Tensor, ...]:
+        return tuple(tensor for part in self.handed for tensor in part.hand_over(chunk))
 
-    def tensors(self) -> Held:
-        return Held([x for part in self.handed for x in (part.states, part.through, part.skipped)], [])
+    def tensors(self) -> MemoryUse:
+        return MemoryUse([x for part in self.handed for x in (part.states, part.through, part.skipped)], [])

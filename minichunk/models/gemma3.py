@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..memory.attention import Past
-from ..memory.layers import wide
+from ..memory.layer_memory import wide
 from ..memory.pattern import FULL, Pattern
 from .gemma3_config import Gemma3Config
 from .llama import MLP, Attention, Layer, Rope, rope_tables
@@ -65,8 +65,8 @@ class Gemma3Layer(Layer):
         x = x + self.post_attention_layernorm(y)
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))), written
 
-    def writes(self, x: Tensor, past: Past | None, *ropes: Rope) -> tuple[Tensor, Tensor]:
-        return super().writes(x, past, ropes[self.which])
+    def fill(self, x: Tensor, past: Past | None, *ropes: Rope) -> tuple[Tensor, Tensor]:
+        return super().fill(x, past, ropes[self.which])
 
 
 class Gemma3(Decoder):

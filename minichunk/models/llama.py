@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..memory.attention import Past
 from ..memory.cache import LayerCache
-from ..memory.layers import Extent, LayerMemory, wide
-from ..memory.offload import OffloadedLayer, Stage
+from ..memory.layer_memory import LayerMemory, MemorySpec, wide
+from ..memory.offload import DeviceBlocks, OffloadedLayer
 from ..memory.pattern import FULL, Pattern
 from .config import LlamaConfig
 from .stack import Decoder, RMSNorm
@@ -119,19 +119,19 @@ class Layer(nn.Module):
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), written
 
-    def writes(self, x: Tensor, past: Past | None, rope: Rope) -> tuple[Tensor, Tensor]:
+    def fill(self, x: Tensor, past: Past | None, rope: Rope) -> tuple[Tensor, Tensor]:
         """What `forward` writes, and no more."""
         return self.self_attn.keys_values(self.input_layernorm(x), rope)
 
-    def new_memory(self, extent: Extent) -> LayerMemory:
+    def new_memory(self, spec: MemorySpec) -> LayerMemory:
         """For keys and values, as far as the pattern needs them, and the gradients that are sent back to them."""
-        B, G, D, kept = extent.batch, self.self_attn.groups, self.self_attn.head_dim, extent.kept
+        B, G, D, receiving = spec.batch, self.self_attn.groups, self.self_attn.head_dim, spec.receiving
         pattern = self.self_attn.pattern
-        grad_dtype = extent.options.cache_grad_dtype or wide(extent.like)
-        if extent.options.offload:
-            stage = extent.common(Stage, lambda: Stage((2, B, G, D), extent.like, grad_dtype))
-            return OffloadedLayer(stage, extent.capacity, kept, pattern)
-        return LayerCache((B, G, extent.capacity, D), kept, extent.like, grad_dtype, pattern)
+        grad_dtype = spec.options.cache_grad_dtype or wide(spec.like)
+        if spec.options.offload:
+            blocks = spec.common(DeviceBlocks, lambda: DeviceBlocks((2, B, G, D), spec.like, grad_dtype))
+            return OffloadedLayer(blocks, spec.capacity, receiving, pattern)
+        return LayerCache((B, G, spec.capacity, D), receiving, spec.like, grad_dtype, pattern)
 
 
 class Llama(Decoder):

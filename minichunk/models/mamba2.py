@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..memory.layers import Extent, wide
+from ..memory.layer_memory import MemorySpec, wide
 from ..memory.state import Before, Handed, LayerState, scan_chunks
 from .mamba2_config import Mamba2Config
 from .stack import RMSNorm, Stack
@@ -128,15 +128,15 @@ class Mamba2Layer(nn.Module):
         x = x.to(wide(x)) if self.wide else x
         return x + y, written
 
-    def writes(self, x: Tensor, past: Before | None, *_: Any) -> tuple[Tensor, ...]:
+    def fill(self, x: Tensor, past: Before | None, *_: Any) -> tuple[Tensor, ...]:
         """What `forward` writes."""
         written: tuple[Tensor, ...] = self.mixer(self.norm(x), past)[1]
         return written
 
-    def new_memory(self, extent: Extent) -> LayerState:
+    def new_memory(self, spec: MemorySpec) -> LayerState:
         """For states and tails at the ends of chunks, and what is sent back to them."""
-        state, tail = self.mixer.nothing(extent.like.new_empty(extent.batch, 0, 0))
-        return LayerState([Handed(state, state[..., :1, :1], extent), Handed(tail, tail.new_empty(()), extent)])
+        state, tail = self.mixer.nothing(spec.like.new_empty(spec.batch, 0, 0))
+        return LayerState([Handed(state, state[..., :1, :1], spec), Handed(tail, tail.new_empty(()), spec)])
 
 
 class Backbone(nn.Module):

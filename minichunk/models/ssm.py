@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..memory.layers import Extent, wide
+from ..memory.layer_memory import MemorySpec, wide
 from ..memory.state import Before, Handed, LayerState, scan_chunks
 from .llama import Layer, Rope, rope_tables
 from .ssm_config import StateSpaceConfig
@@ -47,15 +47,15 @@ class StateLayer(nn.Module):
         a, b, c = (project(u).to(wide(u)) for project in (self.a_proj, self.b_proj, self.c_proj))
         return u.to(b.dtype), F.logsigmoid(a), b, c
 
-    def writes(self, x: Tensor, past: Before | None, *shared: Any) -> tuple[Tensor, ...]:
+    def fill(self, x: Tensor, past: Before | None, *shared: Any) -> tuple[Tensor, ...]:
         """What `forward` writes."""
         written: tuple[Tensor, ...] = self(x, past, *shared)[1]
         return written
 
-    def new_memory(self, extent: Extent) -> LayerState:
+    def new_memory(self, spec: MemorySpec) -> LayerState:
         """For the states at the ends of chunks, and their adjoints."""
-        zero = self.nothing(extent.like.new_empty(extent.batch, 0, self.norm.weight.shape[0]))
-        return LayerState([Handed(zero, zero[:, :1], extent)])
+        zero = self.nothing(spec.like.new_empty(spec.batch, 0, self.norm.weight.shape[0]))
+        return LayerState([Handed(zero, zero[:, :1], spec)])
 
     def nothing(self, u: Tensor) -> Tensor:
         """The state (B, P, N) before the first token, in float32 at least: a product of many gates near 1 has no use

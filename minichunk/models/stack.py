@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..chunks import Chunk, cut, span
 from ..loss import token_losses
-from ..memory.layers import Extent, LayerMemories
+from ..memory.layer_memory import LayerMemories, MemorySpec
 from ..protocol import DEFAULTS, Options, Written
 
 
@@ -21,8 +21,8 @@ class Stack(nn.Module):
     """A `protocol.Model`: embedding, layers, norm, LM head. The layers may be of different kinds.
 
     A layer is called as `layer(x, past, *shared)` with x (B, T, E) and returns the next x and what it writes;
-    `layer.writes(x, past, *shared)` returns the latter alone. `past` is what it sees of its memory (None: it runs
-    the whole sequence at once), `shared` what all layers get. `layer.new_memory(extent)` makes that memory.
+    `layer.fill(x, past, *shared)` returns the latter alone. `past` is what it sees of its memory (None: it runs
+    the whole sequence at once), `shared` what all layers get. `layer.new_memory(spec)` makes that memory.
     """
 
     config: Any  # with `to_dict` and `from_dict`, in the terms of config.json
@@ -63,12 +63,12 @@ class Stack(nn.Module):
         return ()
 
     def new_memory(
-        self, batch: int, capacity: int, kept: Sequence[Chunk] = (), options: Options = DEFAULTS
+        self, batch: int, capacity: int, receiving: Sequence[Chunk] = (), options: Options = DEFAULTS
     ) -> LayerMemories:
         """See protocol.Model."""
-        extent = Extent(batch, capacity, kept, options, self.like)
+        spec = MemorySpec(batch, capacity, receiving, options, self.like)
         layers: Any = self.layers
-        return LayerMemories([layer.new_memory(extent) for layer in layers], kept)
+        return LayerMemories([layer.new_memory(spec) for layer in layers], receiving)
 
     def dropout_seed(self) -> int | None:
         """See protocol.Model."""
@@ -94,7 +94,7 @@ class Stack(nn.Module):
             # Below the first layer that learns, the past needs no gradient either: there is nothing to hand it to.
             learns = x.requires_grad or any(p.requires_grad for p in layer.parameters())
             with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-                past = memory.layers[i].past(chunks, keep=options.recompute is True) if memory is not None else None
+                past = memory.layers[i].past(chunks, save=options.recompute) if memory is not None else None
             if options.recompute:
                 # On top of a memory dropout draws its masks from seeds: no generator's state to replay.
                 x, wrote = checkpoint(
@@ -107,7 +107,7 @@ class Stack(nn.Module):
         return self.norm(x), written
 
     @torch.no_grad()
-    def write(
+    def fill(
         self, input_ids: Tensor, memory: LayerMemories, chunks: Sequence[Chunk], options: Options = DEFAULTS
     ) -> Written:
         """As `run`, without gradients and only as far as memory needs it: the last layer stops at what it writes."""
@@ -115,11 +115,11 @@ class Stack(nn.Module):
         *layers, last = list(self.layers)
         written = []
         for layer, layer_memory in zip(layers, memory.layers[:-1], strict=True):
-            x, wrote = self._layer(layer, x, layer_memory.past(chunks, keep=False), shared, chunks, options)
+            x, wrote = self._layer(layer, x, layer_memory.past(chunks, save=False), shared, chunks, options)
             written.append(wrote)
-        past = memory.layers[-1].past(chunks, keep=False)
-        writes: Any = last.writes
-        return [*written, self._layer(writes, x, past, shared, chunks, options)]
+        past = memory.layers[-1].past(chunks, save=False)
+        fill: Any = last.fill
+        return [*written, self._layer(fill, x, past, shared, chunks, options)]
 
     @torch.no_grad()
     def run_chunks(

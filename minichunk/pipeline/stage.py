@@ -14,12 +14,12 @@ from ..batch import widen_gradients
 from ..chunks import cut, span
 from ..errors import InputError
 from ..loss import token_losses
-from ..memory.layers import wide
+from ..memory.layer_memory import wide
 from ..models.load import load_model
 from ..models.lora import DropoutMasks, Placeholder
 from ..models.stack import RMSNorm, Stack
-from .deal import check_counts, deal, layer_costs
 from .links import Links
+from .split_layers import check_counts, deal, layer_costs
 
 
 class PipelineStage(Stack):

@@ -1,49 +1,50 @@
 """Into a pipeline and out of it, for a command that torchrun has started several times."""
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from ..errors import InputError
-from ..files.torchrun import is_first, is_one_of_several, started
 from .links import Links, RankLost
 
-
-@contextmanager
-def linked(ranks: int, device: str, timeout: timedelta) -> Iterator[Links | None]:
-    """Within the block: the links of this process, one of several that torchrun has started; None where it is alone.
-
-    ranks: processes that share the layers. device: as `local_device` says. timeout: for every message.
-    """
-    if started().world == 1:
-        yield None
-        return
-    here = dist.is_initialized()
-    if not here:
-        signal.signal(signal.SIGTERM, _end)  # what torchrun sends to all once one has ended
-        if device.startswith("cuda"):
-            torch.cuda.set_device(device)
-        # What is on the CPU, like a checkpoint that is gathered, goes by Gloo on GPUs too.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=timeout)
-    yield Links(ranks, timeout)
-    if not here:  # after an error the others may never come to it
-        dist.destroy_process_group()
+HOW = "start with torchrun --nproc-per-node N -m minichunk train --pipeline N"
 
 
-def _end(number: int, frame: object) -> None:
-    raise RankLost(f"rank {started().rank} was told to end (SIGTERM), as all are when one of them has ended")
+class Started(NamedTuple):
+    """What torchrun tells each process: its rank, of `world` processes; and as which of how many on this machine."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+
+
+def started() -> Started:
+    """The only process, unless torchrun has started several. Raises InputError if its variables are not whole."""
+    if not is_one_of_several():
+        return Started()
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    for name in (*names, "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise InputError(f"torchrun's variable {name} is missing, though RANK is there: {HOW}")
+        if name in names and not os.environ[name].isdecimal():
+            raise InputError(f"torchrun's variable {name} is {os.environ[name]!r}, but must be a number: {HOW}")
+    return Started(*(int(os.environ[name]) for name in names))
+
+
+def is_one_of_several() -> bool:
+    """Whether torchrun has started other processes beside this one."""
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def local_device(device: str) -> str:
-    """The device of this one of several processes: each its own GPU. Raises InputError if there are too few."""
+    """The device of this process: under torchrun each has its own GPU. Raises InputError if there are too few."""
     process = started()
     if process.world == 1 or device == "cpu":
         return device
@@ -55,10 +56,35 @@ def local_device(device: str) -> str:
     return f"cuda:{process.local_rank}"
 
 
-def speaks_first() -> bool:
-    """Whether this process is the first of all to say how the run has ended: asked once, by one that ends early.
+@contextmanager
+def linked(ranks: int, device: str, timeout: timedelta) -> Iterator[Links | None]:
+    """Within the block: the links of this process, if torchrun has started several; None where it is alone.
 
-    When a rank ends, those beside it do too, each with an error; the first one names the cause.
+    ranks: processes that share the layers. device: as `local_device` says. timeout: for every message.
+    """
+    if started().world == 1:
+        yield None
+        return
+    ours = not dist.is_initialized()
+    if ours:
+        signal.signal(signal.SIGTERM, _end)  # what torchrun sends to all once one has ended
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
+        # What is on the CPU, like a checkpoint that is gathered, goes by Gloo on GPUs too.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=timeout)
+    yield Links(ranks, timeout)
+    if ours:  # and not after an error: the others may never come here
+        dist.destroy_process_group()
+
+
+def _end(number: int, frame: object) -> None:
+    raise RankLost(f"rank {started().rank} was told to end (SIGTERM), as all are when one of them has ended")
+
+
+def speaks_first() -> bool:
+    """Whether this process is the first of all to say why the run has ended; to be asked once, by a process that ends.
+
+    When a rank ends, those beside it end too, each with an error. The first error names the cause.
     """
     if not is_one_of_several():
         return True
@@ -68,4 +94,4 @@ def speaks_first() -> bool:
         )
         return bool(store.add(f"minichunk ended {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1)
     except (RuntimeError, ValueError, KeyError):
-        return is_first()
+        return os.environ["RANK"] == "0"

@@ -10,6 +10,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from ..batch import IGNORE, shift
 from ..memory.pattern import FULL, Window
 from ..models.config import Llama3Rope, LlamaConfig
 from ..models.llama import Attention, Llama
@@ -18,7 +19,6 @@ from ..models.ssm import StateSpace
 from ..models.ssm_config import StateSpaceConfig
 from ..models.stack import Stack
 from ..samplers import Weight
-from ..targets import IGNORE, shift
 
 BATCH, LENGTH = 2, 11  # a ragged last chunk
 # A skipped chunk between kept ones, so that something must not pass it (keys and values) or must (an adjoint). Three

@@ -9,9 +9,14 @@ from itertools import pairwise
 import torch
 from tqdm import tqdm
 
+from ..batch import IGNORE, shift
+from ..files.chat import load_chat_template
 from ..files.documents import Document, check_vocabulary, collate, cut_documents, read_documents
+from ..files.shipped import MEASURED_ON, SHIPPED_MODEL, novel
+from ..models.partial import describe
 from ..models.stack import Stack
-from ..targets import IGNORE, shift
+from .load import load_as_told
+from .options import ReadOptions, check_options, option
 from .ranks import Ranks
 
 
@@ -69,35 +74,40 @@ def spans_for(context: int, length: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def evaluate_files(
-    model: str | None,
-    adapter: str | None,
-    data: Sequence[str] | None,
-    seq_len: int,
-    documents: int,
-    chunk_size: int,
-    load_in_4bit: bool,
-    dtype: str | None,
-    device: str | None,
-) -> None:
-    """`minichunk evaluate`: print the loss by position. Raises InputError before anything is measured."""
-    from ..files.chat import load_chat_template
-    from ..files.shipped import MEASURED_ON, SHIPPED_MODEL, novel
-    from ..models.partial import describe
-    from .checks import check_least
-    from .load import load_as_told
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(ReadOptions):
+    """Measure the loss by position: how well a model predicts texts, near their start and far into them.
 
-    check_least({"seq_len": (seq_len, 2), "documents": (documents, 1), "chunk_size": (chunk_size, 1)})
-    chat = load_chat_template(model or SHIPPED_MODEL)
-    language_model, tokenizer = load_as_told(model, adapter, dtype, device, load_in_4bit)
-    found = read_documents(data or [novel(MEASURED_ON)], tokenizer, language_model.config.first_eos(), chat)
-    check_vocabulary(found, language_model.config.vocab_size)
-    pieces, line = cut_documents(found, seq_len)
-    pieces = sorted(pieces, key=len, reverse=True)[:documents]
-    spans = spans_for(language_model.config.max_position_embeddings, len(pieces[0]))
+    Cuts the texts into pieces of at most --seq-len tokens and prints the mean loss, in nats per token
+    (lower is better), for each span of positions: inside the length that the model was made for, and
+    beyond it. Run it with and without --adapter to see what a training has changed.
+
+      minichunk evaluate
+      minichunk evaluate --model DIR --data heldout.txt --seq-len 16384
+      minichunk evaluate --model DIR --data heldout.txt --seq-len 16384 --adapter runs/1/adapter
+
+    DIR and FILE are as `minichunk train` takes them: of a JSONL line, what would be learnt is measured.
+    """
+
+    data: tuple[str, ...] = option((), "text or JSONL files", metavar="FILE", absent="a shipped novel")
+    seq_len: int = option(2048, "tokens per piece", metavar="N", least=2)
+    documents: int = option(8, "pieces, the longest", metavar="N", least=1)
+    chunk_size: int = option(512, "tokens per forward pass: costs memory, changes no result", metavar="C", least=1)
+
+
+def evaluate_files(options: EvaluateOptions) -> None:
+    """`minichunk evaluate`: print the loss by position. Raises InputError before anything is measured."""
+    check_options(options)
+    chat = load_chat_template(options.model or SHIPPED_MODEL)
+    model, tokenizer = load_as_told(options)
+    found = read_documents(options.data or [novel(MEASURED_ON)], tokenizer, model.config.first_eos(), chat)
+    check_vocabulary(found, model.config.vocab_size)
+    pieces, line = cut_documents(found, options.seq_len)
+    pieces = sorted(pieces, key=len, reverse=True)[: options.documents]
+    spans = spans_for(model.config.max_position_embeddings, len(pieces[0]))
     with tqdm(total=len(pieces), desc="evaluate", unit="document", leave=False) as bar:
-        losses = loss_by_position(language_model, pieces, chunk_size, spans, bar.update)
-    if seen := describe(language_model.config):
+        losses = loss_by_position(model, pieces, options.chunk_size, spans, bar.update)
+    if seen := describe(model.config):
         print(seen)
     print(f"{line}\n\nmean loss, nats per token ({len(pieces)} documents)")
     for span in losses:

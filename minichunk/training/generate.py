@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import MISSING, dataclass
+
 import torch
 from torch import Tensor
 
 from ..errors import InputError
 from ..models.stack import Stack
+from .load import load_as_told
+from .options import ReadOptions, check_options, option
 
 
 @torch.no_grad()
@@ -65,32 +69,41 @@ def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
     return order.gather(-1, picked)
 
 
-def continue_text(
-    prompt: str,
-    model: str | None = None,
-    adapter: str | None = None,
-    max_new_tokens: int = 128,
-    temperature: float = 0.8,
-    top_p: float = 0.95,
-    load_in_4bit: bool = False,
-    dtype: str | None = None,
-    device: str | None = None,
-    seed: int = 0,
-) -> str:
-    """`minichunk generate`: the prompt and its continuation as text. Raises InputError."""
-    from .checks import check_least
-    from .load import load_as_told
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(ReadOptions):
+    """Continue a text, and print it with its continuation.
 
-    check_least({"max_new_tokens": (max_new_tokens, 1), "temperature": (temperature, 0), "seed": (seed, 0)})
-    if seed >= 2**32:
-        raise InputError(f"--seed is {seed}, but must be below 2^32")
-    if not prompt:
+    The prompt is continued as it stands: no chat template is put around it.
+
+      minichunk generate "It is a truth"
+      minichunk generate "It is a truth" --model DIR --adapter runs/1/adapter
+      minichunk generate "$(cat chapter.txt)" --model DIR --max-new-tokens 500 --load-in-4bit
+
+    DIR is a Hugging Face checkpoint; one that was trained with --rank 0 is in runs/N/model.
+    """
+
+    prompt: str = option(MISSING, "the text to continue, in quotes", positional=True)
+    max_new_tokens: int = option(128, "write up to N", metavar="N", least=1)
+    temperature: float = option(0.8, "0: always the likeliest token; higher: more varied", metavar="X", least=0)
+    top_p: float = option(
+        0.95, "among the likeliest tokens that together have this chance", metavar="X", above=0, most=1
+    )
+    seed: int = option(0, "another one, another text", metavar="N", least=0, below=2**32)
+
+
+def continue_text(options: GenerateOptions) -> str:
+    """`minichunk generate`: the prompt and its continuation as text. Raises InputError."""
+    check_options(options)
+    if not options.prompt:
         raise InputError("the prompt is empty: give the beginning of a text")
-    if not 0 < top_p <= 1:
-        raise InputError(f"--top-p is {top_p}, but must be such that 0 < top_p <= 1")
-    language_model, tokenizer = load_as_told(model, adapter, dtype, device, load_in_4bit)
-    ids = tokenizer.encode(prompt).ids
-    generator = torch.Generator().manual_seed(seed)
-    input_ids = torch.tensor([ids], device=language_model.lm_head.weight.device)
-    out = generate(language_model, input_ids, max_new_tokens, temperature=temperature, top_p=top_p, generator=generator)
+    model, tokenizer = load_as_told(options)
+    input_ids = torch.tensor([tokenizer.encode(options.prompt).ids], device=model.lm_head.weight.device)
+    out = generate(
+        model,
+        input_ids,
+        options.max_new_tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        generator=torch.Generator().manual_seed(options.seed),
+    )
     return tokenizer.decode(out[0].tolist())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from ..models.lora import add_lora, linear_layers
 from ..models.partial import partial_context
 from ..models.shapes import layer_memory_bytes, random_model
 from ..models.stack import Stack
-from ..pipeline.deal import deal, layer_costs
 from ..pipeline.links import Links
+from ..pipeline.pipeline_seco import pipeline_seco, pipeline_spaco
+from ..pipeline.split_layers import deal, layer_costs
 from ..pipeline.stage import PipelineStage
 from ..pipeline.start import local_device
-from ..pipeline.step import pipeline_seco, pipeline_spaco
 from ..protocol import Options
 from ..seco import seco
 from ..spaco import spaco
@@ -44,9 +45,7 @@ def load_model(options: TrainOptions, links: Links | None = None) -> tuple[Any, 
         if links is not None:
             stages.append(PipelineStage(model, deal_layers(options, model, links.ranks), links=links))
 
-    model, tokenizer = load_as_told(
-        options.model, None, options.dtype, local_device(known(options.device)), options.load_in_4bit, prepare
-    )
+    model, tokenizer = load_as_told(replace(options, device=local_device(known(options.device))), prepare)
     if options.rank:
         add_lora(model, options.rank, options.alpha, options.targets or linear_layers(model), options.dropout)
     return (stages[0] if stages else model), tokenizer
@@ -99,8 +98,6 @@ def make_gradient(options: TrainOptions) -> Callable[[Any, Tensor, Tensor, int, 
         if options.method == "full":
             return full(model, input_ids, labels, **arguments)
         grad_dtype = DTYPES[options.cache_grad_dtype] if options.cache_grad_dtype else None
-        if options.recompute_attention:
-            arguments["recompute"] = "all"
         arguments |= {"chunk_size": options.chunk_size, "fill_size": options.fill_size, "cache_grad_dtype": grad_dtype}
         arguments["offload"] = options.offload
         over_ranks = isinstance(model, PipelineStage)

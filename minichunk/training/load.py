@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
@@ -12,36 +11,28 @@ from ..chunks import Chunk
 from ..files.atomic import check_room
 from ..files.documents import load_tokenizer
 from ..files.shipped import SHIPPED_MODEL
-from ..files.torchrun import started
 from ..models.adapter_files import load_adapter
 from ..models.load import load_model
 from ..models.shapes import memory_bytes
 from ..models.stack import Stack
+from ..pipeline.start import started
 from ..protocol import Options
-from .checks import check_choice, check_device
-from .options import DTYPES, default_dtype
+from .options import DTYPES, ModelOptions, check_device, default_dtype
 
 
 def load_as_told(
-    directory: str | Path | None,
-    adapter: str | Path | None = None,
-    dtype: str | None = None,
-    device: str | None = None,
-    load_in_4bit: bool = False,
-    prepare: Callable[[Stack], object] = lambda model: None,
+    options: ModelOptions, prepare: Callable[[Stack], object] = lambda model: None
 ) -> tuple[Stack, Tokenizer]:
-    """The model of a checkpoint directory, with an adapter if one is named, and its tokenizer.
+    """The model of a checkpoint directory, with the adapter and the 4 bits that the options may name; its tokenizer.
 
-    None: the shipped model; no adapter; CUDA where there is one; bfloat16 on CUDA, else float32.
-    prepare: see `from_pretrained`.
-    Raises InputError, for a wrong name before anything is read.
+    prepare: see `from_pretrained`. Raises InputError, for a wrong device before anything is read.
     """
-    check_choice("dtype", dtype, DTYPES)
-    device = check_device(device)
-    directory = directory or SHIPPED_MODEL
+    device = check_device(options.device)
+    dtype, in_4bit = DTYPES[options.dtype or default_dtype(device)], getattr(options, "load_in_4bit", False)
+    directory = options.model or SHIPPED_MODEL
     tokenizer = load_tokenizer(directory)
-    model = load_model(directory, DTYPES[dtype or default_dtype(device)], device, load_in_4bit, prepare)
-    if adapter is not None:
+    model = load_model(directory, dtype, device, in_4bit, prepare)
+    if (adapter := getattr(options, "adapter", None)) is not None:
         load_adapter(model, adapter)
     return model, tokenizer
 

@@ -1,31 +1,134 @@
-"""What a training run is told: one dataclass, checked before anything is read."""
+"""Options of commands, each written once, as a field of a dataclass: parser, help, defaults and checks follow from it.
+
+`option` makes such a field, `check_options` checks an instance (a command's or a library call's alike), and
+command/options.py makes a parser of the dataclass. Its docstring is what `--help` says first.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, TypeVar
+import math
+import operator
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 
 from ..chunks import Chunk, cut
 from ..errors import InputError
 from ..files.shipped import SHIPPED_MODEL
-from ..files.torchrun import started
-from ..memory.pattern import Pattern
+from ..memory.pattern import Pattern, Strided, Window
+from ..pipeline.start import started
 from ..samplers import Bernoulli, FixedBudget, PaperBudget, most_kept
 from ..spaco import Sampler
-from .checks import check_4bit, check_choice, check_device, check_least
-from .partial_options import make_pattern, pattern_options
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 METHODS = ("seco", "spaco", "full")
 SAMPLERS = ("bernoulli", "fixed", "paper")
+BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
+    "least": ("at least", operator.ge), "above": ("above", operator.gt), "most": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}  # fmt: skip
+KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    group: str = "",
+    metavar: str = "",
+    absent: str = "",
+    choices: Collection[str] = (),
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+    belongs: tuple[str, tuple[str, ...]] | None = None,
+    positional: bool = False,
+    none: bool = False,
+) -> Any:
+    """A field of a dataclass of options. Its annotation says what is read: int, float, str, bool, a tuple of them.
+
+    default: `MISSING` if it has to be given. absent: the default in words, where it is chosen for the case.
+    least, above, below, most: bounds of every number. belongs: to which values of another option; () for any but None.
+    positional: without `--`. none: a tuple may be empty. A flag that is on by default is turned off by `--no-…`.
+    """
+    metadata = {name: value for name, value in locals().items() if name != "default"}
+    return field(default=default, metadata=metadata)
+
+
+def changed(options: type, name: str, **changes: Any) -> Any:
+    """The option `name` of another dataclass again, with some of its keywords changed."""
+    (found,) = [each for each in fields(options) if each.name == name]
+    return option(**{"default": found.default, **found.metadata, **changes})
+
+
+def form(annotation: Any) -> tuple[type, bool]:
+    """What a value, or each of several, must be; and whether there are several."""
+    (kind,) = [part for part in get_args(annotation) or (annotation,) if part is not type(None) and part is not ...]
+    if isinstance(kind, type) and get_origin(annotation) is not tuple:
+        return kind, False
+    return (get_args(kind) or get_args(annotation))[0], True
+
+
+def flag(name: str) -> str:
+    """The option as a user writes it."""
+    return f"--{name.replace('_', '-')}"
+
+
+def check_options(options: Any) -> None:
+    """Raise InputError unless each value is of its kind, within its bounds, and belongs to what else is said."""
+    annotations = get_type_hints(type(options))
+    for each in fields(options):
+        value, rule = getattr(options, each.name), each.metadata
+        name = each.name if rule["positional"] else flag(each.name)
+        kind, several = form(annotations[each.name])
+        if value is None and each.default is None:
+            continue
+        if several != isinstance(value, tuple):
+            raise InputError(f"{name} is {value!r}, but must be {'several values' if several else 'one value'}")
+        for one in value if several else (value,):
+            _check_value(name, one, kind, rule)
+        if rule["belongs"] and value != each.default:
+            owner, allowed = rule["belongs"]
+            if getattr(options, owner) is None or (allowed and getattr(options, owner) not in allowed):
+                raise InputError(f"{name} belongs to {' '.join([flag(owner), ' or '.join(allowed)]).strip()}")
+
+
+def _check_value(name: str, value: Any, kind: type, rule: Mapping[str, Any]) -> None:
+    right = isinstance(value, int | float if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+    if not right:
+        raise InputError(f"{name} is {value!r}, but must be {KINDS.get(kind, 'a ' + kind.__name__)}")
+    if rule["choices"] and value not in rule["choices"]:
+        raise InputError(f"{name} is {value!r}, but must be one of {', '.join(rule['choices'])}")
+    bounds = {word: rule[key] for key, (word, _) in BOUNDS.items() if rule[key] is not None}
+    held = [compare(value, rule[key]) for key, (_, compare) in BOUNDS.items() if rule[key] is not None]
+    if not all(held) or (kind is float and not math.isfinite(value)):
+        words = " and ".join(f"{word} {bound}" for word, bound in bounds.items())
+        raise InputError(f"{name} is {value}, but must be {words or 'a finite number'}")
+
+
+def options_of(options: type[T], values: Mapping[str, Any]) -> T:
+    """An instance of a dataclass of options from what a parser or a JSON file says: lists become tuples."""
+    return options(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def default_dtype(device: str) -> str:
     """The name of the dtype that a model has on this device unless told otherwise."""
     return "bfloat16" if device.startswith("cuda") else "float32"
+
+
+def check_device(name: str | None) -> str:
+    """The device of `--device`; None: CUDA where there is one. Raises InputError for one that is not there."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        return "cuda" if count else "cpu"
+    here = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
+    if name not in here:
+        raise InputError(f"--device is {name!r}, but PyTorch sees only {', '.join(here)} here")
+    return name
 
 
 def known(value: T | None) -> T:
@@ -34,58 +137,196 @@ def known(value: T | None) -> T:
     return value
 
 
-@dataclass(frozen=True)
-class TrainOptions:
-    """Options of `minichunk train`; `minichunk train --help` says what each means. None: chosen for the case."""
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, in which numbers, and where."""
 
-    model: str | None = None
-    data: tuple[str, ...] = ()
-    val_data: tuple[str, ...] = ()
-    val_fraction: float = 0.1
-    eval_documents: int = 8
-    chat_template: bool = True
-    method: Literal["seco", "spaco", "full"] = "seco"
-    seq_len: int = 2048
-    chunk_size: int = 256
-    fill_size: int | None = None
-    budget: int | None = None
-    sampler: Literal["bernoulli", "fixed", "paper"] = "bernoulli"
-    cap: float | None = None
-    recompute: bool | None = None
-    recompute_attention: bool = False
-    cache_grad_dtype: str | None = None
-    offload: bool = False
-    partial_context: str | None = None
-    window: int | None = None
-    sinks: int | None = None
-    block: int | None = None
-    local: int | None = None
-    stride: int | None = None
-    full_layers: tuple[int, ...] | None = None
-    deterministic: bool = False
-    steps: int = 60
-    batch_size: int = 1
-    accumulate: int | None = None
-    pipeline: int | None = None
-    timeout: float = 7200.0
-    lr: float | None = None
-    warmup: int | None = None
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    rank: int = 8
-    alpha: float = 16.0
-    targets: tuple[str, ...] | None = None
-    dropout: float = 0.0
-    load_in_4bit: bool = False
-    dtype: str | None = None
-    device: str | None = None
-    seed: int = 0
-    save_every: int = 20
-    output: str | None = None
+    model: str | None = option(
+        None, "checkpoint directory", group="model and data", metavar="DIR", absent="the shipped small Llama"
+    )
+    dtype: str | None = option(
+        None, "of the model", group="model and data", choices=tuple(DTYPES), absent="bfloat16 on CUDA, else float32"
+    )
+    device: str | None = option(None, "cpu, cuda or cuda:N", group="model and data", absent="cuda where there is one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions(ModelOptions):
+    """Which trained model."""
+
+    adapter: str | None = option(
+        None, "adapter of this model, runs/N/adapter", group="model and data", metavar="DIR", absent="none"
+    )
+    load_in_4bit: bool = option(False, "store the base in 4 bits (bitsandbytes)", group="model and data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptions:
+    """What one step of a training does: `minichunk train` takes it, `minichunk plan` forecasts its memory."""
+
+    GROUPS: ClassVar[Mapping[str, str]] = {
+        "a part of the past": """\
+Make a hybrid of a model of full attention (LongGen, arXiv 2410.01485): the middle third of its layers
+keeps seeing all of the past, the others see a part of it, which costs less, in training and when text
+is written. That is another function, and the training has to teach it to the model. What is written
+says so: `evaluate` and `generate` take it from the adapter or the checkpoint. Take chunks of at least
+two windows: most of a chunk then needs nothing of what lies before it."""
+    }
+
+    method: str = option(
+        "seco", "seco: exact, one chunk in memory; spaco: estimates; full: ordinary backpropagation", group="method",
+        choices=METHODS,
+    )  # fmt: skip
+    seq_len: int = option(2048, "tokens per document piece", group="method", metavar="N", least=2)
+    chunk_size: int = option(256, "tokens per chunk", group="method", metavar="C", least=1)
+    fill_size: int | None = option(
+        None, "tokens per forward pass of the fill", group="method", metavar="N", absent="C", least=1
+    )
+    budget: int | None = option(
+        None, "spaco: chunks kept per document, with bernoulli on average", group="method", metavar="t",
+        absent="a quarter", least=1,
+    )  # fmt: skip
+    sampler: str = option("bernoulli", "spaco: bernoulli (unbiased), fixed or paper", group="method", choices=SAMPLERS)
+    recompute: bool | None = option(
+        None, "run each layer again in its backward, to save memory", group="method",
+        absent="for models of a billion parameters or more",
+    )  # fmt: skip
+    cache_grad_dtype: str | None = option(
+        None, "of the gradients summed for the cache", group="method", choices=tuple(DTYPES),
+        absent="float32, or wider with a wider model",
+    )  # fmt: skip
+    offload: bool = option(False, "keep the cache and its gradients in host memory", group="method")
+    partial_context: str | None = option(
+        None, "window: the last positions and the very first, the sinks; strided: in blocks, the last ones and some of "
+        "those before", group="a part of the past", choices=("window", "strided"), absent="none",
+    )  # fmt: skip
+    window: int = option(
+        1024, "window: the last N positions, the own included", group="a part of the past", metavar="N", least=1,
+        belongs=("partial_context", ("window",)),
+    )  # fmt: skip
+    sinks: int = option(
+        64, "window: and the first N, 0 for none", group="a part of the past", metavar="N", least=0,
+        belongs=("partial_context", ("window",)),
+    )  # fmt: skip
+    block: int = option(
+        64, "strided: positions in a block", group="a part of the past", metavar="N", least=1,
+        belongs=("partial_context", ("strided",)),
+    )  # fmt: skip
+    local: int = option(
+        16, "strided: the last N blocks, the own included", group="a part of the past", metavar="N", least=1,
+        belongs=("partial_context", ("strided",)),
+    )  # fmt: skip
+    stride: int = option(
+        16, "strided: and every Nth block, the first one included", group="a part of the past", metavar="N", least=1,
+        belongs=("partial_context", ("strided",)),
+    )  # fmt: skip
+    full_layers: tuple[int, ...] | None = option(
+        None, "layers that keep seeing all of the past, counted from 0; no number: none", group="a part of the past",
+        metavar="N", absent="the middle third", none=True, belongs=("partial_context", ()),
+    )  # fmt: skip
+    rank: int = option(8, "of the adapter; 0 trains all parameters", group="LoRA", metavar="R", least=0)
+    targets: tuple[str, ...] | None = option(
+        None, "layers with an adapter", group="LoRA", metavar="NAME", absent="all linear ones"
+    )
+    load_in_4bit: bool = option(False, "store the frozen base in 4 bits (bitsandbytes)", group="LoRA")
+
+    def check(self) -> None:
+        """Raise InputError for a value that cannot be, or that does not go with the others."""
+        check_options(self)
+        if self.fill_size is not None and self.fill_size < self.chunk_size:
+            raise InputError(
+                f"--fill-size is {self.fill_size}, but must be at least {self.chunk_size}, the --chunk-size"
+            )
+        if self.load_in_4bit and self.rank == 0:
+            raise InputError("--load-in-4bit freezes the base: it needs an adapter, --rank of at least 1")
+
+    def pattern(self) -> Pattern | None:
+        """What the layers of `--partial-context` see; None without it."""
+        if self.partial_context == "window":
+            return Window(self.window, self.sinks)
+        return Strided(self.block, self.local, self.stride) if self.partial_context == "strided" else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(StepOptions, ModelOptions):
+    """Train on documents longer than memory allows, chunk by chunk.
+
+    With no argument: takes the small Llama and the novels that ship with the package and extends the
+    model's context from 256 to 2,048 tokens with LoRA and SeCO, in under two minutes on two CPU cores.
+
+      minichunk train
+      minichunk train --model DIR --data notes.txt more.jsonl --seq-len 16384 --chunk-size 512
+      minichunk train --model DIR --data book.txt --method spaco --budget 8
+      minichunk train --model DIR --data book.txt --partial-context window --chunk-size 2048 --seq-len 65536
+      minichunk train --output runs/1 --resume
+      torchrun --nproc-per-node 4 -m minichunk train --pipeline 4 --model DIR --data book.txt
+
+    DIR is a Hugging Face checkpoint: config.json, tokenizer.json and safetensors. JSONL lines hold
+    {"text": …}; {"prompt": …, "completion": …}, where only the completion is learnt; or {"messages": …},
+    where only the assistant's are. The checkpoint's chat template is used where it has one.
+    """
+
+    GROUPS: ClassVar[Mapping[str, str]] = {
+        "model and data": "",
+        "method": "",
+        **StepOptions.GROUPS,
+        "training": "",
+        "LoRA": "",
+        "several GPUs": "started by torchrun --nproc-per-node P -m minichunk train …",
+        "run": "",
+    }
+
+    data: tuple[str, ...] = option(
+        (), "text or JSONL files", group="model and data", metavar="FILE", absent="the shipped novel"
+    )
+    val_data: tuple[str, ...] = option(
+        (), "held-out files", group="model and data", metavar="FILE", absent="a part of the data"
+    )
+    val_fraction: float = option(
+        0.1, "part of the data held out", group="model and data", metavar="X", least=0, below=1
+    )
+    eval_documents: int = option(8, "held-out documents to measure", group="model and data", metavar="N", least=0)
+    chat_template: bool = option(
+        True, "join prompt and completion as they are, even if the model has a template", group="model and data"
+    )
+    cap: float | None = option(
+        None, "spaco with paper: the most the relay factor may be", group="method", metavar="X", absent="none",
+        above=0, belongs=("sampler", ("paper",)),
+    )  # fmt: skip
+    steps: int = option(60, "optimizer steps", group="training", metavar="N", least=1)
+    batch_size: int = option(1, "pieces at a time", group="training", metavar="B", least=1)
+    accumulate: int | None = option(
+        None, "batches per step, on all copies of the model together", group="training", metavar="N",
+        absent="one for each copy", least=1,
+    )  # fmt: skip
+    lr: float | None = option(
+        None, "peak learning rate", group="training", metavar="X", above=0,
+        absent="3e-4 with LoRA, 2e-5 without, 4e-3 for the shipped model",
+    )  # fmt: skip
+    warmup: int | None = option(
+        None, "steps of linear warm-up", group="training", metavar="N", absent="a tenth", least=0
+    )
+    weight_decay: float = option(0.0, "of AdamW", group="training", metavar="X", least=0)
+    clip: float = option(1.0, "most that the gradient norm may be, 0: any", group="training", metavar="X", least=0)
+    alpha: float = option(16.0, "the update is alpha / rank · B A", group="LoRA", metavar="X", above=0)
+    dropout: float = option(0.0, "on the adapter's input", group="LoRA", metavar="X", least=0, below=1)
+    pipeline: int | None = option(
+        None, "let N processes share the layers; P / N copies of them work on other documents (also with --resume: any "
+        "N)", group="several GPUs", metavar="N", least=1,
+    )  # fmt: skip
+    timeout: float = option(
+        7200.0, "seconds after which a process that does not answer is given up; one that ends is noticed at once",
+        group="several GPUs", metavar="S", above=0,
+    )  # fmt: skip
+    seed: int = option(0, "of adapter, order, dropout and sampler", group="run", metavar="N", least=0, below=2**32)
+    deterministic: bool = option(False, "the same bits in every run on CUDA too, if slower", group="run")
+    save_every: int = option(20, "steps between checkpoints", group="run", metavar="N", least=1)
+    output: str | None = option(None, "where to write", group="run", metavar="DIR", absent="the next free runs/N")
+    resume: bool = option(False, "continue the run in --output, by default the newest", group="run")
 
     def resolved(self) -> TrainOptions:
         """Check every value and fill in those that are None. Raises InputError."""
-        self._check()
+        self.check()
         device = check_device(self.device)
         num_chunks = len(cut(self.seq_len, self.chunk_size))
         pipeline, copies = self._processes()
@@ -99,12 +340,22 @@ class TrainOptions:
             pipeline=pipeline,
             accumulate=self.accumulate or copies,
             budget=self.budget or (max(1, num_chunks // 4) if self.method == "spaco" else None),
-            **pattern_options(self.partial_context, vars(self)),
         )
 
-    def pattern(self) -> Pattern | None:
-        """What the layers of `--partial-context` see."""
-        return make_pattern(self.partial_context, vars(self))
+    def check(self) -> None:
+        super().check()
+        given = self.budget is not None or self.cap is not None or self.sampler != "bernoulli"
+        if self.method != "spaco" and given:
+            raise InputError(f"--budget, --sampler and --cap belong to --method spaco, not to {self.method}")
+        chunked = [name for name in ("fill_size", "cache_grad_dtype", "offload") if getattr(self, name)]
+        if self.method == "full" and chunked:
+            raise InputError(f"{flag(chunked[0])} belongs to --method seco and spaco, not to full")
+
+    def check_resume(self) -> None:
+        """Raise InputError for what cannot be said with `--resume`, which takes all else from the run."""
+        theirs = ("output", "resume", "pipeline", "timeout")
+        if extra := [f.name for f in fields(self) if f.name not in theirs and getattr(self, f.name) != f.default]:
+            raise InputError(f"--resume continues with the run's own options: leave out {flag(min(extra))}")
 
     def _processes(self) -> tuple[int, int]:
         """Processes that share the layers, and how many copies there are of such a pipeline."""
@@ -136,40 +387,6 @@ class TrainOptions:
             return 2e-5
         return 4e-3 if self.model is None else 3e-4  # a model of 3 million parameters takes larger steps
 
-    def _check(self) -> None:
-        choices = {"method": METHODS, "sampler": SAMPLERS, "dtype": DTYPES, "cache_grad_dtype": DTYPES}
-        for name, allowed in choices.items():
-            check_choice(name, getattr(self, name), allowed)
-        least = {
-            "seq_len": 2, "chunk_size": 1, "fill_size": self.chunk_size, "budget": 1, "steps": 1, "batch_size": 1,
-            "accumulate": 1, "pipeline": 1, "rank": 0, "save_every": 1, "eval_documents": 0, "warmup": 0, "seed": 0,
-        }  # fmt: skip
-        check_least({name: (getattr(self, name), bound) for name, bound in least.items()})
-        for name, value in (("lr", self.lr), ("cap", self.cap), ("alpha", self.alpha), ("timeout", self.timeout)):
-            if value is not None and not 0 < value < float("inf"):
-                raise InputError(f"--{name} is {value}, but must be a number above 0")
-        for name, value in (("weight-decay", self.weight_decay), ("clip", self.clip)):
-            if not 0 <= value < float("inf"):
-                raise InputError(f"--{name} is {value}, but must be a number of at least 0")
-        for name, value in (("dropout", self.dropout), ("val-fraction", self.val_fraction)):
-            if not 0 <= value < 1:
-                raise InputError(f"--{name} is {value}, but must be at least 0 and below 1")
-        given = self.budget is not None or self.cap is not None or self.sampler != "bernoulli"
-        if self.method != "spaco" and given:
-            raise InputError(f"--budget, --sampler and --cap belong to --method spaco, not to {self.method}")
-        chunked = [
-            name for name in ("fill_size", "cache_grad_dtype", "offload", "recompute_attention") if getattr(self, name)
-        ]
-        if self.recompute is False and self.recompute_attention:
-            raise InputError("--recompute-attention is a kind of --recompute: leave out --no-recompute")
-        if self.method == "full" and chunked:
-            raise InputError(f"--{chunked[0].replace('_', '-')} belongs to --method seco and spaco, not to full")
-        check_4bit(self.load_in_4bit, self.rank)
-        if self.seed >= 2**32:
-            raise InputError(f"--seed is {self.seed}, but must be below 2^32")
-        if self.cap is not None and self.sampler != "paper":
-            raise InputError("--cap belongs to --sampler paper")
-
     def most_kept(self) -> list[Chunk]:
         """The most chunks of a piece that a step backpropagates: as many, at the end of it."""
         chunks = cut(self.seq_len, self.chunk_size)
@@ -177,8 +394,7 @@ class TrainOptions:
 
     def make_sampler(self) -> Sampler:
         """The sampler of `--sampler` and `--budget`; Bernoulli keeps `budget` chunks on average."""
-        budget = self.budget
-        assert budget is not None
+        budget = known(self.budget)
         if self.sampler == "fixed":
             return FixedBudget(budget)
         if self.sampler == "paper":
@@ -187,14 +403,3 @@ class TrainOptions:
 
     def to_dict(self) -> dict[str, Any]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TrainOptions:
-        arguments: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in values.items()}
-        options = cls(**arguments)
-        for name, default in cls().to_dict().items():
-            value = getattr(options, name)
-            wanted = (int, float) if isinstance(default, float) else type(default)
-            if default is not None and not isinstance(value, list | tuple) and not isinstance(value, wanted):
-                raise TypeError(f"{name} is {value!r}")
-        return options

@@ -9,7 +9,7 @@ from typing import Any
 from ..errors import InputError
 from ..files.atomic import make_directory, open_tensors, read_json, write_json, write_tensors, write_text
 from .loop import Trainer
-from .options import TrainOptions
+from .options import TrainOptions, check_options, options_of
 
 
 class Run:
@@ -59,8 +59,10 @@ class Run:
     def read_info(self) -> tuple[TrainOptions, list[dict[str, Any]]]:
         info = read_json(self.info)
         try:
-            return TrainOptions.from_dict(info["options"]), info["loss_by_position_before"]
-        except (KeyError, TypeError, AttributeError) as error:
+            stored = options_of(TrainOptions, info["options"])
+            check_options(stored)
+            return stored, info["loss_by_position_before"]
+        except (KeyError, TypeError, AttributeError, InputError) as error:
             raise InputError(f"{self.info} is not of this version of minichunk: {error}") from None
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:

@@ -13,10 +13,9 @@ from tqdm import tqdm
 from ..chunks import cut
 from ..files.atomic import human_bytes
 from ..files.documents import Document
-from ..files.torchrun import started
 from ..models.partial import describe
 from ..pipeline.links import Links, RankLost
-from ..pipeline.start import linked, local_device
+from ..pipeline.start import linked, local_device, started
 from .evaluate import Span, loss_by_position, spans_for
 from .interrupt import interrupt_flag
 from .job import load_data, load_model, make_gradient
@@ -35,18 +34,20 @@ class Interrupted(Exception):
     """Ctrl-C: the run is saved, and the message says how to go on."""
 
 
-def train(options: TrainOptions, resume: bool = False, say: Callable[[str], object] = print) -> Path:
-    """Run the training that `options` describe, or continue the one in `options.output`.
+def train(options: TrainOptions, say: Callable[[str], object] = print) -> Path:
+    """Run the training that `options` describe; with `resume` continue the one in `options.output`.
 
     Under torchrun, called on all processes; the first one speaks and writes. Of a run that is continued, only
-    `pipeline` and `timeout` are taken from `options`: it may go on with another number of processes.
+    `pipeline` and `timeout` may be said: it may go on with another number of processes.
 
     Returns the run's directory. Raises InputError before training for anything wrong in the
     options, the model or the data, NonFiniteLoss, and Interrupted after saving on Ctrl-C; RankLost if another process
     ends or does not answer.
     """
     before: list[Span] | None = None
+    resume = options.resume
     if resume:
+        options.check_resume()
         run = Run.existing(options.output)
         stored_options, stored = run.read_info()
         options = replace(stored_options, pipeline=options.pipeline, timeout=options.timeout).resolved()
@@ -76,7 +77,7 @@ def _train(
     training, validation, line = load_data(options, model, tokenizer)
     run = resumed or Run(ranks.everyones(Run.new(options.output).directory if ranks.is_first else Path())[0])
     total, trainable = ranks.count_parameters()
-    large = options.recompute_attention or total >= LARGE
+    large = total >= LARGE
     recompute = large if options.recompute is None else options.recompute
     options = replace(options, output=str(run.directory), recompute=recompute)
     say(f"model   {options.model}: {total:,} parameters, {trainable:,} of them trained, {options.dtype}")

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..full import backpropagate, full
-from ..pipeline import step
+from ..pipeline import pipeline_seco as step
 from ..seco import fill, rebuild, seco
 from ..spaco import spaco
 

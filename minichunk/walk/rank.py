@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..chunks import Chunk
-from ..pipeline import step
+from ..pipeline import pipeline_seco as step
 from ..pipeline.stage import PipelineStage
 from ..pipeline.together import agree
 from ..protocol import Written

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..chunks import Chunk
-from ..memory.layers import wide
+from ..memory.layer_memory import wide
 from ..memory.state import LayerState
 from ..protocol import Memory, Written
 from ..samplers import Bernoulli, Weight

@@ -22,6 +22,7 @@ from ..seco import seco
 from ..spaco import spaco
 from ..training.checks import check_choice, check_least
 from ..training.load import load_as_told
+from ..training.options import ModelOptions
 from .events import Event, compare, read_events, write_events
 from .merge import merge
 from .page import write_page
@@ -102,7 +103,7 @@ def record(
         check_choice("method", name, METHODS)
     check_least({"seq_len": (seq_len, 2), "chunk_size": (min(sizes), 1), "rank": (rank, 0), "seed": (seed, 0)})
     check_least({"budget": (budget, 1)})
-    language_model, tokenizer = load_as_told(model, None, dtype, device)
+    language_model, tokenizer = load_as_told(ModelOptions(model=model, dtype=dtype, device=device))
     chat, eos = load_chat_template(model or SHIPPED_MODEL), language_model.config.first_eos()
     documents = read_documents(data or [novel(EXTENDED_ON)], tokenizer, eos, chat)
     check_vocabulary(documents, language_model.config.vocab_size)

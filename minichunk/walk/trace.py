@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..batch import check_batch, check_tokens
 from ..chunks import cut
-from ..pipeline.step import pipeline_seco, pipeline_spaco
+from ..pipeline.pipeline_seco import pipeline_seco, pipeline_spaco
 from .events import Event
 from .rank import RankRecorder
 from .recorder import Recorder

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..chunks import Chunk
-from ..memory.layers import LayerMemory
+from ..memory.layer_memory import LayerMemory
 from ..protocol import DEFAULTS, Memory, Model, Options, Written
 
 # (layer, first position, the one behind the last, a gradient for each tensor that was written there); no positions
@@ -50,9 +50,9 @@ class WatchedModel:
         return getattr(self._model, name)
 
     def new_memory(
-        self, batch: int, capacity: int, kept: Sequence[Chunk] = (), options: Options = DEFAULTS
+        self, batch: int, capacity: int, receiving: Sequence[Chunk] = (), options: Options = DEFAULTS
     ) -> WatchedMemory:
-        memory = self._model.new_memory(batch, capacity, kept, options)
+        memory = self._model.new_memory(batch, capacity, receiving, options)
         for i, layer in enumerate(getattr(memory, "layers", ()), self._first_layer):
             watch_layer(layer, i, capacity, self._observer.sent)
         self._observer.made_memory(memory)
@@ -70,9 +70,9 @@ class WatchedModel:
         self._observer.ran(chunks, written)
         return hidden, written
 
-    def write(self, input_ids: Tensor, memory: WatchedMemory, chunks: Sequence[Chunk], options: Options) -> Written:
+    def fill(self, input_ids: Tensor, memory: WatchedMemory, chunks: Sequence[Chunk], options: Options) -> Written:
         with self._observer.at_work():
-            return self._model.write(input_ids, memory.memory, chunks, options)
+            return self._model.fill(input_ids, memory.memory, chunks, options)
 
 
 class WatchedMemory:
@@ -85,9 +85,9 @@ class WatchedMemory:
         self.memory.write(chunks, written)
         self.observer.filled(chunks, written)
 
-    def received(self, chunk: Chunk) -> Written:
+    def hand_over(self, chunk: Chunk) -> Written:
         self.observer.asked_for_gradients(chunk)
-        received = self.memory.received(chunk)
+        received = self.memory.hand_over(chunk)
         self.observer.received(chunk, received)
         return received
 
@@ -110,8 +110,8 @@ def watch_layer(layer: LayerMemory, number: int, capacity: int, sent: Sent) -> N
 
         return add
 
-    def past(chunks: Sequence[Chunk], keep: bool) -> Any:
-        seen = type(layer_of(itself)).past(layer_of(itself), chunks, keep)
+    def past(chunks: Sequence[Chunk], save: bool) -> Any:
+        seen = type(layer_of(itself)).past(layer_of(itself), chunks, save)
         for leaf in tree_leaves(seen):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 leaf.register_hook(lambda gradient: sent(number, chunks[0].start, chunks[0].start, [gradient]))

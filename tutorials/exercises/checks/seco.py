@@ -10,12 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import minichunk as mc
-from minichunk.batch import prepare
+from minichunk.batch import prepare, shift
 from minichunk.chunks import Chunk, cut
-from minichunk.memory.layers import LayerMemories
+from minichunk.memory.layer_memory import LayerMemories
 from minichunk.protocol import DEFAULTS, Options, Written
 from minichunk.seco import fill, flat, new_memory, rebuild
-from minichunk.targets import shift
 
 from ..diagnose import Mistakes, Values, close, compare, hint, require, within
 from .common import (
@@ -75,7 +74,8 @@ def _walk(
     fill(model, input_ids, chunks[: kept[-1]], memory, DEFAULTS)
 
     def received(i: int) -> list[Tensor]:
-        return [g.clone() for g in flat(memory.received(chunks[i]))]
+        layers = memory.layers if i < kept[-1] else []  # asked as often as we like, which the memory itself refuses
+        return [g.clone() for layer in layers for g in layer.hand_over(chunks[i])]
 
     relayed = {i: received(i) for i in kept}  # nothing so far
     for n, j in reversed(list(enumerate(kept))):
@@ -97,13 +97,13 @@ class _Spy:
         self.rebuilt: list[int] = []
         self.told: set[Chunk] = set()  # the chunks for whose gradients a memory has room
         self.graphs = Graphs()
-        new_memory, run, write = model.new_memory, model.run, model.write
+        new_memory, run, fill = model.new_memory, model.run, model.fill
 
         def spied_new_memory(
-            batch: int, capacity: int, kept: Sequence[Chunk] = (), options: Options = DEFAULTS
+            batch: int, capacity: int, receiving: Sequence[Chunk] = (), options: Options = DEFAULTS
         ) -> LayerMemories:
-            self._see_memory(capacity, kept)
-            return new_memory(batch, capacity, kept, options)
+            self._see_memory(capacity, receiving)
+            return new_memory(batch, capacity, receiving, options)
 
         def spied_run(
             input_ids: Tensor, memory: LayerMemories, chunks: Sequence[Chunk], options: Options = DEFAULTS
@@ -113,25 +113,25 @@ class _Spy:
             self.graphs.see(self.chunks.index(chunks[0]), [hidden, *flat(written)])
             return hidden, written
 
-        def spied_write(
+        def spied_fill(
             input_ids: Tensor, memory: LayerMemories, chunks: Sequence[Chunk], options: Options = DEFAULTS
         ) -> Written:
             self._see_fill(chunks)
-            return write(input_ids, memory, chunks, options)
+            return fill(input_ids, memory, chunks, options)
 
         # Once for each backward call: every chunk looks up its embeddings.
         model.model.embed_tokens.weight.register_hook(lambda grad: self.graphs.see_backward(self.rebuilt[-1]))
         model.new_memory = spied_new_memory  # type: ignore[method-assign]
-        model.run, model.write = spied_run, spied_write  # type: ignore[method-assign, assignment]
+        model.run, model.fill = spied_run, spied_fill  # type: ignore[method-assign, assignment]
 
     def _number(self, chunk: Chunk) -> int:
         require(chunk in self.chunks, f"{chunk} is none of the chunks that cut(length, chunk_size) makes.")
         return self.chunks.index(chunk)
 
-    def _see_memory(self, capacity: int, kept: Sequence[Chunk]) -> None:
-        self.told.update(kept)
+    def _see_memory(self, capacity: int, receiving: Sequence[Chunk]) -> None:
+        self.told.update(receiving)
         self.capacity = capacity
-        for chunk in kept:
+        for chunk in receiving:
             self._number(chunk)
         require(
             capacity == 0 or capacity in [chunk.start for chunk in self.chunks],

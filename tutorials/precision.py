@@ -1,4 +1,4 @@
-"""How exact is a half-precision gradient? `python -m minichunk.costs.precision [DIR]`.
+"""How exact is a half-precision gradient? `python tutorials/precision.py [DIR]`.
 
 Attention over pasts of up to 128 blocks, in bfloat16 against float64. With a model beside it: on its weights and a
 text, the bfloat16 gradient of `full` and of SeCO, with the cache's gradients summed in float32 and in bfloat16,
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..files.documents import load_tokenizer, read_documents
-from ..files.shipped import novel
-from ..full import full
-from ..memory.attention import BLOCK, attend
-from ..memory.cache import LayerCache
-from ..models.llama import Llama
-from ..models.lora import linear_layers
-from ..seco import seco
+from minichunk.files.documents import load_tokenizer, read_documents
+from minichunk.files.shipped import novel
+from minichunk.full import full
+from minichunk.memory.attention import BLOCK, attend
+from minichunk.memory.cache import LayerCache
+from minichunk.models.llama import Llama
+from minichunk.models.lora import linear_layers
+from minichunk.seco import seco
 
 NUM_CHUNKS = (4, 16, 64)
 PASTS = (2048, 16384, 131072, 262144)

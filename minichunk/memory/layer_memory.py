@@ -19,16 +19,16 @@ def wide(x: Tensor) -> torch.dtype:
 
 
 @dataclass
-class Extent:
+class MemorySpec:
     """What a layer is told that makes a memory of its own.
 
-    Room for `batch` sequences of up to `capacity` positions, and for the gradients of the kept chunks alone.
+    Room for `batch` sequences of up to `capacity` positions, and for the gradients of the receiving chunks alone.
     like: a tensor of the model's dtype, on its device.
     """
 
     batch: int
     capacity: int
-    kept: Sequence[Chunk]
+    receiving: Sequence[Chunk]
     options: Options
     like: Tensor
     _common: dict[Any, Any] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class Extent:
         return self._common[key]
 
 
-class Held(NamedTuple):
+class MemoryUse(NamedTuple):
     """What a memory remembers, and the gradients that are sent back to it (empty where these do not grow)."""
 
     remembered: list[Tensor]
@@ -54,37 +54,42 @@ class Held(NamedTuple):
 class LayerMemory(Protocol):
     """What a layer's memory is asked. All else is between it and its layer, which is handed its `past`."""
 
-    def past(self, chunks: Sequence[Chunk], keep: bool) -> Any:
-        """What these adjacent chunks see of it. keep: for a layer that is run twice, so that the second run can
+    def past(self, chunks: Sequence[Chunk], save: bool) -> Any:
+        """What these adjacent chunks see of it. save: for a layer that is run twice, so that the second run can
         take from it what the first one has computed."""
 
     def write(self, chunks: Sequence[Chunk], written: tuple[Tensor, ...]) -> None:
         """Store what the layer wrote for these adjacent chunks."""
 
-    def received(self, chunk: Chunk) -> tuple[Tensor, ...]:
-        """The gradients sent back to what a kept chunk wrote, in its order and dtype."""
+    def hand_over(self, chunk: Chunk) -> tuple[Tensor, ...]:
+        """The gradients sent back to what this receiving chunk wrote, in its order and dtype: asked once for each of
+        them, the last one first."""
 
-    def tensors(self) -> Held:
+    def tensors(self) -> MemoryUse:
         """All that grows with the length."""
 
 
 class LayerMemories:
     """The memory of one training step, or of one text that is read or written; a `protocol.Memory`.
 
-    kept: the chunks that will receive gradients.
+    receiving: the chunks that later ones send gradients to.
     """
 
-    def __init__(self, layers: Sequence[LayerMemory], kept: Sequence[Chunk]) -> None:
-        self.layers, self.kept = list(layers), set(kept)
+    def __init__(self, layers: Sequence[LayerMemory], receiving: Sequence[Chunk]) -> None:
+        self.layers, self.receiving = list(layers), set(receiving)
+        self.handed_over: set[Chunk] = set()
 
     def write(self, chunks: Sequence[Chunk], written: Written) -> None:
         for layer, tensors in zip(self.layers, written, strict=True):
             layer.write(chunks, tensors)
 
-    def received(self, chunk: Chunk) -> Written:
-        return [layer.received(chunk) for layer in self.layers] if chunk in self.kept else []
+    def hand_over(self, chunk: Chunk) -> Written:
+        if chunk in self.handed_over:  # a state's adjoint would go on twice, and a window's sums are gone
+            raise RuntimeError(f"{chunk} has been handed its gradients already; a memory hands them over once")
+        self.handed_over.add(chunk)
+        return [layer.hand_over(chunk) for layer in self.layers] if chunk in self.receiving else []
 
-    def tensors(self) -> Held:
+    def tensors(self) -> MemoryUse:
         """Those of all layers."""
-        held = [layer.tensors() for layer in self.layers]
-        return Held([x for one in held for x in one.remembered], [x for one in held for x in one.gradients])
+        uses = [layer.tensors() for layer in self.layers]
+        return MemoryUse([x for use in uses for x in use.remembered], [x for use in uses for x in use.gradients])

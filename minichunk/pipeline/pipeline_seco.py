@@ -24,8 +24,8 @@ from torch import Tensor
 from ..batch import Batch, check_tokens, make_batch, widen_gradients
 from ..chunks import Chunk, check_fill_size, cut, groups, span
 from ..loss import summed_loss
-from ..memory.layers import LayerMemories, wide
-from ..protocol import Options, Recompute, Written
+from ..memory.layer_memory import LayerMemories, wide
+from ..protocol import Options, Written
 from ..samplers import Weight
 from ..seco import flat
 from ..spaco import QUARTER, Sampler, check_weights
@@ -41,7 +41,7 @@ def pipeline_seco(
     *,
     fill_size: int | None = None,
     num_targets: float | None = None,
-    recompute: Recompute = False,
+    recompute: bool = False,
     cache_grad_dtype: torch.dtype | None = None,
     offload: bool = False,
 ) -> Tensor:
@@ -65,7 +65,7 @@ def pipeline_spaco(
     generator: torch.Generator | None = None,
     fill_size: int | None = None,
     num_targets: float | None = None,
-    recompute: Recompute = False,
+    recompute: bool = False,
     cache_grad_dtype: torch.dtype | None = None,
     offload: bool = False,
 ) -> Tensor:
@@ -127,7 +127,7 @@ def fill(
     """
     x = stage.take(batch.input_ids[:, span(chunks)])
     if stage.links.is_last:
-        return stage.write(x, memory, chunks, options)
+        return stage.fill(x, memory, chunks, options)
     with torch.no_grad():
         y, written = stage.run(x, memory, chunks, replace(options, recompute=False))
     stage.links.hand_up(y)
@@ -169,7 +169,7 @@ def _backward(stage: PipelineStage, batch: Batch, memory: LayerMemories, chunk: 
     elif end.requires_grad:
         grad = stage.links.take_down(torch.empty_like(end))
     if end.requires_grad:  # or nothing from the embedding up to here learns
-        made, sent = flat(chunk.written), flat(memory.received(chunk.chunk))  # line 6
+        made, sent = flat(chunk.written), flat(memory.hand_over(chunk.chunk))  # line 6
         if weight.relay != 1.0:  # or it would be a copy
             sent = [weight.relay * g for g in sent]
         relayed = [(m, g) for m, g in zip(made, sent, strict=True) if m.requires_grad] if sent else []
