@@ -9,7 +9,7 @@ import argparse
 
 from .options import Parser
 from .plan_arguments import add_bench, add_plan
-from .porting_arguments import add_compare, add_golden
+from .porting_arguments import add_compare
 from .walk_arguments import add_walk
 
 
@@ -17,5 +17,4 @@ def add_others(commands: argparse._SubParsersAction[Parser]) -> None:
     add_bench(commands)
     add_plan(commands)
     add_walk(commands)
-    add_golden(commands)
     add_compare(commands)

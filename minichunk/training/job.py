@@ -21,7 +21,7 @@ from ..models.shapes import layer_memory_bytes, random_model
 from ..models.stack import Stack
 from ..pipeline.links import Links
 from ..pipeline.pipeline_seco import pipeline_seco, pipeline_spaco
-from ..pipeline.split_layers import deal, layer_costs
+from ..pipeline.split_layers import split_layers
 from ..pipeline.stage import PipelineStage
 from ..pipeline.start import local_device
 from ..protocol import Options
@@ -43,7 +43,7 @@ def load_model(options: TrainOptions, links: Links | None = None) -> tuple[Any, 
         if (pattern := options.pattern()) is not None:
             partial_context(model, pattern, options.full_layers)
         if links is not None:
-            stages.append(PipelineStage(model, deal_layers(options, model, links.ranks), links=links))
+            stages.append(PipelineStage(model, layers_of_ranks(options, model, links.ranks), links=links))
 
     model, tokenizer = load_as_told(replace(options, device=local_device(known(options.device))), prepare)
     if options.rank:
@@ -51,20 +51,18 @@ def load_model(options: TrainOptions, links: Links | None = None) -> tuple[Any, 
     return (stages[0] if stages else model), tokenizer
 
 
-def deal_layers(options: TrainOptions, model: Stack, ranks: int) -> list[int] | None:
-    """How many layers each rank gets: by their weights, what those that learn need, and what is remembered of a piece.
+def layers_of_ranks(options: TrainOptions, model: Stack, ranks: int) -> list[int]:
+    """How many layers each rank gets, with their adapters and their memory of a piece; as `minichunk plan --gpus` does.
 
-    None, if there are too few layers. `minichunk plan --gpus` deals them so too.
+    Raises InputError for fewer layers than ranks.
     """
     config, dtype = model.config, DTYPES[known(options.dtype)]
-    if config.num_hidden_layers < ranks:
-        return None
     targets = options.targets or linear_layers(model)
     shaped = random_model(config, dtype, options.rank, targets, "meta", options.load_in_4bit)
     sums = DTYPES.get(options.cache_grad_dtype or "")
     kept, how = options.most_kept(), Options(options.fill_size, bool(options.recompute), sums)
-    remembered = [sum(both) for both in layer_memory_bytes(config, dtype, kept, how, options.batch_size)]
-    return deal(layer_costs(shaped, None if options.offload else remembered), ranks)
+    memory = [sum(both) for both in layer_memory_bytes(config, dtype, kept, how, options.batch_size)]
+    return split_layers(shaped, ranks, None if options.offload else memory)
 
 
 def load_data(
