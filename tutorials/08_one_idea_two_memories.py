@@ -240,8 +240,8 @@ for W in (1, 4, 16, 64):
     print(f"window {W:2}: relative error {distance(gradient(mc.full, state, ids, ids), exact):.4f}")
 
 # %% [markdown]
-# The error falls with W, but nothing is gained: a scan's backward costs the same for any W, and this takes two. That is
-# so across chunks too (`models/truncated.py` at commit `cbb3a04` did that). SeCO is exact.
+# The error falls with W, but nothing is gained: a scan's backward costs the same for any W, and this takes two. That is so
+# [across chunks too](truncated_adjoint.py). SeCO is exact.
 #
 # ## At real size
 #
