@@ -88,15 +88,15 @@ def on_two_ranks(task, *arguments):
 # %%
 def steps(rank, model, ids, sizes):
     stage, sent = mc.PipelineStage(model), []
-    hand = stage.links._hand
+    hand = stage.links.hand
 
     def watched_hand(x, to, group):
         sent.append((to, tuple(x.shape)))
         hand(x, to, group)
 
-    stage.links._hand = watched_hand
+    stage.links.hand = watched_hand
     mc.pipeline_seco(stage, ids, ids, chunk_size=16)
-    stage.links._hand = hand
+    stage.links.hand = hand
     found = gradients(stage.model)
     return found, sent, [mc.trace(mc.pipeline_seco, stage, ids, ids, chunk_size=size) for size in sizes]
 
@@ -122,7 +122,7 @@ print("every gradient is that of one process, bit for bit: True")
 # All ranks run [`pipeline/pipeline_seco.py`](../minichunk/pipeline/pipeline_seco.py). Which of its lines are lines of Algorithm 1?
 
 # %%
-for function in (mc.seco, step._step, step.walk_back, step._backward):
+for function in (mc.seco, step.pipeline_spaco, step.walk_back, step._backward):
     print(function.__module__, function.__name__)
     for line in inspect.getsource(function).splitlines():
         if "# line" in line or "waiting" in line:

@@ -4,7 +4,7 @@ Both learn from four of the shipped novels. The two other novels are kept for th
 on, one to measure it on.
 
 austen-llama: a byte-level BPE tokenizer and a small Llama, at a context of 256 tokens, by ordinary backpropagation.
-austen-state: a small StateSpace on bytes, by SeCO: a state is handed on from chunk to chunk, and its adjoint comes back.
+austen-state: a small StateSpace on bytes, by SeCO: chunks hand on a state, and its adjoint comes back.
 """
 
 import argparse
@@ -182,6 +182,7 @@ MODELS = {"austen-llama": (pretrain_llama, 2000), "austen-state": (pretrain_stat
 
 
 def main() -> None:
+    """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("directory", type=Path, help="where to write the checkpoint")

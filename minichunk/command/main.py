@@ -53,10 +53,6 @@ def run(arguments: argparse.Namespace) -> int:
         from ..costs.plan import run_plan
 
         run_plan(**values)
-    elif command == "golden":
-        from ..porting.golden import write_golden
-
-        print("\n".join(f"written  {path}" for path in write_golden(**values)))
     elif command == "compare":
         from ..porting.compare import run_compare
 

@@ -10,21 +10,20 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..chunks import Chunk
+from ..files.atomic import check_room
 from ..files.chat import load_chat_template
 from ..files.documents import Document, check_vocabulary, cut_documents, load_tokenizer, read_documents
-from ..files.room import check_room
 from ..files.shipped import EXTENDED_ON, MEASURED_ON, SHIPPED_MODEL, novel
 from ..full import full
 from ..models.adapter_files import load_adapter
-from ..models.auto import load_model
+from ..models.load import load_model
 from ..models.lora import add_lora, linear_layers
 from ..models.partial import partial_context
-from ..models.pretrained import Pretrained
 from ..models.shapes import layer_memory_bytes, memory_bytes, random_model
 from ..models.stack import Stack
 from ..pipeline.links import Links
 from ..pipeline.pipeline_seco import pipeline_seco, pipeline_spaco
-from ..pipeline.split_layers import deal, layer_costs
+from ..pipeline.split_layers import split_layers
 from ..pipeline.stage import PipelineStage
 from ..pipeline.start import local_device, started
 from ..protocol import Options
@@ -34,8 +33,8 @@ from .options import DTYPES, ModelOptions, TrainOptions, check_device, default_d
 
 
 def load_as_told(
-    options: ModelOptions, prepare: Callable[[Pretrained], object] = lambda model: None
-) -> tuple[Pretrained, Tokenizer]:
+    options: ModelOptions, prepare: Callable[[Stack], object] = lambda model: None
+) -> tuple[Stack, Tokenizer]:
     """The model of a checkpoint directory, with the adapter and the 4 bits that the options may name; its tokenizer.
 
     prepare: see `load_model` in models. Raises InputError, for a wrong device before anything is read.
@@ -58,7 +57,7 @@ def load_to_train(options: TrainOptions, links: Links | None = None) -> tuple[An
     torch.manual_seed(options.seed)  # the adapter's initial weights
     stages: list[PipelineStage] = []
 
-    def prepare(model: Pretrained) -> None:
+    def prepare(model: Stack) -> None:
         if (pattern := options.pattern()) is not None:
             partial_context(model, pattern, options.full_layers)
         if links is not None:
@@ -79,18 +78,16 @@ def step_keywords(options: TrainOptions) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def layers_of_ranks(options: TrainOptions, model: Pretrained, ranks: int) -> list[int] | None:
-    """How many layers each rank gets: by their weights, what those that learn need, and what is remembered of a piece.
+def layers_of_ranks(options: TrainOptions, model: Stack, ranks: int) -> list[int]:
+    """How many layers each rank gets, with their adapters and their memory of a piece; as `minichunk plan --gpus` does.
 
-    None, if there are too few layers. `minichunk plan --gpus` splits them so too.
+    Raises InputError for fewer layers than ranks.
     """
     config, dtype, how = model.config, DTYPES[known(options.dtype)], Options(**step_keywords(options))
-    if config.num_hidden_layers < ranks:
-        return None
     targets = options.targets or linear_layers(model)
     shaped = random_model(config, dtype, options.rank, targets, "meta", options.load_in_4bit)
-    remembered = layer_memory_bytes(config, dtype, options.most_kept(), how, options.batch_size)
-    return deal(layer_costs(shaped, None if options.offload else [sum(both) for both in remembered]), ranks)
+    memory = layer_memory_bytes(config, dtype, options.most_kept(), how, options.batch_size)
+    return split_layers(shaped, ranks, None if options.offload else [sum(both) for both in memory])
 
 
 def check_host_room(model: Stack, batch: int, kept: Sequence[Chunk], grad_dtype: torch.dtype | None) -> None:
@@ -110,9 +107,7 @@ def check_host_room(model: Stack, batch: int, kept: Sequence[Chunk], grad_dtype:
     check_room(what, (remembered + gradients) * of_machine, torch.device("cpu"), advice)
 
 
-def load_data(
-    options: TrainOptions, model: Pretrained | PipelineStage, tokenizer: Tokenizer
-) -> tuple[list[Document], list[Document], str]:
+def load_data(options: TrainOptions, model: Stack, tokenizer: Tokenizer) -> tuple[list[Document], list[Document], str]:
     """Training and validation pieces, and a line that says what was kept. Raises InputError."""
     chat = load_chat_template(known(options.model)) if options.chat_template else None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..chunks import cut
-from ..files.room import human_bytes
+from ..files.atomic import human_bytes
 from ..models.partial import describe
 from ..pipeline.links import Links, RankLost
 from ..pipeline.start import linked, local_device, started
