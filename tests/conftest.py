@@ -5,12 +5,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,6 +16,7 @@ from hypothesis import HealthCheck, settings
 
 import minichunk as mc
 from minichunk.files.shipped import MEASURED_ON, novel
+from tutorials.pretrain import train_tokenizer
 
 from .ranks import Ranks
 from .strategies import tiny
@@ -31,15 +30,6 @@ settings.load_profile("same")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # a process for each core, not all cores for each process
-
-
-def tutorial(name: str) -> Any:
-    """A module of tutorials/, which are no package."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "tutorials" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -71,7 +61,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def model_directory(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     directory = tmp_path_factory.mktemp("model")
-    tokenizer = tutorial("pretrain").train_tokenizer([text], vocab_size=300)
+    tokenizer = train_tokenizer([text], vocab_size=300)
     torch.manual_seed(0)
     mc.Llama(tiny(vocab_size=300, max_position_embeddings=16)).save_pretrained(directory)
     tokenizer.save(str(directory / "tokenizer.json"))

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..files.documents import Document, collate, step_documents
-from ..models.pretrained import Pretrained
+from ..models.stack import Stack
 from .ranks import Ranks
 
 # Knuth's multiplier: 2^32 divided by the golden ratio. The products of small numbers with it are far apart in 32 bits.
 GOLDEN_RATIO_HASH = 2_654_435_769
 # Adds the gradient of the mean loss of (model, input_ids, labels), given num_targets and a generator.
-Gradient = Callable[[Pretrained, Tensor, Tensor, int, torch.Generator], Tensor]
+Gradient = Callable[[Stack, Tensor, Tensor, int, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
