@@ -30,7 +30,7 @@ def torch_pipeline() -> Any:
 def by_torch(rank: int, case: Case) -> tuple[Tensors, Tensors]:
     """What this rank finds with PyTorch's own engine; and on the first one, what one process does."""
     expected = in_one_process(case) if rank == 0 else {}
-    stage = PipelineStage(case.model, case.counts, TIMEOUT)
+    stage = PipelineStage(case.model, case.counts, mc.Links(timeout=TIMEOUT))
     losses = [case.run(torch_pipeline().torch_seco, stage)]
     return {"loss": torch.stack(losses), **take_gradients(stage.model)}, expected
 
@@ -39,7 +39,7 @@ def peaks(rank: int, case: Case) -> tuple[int, int]:
     """The most bytes that are alive on this rank in a step: ours, and that of PyTorch's own engine."""
     found = []
     for function in (mc.pipeline_seco, torch_pipeline().torch_seco):
-        stage = PipelineStage(copy.deepcopy(case.model), case.counts, TIMEOUT)
+        stage = PipelineStage(copy.deepcopy(case.model), case.counts, mc.Links(timeout=TIMEOUT))
         with CountBytes() as count:
             case.run(function, stage)
         found.append(count.peak)

@@ -18,7 +18,7 @@ from minichunk.costs.fullest import Fullest, describe_rank, forecast_on
 from minichunk.costs.plan import gpus_table
 from minichunk.costs.setting import Setting, Share
 from minichunk.models.shapes import layer_memory_bytes, random_model
-from minichunk.pipeline.split_layers import deal, layer_costs
+from minichunk.pipeline.split_layers import layer_costs, split_layers
 
 from . import ranks as tasks
 from .ranks import Ranks
@@ -137,7 +137,7 @@ def test_a_training_deals_as_the_forecast_does(tmp_path: Path) -> None:
         chunks = cut(tokens, 64)
         kept = chunks[-found.setting.kept(len(chunks)) :]
         held = layer_memory_bytes(model.config, torch.float32, kept, found.setting.options())
-        counts = tuple(deal(layer_costs(model, [sum(layer) for layer in held]), 3))
+        counts = tuple(split_layers(model, 3, [sum(layer) for layer in held]))
         assert counts == found.counts(tokens)
         dealt.add(counts)
     assert len(dealt) > 1

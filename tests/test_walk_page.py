@@ -112,6 +112,7 @@ def test_controls_and_address_lead_to_steps(opened: Any) -> None:
         assert page.evaluate("location.hash") == f"#method=spaco&chunk=6&step={step}"
     page.locator("#slider").fill("9")
     thrown = math.hypot(*logs["SpaCO"][9]["sent"][1][1:])
+    sentence = page.locator("#sentence")
     assert f"Chunk 1 was skipped: {thrown:.3g} is thrown away, and every chain" in sentence.inner_text()
     assert page.locator("#grid [data-sent='1']").get_attribute("class") == "send dead"
     page.locator("#memory .peak").click()

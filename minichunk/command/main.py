@@ -55,18 +55,10 @@ def run(arguments: argparse.Namespace) -> int:
         from ..costs.plan import run_plan
 
         run_plan(**values)
-    elif command == "golden":
-        from ..porting.golden import write_golden
-
-        print("\n".join(f"written  {path}" for path in write_golden(**values)))
-    elif command == "compare":
+    else:
         from ..porting.compare import run_compare
 
         return 0 if run_compare(**values) else 1
-    else:
-        from ..files.smollm2 import get_smollm2
-
-        get_smollm2(values["directory"], values["wheel"])
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The options of `minichunk golden` and `minichunk compare`."""
+"""The options of `minichunk compare`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from .options import Parser
 COMPARE_HELP = """\
 Compare a port's tensors with a golden file's, up to the first difference, and say what it usually means.
 
-Your port reads a golden file (`minichunk golden DIR` writes them, tests/golden/README.md describes
-them), begins with its weights and input_ids, runs SeCO and SpaCO as the file's metadata says, and
-writes what it has computed into a safetensors file of its own, by the golden file's names. From
-NumPy, JAX, PyTorch, ...:
+Your port reads a golden file (they lie in tests/golden, and its README.md describes them), begins
+with its weights and input_ids, runs SeCO and SpaCO as the file's metadata says, and writes what it
+has computed into a safetensors file of its own, by the golden file's names. From NumPy, JAX,
+PyTorch, ...:
 
   from safetensors.numpy import save_file
   save_file({"seco.chunk.0.layer.0.keys": keys, ...}, "mine.safetensors")
 
-  minichunk compare mine.safetensors --golden DIR/plain.safetensors
+  minichunk compare mine.safetensors --golden tests/golden/plain.safetensors
 
 Begin with a few tensors and add more: what is there is compared in the order in which a port is
 built (the forward pass chunk after chunk, the losses, then back from the last chunk), and what
@@ -30,16 +30,6 @@ float64 and 1e-5 in float32. In bfloat16 only calm.safetensors shows more than r
 
 Exit status 0: all is there and equal. 1: something differs or is missing. 2: a file cannot be used.
 """
-
-
-def add_golden(commands: argparse._SubParsersAction[Parser]) -> None:
-    golden = commands.add_parser(
-        "golden",
-        help="write what a port can compare itself with",
-        description="Write one safetensors file for each of a few tiny models: weights, batch, loss, gradients and "
-        "every intermediate of SeCO and of one SpaCO draw, in float64. tests/golden/README.md describes them.",
-    )
-    golden.add_argument("directory", type=Path, help="where to write the files")
 
 
 def add_compare(commands: argparse._SubParsersAction[Parser]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..models.stack import Stack
-from ..pipeline.links import Links
+from ..pipeline.links import MOST_ON_THE_WAY, Links
 from ..pipeline.stage import PipelineStage
 from .setting import Share
 
@@ -23,19 +23,24 @@ class Alone(Links):
     def __init__(self, ranks: int, rank: int, handed: Callable[[], None]) -> None:
         self.ranks, self.rank, self.copies, self.copy = ranks, rank, 1, 0
         self.is_first, self.is_last = rank == 0, rank == ranks - 1
-        self.up = self.down = None
+        self.ends = None
         self.on_the_way = deque()
         self.handed = handed
 
-    def _receive(self, x: Tensor, source: int, group: Any) -> None:
-        pass
+    def take(self, x: Tensor, source: int) -> Tensor:
+        return x
 
-    def _send(self, x: Tensor, to: int, group: Any) -> Any:
+    def hand(self, x: Tensor, to: int) -> None:
+        x = x.detach().contiguous()
         self.handed()
-        return self
+        self.on_the_way.append((self, x, to))
+        self.flush(MOST_ON_THE_WAY)
 
     def wait(self) -> None:
         """As what a real message is sent by: until it has been taken."""
+
+    def add(self, x: Tensor, group: Any = None) -> None:
+        """Nothing comes from others."""
 
 
 def stage_alone(model: Stack, share: Share, handed: Callable[[], None]) -> tuple[PipelineStage, bool]:

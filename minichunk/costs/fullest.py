@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from ..errors import InputError
 from ..models.shapes import alike, random_model
-from ..pipeline.split_layers import deal, layer_costs
+from ..models.stack import Stack
+from ..pipeline.split_layers import layer_costs, split_costs, split_layers
 from .forecast import BATCH, Forecast, forecast, most
 from .setting import CHUNKED, Setting, Share
 from .step import StepBytes
@@ -27,7 +28,7 @@ class Fullest:
 
     def counts(self, tokens: int) -> tuple[int, ...]:
         """How many layers each rank gets."""
-        return _deal(self._costs(tokens), self.gpus)
+        return tuple(split_layers(_meta_model(self.setting), self.gpus, self._memory(tokens)))
 
     def at(self, tokens: int) -> StepBytes:
         """What the fullest rank takes; in host memory, all of them."""
@@ -60,7 +61,7 @@ class Fullest:
             if host is not None and self._host(tokens) > host:
                 return False
             costs = self._costs(tokens)
-            return max(_sums(costs, _deal(costs, self.gpus))) + BATCH * tokens <= available
+            return max(_sums(costs, split_costs(costs, self.gpus))) + BATCH * tokens <= available
 
         def fits(num_chunks: int) -> bool:
             return costs_fit(num_chunks) and self.at(num_chunks * chunk_size).peak <= available
@@ -76,12 +77,12 @@ class Fullest:
         middle = [rank for rank in range(1, last) if counts[rank] > max(counts[1:rank], default=0)]
         return [0, *middle, last]
 
+    def _memory(self, tokens: int) -> list[int] | None:
+        """Of each layer on the device."""
+        return None if self.setting.offload else self.setting.layer_memory_bytes(tokens).sum(1).tolist()
+
     def _costs(self, tokens: int) -> tuple[int, ...]:
-        weights = _weights(replace(self.setting, method="seco"))
-        if self.setting.offload:
-            return weights
-        remembered = self.setting.layer_memory_bytes(tokens).sum(1).tolist()
-        return tuple(w + r for w, r in zip(weights, remembered, strict=True))
+        return tuple(layer_costs(_meta_model(self.setting), self._memory(tokens)))
 
     def _host(self, tokens: int) -> int:
         return sum(self.setting.memory_bytes(tokens)) if self.setting.offload else 0
@@ -111,15 +112,10 @@ def check_gpus(setting: Setting, gpus: int) -> None:
 
 
 @functools.cache
-def _weights(setting: Setting) -> tuple[int, ...]:
-    """What the layers take whatever the length."""
+def _meta_model(setting: Setting) -> Stack:
+    """What is trained, without numbers."""
     base = setting.config(), setting.dtype
-    return tuple(layer_costs(random_model(*base, setting.rank, setting.targets, "meta", setting.load_in_4bit)))
-
-
-@functools.cache
-def _deal(costs: tuple[int, ...], gpus: int) -> tuple[int, ...]:
-    return tuple(deal(costs, gpus))
+    return random_model(*base, setting.rank, setting.targets, "meta", setting.load_in_4bit)
 
 
 def _sums(costs: Sequence[int], counts: Sequence[int]) -> list[int]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
-from ..chunks import Chunk, cut
+from ..chunks import Chunk, cut, span
 from ..full import backpropagate
 from ..memory.cache import LayerCache
 from ..memory.kernels import kernel_for
@@ -27,7 +27,6 @@ from ..models.stack import Stack
 from ..pipeline import pipeline_seco as pipeline
 from ..pipeline.links import MOST_ON_THE_WAY
 from ..pipeline.stage import PipelineStage
-from ..pipeline.together import add_up
 from ..protocol import Written
 from ..samplers import Weight
 from ..seco import fill, new_memory, rebuild
@@ -66,14 +65,14 @@ def rank_step(stage: PipelineStage, below_learns: bool, batch: Batch, setting: S
     groups = [chunks[:-1][max(0, stop - group) : stop] for stop in range(len(chunks) - 1, 0, -group)]
     for some in reversed(groups[: MOST_ON_THE_WAY + 1]):  # what they have handed on lives on
         count.next_part()
-        memory.write(some, pipeline.fill(stage, batch, memory, some, options))
+        memory.write(some, stage.fill(batch.input_ids[:, span(some)], memory, some, options))
     count.next_part()
     weight = Weight(1.0, 2.0 if setting.method == "spaco" else 1.0)
     walk = [(chunk, weight) for chunk in kept[-1 - max(links.ranks - links.rank, MOST_ON_THE_WAY) :]]
-    pipeline.walk_back(stage, batch, memory, walk, options, below_learns)
-    links.flush()
-    del memory
-    add_up(stage, None)
+    with pipeline.tied_weight_summed(stage):
+        pipeline.walk_back(stage, batch, memory, walk, options, below_learns)
+        links.flush()
+        del memory
     return held
 
 

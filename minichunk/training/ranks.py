@@ -44,12 +44,12 @@ class Ranks:
     def add_copies(self, x: Tensor) -> None:
         """Add to x those of the other copies, in place."""
         if self.links is not None:
-            self.links.add_copies(x)
+            self.links.add(x, self.links.copies_of_me)
 
     def add_all(self, x: Tensor) -> None:
         """Add to x (on the CPU) those of all processes, in place."""
         if self.links is not None:
-            self.links.add_all(x)
+            self.links.add(x)
 
     def norm(self, named: dict[str, Tensor]) -> Tensor:
         """Of all ranks' tensors together, each of which counts once; on the CPU."""
