@@ -104,7 +104,7 @@ def test_every_number_on_the_page_is_one_of_the_log(opened: Any) -> None:
 def test_controls_and_address_lead_to_steps(opened: Any) -> None:
     page, logs = opened
     page.evaluate("location.hash = '#method=seco&chunk=6&step=6'")
-    page.wait_for_function("document.getElementById('phase').textContent === 'Loss · chunk 3'")
+    page.locator("#phase", has_text="Loss · chunk 3").wait_for()
     page.get_by_role("button", name="SpaCO").click()  # the same place in another run, where the keys lead on
     assert page.locator("#phase").inner_text() == "Loss · chunk 3"
     for key, step in (("PageDown", 8), ("PageDown", 9), ("PageDown", 12), ("PageUp", 9), ("ArrowLeft", 8)):
@@ -122,9 +122,9 @@ def test_controls_and_address_lead_to_steps(opened: Any) -> None:
     page.get_by_label("Speed").select_option("fast")
     page.keyboard.press("Home")
     page.keyboard.press("Space")
-    page.wait_for_function("document.getElementById('play').textContent === 'Play'")  # it has played to the end
+    page.locator("#play", has_text="Play").wait_for()  # it has played to the end
     assert page.evaluate("location.hash").startswith("#method=seco&chunk=11&step=")
     assert "That is what backpropagation of the whole text has, too" in sentence.inner_text()
-    for width in (340, 1000, 1920):
+    for width in (340, 1000, 1920):  # a phone, a screen, a projector
         page.set_viewport_size({"width": width, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth") <= width

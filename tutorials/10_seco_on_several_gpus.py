@@ -88,9 +88,9 @@ def step_and_messages(rank, model, ids):
     stage, sent = mc.PipelineStage(model), []
     hand = stage.links.hand
 
-    def watched_hand(x, to, group):
+    def watched_hand(x, to):
         sent.append((to, tuple(x.shape)))
-        hand(x, to, group)
+        hand(x, to)
 
     stage.links.hand = watched_hand
     mc.pipeline_seco(stage, ids, ids, chunk_size=16)
@@ -177,9 +177,9 @@ def order(rank, model, ids, size):
     run, fill, backward = stage.run, stage.fill, torch.autograd.backward
 
     def watched_run(x, memory, chunks, options):
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # else it is part of a fill
             waiting.append(chunks[0].start // size)
-        seen.append(("rebuild" if torch.is_grad_enabled() else "fill", chunks[0].start // size))
+            seen.append(("rebuild", waiting[-1]))
         return run(x, memory, chunks, options)
 
     def watched_fill(x, memory, chunks, options):

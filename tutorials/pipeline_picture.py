@@ -38,9 +38,9 @@ def order_of_work(stage: mc.PipelineStage, ids: torch.Tensor) -> list[Work]:
     run, fill, backward = stage.run, stage.fill, torch.autograd.backward
 
     def watched_run(x: torch.Tensor, memory: Any, chunks: Any, options: Any) -> Any:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled():  # else it is part of a fill
             waiting.append(chunks[0].start // CHUNK_SIZE)
-        seen.append(("rebuild" if torch.is_grad_enabled() else "fill", chunks[0].start // CHUNK_SIZE))
+            seen.append(("rebuild", waiting[-1]))
         return run(x, memory, chunks, options)
 
     def watched_fill(x: torch.Tensor, memory: Any, chunks: Any, options: Any) -> Any:

@@ -91,6 +91,7 @@ function go(step) {
 
 // Another run, at the same place: where the same happens to the same chunk and layer, or else something like it.
 function choose(run) {
+  if (run === here.run) return;
   stop();
   const old = eventNow();
   const alike = (keys) => run.events.findIndex((e) => keys.every((key) => e[key] === old[key]));
@@ -135,13 +136,14 @@ const actions = {
 const KEYS = { Home: "first", End: "last", ArrowLeft: "back", ArrowRight: "on", PageUp: "back-chunk", PageDown: "on-chunk", " ": "play" };
 
 function pressed(e) {
-  const own = e.target.matches("select, input") || (e.key === " " && e.target.matches("button, a, summary"));
+  const own = e.target.matches("select, input") || (e.key === " " && e.target.matches("#transport button, a, summary"));
   if (own || e.altKey || e.ctrlKey || e.metaKey || !KEYS[e.key]) return;
   $(KEYS[e.key]).click();
   e.preventDefault();
 }
 
-$("about").innerHTML = aboutText();
+const { model, layers, tokens } = runs[0].begin;
+$("of").textContent = `${model ? `${model}, ` : ""}${layers} layers, ${tokens ?? "?"} tokens`;
 $("methods").innerHTML = [...new Set(runs.map((run) => run.label))].map((label) => `<button type="button">${escaped(label)}</button>`).join("");
 $("size").innerHTML = sizes.map((size) => `<option>${size}</option>`).join("");
 for (const [id, action] of Object.entries(actions)) $(id).addEventListener("click", () => { stop(); action(); });

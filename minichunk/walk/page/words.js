@@ -1,9 +1,8 @@
-// One sentence for each step, for those who read and those who listen; and what the page is about.
+// One sentence for each step, for those who read and those who listen.
 
 const sentenceCase = (text) => text.charAt(0).toUpperCase() + text.slice(1);
 const named = (items) => (items.length < 2 ? items.join("") : `${items.slice(0, -1).join(", ")} and ${items.at(-1)}`);
-const chunksNamed = (list) => (list.length === 1 ? chunkName(list[0]) : list.length > 3 && list.at(-1) - list[0] === list.length - 1
-  ? `chunks ${list[0]} to ${list.at(-1)}` : `chunks ${named(list)}`);
+const chunksNamed = (list) => `chunk${list.length > 1 ? "s" : ""} ${named(list)}`;
 const are = (list) => (list.length > 1 ? "are" : "is");
 const timesFactor = (event, show) => (!event.factor || event.factor === 1 ? "" : `${number(event.factor)} × ${show(event.loss / event.factor)} = `);
 const phaseOf = (event) => (event.kind === "memory" ? "Make room" : sentenceCase(event.kind));
@@ -79,11 +78,4 @@ function comparison(run, event) {
   const words = run.entries ? `The full gradient has the norm ${number(theirs ?? NaN)}.` : same ? "That is what backpropagation of the whole text has, too." : `Backpropagation of the whole text has ${number(theirs ?? NaN)}.`;
   const grows = run.remembers.includes("state") ? "" : "Twice the text would double blue and green (keys, values, their gradients), not orange (one chunk’s graph).";
   return `${theirs === undefined ? "" : `${words} `}${peak}${grows}`;
-}
-
-function aboutText() {
-  const { begin } = runs[0];
-  return `A real step of training (${begin.model ? `${escaped(begin.model)}, ` : ""}${begin.layers} layers, ${begin.tokens ?? "?"} tokens), recorded while it ran. <b>SeCO</b> (Sequential Chunk-wise Optimization) finds the gradient of the whole text with the ` +
-    "activations of one chunk: it runs all chunks once, keeps only what later ones read of them, and walks back, chunk by chunk. <b>SpaCO</b> (Sparse Chunk-wise Optimization) walks back through a random few. " +
-    `Both are of Li et al., <a href="https://arxiv.org/abs/2505.16710">arXiv 2505.16710</a>.`;
 }
