@@ -21,7 +21,7 @@ import minichunk as mc
 from minichunk.batch import IGNORE, shift
 from minichunk.chunks import Chunk
 from minichunk.memory.state import Handed, LayerState
-from minichunk.models.auto import load_model
+from minichunk.models.load import load_model
 from minichunk.models.quantize import Linear4bit
 
 from .gradients import Tensors, combine, take_gradients

@@ -12,11 +12,11 @@ import torch
 import minichunk as mc
 from minichunk.files.documents import cut_documents, load_tokenizer, read_documents
 from minichunk.files.shipped import MEASURED_ON, SHIPPED_MODEL, SHIPPED_STATE, TRAINED_ON, novel
-from minichunk.files.smollm2 import WHEEL_SHA256, _rename, get_smollm2
-from minichunk.models.auto import load_model
+from minichunk.models.load import load_model
 from minichunk.training.evaluate import loss_by_position
 from minichunk.training.pretrain import pretrain
 from minichunk.training.pretrain_state import pretrain_state, unigram_losses
+from tutorials.get_smollm2 import WHEEL_SHA256, _rename, get_smollm2
 
 
 @pytest.mark.parametrize("directory", [SHIPPED_MODEL, SHIPPED_STATE], ids=lambda path: path.name)

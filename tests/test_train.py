@@ -316,7 +316,7 @@ def test_an_interrupted_save_leaves_the_last_one_whole(
         Path(path).write_bytes(before[:100])
         raise Stopped
 
-    monkeypatch.setattr("minichunk.files.atomic.save_file", half)
+    monkeypatch.setattr("safetensors.torch.save_file", half)
     resolved = options.resolved()
     model, tokenizer = load_model(resolved)
     documents, *_ = load_data(resolved, model, tokenizer)

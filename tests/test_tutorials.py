@@ -90,5 +90,5 @@ def test_without_the_model_the_sixth_says_how_to_get_it(tmp_path: Path) -> None:
     shutil.copy(TUTORIALS / path.name, path)
     rendered = load_render().render(path, tmp_path)
     assert rendered.endswith(
-        "*The model is not here. Get it with `minichunk get smollm2 smollm2`, then run this again.*\n"
+        "*The model is not here. Get it with `python tutorials/get_smollm2.py smollm2`, then run this again.*\n"
     )

@@ -241,7 +241,7 @@ for W in (1, 4, 16, 64):
 
 # %% [markdown]
 # The error falls with W, but nothing is gained: a scan's backward costs the same for any W, and this takes two ([across
-# chunks too](../minichunk/models/truncated.py)). SeCO is exact. [Next](09_one_idea_three_memories.md): models with windows.
+# chunks too](truncated_adjoint.py)). SeCO is exact. [Next](09_one_idea_three_memories.md): models with windows.
 #
 # ## Exercises
 #

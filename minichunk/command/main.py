@@ -57,14 +57,10 @@ def run(arguments: argparse.Namespace) -> int:
         from ..porting.compare import run_compare
 
         return 0 if run_compare(**values) else 1
-    elif command == "walk":
+    else:
         from ..walk.step import run_walk
 
         run_walk(**values)
-    else:
-        from ..files.smollm2 import get_smollm2
-
-        get_smollm2(values["directory"], values["wheel"])
     return 0
 
 

@@ -23,8 +23,8 @@ from tqdm import tqdm
 from ..batch import prepare
 from ..chunks import check_fill_size, cut
 from ..errors import InputError
+from ..files.atomic import human_bytes
 from ..files.figures import new_figure, save_figure
-from ..files.room import human_bytes
 from ..full import full
 from ..models.shapes import random_model, shape
 from ..samplers import FixedBudget

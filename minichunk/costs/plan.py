@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from ..chunks import cut
 from ..errors import InputError
-from ..files.room import human_bytes
+from ..files.atomic import human_bytes
 from ..memory.pattern import FULL
 from ..training.checks import check_4bit, check_choice, check_least
 from ..training.options import DTYPES, SAMPLERS

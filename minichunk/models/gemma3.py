@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from ..memory.attention import Past
 from ..memory.layer_memory import wide
 from ..memory.pattern import FULL, Pattern
-from .decoder import Decoder, RMSNorm
 from .gemma3_config import Gemma3Config
-from .llama import MLP, Attention, Layer
-from .rope import Rope, rope_tables
+from .llama import MLP, Attention, Layer, Rope, rope_tables
+from .stack import Decoder, RMSNorm
 
 
 class Norm(RMSNorm):

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 
 from ..memory.layer_memory import MemorySpec, wide
 from ..memory.state import Before, Handed, LayerState, scan_chunks
-from .decoder import RMSNorm
 from .mamba2_config import Mamba2Config
-from .pretrained import Pretrained
+from .stack import RMSNorm, Stack
 
 
 class StreamNorm(RMSNorm):
@@ -150,7 +149,7 @@ class Backbone(nn.Module):
         self.norm_f = StreamNorm(config.hidden_size, config.layer_norm_epsilon)
 
 
-class Mamba2(Pretrained):
+class Mamba2(Stack):
     """A Mamba-2 with the weights' names of Hugging Face's `Mamba2ForCausalLM`.
 
     `Mamba2(config)` has random weights; `Mamba2.from_pretrained(directory)` has trained ones.

@@ -13,10 +13,10 @@ from ..memory.pattern import FULL as ALL
 from ..memory.pattern import Pattern, Strided, Window
 from .config import LlamaConfig, pattern_of
 from .llama import Llama
-from .pretrained import Pretrained
+from .stack import Stack
 
 
-def partial_context(model: Pretrained, pattern: Pattern, full_layers: Sequence[int] | None = None) -> None:
+def partial_context(model: Stack, pattern: Pattern, full_layers: Sequence[int] | None = None) -> None:
     """Let the queries of all layers but `full_layers` see only what `pattern` says: in place, to be trained after.
 
     The weights stay as they are, an adapter or a 4-bit base too, but the model computes another function, for which it
@@ -110,7 +110,7 @@ def _ranges(numbers: Sequence[int]) -> str:
     return " and ".join([*([", ".join(words[:-1])] if words[:-1] else []), words[-1]])
 
 
-def apply_saved(model: Pretrained, saved: Any) -> None:
+def apply_saved(model: Stack, saved: Any) -> None:
     """Make of the model what had the attribute `partial`, unless it is that already. Raises InputError."""
     if not isinstance(saved, dict) or saved.keys() != {"pattern", "full_layers"}:
         raise InputError(f"partial_context is {saved!r}, but must have pattern and full_layers")

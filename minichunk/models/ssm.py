@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from ..memory.layer_memory import MemorySpec, wide
 from ..memory.state import Before, Handed, LayerState, scan_chunks
-from .decoder import Decoder, RMSNorm
-from .llama import Layer
-from .rope import Rope, rope_tables
+from .llama import Layer, Rope, rope_tables
 from .ssm_config import StateSpaceConfig
+from .stack import Decoder, RMSNorm
 
 
 class StateLayer(nn.Module):

@@ -14,10 +14,9 @@ from ..chunks import Chunk, cut, span
 from ..errors import InputError
 from ..loss import token_losses
 from ..memory.layer_memory import LayerMemories, wide
-from ..models.auto import load_model
-from ..models.decoder import RMSNorm
-from ..models.elsewhere import Elsewhere
-from ..models.stack import Stack
+from ..models.load import load_model
+from ..models.lora import Placeholder
+from ..models.stack import RMSNorm, Stack
 from ..protocol import DEFAULTS, Options, Written
 from .links import Links
 from .split_layers import check_counts, split_layers
@@ -162,4 +161,4 @@ def _take_out(model: nn.Module, modules: Sequence[nn.Module]) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if any(child is module for module in modules):
-                setattr(parent, name, Elsewhere(child))
+                setattr(parent, name, Placeholder(child))

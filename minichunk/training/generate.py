@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..models.pretrained import Pretrained
+from ..models.stack import Stack
 from .load import load_as_told
 from .options import ReadOptions, check_options, option
 
 
 @torch.no_grad()
 def generate(
-    model: Pretrained,
+    model: Stack,
     input_ids: Tensor,
     max_new_tokens: int,
     *,

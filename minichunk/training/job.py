@@ -17,8 +17,8 @@ from ..files.shipped import EXTENDED_ON, MEASURED_ON, novel
 from ..full import full
 from ..models.lora import add_lora, linear_layers
 from ..models.partial import partial_context
-from ..models.pretrained import Pretrained
 from ..models.shapes import layer_memory_bytes, random_model
+from ..models.stack import Stack
 from ..pipeline.links import Links
 from ..pipeline.pipeline_seco import pipeline_seco, pipeline_spaco
 from ..pipeline.split_layers import split_layers
@@ -39,7 +39,7 @@ def load_model(options: TrainOptions, links: Links | None = None) -> tuple[Any, 
     torch.manual_seed(options.seed)  # the adapter's initial weights
     stages: list[PipelineStage] = []
 
-    def prepare(model: Pretrained) -> None:
+    def prepare(model: Stack) -> None:
         if (pattern := options.pattern()) is not None:
             partial_context(model, pattern, options.full_layers)
         if links is not None:
@@ -51,7 +51,7 @@ def load_model(options: TrainOptions, links: Links | None = None) -> tuple[Any, 
     return (stages[0] if stages else model), tokenizer
 
 
-def layers_of_ranks(options: TrainOptions, model: Pretrained, ranks: int) -> list[int]:
+def layers_of_ranks(options: TrainOptions, model: Stack, ranks: int) -> list[int]:
     """How many layers each rank gets, with their adapters and their memory of a piece; as `minichunk plan --gpus` does.
 
     Raises InputError for fewer layers than ranks.
@@ -66,7 +66,7 @@ def layers_of_ranks(options: TrainOptions, model: Pretrained, ranks: int) -> lis
 
 
 def load_data(
-    options: TrainOptions, model: Pretrained | PipelineStage, tokenizer: Tokenizer
+    options: TrainOptions, model: Stack | PipelineStage, tokenizer: Tokenizer
 ) -> tuple[list[Document], list[Document], str]:
     """Training and validation pieces, and a line that says what was kept. Raises InputError."""
     chat = load_chat_template(known(options.model)) if options.chat_template else None

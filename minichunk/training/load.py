@@ -8,12 +8,11 @@ import torch
 from tokenizers import Tokenizer
 
 from ..chunks import Chunk
+from ..files.atomic import check_room
 from ..files.documents import load_tokenizer
-from ..files.room import check_room
 from ..files.shipped import SHIPPED_MODEL
 from ..models.adapter_files import load_adapter
-from ..models.auto import load_model
-from ..models.pretrained import Pretrained
+from ..models.load import load_model
 from ..models.shapes import memory_bytes
 from ..models.stack import Stack
 from ..pipeline.start import started
@@ -22,8 +21,8 @@ from .options import DTYPES, ModelOptions, check_device, default_dtype
 
 
 def load_as_told(
-    options: ModelOptions, prepare: Callable[[Pretrained], object] = lambda model: None
-) -> tuple[Pretrained, Tokenizer]:
+    options: ModelOptions, prepare: Callable[[Stack], object] = lambda model: None
+) -> tuple[Stack, Tokenizer]:
     """The model of a checkpoint directory, with the adapter and the 4 bits that the options may name; its tokenizer.
 
     prepare: see `from_pretrained`. Raises InputError, for a wrong device before anything is read.

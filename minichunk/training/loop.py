@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..files.documents import Document, collate, step_documents
-from ..models.pretrained import Pretrained
+from ..models.stack import Stack
 from .ranks import Ranks
 
 # Adds the gradient of the mean loss of (model, input_ids, labels), given num_targets and a generator.
-Gradient = Callable[[Pretrained, Tensor, Tensor, int, torch.Generator], Tensor]
+Gradient = Callable[[Stack, Tensor, Tensor, int, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)

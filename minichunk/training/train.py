@@ -11,8 +11,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..chunks import cut
+from ..files.atomic import human_bytes
 from ..files.documents import Document
-from ..files.room import human_bytes
 from ..models.partial import describe
 from ..pipeline.links import Links, RankLost
 from ..pipeline.start import linked, local_device, started
