@@ -14,8 +14,7 @@ from tokenizers import Tokenizer, pre_tokenizers
 from torch import Tensor
 
 from ..files.shipped import EXTENDED_ON, MEASURED_ON, TRAINED_ON, novel
-from ..models.ssm import StateSpace
-from ..models.ssm_config import StateSpaceConfig
+from ..models.ssm import StateSpace, StateSpaceConfig
 from ..seco import seco
 from .loop import Schedule, Trainer
 from .pretrain import overlapping_pieces, run_as_command, train, train_tokenizer, write_model, write_readme
