@@ -239,6 +239,132 @@ shutil.rmtree(folder)
 # chunk. For an 8B in bfloat16 and 64 chunks that is 3 x 64 x 16 GB, 3 TB a step. A link of the pipeline carries three
 # messages for a chunk, 3 x 64 x 4 MiB: 0.8 GB.
 #
+# ## On several GPUs
+#
+# ```sh
+# torchrun --nproc-per-node 2 -m minichunk train --pipeline 2 --device cpu                      # the main job, on a laptop
+# torchrun --nproc-per-node 4 -m minichunk train --pipeline 4 --model DIR --data book.txt       # four GPUs, one model
+# torchrun --nproc-per-node 8 -m minichunk train --pipeline 4 --model DIR --data book.txt       # two copies of that
+# torchrun --nproc-per-node 2 -m minichunk train --output runs/1 --resume --pipeline 2          # any number of ranks
+# ```
+#
+# - All options of `minichunk train` but `--method full` go with a pipeline: SpaCO (the same draw for all ranks), LoRA or
+#   all parameters, dropout, `--recompute`, `--fill-size`, `--offload`, `--load-in-4bit`, `--partial-context`,
+#   accumulation, clipping by the norm of all ranks' gradients, evaluation. Each rank reads its own layers only, tensor by
+#   tensor; layers are dealt by their bytes and those of what they remember, the embedding's and the LM head's included.
+# - What a run writes is what one process writes, whole and under the same names, so that it can go on with another number
+#   of ranks or with none. On the CPU it is the same to the last bit ([test](../tests/test_train_pipeline.py): losses, norms,
+#   adapter, weights, optimizer, on 2 to 4 ranks; but for a *trained* embedding that is also the head, and for copies,
+#   whose sums have another order). It is gathered on the first process, whose host must have room for it.
+# - With copies, a step's batches are dealt to them in turn, and the gradients are added up once per step. There have to be
+#   at least as many batches as copies (`--accumulate`, by default one for each).
+# - Ctrl-C lets the step at work end on all ranks and saves: torchrun waits 30 seconds for that, or `--shutdown-timeout` of
+#   them. If a rank ends, or does not answer within `--timeout`, all end with one line of ours, beside torchrun's own
+#   report, that names the last checkpoint, which is whole. (Under NCCL the line may be missing: its own watchdog may end a
+#   rank first.)
+# - Several machines: torchrun's own options; model and run's directory on a disk that all of them share.
+#
+# In a script of your own:
+#
+# ```python
+# import torch, torch.distributed as dist, minichunk as mc
+#
+# gpu = torch.cuda.is_available()
+# dist.init_process_group("nccl" if gpu else "gloo")  # who and how many: from torchrun
+# device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count()) if gpu else torch.device("cpu")
+# if gpu:
+#     torch.cuda.set_device(device)
+# torch.manual_seed(0)  # the same adapter and tokens on all ranks
+# stage = mc.PipelineStage.load("minichunk/assets/austen-llama", torch.float32, device)  # this rank's layers
+# mc.add_lora(stage.model, rank=8, alpha=16)
+# optimizer = torch.optim.AdamW([p for p in stage.parameters() if p.requires_grad], lr=1e-3)
+# input_ids = torch.randint(stage.vocab_size, (1, 2048)).to(device)
+# for _ in range(3):
+#     loss = mc.pipeline_seco(stage, input_ids, input_ids, chunk_size=256)  # or pipeline_spaco; options as ever
+#     optimizer.step()
+#     optimizer.zero_grad()
+#     print(f"rank {dist.get_rank()}: loss {loss:.4f}")
+# dist.destroy_process_group()
+# ```
+#
+# Saved as `several.py`, it runs on a laptop with `torchrun --nproc-per-node 2 several.py`, and with 1 process or 3 prints
+# the same losses. On the CPU the gradients are those of one process bit for bit, on 2, 3 and 4 ranks
+# ([test](../tests/test_pipeline.py): attention, windows, states, Mamba-2, Gemma 3; SpaCO, with the first rank's draw; LoRA,
+# dropout, recompute, fill size, offload, ragged chunks, fewer chunks than ranks); a tied embedding's gradient is the sum
+# of what the first and the last rank find. A rank that ends, or does not answer in time
+# (`PipelineStage(model, timeout=…)`), ends the others with an error that names it. `mc.PipelineStage(model)` takes its
+# part of a model that is there already. With `links=mc.Links(2)` two processes are a pipeline, and further ones copies of
+# it for other documents, whose gradients `stage.add_copies()` adds up.
+#
+# Three ranks and six chunks, in the order that a real step went through them (f fill, r rebuild, b backward, each with
+# its chunk; a dot where a rank would wait if each took as long as any other):
+#
+# ```
+# rank 0  f0 f1 f2 f3 f4 r5 r4 r3  .  . b5 r2 b4 r1 b3 r0 b2  . b1  . b0
+# rank 1   . f0 f1 f2 f3 f4 r5 r4  . b5 r3 b4 r2 b3 r1 b2 r0 b1  . b0
+# rank 2   .  . f0 f1 f2 f3 f4 r5 b5 r4 b4 r3 b3 r2 b2 r1 b1 r0 b0
+# ```
+#
+# [`pipeline/pipeline_seco.py`](../minichunk/pipeline/pipeline_seco.py) can be laid beside `seco.py`: the same lines, but a rebuilt chunk waits
+# for its turn while the ranks above work on it. So a rank holds the activations of as many chunks as there are ranks from
+# it on, and waits for (ranks - 1) of (chunks + ranks - 1) of its walk (counted in a test): take many more chunks than
+# ranks. `PipelineStage(model, counts=[…])` deals the layers otherwise than by the size of their weights.
+#
+# What two ranks save: `minichunk bench --preset pipeline` at commit `cbb3a04` takes a step of the 47M model of [the costs](costs.md), all
+# parameters in float32, chunks of 128, in one process and on two ranks that torchrun starts, each with one thread of a CPU
+# (two rounds on 2 cores with nothing else to do; [all samples](figures/bench-pipeline.json)). The slower rank's
+# seconds, median and range:
+#
+# ![Time of a step, and live tensors, against length: one process beside two ranks](figures/bench-pipeline.png)
+#
+# | tokens | chunks | one process | 2 ranks | of one process | rank 0 waits, of its walk | by the formula |
+# |---:|---:|---:|---:|---:|---:|---:|
+# | 1,024 | 8 | 8.29 s (8.26 s to 8.33 s) | 5.23 s (4.90 s to 5.56 s) | 0.63 (0.59 to 0.67) | 27% (26% to 28%) | 11% |
+# | 2,048 | 16 | 18.22 s (17.04 s to 19.39 s) | 11.10 s (10.73 s to 11.47 s) | 0.61 (0.59 to 0.63) | 20% | 6% |
+# | 4,096 | 32 | 46.31 s (45.17 s to 47.46 s) | 27.74 s (27.20 s to 28.29 s) | 0.60 | 11% (9% to 14%) | 3% |
+#
+# The formula is the one above. It holds for ranks that take as long as each other; here the last one has the LM head too,
+# and the first one also waits for that:
+#
+# ```
+# in the walk over 32 chunks rank 0 computes for 19.6 s and waits for 2.5 s; rank 1 computes for 21.3 s and waits for 0.5 s
+# ```
+#
+# Live tensors at their peak, counted, and in brackets the whole process. A tied embedding and its gradient are on both
+# ranks; what grows with the length is on one:
+#
+# | tokens | chunks | one process | rank 0, layers: 6 | rank 1, layers: 6 |
+# |---:|---:|---:|---:|---:|
+# | 1,024 | 8 | 501 MiB (835 MiB) | 288 MiB (636 MiB) | 290 MiB (615 MiB) |
+# | 2,048 | 16 | 537 MiB (900 MiB) | 306 MiB (665 MiB) | 308 MiB (644 MiB) |
+# | 4,096 | 32 | 610 MiB (983 MiB) | 342 MiB (713 MiB) | 344 MiB (687 MiB) |
+# | growth | | 108 MiB | 54 MiB, 0.50 of it | 54 MiB, 0.50 of it |
+#
+# `minichunk plan --gpus 4` forecasts the fullest of four ranks, with the layers
+# dealt by their weights and by what they remember of a text of that length, as `minichunk train` deals them.
+#
+# All this has run under Gloo on CPUs, and not yet under NCCL.
+#
+# With several GPUs, `minichunk plan --gpus N` runs the code of each rank that may be the fullest, by
+# itself, and says which one is. With `--gpus 2 --cache-grad-dtype bfloat16` it is the first, with layers 0 to 15, the
+# embedding and two chunks in flight (446 MiB): SeCO has 123,392 tokens, SpaCO 237,568. Llama-3-8B as above, in thousands of
+# tokens, by the memory of each GPU (`minichunk plan --table --gpus 8 --cache-grad-dtype bfloat16`; `–`: not one chunk):
+#
+# | GPUs | method | 12 GiB | 16 GiB | 24 GiB | 48 GiB | 80 GiB | 141 GiB |
+# |---|---|---:|---:|---:|---:|---:|---:|
+# | 1 | seco | – | – | 31k | 130k | 261k | 510k |
+# | 1 | spaco | – | – | 54k | 250k | 511k | 1,011k |
+# | 2 | seco | 25k | 58k | 123k | 320k | 582k | 1,082k |
+# | 2 | spaco | 41k | 106k | 238k | 631k | 1,155k | 2,154k |
+# | 4 | seco | 104k | 169k | 300k | 693k | 1,218k | 2,217k |
+# | 4 | spaco | 198k | 329k | 591k | 1,377k | 2,425k | 4,423k |
+# | 8 | seco | 260k | 391k | 653k | 1,439k | 2,487k | 4,485k |
+# | 8 | spaco | 510k | 772k | 1,296k | 2,867k | 4,962k | 8,956k |
+#
+# With short texts the first and the last rank have fewer layers, to make up for the embedding and the LM head (7, 9, 9
+# and 7 on four GPUs); with 300,000 tokens all have eight. The forecast of each rank is [tested](../tests/test_plan_gpus.py) to be
+# the peak of that rank in a real pipeline on the CPU, counted the same way.
+#
 # ## Exercises
 #
 # 1. Embedding and LM head of the shipped model are one weight; a line above unties them. Without it, which message is there
