@@ -42,16 +42,19 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, dict
     if path is None:
         pytest.skip("no Chromium here: apt-get install chromium")
     ids = torch.randint(23, (2, 22), generator=torch.Generator().manual_seed(2))
-    model, states = build(tiny(3), seed=1), build(tiny_state(2), seed=3)
     logs = {
-        "SeCO": mc.trace(mc.seco, model, ids, ids, 6),
-        "SpaCO": mc.trace(mc.spaco, model, ids, ids, 6, sampler=lambda *_: DRAW),
-        "full": mc.trace(mc.full, model, ids, ids),
-        "full, recomputed": mc.trace(mc.full, model, ids, ids, recompute=True),
-        "states": mc.trace(mc.spaco, states, ids, ids, 6, sampler=lambda *_: DRAW),
+        name: mc.trace(function, model, ids, ids, **keywords)
+        for name, model, function, keywords in (
+            ("SeCO", build(tiny(3), seed=1), mc.seco, {"chunk_size": 6}),
+            ("SpaCO", build(tiny(3), seed=1), mc.spaco, {"chunk_size": 6, "sampler": lambda *_: DRAW}),
+            ("full", build(tiny(3), seed=1), mc.full, {}),
+            ("full, recomputed", build(tiny(3), seed=1), mc.full, {"recompute": True}),
+            ("states", build(tiny_state(2), seed=3), mc.spaco, {"chunk_size": 6, "sampler": lambda *_: DRAW}),
+        )
     }
+    larger = mc.trace(mc.seco, build(tiny(3), seed=1), ids, ids, 11)
     file = tmp_path_factory.mktemp("walk") / "walk.html"
-    file.write_text(make_page([*logs.values(), mc.trace(mc.seco, model, ids, ids, 11)], [*logs, "SeCO"]))
+    file.write_text(make_page([*logs.values(), larger], [*logs, "SeCO"]))
     with sync_api.sync_playwright() as driver:
         page = driver.chromium.launch(executable_path=path, args=["--no-sandbox"]).new_page()
         page.on("console", lambda message: heard.append(message.text))

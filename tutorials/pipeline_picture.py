@@ -1,115 +1,183 @@
-"""The schedule of a pipeline, in the order of a real step.
+"""The schedule of a step on several ranks, from what each rank really does, and a drawing of it.
 
 `torchrun --nproc-per-node 3 tutorials/pipeline_picture.py` writes figures/pipeline.png, in which every piece of work
-takes as long as any other.
+takes as long as any other; with `--times FILE.png` also what the clocks said, of the shortest of a few steps.
 """
 
-from __future__ import annotations
-
 import argparse
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import matplotlib as mpl
-
-mpl.use("agg")
 import torch
 import torch.distributed as dist
-from matplotlib import pyplot as plt
-from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
 import minichunk as mc
 
 FIGURES = Path(__file__).parent / "figures"
-CHUNKS, CHUNK_SIZE, HEIGHT, INK = 6, 16, 0.74, "#444444"
+CHUNKS, CHUNK_SIZE, STEPS = 6, 512, 5
 SHAPE = {
-    "model_type": "llama", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 12,
-    "num_attention_heads": 2,
+    "model_type": "llama", "vocab_size": 2048, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 12,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": CHUNKS * CHUNK_SIZE,
 }  # fmt: skip
-COLORS = {"fill": "#4878b0", "rebuild": "#e0a030", "backward": "#4a9c5d"}
 WORDS = {"fill": "fill: forward, no graph", "rebuild": "rebuild: forward again, with its graph", "backward": "backward"}
-Work = tuple[str, int]  # what is done, and with which chunk
+COLORS = {"fill": "#4878b0", "rebuild": "#e0a030", "backward": "#4a9c5d"}
+INK, HEIGHT = "#444444", 0.74
 
 
-def order_of_work(stage: mc.PipelineStage, ids: torch.Tensor) -> list[Work]:
-    """What this rank does in a step, in its order."""
-    seen, waiting = list[Work](), list[int]()
-    run, fill, backward = stage.run, stage.fill, torch.autograd.backward
+class Work(NamedTuple):
+    """What a rank does to a chunk ("fill", "rebuild" or "backward"), from when to when, in seconds or in pieces."""
 
-    def watched_run(x: torch.Tensor, memory: Any, chunks: Any, options: Any) -> Any:
-        if torch.is_grad_enabled():  # else it is part of a fill
-            waiting.append(chunks[0].start // CHUNK_SIZE)
-            seen.append(("rebuild", waiting[-1]))
-        return run(x, memory, chunks, options)
+    what: str
+    chunk: int
+    start: float
+    stop: float
 
-    def watched_fill(x: torch.Tensor, memory: Any, chunks: Any, options: Any) -> Any:
-        seen.append(("fill", chunks[0].start // CHUNK_SIZE))
-        return fill(x, memory, chunks, options)
+
+@contextmanager
+def recorded(stage: mc.PipelineStage, chunk_size: int) -> Iterator[list[Work]]:
+    """What this rank does in the block, in its order. From the moment that it has what it waited for, it is at work."""
+    works, rebuilt, began = list[Work](), list[int](), 0.0
+    take, run, fill, backward = stage.take, stage.run, stage.fill, torch.autograd.backward
+
+    def done(what: str, chunk: int) -> None:
+        nonlocal began
+        works.append(Work(what, chunk, began, time.time()))
+        began = time.time()
+
+    def watched_take(input_ids: Tensor) -> Tensor:
+        nonlocal began
+        x = take(input_ids)
+        began = time.time()
+        return x
+
+    def watched_run(x: Tensor, memory: Any, chunks: Any, *options: Any) -> Any:
+        found = run(x, memory, chunks, *options)
+        chunk = chunks[0].start // chunk_size
+        if torch.is_grad_enabled():
+            rebuilt.append(chunk)
+        done("rebuild" if torch.is_grad_enabled() else "fill", chunk)
+        return found
+
+    def watched_fill(input_ids: Tensor, memory: Any, chunks: Any, *options: Any) -> Any:
+        written = fill(input_ids, memory, chunks, *options)
+        if stage.links.is_last:  # which does not run its last layer as a whole
+            done("fill", chunks[0].start // chunk_size)
+        return written
 
     def watched_backward(*arguments: Any) -> None:
-        seen.append(("backward", waiting.pop(0)))
+        nonlocal began
+        if not stage.links.is_last:  # which computes the loss in between, and waits for nothing
+            began = time.time()
         backward(*arguments)
+        done("backward", rebuilt.pop(0))
 
-    stage.run, stage.fill, torch.autograd.backward = watched_run, watched_fill, watched_backward  # type: ignore
-    mc.pipeline_seco(stage, ids, ids, CHUNK_SIZE)
-    torch.autograd.backward = backward
-    return seen
-
-
-def schedule(orders: list[list[Work]]) -> dict[tuple[int, str, int], int]:
-    """When each (rank, what, chunk) begins, if each piece of work takes one unit of time and a message none."""
-    starts, free, left = dict[tuple[int, str, int], int](), [0] * len(orders), [list(order) for order in orders]
-    while any(left):
-        for rank, (what, chunk) in [(rank, order[0]) for rank, order in enumerate(left) if order]:
-            other = rank + 1 if what == "backward" else rank - 1  # whose hidden state, or gradient of one, it needs
-            if other in range(len(orders)) and (other, what, chunk) not in starts:
-                continue
-            starts[rank, what, chunk] = max(free[rank], starts.get((other, what, chunk), -1) + 1)
-            free[rank] = starts[rank, what, chunk] + 1
-            left[rank].pop(0)
-    return starts
+    stage.take, stage.run, stage.fill = watched_take, watched_run, watched_fill  # type: ignore[method-assign]
+    torch.autograd.backward = watched_backward
+    try:
+        yield works
+    finally:
+        torch.autograd.backward = backward
+        del stage.take, stage.run, stage.fill
 
 
-def draw(starts: dict[tuple[int, str, int], int], ranks: int, path: Path) -> None:
-    """Ranks by time, a box for each piece of work, and the way of one chunk through the ranks and back."""
-    figure, axes = plt.subplots(figsize=(11, 1.3 + 0.68 * ranks), layout="constrained")
-    for (rank, what, chunk), start in starts.items():
-        axes.barh(rank, 1, left=start, height=HEIGHT, color=COLORS[what], edgecolor="white", lw=1.2)
-        style = {"ha": "center", "va": "center", "color": "white", "weight": "bold", "fontsize": 9}
-        axes.text(start + 0.5, rank, str(chunk), **style)
-    for low in range(ranks - 1):
-        for what, a, b, words in (
-            ("rebuild", low, low + 1, "hidden state"),
-            ("backward", low + 1, low, "its gradient"),
-        ):
-            begin, end = starts[a, what, CHUNKS - 1] + 1, starts[b, what, CHUNKS - 1]
-            side = HEIGHT / 2 if b > a else -HEIGHT / 2
-            arrow = {"arrowstyle": "-|>", "color": INK, "lw": 1.3, "shrinkA": 0, "shrinkB": 0}
-            axes.annotate("", xy=(end, b - side), xytext=(begin, a + side), arrowprops=arrow, zorder=5)
-            at = {"xytext": (6, 0), "textcoords": "offset points", "va": "center", "fontsize": 8, "color": INK}
-            axes.annotate(words, ((begin + end) / 2, low + 0.5), zorder=6, **at)
-    axes.set(xlabel="time, if each piece of work takes as long as any other", xlim=(-0.25, None))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    places = {0: "\nfirst layers", ranks - 1: "\nlast layers, loss"}
-    axes.set_yticks(range(ranks), [f"rank {rank}{places.get(rank, '')}" for rank in range(ranks)])
+def equal_times(ranks: Sequence[Sequence[Work]]) -> list[list[Work]]:
+    """The same work in the same order, if each piece of it took one unit of time and each message none."""
+    timed: list[dict[tuple[str, int], Work]] = [{} for _ in ranks]
+    todo = [list(works) for works in ranks]
+    while any(todo):
+        for rank, works in enumerate(todo):
+            if works:
+                what, chunk = works[0][:2]
+                source = rank + 1 if what == "backward" else rank - 1
+                if 0 <= source < len(ranks) and (what, chunk) not in timed[source]:
+                    continue  # what it needs is not there yet
+                ready = timed[source][what, chunk].stop if 0 <= source < len(ranks) else 0
+                start = max([ready, *(work.stop for work in timed[rank].values())])
+                timed[rank][what, chunk] = Work(what, chunk, start, start + 1)
+                works.pop(0)
+    return [list(works.values()) for works in timed]
+
+
+def draw_schedule(axes: Any, ranks: Sequence[Sequence[Work]]) -> None:
+    """Ranks by time, on a matplotlib Axes: a box for each piece of work, with its chunk; what is blank is waiting."""
+    begin = min(works[0].start for works in ranks)
+    for rank, works in enumerate(ranks):
+        for what, chunk, start, stop in works:
+            left, long = start - begin, stop - start
+            axes.barh(rank, long, left=left, height=HEIGHT, color=COLORS[what], edgecolor="white", lw=1.2)
+            axes.text(
+                left + long / 2, rank, str(chunk), ha="center", va="center", color="white", weight="bold", fontsize=9
+            )
+    shortest = min(work.stop - work.start for works in ranks for work in works)
+    axes.set(yticks=range(len(ranks)), yticklabels=[f"rank {rank}" for rank in range(len(ranks))])
+    axes.set(xlim=(-shortest / 4, None))
     axes.tick_params(left=False)
     axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def draw(ranks: Sequence[Sequence[Work]], path: Path, unit: str) -> None:
+    """The schedule, with a legend, and the way of the last chunk through the ranks and back."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = plt.subplots(figsize=(11, 1.3 + 0.68 * len(ranks)), layout="constrained")
+    draw_schedule(axes, ranks)
+    begin, last = min(works[0].start for works in ranks), CHUNKS - 1
+    at = {(rank, work.what, work.chunk): work for rank, works in enumerate(ranks) for work in works}
+    style = {"arrowstyle": "-|>", "color": INK, "lw": 1.3, "shrinkA": 0, "shrinkB": 0}
+    for low in range(len(ranks) - 1):
+        ways = [("rebuild", low, low + 1, "hidden state"), ("backward", low + 1, low, "its gradient")]
+        for what, a, b, words in ways:
+            start, stop = at[a, what, last].stop - begin, at[b, what, last].start - begin
+            side = HEIGHT / 2 if b > a else -HEIGHT / 2
+            axes.annotate("", xy=(stop, b - side), xytext=(start, a + side), arrowprops=style, zorder=5)
+            axes.annotate(
+                words, ((start + stop) / 2, low + 0.5), (6, 0), textcoords="offset points", va="center", fontsize=8,
+                color=INK, zorder=6,
+            )  # fmt: skip
+    axes.set(xlabel=unit)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    places = {0: "\nfirst layers", len(ranks) - 1: "\nlast layers, loss"}
+    axes.set_yticks(range(len(ranks)), [f"rank {rank}{places.get(rank, '')}" for rank in range(len(ranks))])
     handles = [Patch(color=COLORS[what], label=words) for what, words in WORDS.items()]
     handles.append(Patch(facecolor="white", edgecolor="#bbbbbb", label="waiting"))
     figure.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=10)
     figure.savefig(path, dpi=120, facecolor="white", metadata={"Software": None})
+    plt.close(figure)
+
+
+def record_steps() -> list[list[list[Work]]]:
+    """Of each step the work of each rank."""
+    torch.manual_seed(0)
+    stage = mc.PipelineStage(mc.Llama(mc.LlamaConfig.from_dict(SHAPE)))
+    ids = torch.randint(SHAPE["vocab_size"], (1, CHUNKS * CHUNK_SIZE))
+    steps = []
+    for _ in range(STEPS):
+        with recorded(stage, CHUNK_SIZE) as works:
+            mc.pipeline_seco(stage, ids, ids, CHUNK_SIZE)
+        steps.append(stage.links.everyones(works))
+    return steps
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Draw the schedule of a step on several ranks; started by torchrun.")
     parser.add_argument("--output", type=Path, default=FIGURES / "pipeline.png")
-    output = parser.parse_args().output
+    parser.add_argument("--times", type=Path, help="also write this picture, of what the clocks said")
+    options = parser.parse_args()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    torch.manual_seed(0)
-    stage = mc.PipelineStage(mc.Llama(mc.LlamaConfig.from_dict(SHAPE)))
-    orders = stage.links.everyones(order_of_work(stage, torch.randint(64, (1, CHUNKS * CHUNK_SIZE))))
+    steps = record_steps()
     if dist.get_rank() == 0:
-        draw(schedule(orders), len(orders), output)
+        draw(equal_times(steps[0]), options.output, "time, if each piece of work takes as long as any other")
+        if options.times:
+            shortest = min(steps, key=lambda ranks: max(works[-1].stop for works in ranks) - ranks[0][0].start)
+            draw(shortest, options.times, "seconds")
     dist.destroy_process_group()

@@ -9,10 +9,8 @@ import argparse
 
 from .options import Parser
 from .plan_arguments import add_bench, add_plan
-from .porting_arguments import add_compare
 
 
 def add_others(commands: argparse._SubParsersAction[Parser]) -> None:
     add_bench(commands)
     add_plan(commands)
-    add_compare(commands)

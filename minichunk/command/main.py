@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import InputError
 from ..pipeline.links import RankLost
 from ..pipeline.start import is_one_of_several, speaks_first
+from ..porting.compare import CompareOptions, run_compare
 from ..training.evaluate import EvaluateOptions, evaluate_files
 from ..training.generate import GenerateOptions, continue_text
 from ..training.loop import NonFiniteLoss
@@ -25,6 +26,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "train": (TrainOptions, train),
     "evaluate": (EvaluateOptions, evaluate_files),
     "generate": (GenerateOptions, lambda options: print(continue_text(options))),
+    "compare": (CompareOptions, run_compare),
     "walk": (WalkOptions, run_walk),
 }
 
@@ -55,10 +57,6 @@ def run(arguments: argparse.Namespace) -> int:
         from ..costs.plan import run_plan
 
         run_plan(**values)
-    else:
-        from ..porting.compare import run_compare
-
-        return 0 if run_compare(**values) else 1
     return 0
 
 
