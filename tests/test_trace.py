@@ -200,7 +200,7 @@ def test_what_is_sent_is_what_autograd_finds_at_leaves(pattern: Pattern | None, 
 def test_bytes_are_those_that_are_alive(method: str, kind: str) -> None:
     model, batch = small(kind)
     function, chunks = getattr(mc, method), cut(22, 9)
-    keywords: dict[str, Any] = {} if method == "full" else {"chunk_size": 9}
+    keywords: dict[str, Any] = {} if method == "full" else {"chunk_size": 9, "recompute": method == "seco"}
     if method == "spaco":
         keywords["sampler"] = lambda *_: [mc.Weight(2.0, 2.0), None, mc.Weight(2.0, 2.0)]
     with CountBytes() as count:
