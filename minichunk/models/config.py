@@ -191,6 +191,8 @@ class LlamaConfig(Config):
         kinds, other = self.layer_types, SLIDING_ATTENTION if self.pattern is None else PARTIAL_ATTENTION
         if kinds:
             check_layer_types(kinds, (FULL_ATTENTION, other), self.num_hidden_layers)
+        if self.pattern is not None:
+            pattern_of(asdict(self.pattern))
         if self.pattern is not None and other not in kinds:
             raise InputError(f"config: there is a pattern, but layer_types is {list(kinds)}, without any {other!r}")
         if self.sliding_window is not None or SLIDING_ATTENTION in kinds:
