@@ -1,15 +1,15 @@
 """What the processes of `minichunk train` under torchrun do, as tasks of the pool in ranks.py."""
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 
 from minichunk.errors import InputError
 from minichunk.pipeline.start import started
@@ -78,3 +78,11 @@ def read_here(rank: int, world: int, values: dict[str, Any]) -> tuple[list[str],
     with under_torchrun(rank, world), patch.object(checkpoint, "open_tensors", seen):
         stage, _ = load_to_train(options_of(TrainOptions, values).resolved(), Links())
     return names, len(list(stage.named_parameters()))
+
+
+def run_script(rank: int, code: str) -> str:
+    """What it prints, in the process group that is there already."""
+    printed, nothing = StringIO(), lambda *_: None
+    with patch.multiple(dist, init_process_group=nothing, destroy_process_group=nothing), redirect_stdout(printed):
+        exec(code, {})
+    return printed.getvalue()
