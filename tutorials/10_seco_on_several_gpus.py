@@ -1,8 +1,9 @@
 # %% [markdown]
 # # 10. SeCO on several GPUs
 #
-# One card is not enough, so the layers are dealt out: each process, a *rank*, has a block of adjacent ones. What becomes
-# of Algorithm 1? Here two processes on your own machine do what two GPUs would do.
+# One card is not enough, so each process, a *rank*, gets a block of adjacent layers. What becomes of Algorithm 1? Here two
+# processes on your own machine do what two GPUs would do. (To train on several GPUs, begin with [the
+# command](#the-command) or with [a script](#a-script-of-your-own) below.)
 #
 # **Predict before you read on.** Rank 0 has the lower half of the layers, rank 1 the upper half. What of a chunk has to
 # go from one to the other in the fill, in the rebuild, and in the backward pass? And what of these never has to: keys and
@@ -25,8 +26,9 @@ import minichunk as mc
 from minichunk.files.shipped import ASSETS, novel
 from minichunk.pipeline import pipeline_seco as step
 from minichunk.pipeline.links import Links
-from minichunk.walk.merge import merge
-from minichunk.walk.schedule import draw_schedule, schedule
+
+sys.path.append(str(Path(__file__).parent if "__file__" in globals() else Path.cwd()))
+from pipeline_picture import Work, draw_schedule, equal_times, recorded
 
 model = mc.Llama.from_pretrained(ASSETS / "austen-llama", dtype=torch.float64)  # 6 layers
 model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # untied: see exercise 1
@@ -52,6 +54,7 @@ WORKER = """
 import sys, torch, torch.distributed as dist, minichunk as mc
 from datetime import timedelta
 from minichunk.pipeline.links import Links
+from pipeline_picture import recorded
 folder, threads, rank, soon = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), timedelta(seconds=60)
 torch.set_num_threads(threads)  # as in the process that we compare with: more threads add in another order
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=soon)
@@ -61,7 +64,8 @@ for _ in sys.stdin:  # somebody asks
     torch.save(globals()[task](rank, model, *arguments), f"{folder}/{rank}.pt")
     print("done", flush=True)
 """
-folder, place = tempfile.mkdtemp(), {**os.environ, "PYTHONPATH": str(Path(mc.__file__).parents[1])}
+here = [str(Path(mc.__file__).parents[1]), sys.path[-1]]
+folder, place = tempfile.mkdtemp(), {**os.environ, "PYTHONPATH": os.pathsep.join(here)}
 place["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"  # this machine, whatever its name is
 told, pipes = str(torch.get_num_threads()), {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
 start = [sys.executable, "-c", WORKER, folder, told]
@@ -82,23 +86,28 @@ def on_two_ranks(task, *arguments):
 # ## What passes, and what never does
 #
 # `mc.PipelineStage(model)` takes out of a model what other ranks have; `mc.pipeline_seco` is called on all ranks as
-# `mc.seco` would be. In the first step here every message is written down, further ones are watched by `mc.trace`:
+# `mc.seco` would be. In the first step every message is written down. In further ones `recorded` (from
+# [`pipeline_picture.py`](pipeline_picture.py)) notes when the rank works on which chunk.
 
 
 # %%
 def steps(rank, model, ids, sizes):
-    stage, sent = mc.PipelineStage(model), []
+    stage, sent, works = mc.PipelineStage(model), [], []
     hand = stage.links.hand
 
-    def watched_hand(x, to, group):
+    def watched_hand(x, to):
         sent.append((to, tuple(x.shape)))
-        hand(x, to, group)
+        hand(x, to)
 
     stage.links.hand = watched_hand
     mc.pipeline_seco(stage, ids, ids, chunk_size=16)
     stage.links.hand = hand
     found = gradients(stage.model)
-    return found, sent, [mc.trace(mc.pipeline_seco, stage, ids, ids, chunk_size=size) for size in sizes]
+    for size in sizes:
+        with recorded(stage, size) as work:
+            mc.pipeline_seco(stage, ids, ids, chunk_size=size)
+        works.append([tuple(piece) for piece in work])
+    return found, sent, works
 
 
 SIZES = (16, 48, 8)
@@ -119,7 +128,7 @@ print("every gradient is that of one process, bit for bit: True")
 #
 # ## The loop beside Algorithm 1
 #
-# All ranks run [`pipeline/pipeline_seco.py`](../minichunk/pipeline/pipeline_seco.py). Which of its lines are lines of Algorithm 1?
+# All ranks run [`pipeline_seco.py`](../minichunk/pipeline/pipeline_seco.py). Which of its lines are lines of Algorithm 1?
 
 # %%
 for function in (mc.seco, step.pipeline_spaco, step.walk_back, step._backward):
@@ -173,29 +182,33 @@ for layer in range(6):
 #
 # ## The schedule, and its bubble
 #
-# The traces know when each rank has filled, rebuilt and backpropagated which chunk. Above as if each piece of work took
-# as long as any other, below by the clocks. **Predict** how much less rank 0 would wait with twice as many chunks.
+# Below: when each rank has filled, rebuilt and backpropagated which chunk. Above: the same order, as if each piece of work
+# took as long as any other. **Predict** how much less rank 0 would wait with twice as many chunks.
 
 # %%
-log = merge([logs[0] for _, _, logs in ranks])
+measured = [[[Work(*piece) for piece in works[i]] for _, _, works in ranks] for i in range(len(SIZES))]
 figure, axes = plt.subplots(2, 1, figsize=(10, 3.6), layout="constrained")
-for axis, equal in zip(axes, (True, False), strict=True):
-    draw_schedule(axis, schedule(log, equal))
-    axis.set(xlabel="pieces of work" if equal else "seconds, with the watching")
-axes[0].set_xticks(range(0, 20, 2))
+draw_schedule(axes[0], equal_times(measured[0]))
+draw_schedule(axes[1], measured[0])
+axes[0].set(xlabel="pieces of work", xticks=range(0, 20, 2))
+axes[1].set(xlabel="seconds")
 figure.suptitle("Fill (blue), rebuild (yellow) and backward (green) of each chunk; blank: waiting")
 plt.show()
 
-for size, *logs in zip(SIZES, *(logs for _, _, logs in ranks), strict=True):
-    walk = [work for work in schedule(merge(logs), equal=True) if work.rank == 0 and work.what != "fill"]
+for size, works in zip(SIZES, measured, strict=True):
+    walk = [work for work in equal_times(works)[0] if work.what != "fill"]
     chunks, long = 96 // size, walk[-1].stop - walk[0].start
-    print(f"{chunks:2} chunks: rank 0 waits for {long - len(walk):.0f} of the {long:.0f} pieces of its walk")
+    print(f"{chunks:2} chunks: rank 0 waits for {long - len(walk)} of the {long} pieces of its walk")
     assert (long - len(walk)) / long == 1 / (chunks + 1)  # (ranks - 1) / (chunks + ranks - 1)
 
 # %% [markdown]
 # A rebuild and a backward pass are two pieces: 2 of 14 are 1 of 7, **(ranks - 1) of (chunks + ranks - 1)**. The pieces that
 # it waits for stay the same, so take many more chunks than ranks. In memory it costs this: a rank holds the graphs of as
-# many chunks as there are ranks from it on, the first one most.
+# many chunks as there are ranks from it on, the first one most. With three ranks and six chunks:
+#
+# ![Three ranks by time: chunks go up through them in the fill, then down again, rebuilt and backpropagated](figures/pipeline.png)
+#
+# *In the order of a real step, drawn by `torchrun --nproc-per-node 3 tutorials/pipeline_picture.py`.*
 #
 # ## Copies
 #
@@ -227,19 +240,7 @@ for worker in workers:
 shutil.rmtree(folder)
 
 # %% [markdown]
-# ## Why not PyTorch's own engine, or FSDP?
-#
-# `torch.distributed.pipelining` has that schedule too. It calls backward by itself, so the relay is put in where the graph
-# passes by: at the output of a rank's layers, as an identity whose backward asks the memory. That is
-# [`torch_pipeline.py`](torch_pipeline.py), with the same gradients, [bit for bit](../tests/test_torch_pipeline.py). It is not
-# our engine: it receives each chunk, and each gradient, into a buffer of its own, so that the memory of every rank grows by
-# one hidden state or two per chunk (counted in that test); it wants chunks of one length, and at least as many as ranks.
-#
-# FSDP deals out every weight, and gathers it whenever it is used: in the fill, the rebuild and the backward pass of each
-# chunk. For an 8B in bfloat16 and 64 chunks that is 3 x 64 x 16 GB, 3 TB a step. A link of the pipeline carries three
-# messages for a chunk, 3 x 64 x 4 MiB: 0.8 GB.
-#
-# ## On several GPUs
+# ## The command
 #
 # ```sh
 # torchrun --nproc-per-node 2 -m minichunk train --pipeline 2 --device cpu                      # the main job, on a laptop
@@ -248,23 +249,24 @@ shutil.rmtree(folder)
 # torchrun --nproc-per-node 2 -m minichunk train --output runs/1 --resume --pipeline 2          # any number of ranks
 # ```
 #
-# - All options of `minichunk train` but `--method full` go with a pipeline: SpaCO (the same draw for all ranks), LoRA or
-#   all parameters, dropout, `--recompute`, `--fill-size`, `--offload`, `--load-in-4bit`, `--partial-context`,
-#   accumulation, clipping by the norm of all ranks' gradients, evaluation. Each rank reads its own layers only, tensor by
-#   tensor; layers are dealt by their bytes and those of what they remember, the embedding's and the LM head's included.
-# - What a run writes is what one process writes, whole and under the same names, so that it can go on with another number
-#   of ranks or with none. On the CPU it is the same to the last bit ([test](../tests/test_train_pipeline.py): losses, norms,
-#   adapter, weights, optimizer, on 2 to 4 ranks; but for a *trained* embedding that is also the head, and for copies,
-#   whose sums have another order). It is gathered on the first process, whose host must have room for it.
-# - With copies, a step's batches are dealt to them in turn, and the gradients are added up once per step. There have to be
-#   at least as many batches as copies (`--accumulate`, by default one for each).
-# - Ctrl-C lets the step at work end on all ranks and saves: torchrun waits 30 seconds for that, or `--shutdown-timeout` of
-#   them. If a rank ends, or does not answer within `--timeout`, all end with one line of ours, beside torchrun's own
-#   report, that names the last checkpoint, which is whole. (Under NCCL the line may be missing: its own watchdog may end a
-#   rank first.)
-# - Several machines: torchrun's own options; model and run's directory on a disk that all of them share.
+# - **Options.** All options of `minichunk train` but `--method full` work with a pipeline.
+# - **Memory.** Each rank reads its own layers only, tensor by tensor. Layers are split by the bytes of their weights and of
+#   their memory, those of the embedding and the LM head included.
+# - **Files.** A run writes the files that one process would write, whole and under the same names, so it can go on with
+#   another number of ranks or without ranks. On the CPU they are the same to the last bit
+#   ([test](../tests/test_train_pipeline.py)), with two exceptions: a *trained* embedding that is also the LM head, and
+#   copies, because their sums have another order. The first process gathers a checkpoint; its host needs room for it.
+# - **Copies.** They take the batches of a step in turn, so a step needs at least one batch for each copy (`--accumulate`, by
+#   default just that).
+# - **Ctrl-C** lets the step at work end on all ranks, and saves. torchrun waits 30 seconds for that, or `--shutdown-timeout`
+#   of them.
+# - **A lost rank.** If a rank ends, or does not answer within `--timeout`, all ranks end. One line says so, beside torchrun's
+#   own report, and names the last checkpoint, which is whole. Under NCCL its watchdog may end a rank before it can say that.
+# - **Several machines.** Use torchrun's own options. Model and run have to be on a disk that all machines share.
 #
-# In a script of your own:
+# All this has run under Gloo on CPUs, and not yet under NCCL.
+#
+# ## A script of your own
 #
 # ```python
 # import torch, torch.distributed as dist, minichunk as mc
@@ -287,68 +289,18 @@ shutil.rmtree(folder)
 # dist.destroy_process_group()
 # ```
 #
-# Saved as `several.py`, it runs on a laptop with `torchrun --nproc-per-node 2 several.py`, and with 1 process or 3 prints
-# the same losses. On the CPU the gradients are those of one process bit for bit, on 2, 3 and 4 ranks
-# ([test](../tests/test_pipeline.py): attention, windows, states, Mamba-2, Gemma 3; SpaCO, with the first rank's draw; LoRA,
-# dropout, recompute, fill size, offload, ragged chunks, fewer chunks than ranks); a tied embedding's gradient is the sum
-# of what the first and the last rank find. A rank that ends, or does not answer in time
-# (`PipelineStage(model, timeout=…)`), ends the others with an error that names it. `mc.PipelineStage(model)` takes its
-# part of a model that is there already. With `links=mc.Links(2)` two processes are a pipeline, and further ones copies of
-# it for other documents, whose gradients `stage.add_copies()` adds up.
+# Saved as several.py, it runs on a laptop with `torchrun --nproc-per-node 2 several.py`, and prints the same losses with 1
+# process or 3. `PipelineStage(model, counts=[…])` splits the layers as you say. With `links=mc.Links(timeout=…)` a rank that
+# does not answer in that time ends the others, with an error that names it.
+# [A test](../tests/test_pipeline.py) compares the gradients on 2, 3 and 4 ranks with those of one process, bit for
+# bit: attention, windows, states, Mamba-2, Gemma 3; SpaCO, LoRA, dropout, recompute, fill size, offload, ragged chunks, and
+# fewer chunks than ranks.
 #
-# Three ranks and six chunks, in the order that a real step went through them (f fill, r rebuild, b backward, each with
-# its chunk; a dot where a rank would wait if each took as long as any other):
+# ## How long a text fits
 #
-# ```
-# rank 0  f0 f1 f2 f3 f4 r5 r4 r3  .  . b5 r2 b4 r1 b3 r0 b2  . b1  . b0
-# rank 1   . f0 f1 f2 f3 f4 r5 r4  . b5 r3 b4 r2 b3 r1 b2 r0 b1  . b0
-# rank 2   .  . f0 f1 f2 f3 f4 r5 b5 r4 b4 r3 b3 r2 b2 r1 b1 r0 b0
-# ```
-#
-# [`pipeline/pipeline_seco.py`](../minichunk/pipeline/pipeline_seco.py) can be laid beside `seco.py`: the same lines, but a rebuilt chunk waits
-# for its turn while the ranks above work on it. So a rank holds the activations of as many chunks as there are ranks from
-# it on, and waits for (ranks - 1) of (chunks + ranks - 1) of its walk (counted in a test): take many more chunks than
-# ranks. `PipelineStage(model, counts=[…])` deals the layers otherwise than by the size of their weights.
-#
-# What two ranks save: `minichunk bench --preset pipeline` at commit `cbb3a04` takes a step of the 47M model of [the costs](costs.md), all
-# parameters in float32, chunks of 128, in one process and on two ranks that torchrun starts, each with one thread of a CPU
-# (two rounds on 2 cores with nothing else to do; [all samples](figures/bench-pipeline.json)). The slower rank's
-# seconds, median and range:
-#
-# ![Time of a step, and live tensors, against length: one process beside two ranks](figures/bench-pipeline.png)
-#
-# | tokens | chunks | one process | 2 ranks | of one process | rank 0 waits, of its walk | by the formula |
-# |---:|---:|---:|---:|---:|---:|---:|
-# | 1,024 | 8 | 8.29 s (8.26 s to 8.33 s) | 5.23 s (4.90 s to 5.56 s) | 0.63 (0.59 to 0.67) | 27% (26% to 28%) | 11% |
-# | 2,048 | 16 | 18.22 s (17.04 s to 19.39 s) | 11.10 s (10.73 s to 11.47 s) | 0.61 (0.59 to 0.63) | 20% | 6% |
-# | 4,096 | 32 | 46.31 s (45.17 s to 47.46 s) | 27.74 s (27.20 s to 28.29 s) | 0.60 | 11% (9% to 14%) | 3% |
-#
-# The formula is the one above. It holds for ranks that take as long as each other; here the last one has the LM head too,
-# and the first one also waits for that:
-#
-# ```
-# in the walk over 32 chunks rank 0 computes for 19.6 s and waits for 2.5 s; rank 1 computes for 21.3 s and waits for 0.5 s
-# ```
-#
-# Live tensors at their peak, counted, and in brackets the whole process. A tied embedding and its gradient are on both
-# ranks; what grows with the length is on one:
-#
-# | tokens | chunks | one process | rank 0, layers: 6 | rank 1, layers: 6 |
-# |---:|---:|---:|---:|---:|
-# | 1,024 | 8 | 501 MiB (835 MiB) | 288 MiB (636 MiB) | 290 MiB (615 MiB) |
-# | 2,048 | 16 | 537 MiB (900 MiB) | 306 MiB (665 MiB) | 308 MiB (644 MiB) |
-# | 4,096 | 32 | 610 MiB (983 MiB) | 342 MiB (713 MiB) | 344 MiB (687 MiB) |
-# | growth | | 108 MiB | 54 MiB, 0.50 of it | 54 MiB, 0.50 of it |
-#
-# `minichunk plan --gpus 4` forecasts the fullest of four ranks, with the layers
-# dealt by their weights and by what they remember of a text of that length, as `minichunk train` deals them.
-#
-# All this has run under Gloo on CPUs, and not yet under NCCL.
-#
-# With several GPUs, `minichunk plan --gpus N` runs the code of each rank that may be the fullest, by
-# itself, and says which one is. With `--gpus 2 --cache-grad-dtype bfloat16` it is the first, with layers 0 to 15, the
-# embedding and two chunks in flight (446 MiB): SeCO has 123,392 tokens, SpaCO 237,568. Llama-3-8B as above, in thousands of
-# tokens, by the memory of each GPU (`minichunk plan --table --gpus 8 --cache-grad-dtype bfloat16`; `–`: not one chunk):
+# `minichunk plan --gpus N` runs the code of each rank by itself on tensors without numbers, and says which rank needs most.
+# Its forecast is [tested](../tests/test_plan_gpus.py) to be the peak of a real pipeline on the CPU. Llama-3-8B with LoRA, in
+# thousands of tokens, by the memory of each GPU (`–`: not one chunk):
 #
 # | GPUs | method | 12 GiB | 16 GiB | 24 GiB | 48 GiB | 80 GiB | 141 GiB |
 # |---|---|---:|---:|---:|---:|---:|---:|
@@ -361,9 +313,44 @@ shutil.rmtree(folder)
 # | 8 | seco | 260k | 391k | 653k | 1,439k | 2,487k | 4,485k |
 # | 8 | spaco | 510k | 772k | 1,296k | 2,867k | 4,962k | 8,956k |
 #
-# With short texts the first and the last rank have fewer layers, to make up for the embedding and the LM head (7, 9, 9
-# and 7 on four GPUs); with 300,000 tokens all have eight. The forecast of each rank is [tested](../tests/test_plan_gpus.py) to be
-# the peak of that rank in a real pipeline on the CPU, counted the same way.
+# *`minichunk plan --table --gpus 8 --cache-grad-dtype bfloat16`, at commit cbb3a04.* With short texts the first and the last
+# rank get fewer layers, to make up for the embedding and the LM head (7, 9, 9 and 7 on four GPUs); with 300,000 tokens all get
+# eight.
+#
+# ## What two ranks save
+#
+# A step of a model with 47M parameters, all trained in float32, chunks of 128, in one process and on two ranks with one
+# thread of a CPU each. Seconds of the slower rank, median and range of two rounds; live tensors at their peak, counted:
+#
+# | tokens | chunks | one process | 2 ranks | of one process | rank 0 waits, of its walk | by the formula |
+# |---:|---:|---:|---:|---:|---:|---:|
+# | 1,024 | 8 | 8.29 s (8.26 s to 8.33 s) | 5.23 s (4.90 s to 5.56 s) | 0.63 (0.59 to 0.67) | 27% (26% to 28%) | 11% |
+# | 2,048 | 16 | 18.22 s (17.04 s to 19.39 s) | 11.10 s (10.73 s to 11.47 s) | 0.61 (0.59 to 0.63) | 20% | 6% |
+# | 4,096 | 32 | 46.31 s (45.17 s to 47.46 s) | 27.74 s (27.20 s to 28.29 s) | 0.60 | 11% (9% to 14%) | 3% |
+#
+# | tokens | chunks | one process | rank 0, layers: 6 | rank 1, layers: 6 |
+# |---:|---:|---:|---:|---:|
+# | 1,024 | 8 | 501 MiB | 288 MiB | 290 MiB |
+# | 2,048 | 16 | 537 MiB | 306 MiB | 308 MiB |
+# | 4,096 | 32 | 610 MiB | 342 MiB | 344 MiB |
+# | growth | | 108 MiB | 54 MiB, 0.50 of it | 54 MiB, 0.50 of it |
+#
+# *`minichunk bench --preset pipeline` printed this at commit c395179, on 2 cores with nothing else to do; the preset is no
+# longer part of the package ([all samples](figures/bench-pipeline.json)).* The formula holds for ranks that take as long as
+# each other. Here the last one has the LM head too, and rank 0 waits for that. A tied embedding and its gradient are on
+# both ranks; what grows with the length is on one.
+#
+# ## Why not PyTorch's own engine, or FSDP?
+#
+# `torch.distributed.pipelining` has that schedule too. It calls backward by itself, so the relay is put in where the graph
+# passes by: at the output of a rank's layers, as an identity whose backward asks the memory. That is
+# [`torch_pipeline.py`](torch_pipeline.py), with the same gradients, [bit for bit](../tests/test_torch_pipeline.py). It is not
+# our engine: it receives each chunk, and each gradient, into a buffer of its own, so that the memory of every rank grows by
+# one hidden state or two per chunk (counted in that test); it wants chunks of one length, and at least as many as ranks.
+#
+# FSDP splits every weight, and gathers it whenever it is used: in the fill, the rebuild and the backward pass of each chunk.
+# For an 8B in bfloat16 and 64 chunks that is 3 x 64 x 16 GB, 3 TB a step. A link of the pipeline carries three messages for
+# a chunk, 3 x 64 x 4 MiB: 0.8 GB.
 #
 # ## Exercises
 #

@@ -9,7 +9,6 @@ import argparse
 
 from .options import Parser
 from .plan_arguments import add_bench, add_plan
-from .porting_arguments import add_compare
 from .walk_arguments import add_walk
 
 
@@ -17,4 +16,3 @@ def add_others(commands: argparse._SubParsersAction[Parser]) -> None:
     add_bench(commands)
     add_plan(commands)
     add_walk(commands)
-    add_compare(commands)

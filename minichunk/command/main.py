@@ -11,6 +11,7 @@ from typing import Any
 from ..errors import InputError
 from ..pipeline.links import RankLost
 from ..pipeline.start import is_one_of_several, speaks_first
+from ..porting.compare import CompareOptions, run_compare
 from ..training.evaluate import EvaluateOptions, evaluate_files
 from ..training.generate import GenerateOptions, continue_text
 from ..training.loop import NonFiniteLoss
@@ -24,6 +25,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "train": (TrainOptions, train),
     "evaluate": (EvaluateOptions, evaluate_files),
     "generate": (GenerateOptions, lambda options: print(continue_text(options))),
+    "compare": (CompareOptions, run_compare),
 }
 
 
@@ -53,10 +55,6 @@ def run(arguments: argparse.Namespace) -> int:
         from ..costs.plan import run_plan
 
         run_plan(**values)
-    elif command == "compare":
-        from ..porting.compare import run_compare
-
-        return 0 if run_compare(**values) else 1
     else:
         from ..walk.step import run_walk
 
