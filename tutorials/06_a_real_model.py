@@ -93,7 +93,14 @@ def experiment(directory, lengths, steps, chunk_size, lr, documents, width, new_
 
 # %%
 small = experiment(
-    ASSETS / "austen-llama", lengths=[384, 512], steps=4, chunk_size=128, lr=1.2e-2, documents=2, width=128, new_tokens=4
+    ASSETS / "austen-llama",
+    lengths=[384, 512],
+    steps=4,
+    chunk_size=128,
+    lr=1.2e-2,
+    documents=2,
+    width=128,
+    new_tokens=4,
 )
 beyond = {key: sum(loss for start, _, loss in small[key] if start >= 256) / 2 for key in ("before", "after")}
 print(f"the small model's loss beyond its context fell by {beyond['before'] - beyond['after']:.1f} nats per token")
