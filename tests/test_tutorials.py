@@ -80,5 +80,5 @@ def test_the_seventh_port_is_at_most_60_lines() -> None:
 def test_without_the_model_the_sixth_says_how_to_get_it(tmp_path: Path) -> None:
     found = load_render().cells((TUTORIALS / "06_a_real_model.py").read_text())
     (cell,) = [code for is_text, code, _ in found if not is_text and "raise SystemExit" in code]
-    with pytest.raises(SystemExit, match="Get it with `python tutorials/get_smollm2.py smollm2`"):
+    with pytest.raises(SystemExit, match=r"Get it with `python tutorials/get_smollm2.py smollm2`"):
         exec(cell, {"RESULTS": tmp_path / "none.json", "SMOLLM2": tmp_path / "none"})
