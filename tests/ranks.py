@@ -3,8 +3,6 @@
 Every wait in here has a timeout.
 """
 
-from __future__ import annotations
-
 import copy
 import gc
 import importlib.util
@@ -89,7 +87,6 @@ class Ranks:
         return True, f"rank {rank} has not answered within {WITHIN:.0f} s"
 
     def replace(self) -> None:
-        """Other processes for the next example."""
         self.close()
         self.start()
 
@@ -153,18 +150,15 @@ def in_one_process(case: Case) -> Tensors:
     if tied:
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(), model.lm_head.weight.requires_grad)
     torch.manual_seed(case.seed)
-    losses, both = [], list[Tensor]()
+    ends, losses, sums = (model.embedding.weight, model.lm_head.weight), [], list[Tensor]()
     for _ in range(case.steps):
         losses.append(case.run(getattr(mc, case.method), model))
-        if tied and model.lm_head.weight.grad is not None:
-            both.append(model.embedding.weight.grad + model.lm_head.weight.grad)
-            model.embedding.weight.grad = model.lm_head.weight.grad = None
-    found = take_gradients(model)
-    if both:
-        names = {id(p): name for name, p in model.named_parameters()}
-        for weight in (model.embedding.weight, model.lm_head.weight):
-            found[names[id(weight)]] = both[0] if len(both) == 1 else both[1] + both[0]
-    return {"loss": torch.stack(losses), **found}
+        if tied and ends[1].grad is not None:
+            sums.append(ends[0].grad + ends[1].grad)
+            ends[0].grad = ends[1].grad = None
+    for weight in ends if sums else ():
+        weight.grad = sums[0] if len(sums) == 1 else sums[1] + sums[0]
+    return {"loss": torch.stack(losses), **take_gradients(model)}
 
 
 def in_several(rank: int, case: Case) -> tuple[Tensors, Tensors]:
@@ -245,18 +239,6 @@ def mistake(rank: int, method: str, others_are_shorter: bool, case: Case) -> str
     except mc.InputError as error:
         return str(error)
     return "no error"
-
-
-def end_without_a_word(rank: int, lost: int) -> int:
-    """One of the ranks ends, and the others wait for it."""
-    if rank == lost:
-        os._exit(1)
-    dist.barrier()
-    return rank
-
-
-def rank_of(rank: int) -> int:
-    return rank
 
 
 def lose_one_in_the_walk(rank: int, lost: int, hangs: bool, case: Case) -> None:
