@@ -17,6 +17,7 @@ from ..training.generate import GenerateOptions, continue_text
 from ..training.loop import NonFiniteLoss
 from ..training.options import TrainOptions, options_of
 from ..training.train import Interrupted, train
+from ..walk.page import WalkOptions, run_walk
 from .arguments import add_others
 from .options import Parser, add_command
 
@@ -26,6 +27,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "evaluate": (EvaluateOptions, evaluate_files),
     "generate": (GenerateOptions, lambda options: print(continue_text(options))),
     "compare": (CompareOptions, run_compare),
+    "walk": (WalkOptions, run_walk),
 }
 
 
@@ -55,10 +57,6 @@ def run(arguments: argparse.Namespace) -> int:
         from ..costs.plan import run_plan
 
         run_plan(**values)
-    else:
-        from ..walk.step import run_walk
-
-        run_walk(**values)
     return 0
 
 
