@@ -15,7 +15,7 @@ from .spaco import spaco
 
 __version__ = "0.1.0"
 _LATER = {
-    "memory.pattern": ("Strided", "Window"),
+    "memory.window": ("Strided", "Window"),
     "models.adapter_files": ("load_adapter", "save_adapter"),
     "models.config": ("LlamaConfig",),
     "models.gemma3_config": ("Gemma3Config",),

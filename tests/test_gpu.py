@@ -15,7 +15,7 @@ from minichunk.memory import offload
 from minichunk.memory.attention import attend
 from minichunk.memory.cache import LayerCache
 from minichunk.memory.kernels import FlashCUDA, Plain, usable
-from minichunk.memory.pattern import FULL, Pattern, Strided, Window
+from minichunk.memory.window import FULL, Pattern, Strided, Window
 from minichunk.models.llama import Llama
 from minichunk.models.shapes import random_model
 

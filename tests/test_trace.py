@@ -24,7 +24,7 @@ from minichunk.chunks import cut, span
 from minichunk.command.main import main
 from minichunk.costs.baselines import Concatenating
 from minichunk.costs.count import CountBytes
-from minichunk.memory.pattern import Pattern
+from minichunk.memory.window import Pattern
 from minichunk.protocol import Options
 from minichunk.seco import fill, new_memory, rebuild
 from minichunk.walk.events import BYTES, NEEDS, check_event, compare, read_events, write_events

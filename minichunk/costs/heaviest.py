@@ -21,7 +21,7 @@ from ..memory.cache import LayerCache
 from ..memory.kernels import kernel_for
 from ..memory.layer_memory import LayerMemories, LayerMemory
 from ..memory.offload import OffloadedLayer
-from ..memory.pattern import FULL
+from ..memory.window import FULL
 from ..models.llama import Attention
 from ..models.stack import Stack
 from ..pipeline import pipeline_seco as pipeline

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from ..chunks import cut
 from ..errors import InputError
 from ..files.atomic import human_bytes
-from ..memory.pattern import FULL
+from ..memory.window import FULL
 from ..training.checks import check_4bit, check_choice, check_least
 from ..training.options import DTYPES, SAMPLERS
 from ..training.partial_options import make_pattern

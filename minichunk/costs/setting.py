@@ -13,7 +13,7 @@ from torch import Tensor
 from ..chunks import check_fill_size, cut
 from ..errors import InputError
 from ..memory.attention import BLOCK
-from ..memory.pattern import Pattern, Strided
+from ..memory.window import Pattern, Strided
 from ..models.config import LlamaConfig
 from ..models.partial import partial_config
 from ..models.shapes import layer_memory_bytes, shape

@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import InputError
 from ..files.config_fields import check_sizes, first_eos, lists_to_tuples
 from ..files.config_json import SIZES, check_windows, read_config, write_config
-from ..memory.pattern import FULL, Pattern, Strided, Window
+from ..memory.window import FULL, Pattern, Strided, Window
 
 
 @dataclass(frozen=True)

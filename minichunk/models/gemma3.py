@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..memory.attention import Past
 from ..memory.layer_memory import wide
-from ..memory.pattern import FULL, Pattern
+from ..memory.window import FULL, Pattern
 from .gemma3_config import Gemma3Config
 from .llama import MLP, Attention, Layer, Rope, rope_tables
 from .stack import Decoder, RMSNorm

@@ -9,8 +9,8 @@ from typing import Any
 
 from ..errors import InputError
 from ..files.config_json import FULL, PARTIAL, SLIDING, check_pattern
-from ..memory.pattern import FULL as ALL
-from ..memory.pattern import Pattern, Strided, Window
+from ..memory.window import FULL as ALL
+from ..memory.window import Pattern, Strided, Window
 from .config import LlamaConfig, pattern_of
 from .llama import Llama
 from .stack import Stack

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import InputError
-from ..memory.pattern import Pattern
+from ..memory.window import Pattern
 from ..models.config import pattern_of
 from .checks import check_choice, check_least
 
