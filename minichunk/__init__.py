@@ -17,13 +17,13 @@ __version__ = "0.1.0"
 _LATER = {
     "memory.window": ("Strided", "Window"),
     "models.adapter_files": ("load_adapter", "save_adapter"),
-    "models.config": ("LlamaConfig",),
-    "models.gemma3_config": ("Gemma3Config",),
-    "models.load": ("Gemma3", "Llama", "Mamba2", "StateSpace", "load_model"),  # there they get `from_pretrained`
+    "models.gemma3": ("Gemma3Config",),
+    # These come from load.py, which gives them `from_pretrained` and `from_dict`.
+    "models.load": ("Gemma3", "Llama", "LlamaConfig", "Mamba2", "StateSpace", "load_model"),
     "models.lora": ("add_lora", "merge_lora"),
-    "models.mamba2_config": ("Mamba2Config",),
+    "models.mamba2": ("Mamba2Config",),
     "models.partial": ("partial_context",),
-    "models.ssm_config": ("StateSpaceConfig",),
+    "models.ssm": ("StateSpaceConfig",),
     "pipeline.links": ("Links", "RankLost"),
     "pipeline.stage": ("PipelineStage",),
     "pipeline.pipeline_seco": ("pipeline_seco", "pipeline_spaco"),

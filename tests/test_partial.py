@@ -19,8 +19,7 @@ from minichunk.memory.window import FULL, Pattern
 from minichunk.models.load import load_model
 from minichunk.models.partial import describe, partial_config
 from minichunk.training.evaluate import loss_by_position
-from minichunk.training.job import load_data
-from minichunk.training.load import load_as_told
+from minichunk.training.load import load_as_told, load_data
 from minichunk.training.options import ReadOptions, TrainOptions, options_of
 from minichunk.training.partial_options import PARTIAL_CONTEXT
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fractions import Fraction
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -188,17 +187,6 @@ def times(events: list[list[tuple[str, int]]]) -> list[dict[tuple[str, int], tup
             timed[rank][event] = (max(free, ready), max(free, ready) + 1)
             todo.pop(0)
     return timed
-
-
-def test_the_schedule_in_the_readme_is_so(ranks: Ranks) -> None:
-    """Drawn from what three ranks did: f fill, r rebuild, b backward, each with its chunk; a dot where a rank waits."""
-    answers = ranks.ask(3, tasks.events, case(build(tiny(layers=3), 0), 12, 2))
-    timed = times([events for events, _ in answers])
-    rows = []
-    for rank, done in enumerate(timed):
-        at = {start: f"{what[0]}{chunk}" for (what, chunk), (start, _) in done.items()}
-        rows.append(f"rank {rank}  " + " ".join(at.get(time, " .") for time in range(max(at) + 1)))
-    assert "\n".join(rows) in (Path(__file__).parents[1] / "README.md").read_text(), "\n" + "\n".join(rows)
 
 
 def test_layers_are_dealt_by_their_weights() -> None:

@@ -39,9 +39,8 @@ def test_a_tutorial_prints_no_claim_that_does_not_hold(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
-def test_a_tutorial_is_short_and_ends_with_exercises(path: Path) -> None:
+def test_a_tutorial_ends_with_exercises(path: Path) -> None:
     text = path.read_text()
-    assert 100 <= len(text.splitlines()) <= 250
     assert "\n# ## Exercises\n" in text
     assert "PLACEHOLDER" not in text
 

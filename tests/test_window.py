@@ -143,7 +143,7 @@ def test_gradients_come_late_and_go_when_they_are_handed_over(chunk_size: int, m
     [
         (FULL, 16.0, {512: 31.875, 2048: 31.5, 8192: 30.0}),
         (Window(1024, 64), 6.08, {512: 21.92, 2048: 16.74, 8192: 12.43}),
-        (Strided(64, 16, 16), 6.64, {512: 22.58, 2048: 17.53, 8192: 13.23}),
+        (Strided(64, 16, 16), 6.70, {512: 22.54, 2048: 17.66, 8192: 13.53}),
     ],
 )
 def test_an_8b_llama_of_128k_tokens(pattern: Pattern, remembered: float, trained: dict[int, float]) -> None:

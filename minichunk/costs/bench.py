@@ -24,7 +24,6 @@ from ..batch import prepare
 from ..chunks import check_fill_size, cut
 from ..errors import InputError
 from ..files.atomic import human_bytes
-from ..files.figures import new_figure, save_figure
 from ..full import full
 from ..models.shapes import random_model, shape
 from ..samplers import FixedBudget
@@ -32,7 +31,7 @@ from ..seco import seco
 from ..spaco import spaco
 from ..training.checks import check_choice, check_device, check_least
 from ..training.options import DTYPES, default_dtype
-from ..training.report import peak_memory
+from ..training.report import new_figure, peak_memory, save_figure
 from .baselines import concatenating, tiled_full, transformers_llama
 
 WHOLE = ("full", "full-recompute", "full-recompute-tiled", "full-recompute-offload", "transformers")

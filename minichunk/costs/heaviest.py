@@ -21,7 +21,7 @@ from ..memory.cache import LayerCache
 from ..memory.kernels import kernel_for
 from ..memory.layer_memory import LayerMemories, LayerMemory
 from ..memory.offload import OffloadedLayer
-from ..memory.window import FULL
+from ..memory.window import FULL, WindowCache
 from ..models.llama import Attention
 from ..models.stack import Stack
 from ..pipeline import pipeline_seco as pipeline
@@ -93,7 +93,7 @@ def _new_memory(
         )
     cache, grads = made.tensors().bytes()  # and not what comes later and goes: that is a chunk's
     for layer in made.layers:
-        if isinstance(layer, LayerCache | OffloadedLayer):
+        if isinstance(layer, LayerCache | WindowCache | OffloadedLayer):
             layer.kernel = kernel_for(setting.device, setting.dtype, model.config.head_dim)
     held = (0, 0, cache + grads) if setting.offload else (cache, grads, 0)
     return _InParts(made.layers, kept[:-1], count), held

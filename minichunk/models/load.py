@@ -1,11 +1,13 @@
 """Models from Hugging Face checkpoint directories, and into them: config.json and safetensors.
 
-A model knows no files. This module gives every model `from_pretrained` and `save_pretrained`.
+A model knows no files. This module gives every model `from_pretrained` and `save_pretrained`, and a LlamaConfig the
+`from_dict` and `to_dict` of its family's several layouts of config.json.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +17,19 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..files.atomic import check_room, read_json
 from ..files.checkpoint import checkpoint_bytes, read_checkpoint, write_checkpoint
+from .config import (
+    FULL_ATTENTION,
+    SLIDING_ATTENTION,
+    Config,
+    Llama3Rope,
+    LlamaConfig,
+    check_layer_types,
+    names,
+    needed,
+    number,
+    pattern_of,
+    size,
+)
 from .gemma3 import Gemma3
 from .llama import Llama
 from .lora import adapters
@@ -26,6 +41,21 @@ from .stack import Stack
 M = TypeVar("M", bound=Stack)
 KINDS: tuple[type[Stack], ...] = (Llama, Gemma3, Mamba2, StateSpace)
 _BY_MODEL_TYPE: dict[Any, type[Stack]] = {"gemma3_text": Gemma3, "mamba2": Mamba2, "state_space": StateSpace}
+
+_NO_BIAS = {"attention_bias": False, "attention_out_bias": False, "mlp_bias": False}
+# What each model_type implies, whatever its config.json says.
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": _NO_BIAS,
+    "ministral": _NO_BIAS,
+    "qwen2": {**_NO_BIAS, "attention_bias": True},
+    "qwen3": {"mlp_bias": False, "qk_norm": True},
+}
+_OTHERS = ("gemma3_text", "mamba2", "state_space")  # which have a config of their own
+# Models that no other library computes have this model_type in their config.json, and a `base_model_type`, a `pattern`
+# and layers of `partial_attention`, which transformers refuses even where it is told to overlook the type.
+_PARTIAL_CONTEXT = "partial_context"
+_WINDOW = 4096  # what transformers takes an absent `sliding_window` for
 
 
 def class_of(config: Any) -> type[Stack]:
@@ -149,5 +179,108 @@ def save(
         write_checkpoint(directory, {**model.config.to_dict(), "torch_dtype": dtype}, tensors)
 
 
+def read_llama_config(cls: type[LlamaConfig], config: dict[str, Any]) -> LlamaConfig:
+    """`LlamaConfig.from_dict`, of a parsed `config.json`.
+
+    Raises InputError, naming the field, for what this model does not compute.
+    """
+    partial = config.get("model_type") == _PARTIAL_CONTEXT
+    field = "base_model_type" if partial else "model_type"
+    model_type = config.get(field, None if partial else "llama")
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
+        raise InputError(
+            f"config: {field} {model_type!r} is not supported; supported are {', '.join(sorted(_FAMILIES))}, and "
+            f"by minichunk.load_model also {', '.join(_OTHERS)}"
+        )
+    c = {**config, "model_type": model_type}
+    heads = size("num_attention_heads", needed(c, "num_attention_heads"))
+    hidden = size("hidden_size", needed(c, "hidden_size"))
+    bias = c.get("attention_bias", False)
+    c |= {
+        "num_key_value_heads": c.get("num_key_value_heads") or heads,
+        "head_dim": c.get("head_dim") or (128 if model_type == "qwen3" else hidden // heads),
+        "attention_out_bias": bias,
+        "qk_norm": False,
+        **_FAMILIES[model_type],
+    }
+    if partial:
+        c |= {"pattern": pattern_of(needed(c, "pattern")), "layer_types": needed(c, "layer_types")}
+        c["sliding_window"] = None
+    else:
+        c["sliding_window"], c["layer_types"] = _read_windows(c)
+        c["pattern"] = None
+    c["rope_theta"], c["rope_scaling"] = _read_rope(c)
+    return cls.read(c)
+
+
+def write_llama_config(config: LlamaConfig) -> dict[str, Any]:
+    """`LlamaConfig.to_dict`, which `from_dict` and, unless there is a pattern, transformers 4 and 5 read back."""
+    architecture = f"{config.model_type.capitalize()}ForCausalLM"
+    out: dict[str, Any] = {"architectures": [architecture], "model_type": config.model_type, "hidden_act": "silu"}
+    out |= Config.to_dict(config)
+    if config.rope_scaling is not None:
+        out["rope_scaling"] = {"rope_type": "llama3", **asdict(config.rope_scaling)}
+    kinds = {"layer_types": list(config.layer_types)} if config.layer_types else {}
+    if config.pattern is not None:
+        ours = {"model_type": _PARTIAL_CONTEXT, "architectures": ["PartialContextForCausalLM"]}
+        return out | ours | kinds | {"base_model_type": config.model_type, "pattern": asdict(config.pattern)}
+    if config.model_type == "llama":
+        return out
+    out |= {"sliding_window": config.sliding_window} | ({} if config.model_type == "mistral" else kinds)
+    if config.model_type in ("qwen2", "qwen3"):
+        out["use_sliding_window"] = config.sliding_window is not None
+        if config.sliding_window is not None:  # for releases before `layer_types`
+            out["max_window_layers"] = config.layer_types.index(SLIDING_ATTENTION)
+    return out
+
+
+def _read_windows(c: dict[str, Any]) -> tuple[int | None, tuple[str, ...]]:
+    """`sliding_window` and `layer_types`, as transformers reads them; (None, ()) if no layer has a window."""
+    model_type, first = c["model_type"], 0
+    num_layers = size("num_hidden_layers", needed(c, "num_hidden_layers"))
+    window = c.get("sliding_window", None if model_type == "llama" else _WINDOW)
+    if model_type not in ("mistral", "ministral"):
+        window = window if c.get("use_sliding_window") else None
+    if model_type in ("qwen2", "qwen3") and window is not None:
+        first = c.get("max_window_layers", 28)
+        if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+            raise InputError(f"config: max_window_layers is {first!r}, but must be a whole number of at least 0")
+    implied = tuple(
+        SLIDING_ATTENTION if window is not None and i >= first else FULL_ATTENTION for i in range(num_layers)
+    )
+    kinds = names("layer_types", c.get("layer_types")) or implied
+    check_layer_types(kinds, (FULL_ATTENTION, SLIDING_ATTENTION), num_layers)
+    if SLIDING_ATTENTION not in kinds:
+        return None, ()
+    size("sliding_window", window)
+    if model_type == "llama" or (model_type == "mistral" and kinds != implied):
+        raise InputError(
+            f"config: layer_types = {list(kinds)}, sliding_window = {window} is not supported for model_type "
+            f"{model_type!r}; 'ministral' is the same model with windows in some layers"
+        )
+    return window, kinds
+
+
+def _read_rope(c: dict[str, Any]) -> tuple[float, Llama3Rope | None]:
+    """rope_theta and the scaling; transformers 5 keeps both together in rope_parameters."""
+    field = "rope_parameters" if c.get("rope_parameters") else "rope_scaling"
+    rope = c.get(field) or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"config: {field} is {rope!r}, but must be an object or null")
+    theta = number("rope_theta", rope.get("rope_theta", c.get("rope_theta", 10000.0)))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise InputError(f"config: {field}.rope_type {kind!r} is not supported; supported are 'default' and 'llama3'")
+    for part in fields(Llama3Rope):
+        number(f"{field}.{part.name}", rope.get(part.name))
+    if rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        raise InputError(f"config: {field}.high_freq_factor must be larger than {field}.low_freq_factor")
+    return theta, Llama3Rope(**{part.name: rope[part.name] for part in fields(Llama3Rope)})
+
+
 Stack.from_pretrained = classmethod(load)  # type: ignore[assignment,method-assign]
 Stack.save_pretrained = save  # type: ignore[assignment,method-assign]
+LlamaConfig.from_dict = classmethod(read_llama_config)  # type: ignore[assignment,method-assign]
+LlamaConfig.to_dict = write_llama_config  # type: ignore[assignment,method-assign]

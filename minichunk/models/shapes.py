@@ -17,9 +17,9 @@ from ..protocol import DEFAULTS, Options
 from .config import LlamaConfig
 from .load import class_of, read_model_config
 from .lora import add_lora
-from .mamba2_config import Mamba2Config
+from .mamba2 import Mamba2Config
 from .quantize import quantize
-from .ssm_config import StateSpaceConfig
+from .ssm import StateSpaceConfig
 from .stack import Stack
 
 _FIELDS = (

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from ..loss import summed_loss
 from ..memory.layer_memory import LayerMemories, wide
 from ..protocol import Options, Written
 from ..samplers import Weight
-from ..seco import fill, flat
+from ..seco import fill, flat, new_memory
 from ..spaco import QUARTER, Sampler, check_weights
 from .stage import PipelineStage
 
@@ -84,10 +84,9 @@ def pipeline_spaco(
     kept = [(chunk, weight) for chunk, weight in zip(chunks, weights, strict=True) if weight is not None]
     if not kept:
         return torch.zeros((), dtype=wide(stage.like), device=input_ids.device)
-    last = kept[-1][0]
-    memory = stage.new_memory(input_ids.shape[0], last.start, [chunk for chunk, _ in kept[:-1]], options)
-    before = [chunk for chunk in chunks if chunk < last]
-    fill(stage, input_ids, before, memory, options)  # type: ignore[arg-type]  # lines 1-3; no LM head is asked for
+    model: Any = stage  # no LM head is asked for
+    memory: Any = new_memory(model, input_ids, [chunk for chunk, _ in kept], options)
+    fill(model, input_ids, [chunk for chunk in chunks if chunk < kept[-1][0]], memory, options)  # lines 1-3
     with tied_weight_summed(stage):
         total = walk_back(stage, batch, memory, kept, options, below_learns)
         links.flush()
@@ -160,11 +159,11 @@ def _backward(stage: PipelineStage, batch: Batch, memory: LayerMemories, rebuilt
     elif end.requires_grad:
         grad = links.take(torch.empty_like(end), links.rank + 1)
     if end.requires_grad:  # or nothing from the embedding up to here learns
-        made, sent = flat(written), flat(memory.hand_over(chunk))  # line 6
+        made, sent = flat(written), flat(memory.hand_over(chunk))
         if weight.relay != 1.0:  # or it would be a copy
             sent = [weight.relay * g for g in sent]
         relayed = [(m, g) for m, g in zip(made, sent, strict=True) if m.requires_grad] if sent else []
-        torch.autograd.backward([end, *(m for m, _ in relayed)], [grad, *(g for _, g in relayed)])  # line 7
+        torch.autograd.backward([end, *(m for m, _ in relayed)], [grad, *(g for _, g in relayed)])  # lines 6, 7
     if x.grad is not None:
         links.hand(x.grad, links.rank - 1)
     return end.detach() if links.is_last else 0.0

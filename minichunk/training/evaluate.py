@@ -89,10 +89,12 @@ class EvaluateOptions(ReadOptions):
     DIR and FILE are as `minichunk train` takes them: of a JSONL line, what would be learnt is measured.
     """
 
-    data: tuple[str, ...] = option((), "text or JSONL files", metavar="FILE", absent="a shipped novel")
-    seq_len: int = option(2048, "tokens per piece", metavar="N", least=2)
-    documents: int = option(8, "pieces, the longest", metavar="N", least=1)
-    chunk_size: int = option(512, "tokens per forward pass: costs memory, changes no result", metavar="C", least=1)
+    data: tuple[str, ...] = option(
+        (), "text or JSONL files", metavar="FILE", absent="a shipped novel", group="measurement"
+    )
+    seq_len: int = option(2048, "tokens per piece", least=2)
+    documents: int = option(8, "pieces, the longest", least=1)
+    chunk_size: int = option(512, "tokens per forward pass: costs memory, changes no result", least=1)
 
 
 def evaluate_files(options: EvaluateOptions) -> None:

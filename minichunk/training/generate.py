@@ -82,13 +82,11 @@ class GenerateOptions(ReadOptions):
     DIR is a Hugging Face checkpoint; one that was trained with --rank 0 is in runs/N/model.
     """
 
-    prompt: str = option(MISSING, "the text to continue, in quotes", positional=True)
-    max_new_tokens: int = option(128, "write up to N", metavar="N", least=1)
-    temperature: float = option(0.8, "0: always the likeliest token; higher: more varied", metavar="X", least=0)
-    top_p: float = option(
-        0.95, "among the likeliest tokens that together have this chance", metavar="X", above=0, most=1
-    )
-    seed: int = option(0, "another one, another text", metavar="N", least=0, below=2**32)
+    prompt: str = option(MISSING, "the text to continue, in quotes", positional=True, group="text")
+    max_new_tokens: int = option(128, "write up to N", least=1)
+    temperature: float = option(0.8, "0: always the likeliest token; higher: more varied", least=0)
+    top_p: float = option(0.95, "among the likeliest tokens that together have this chance", above=0, most=1)
+    seed: int = option(0, "another one, another text", least=0, below=2**32)
 
 
 def continue_text(options: GenerateOptions) -> str:

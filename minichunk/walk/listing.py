@@ -42,7 +42,7 @@ WALK_BACK = (0, "    total = walk_back(")
 TURNS: dict[str, list[tuple[int, str]]] = {  # of a pipeline, where a chunk's turn comes at one of two lines of the loop
     "begin": [(0, "batch, chunks, links = ")],
     "draw": [(0, "weights, options, below_learns = agree(")],
-    "memory": [(0, "memory = stage.new_memory(")],
+    "memory": [(0, "memory: Any = new_memory(")],
     "fill": [(0, "fill("), (1, "    memory.write(")],
     "rebuild": [WALK_BACK, (2, "    y, written = stage.run(")],
     "loss": [WALK_BACK, (3, "    loss = summed_loss(")],

@@ -95,7 +95,7 @@ class WatchedMemory:
 def watch_layer(layer: LayerMemory, number: int, capacity: int, sent: Sent) -> None:
     """Be told of every gradient that is sent to a layer's memory. There are two ways in which that happens:
 
-    - Its layer calls a method whose name begins with `add`, with where it begins (see `stretches`), and a gradient
+    - Its layer calls a method whose name begins with `add`, with the position where it begins, and a gradient
       (B, G, n, D) for each tensor that is written.
     - It has handed out leaves, by `past`, in whose `.grad` autograd adds it up: what a chunk has been handed on.
     """
@@ -104,8 +104,7 @@ def watch_layer(layer: LayerMemory, number: int, capacity: int, sent: Sent) -> N
     def adding(name: str) -> Callable[..., Any]:
         def add(start: int, *gradients: Tensor) -> Any:
             result = getattr(type(layer_of(itself)), name)(itself(), start, *gradients)
-            for low, high, row in stretches(layer_of(itself), name, start, gradients[0].shape[2], capacity):
-                sent(number, low, high, [g[:, :, row : row + high - low] for g in gradients])
+            sent(number, start, start + gradients[0].shape[2], list(gradients))
             return result
 
         return add
@@ -121,22 +120,6 @@ def watch_layer(layer: LayerMemory, number: int, capacity: int, sent: Sent) -> N
         if name.startswith("add"):
             setattr(layer, name, adding(name))
     layer.past = past  # type: ignore[method-assign]
-
-
-def stretches(layer: Any, name: str, first: int, count: int, capacity: int) -> Iterator[tuple[int, int, int]]:
-    """Which positions `count` gradients are for, as (start, stop, row of the first one).
-
-    They count from a position; where the method is one for pinned positions, from an index among these.
-    """
-    if "pinned" not in name:
-        yield first, first + count, 0
-        return
-    pattern = layer.places.pattern
-    for start, stop in pattern.pinned(0, capacity):
-        index = pattern.pinned_before(start)
-        low, high = max(first, index), min(first + count, index + stop - start)
-        if low < high:
-            yield start + low - index, start + high - index, low - first
 
 
 def layer_of(reference: weakref.ref[LayerMemory]) -> LayerMemory:

@@ -25,8 +25,7 @@ from minichunk.memory.window import FULL, Window
 from minichunk.models.config import Llama3Rope, LlamaConfig
 from minichunk.models.llama import Attention, Layer, Llama, rope_tables
 from minichunk.models.lora import DropoutMasks, adapters, add_lora
-from minichunk.models.ssm import StateSpace
-from minichunk.models.ssm_config import StateSpaceConfig
+from minichunk.models.ssm import StateSpace, StateSpaceConfig
 from minichunk.porting.compare import FORMAT
 from minichunk.protocol import Options
 from minichunk.samplers import Weight
