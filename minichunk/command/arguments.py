@@ -1,6 +1,6 @@
 """What the `minichunk` command understands: every option, and the words that explain it.
 
-The options of `train`, `plan`, `walk`, and of those for ports are in files of their own.
+The options of `train`, `plan`, and of those for ports are in files of their own.
 """
 
 from __future__ import annotations
@@ -9,12 +9,8 @@ import argparse
 
 from .options import Parser
 from .plan_arguments import add_bench, add_plan
-from .porting_arguments import add_compare
-from .walk_arguments import add_walk
 
 
 def add_others(commands: argparse._SubParsersAction[Parser]) -> None:
     add_bench(commands)
     add_plan(commands)
-    add_walk(commands)
-    add_compare(commands)

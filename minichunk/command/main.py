@@ -11,11 +11,13 @@ from typing import Any
 from ..errors import InputError
 from ..pipeline.links import RankLost
 from ..pipeline.start import is_one_of_several, speaks_first
+from ..porting.compare import CompareOptions, run_compare
 from ..training.evaluate import EvaluateOptions, evaluate_files
 from ..training.generate import GenerateOptions, continue_text
 from ..training.loop import NonFiniteLoss
 from ..training.options import TrainOptions, options_of
 from ..training.train import Interrupted, train
+from ..walk.page import WalkOptions, run_walk
 from .arguments import add_others
 from .options import Parser, add_command
 
@@ -24,6 +26,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "train": (TrainOptions, train),
     "evaluate": (EvaluateOptions, evaluate_files),
     "generate": (GenerateOptions, lambda options: print(continue_text(options))),
+    "compare": (CompareOptions, run_compare),
+    "walk": (WalkOptions, run_walk),
 }
 
 
@@ -53,14 +57,6 @@ def run(arguments: argparse.Namespace) -> int:
         from ..costs.plan import run_plan
 
         run_plan(**values)
-    elif command == "compare":
-        from ..porting.compare import run_compare
-
-        return 0 if run_compare(**values) else 1
-    else:
-        from ..walk.step import run_walk
-
-        run_walk(**values)
     return 0
 
 

@@ -1,7 +1,5 @@
 """Writing text with the same cache as training: fill it with the prompt, then a token at a time."""
 
-from __future__ import annotations
-
 from dataclasses import MISSING, dataclass
 
 import torch

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..chunks import Chunk
 from ..files.atomic import check_room
-from ..files.chat import load_chat_template
+from ..files.chat import ChatTemplate, load_chat_template
 from ..files.documents import Document, check_vocabulary, cut_documents, load_tokenizer, read_documents
 from ..files.shipped import EXTENDED_ON, MEASURED_ON, SHIPPED_MODEL, novel
 from ..full import full
@@ -107,18 +107,22 @@ def check_host_room(model: Stack, batch: int, kept: Sequence[Chunk], grad_dtype:
     check_room(what, (remembered + gradients) * of_machine, torch.device("cpu"), advice)
 
 
+def read_pieces(
+    paths: Sequence[str | Path], model: Stack, tokenizer: Tokenizer, chat: ChatTemplate | None, seq_len: int
+) -> tuple[list[Document], str]:
+    """The texts cut into pieces of at most `seq_len` tokens, and a line that says what was kept. Raises InputError."""
+    documents = read_documents(paths, tokenizer, model.config.first_eos(), chat)
+    check_vocabulary(documents, model.config.vocab_size)
+    return cut_documents(documents, seq_len)
+
+
 def load_data(options: TrainOptions, model: Stack, tokenizer: Tokenizer) -> tuple[list[Document], list[Document], str]:
     """Training and validation pieces, and a line that says what was kept. Raises InputError."""
     chat = load_chat_template(known(options.model)) if options.chat_template else None
-
-    def read(paths: Sequence[str | Path]) -> tuple[list[Document], str]:
-        documents = read_documents(paths, tokenizer, model.config.first_eos(), chat)
-        check_vocabulary(documents, model.config.vocab_size)
-        return cut_documents(documents, options.seq_len)
-
-    training, line = read(options.data or [novel(EXTENDED_ON)])
+    training, line = read_pieces(options.data or [novel(EXTENDED_ON)], model, tokenizer, chat, options.seq_len)
     if options.val_data or not options.data:
-        validation, val_line = read(options.val_data or [novel(MEASURED_ON)])
+        texts = options.val_data or [novel(MEASURED_ON)]
+        validation, val_line = read_pieces(texts, model, tokenizer, chat, options.seq_len)
         line += f"\n        held out: {val_line}"
     else:  # the last pieces: what comes before them is trained on, what comes after nobody has seen
         count = min(round(len(training) * options.val_fraction) or int(options.val_fraction > 0), len(training) - 1)
