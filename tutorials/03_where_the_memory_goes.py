@@ -188,10 +188,10 @@ print(f"here: full grows {ratio:.0f} times as fast as SeCO, recompute {slopes['r
 # Llama in bfloat16 with LoRA, chunks of 512, sums of the cache's gradients in bfloat16:
 
 # %%
-setting = {"model": "llama-3-8b", "cache_grad_dtype": torch.bfloat16}
+setting = {"model": "llama-3-8b", "cache_grad_dtype": "bfloat16"}
 forecasts = {m: forecast(Setting(method=m, **setting)) for m in METHODS}
 figure, axes = plt.subplots(figsize=(7, 3.8))
-lengths = range(2048, 65537, 512)
+lengths = range(4096, 65537, 512)
 for name, line in forecasts.items():
     axes.plot(lengths, [line.at(n).peak / 2**30 for n in lengths], label=name)
 axes.axhline(23, color="gray", ls="--", label="24 GiB, 1 of them reserved")
@@ -200,7 +200,7 @@ axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
 axes.grid(alpha=0.3)
 plt.show()
 for name, line in forecasts.items():
-    print(f"{name:22} longest within 23 GiB: {line.longest(23 * 2**30, 512):6,} tokens")
+    print(f"{name:22} longest within 23 GiB: {line.longest(23 * 2**30):6,} tokens")
 
 # %% [markdown]
 # SpaCO needs gradients only for the chunks that it keeps (8 here), so its slope is one cache instead of two.

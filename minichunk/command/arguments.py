@@ -1,6 +1,6 @@
 """What the `minichunk` command understands: every option, and the words that explain it.
 
-The options of `train`, `plan`, `walk`, and of those for ports are in files of their own.
+The options of `walk`, and of those for ports are in files of their own.
 """
 
 from __future__ import annotations
@@ -9,14 +9,11 @@ import argparse
 from pathlib import Path
 
 from .options import Parser
-from .plan_arguments import add_bench, add_plan
 from .porting_arguments import add_compare, add_golden
 from .walk_arguments import add_walk
 
 
 def add_others(commands: argparse._SubParsersAction[Parser]) -> None:
-    add_bench(commands)
-    add_plan(commands)
     get = commands.add_parser(
         "get",
         help="turn a public package into a checkpoint directory",

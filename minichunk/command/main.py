@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..costs.bench import BenchOptions, run_bench
+from ..costs.plan import PlanOptions, run_plan
 from ..errors import InputError
 from ..pipeline.links import RankLost
 from ..pipeline.start import is_one_of_several, speaks_first
@@ -24,6 +26,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "train": (TrainOptions, train),
     "evaluate": (EvaluateOptions, evaluate_files),
     "generate": (GenerateOptions, lambda options: print(continue_text(options))),
+    "plan": (PlanOptions, run_plan),
+    "bench": (BenchOptions, run_bench),
 }
 
 
@@ -45,15 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     if command in COMMANDS:
         options, carry_out = COMMANDS[command]
         return int(carry_out(options_of(options, values)) is False)
-    if command == "bench":
-        from ..costs.bench import run_bench
-
-        run_bench(**values)
-    elif command == "plan":
-        from ..costs.plan import run_plan
-
-        run_plan(**values)
-    elif command == "golden":
+    if command == "golden":
         from ..porting.golden import write_golden
 
         print("\n".join(f"written  {path}" for path in write_golden(**values)))
