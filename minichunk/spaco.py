@@ -38,7 +38,8 @@ def spaco(
     Sparse Chunk-wise Optimization, Algorithm 2 of arXiv 2505.16710, with the factors that its
     sampler gives. `Bernoulli` makes both estimates exactly unbiased; see samplers.py.
 
-    sampler: called as `sampler(num_chunks, generator)`; returns for each chunk None (skip) or a Weight.
+    sampler: called as `sampler(num_chunks, generator)`; returns for each chunk None (skip) or a Weight. By default
+        each chunk is kept with a chance of 1/4.
     generator: a CPU generator for the sampler; None: PyTorch's default one.
     The other arguments are those of `seco`.
 

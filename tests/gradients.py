@@ -13,7 +13,7 @@ import minichunk as mc
 from minichunk.batch import IGNORE, shift
 from minichunk.chunks import Chunk
 from minichunk.memory.pattern import Pattern, Strided
-from minichunk.models.rope import rope_tables, rotate
+from minichunk.models.llama import rope_tables, rotate
 from minichunk.models.ssm import StateLayer
 
 from .recurrence import loop

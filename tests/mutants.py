@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 
 
 class Mutant(NamedTuple):
-    """key: of the mistake in porting/meanings.py. case: a file that shows it. changes: source, before and after."""
+    """key: of the mistake in porting/mistakes.py. case: a file that shows it. changes: source, before and after."""
 
     key: str
     case: str
@@ -57,7 +57,7 @@ ADD_UP = "total[:, :, : grad.shape[2]] += grad"
 SEND = "layer.send(i, grads)"
 DIVISOR = "divisor = float((targets != IGNORE).sum()) if num_targets is None else num_targets"
 LOSS = 'loss_and_gradient(inside["logits"], targets[:, start:stop], divisor)'
-OWN_TARGETS = "own = np.concatenate((labels[:, start + 1 : stop], np.full((B, 1), IGNORE)), 1)"
+OWN_TARGETS = "np.concatenate((labels[:, start + 1 : stop], np.full((B, 1), IGNORE)), 1)"
 BACKWARD = "sent = model.backward(tape, weight[0] * dlogits, relayed)\n"
 THROUGH_THE_PAST = """        for j, (first, last) in reversed(list(enumerate(cuts[:i]))):
             again, _, seen = model.forward(ids[:, first:last], first, [layer.past[j] for layer in memory])
@@ -67,15 +67,6 @@ THROUGH_THE_PAST = """        for j, (first, last) in reversed(list(enumerate(cu
                     total[:, :, :first] += grad
 """
 PAST = "        past = [layer.past[i] for layer in memory]\n"
-KEPT = """        rows = [t for t in range(start) if weights[t // chunk_size] is not None]
-        past = [tuple(x[:, :, rows] for x in layer.past[i]) for layer in memory]
-"""
-SPREAD = """        shapes = [[(*g.shape[:2], start, g.shape[3]) for g in layer] for layer in sent]
-        narrow, sent = sent, [[np.zeros(shape) for shape in layer] for layer in shapes]
-        for layer, grads in zip(sent, narrow):
-            for total, grad in zip(layer, grads):
-                total[:, :, rows] = grad
-"""
 
 # fmt: off
 FORWARD = [
@@ -112,32 +103,21 @@ FORWARD = [
     mutant("no residual", "residual = x + self.project", "residual = self.project"),
     mutant("heads not joined", "x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1)",
            "x.reshape(x.shape[0], x.shape[2], -1)"),
-    mutant("no MLP", 'y = residual + self.project(f"{mlp}.down_proj", gate * sigmoid * up)', "y = residual"),
     mutant("gate and up", 'gate, up = self.project(f"{mlp}.gate_proj", h2), self.project(f"{mlp}.up_proj", h2)',
            'up, gate = self.project(f"{mlp}.gate_proj", h2), self.project(f"{mlp}.up_proj", h2)'),
     mutant("another activation", "gate * sigmoid * up)", "np.maximum(gate, 0) * up)"),
-    mutant("norm of the wrong input", '_layernorm", residual)', '_layernorm", x)'),
     mutant("no final norm", 'inside["logits"] = y @', 'inside["logits"] = x @'),
     mutant("window by one", "i - j < window", "i - j <= window", "window"),
     mutant("no sinks", "((i - j < window) | (j < sinks))", "(i - j < window)", "window"),
-    mutant("window everywhere", 'if kinds and kinds[i] == "sliding_attention" else None', "", "window"),
-    mutant("no window", 'if kinds and kinds[i] == "sliding_attention" else None', "and None", "window"),
     mutant("no alpha over rank", 'lora["alpha"] / lora["rank"]', "1.0", "lora"),
-    mutant("masks of 0 and 1", "rope, sinks, masks or {}", "rope, sinks, {n: m > 0 for n, m in (masks or {}).items()}",
-           "lora"),
     mutant("other masks", PAST, "        model.masks = {n: np.roll(m, 1, 1) for n, m in model.masks.items()}\n" + PAST,
            "lora"),
 ]
 LOSSES = [
     mutant("no shift", "targets = np.concatenate((labels[:, 1:], np.full((B, 1), IGNORE)), 1)", "targets = labels"),
-    mutant("shift in each chunk", LOSS, LOSS.replace("targets[:, start:stop]", OWN_TARGETS.removeprefix("own = "))),
-    mutant("shift in each chunk, counted", LOSS,
-           LOSS.replace("targets[:, start:stop], divisor", OWN_TARGETS.removeprefix("own = ") + ", lost"), "plain",
-           (DIVISOR, "lost = (np.where(np.arange(T) % chunk_size < chunk_size - 1, targets, IGNORE) != IGNORE).sum()")),
+    mutant("shift in each chunk", LOSS, LOSS.replace("targets[:, start:stop]", OWN_TARGETS)),
     mutant("mean of chunk means", LOSS,
            LOSS.replace("divisor", "(targets[:, start:stop] != IGNORE).sum() * len(cuts)")),
-    mutant("all positions counted", DIVISOR, "divisor = B * T"),
-    mutant("summed", DIVISOR, "divisor = 1.0"),
     mutant("-100 counts", "valid = targets != IGNORE", "valid, targets = targets == targets, np.maximum(targets, 0)"),
     mutant("each batch by itself", DIVISOR, "divisor = float((targets != IGNORE).sum())", "accumulated"),
 ]
@@ -147,17 +127,12 @@ BACKWARDS = [
     mutant("heads not summed", "shared, S, D).sum(2)", "shared, S, D).mean(2)", "grouped"),
     mutant("one use of the tied", 'self.learn(f"{self.head}.weight", outer(dlogits, y))', "pass", "tied"),
     mutant("nothing sent", ADD_UP, "pass"),
-    mutant("sent scaled", RELAYED, RELAYED.replace("weight[1] * g", "weight[1] * g / divisor")),
-    mutant("wrong rows", "tuple(g[:, :, start:stop] for g", "tuple(g[:, :, : stop - start] for g"),
     mutant("replaced", ADD_UP, ADD_UP.replace("+=", "=")),
-    mutant("one chunk back", ADD_UP,
-           "total[:, :, self.cuts[i - 1][0] : grad.shape[2]] += grad[:, :, self.cuts[i - 1][0] :]"),
     mutant("sinks hear nothing", "sent = (dk[:, :, :P], dv[:, :, :P])",
            "near = (np.arange(P) > P - (self.window(i) or P + 1))[:, None]\n"
            "        sent = (dk[:, :, :P] * near, dv[:, :, :P] * near)", "window"),
     mutant("not handed over", "(own[:, :, P:] + later for", "(own[:, :, P:] for"),
     mutant("handed over twice", "(own[:, :, P:] + later for", "(own[:, :, P:] + 2 * later for"),
-    mutant("handed over scaled", "(own[:, :, P:] + later for", "(own[:, :, P:] + later / 16 for"),
     mutant("handed over before the rotation", 'self.head_rotation_backward(f"{name}.k", dk, k_saved)',
            'self.head_rotation_backward(f"{name}.k", dk - relayed[0], k_saved) + join(relayed[0])'),
     mutant("gradients forgotten", BACKWARD, "model.grad.clear()\n        " + BACKWARD),
@@ -165,11 +140,8 @@ BACKWARDS = [
            "accumulated"),
 ]
 SPARSE = [
-    mutant("a past of kept chunks", PAST, KEPT, "plain", (BACKWARD, BACKWARD + SPREAD)),
     other_factors("no loss factor", "(1.0, weight[1])"),
     other_factors("factors exchanged", "weight[::-1]"),
-    mutant("kept targets counted", DIVISOR, "kept = [weights[t // chunk_size] is not None for t in range(T)]\n"
-           "    divisor = float((targets != IGNORE)[:, kept].sum())"),
     mutant("factor not in the gradient", BACKWARD, BACKWARD.replace("weight[0] * ", "")),
     other_factors("no relay factor", "(weight[0], 1.0)"),
     other_factors("one factor for both", "(weight[0], weight[0])"),
@@ -178,7 +150,6 @@ SPARSE = [
            "            layer.grads = [weight[1] * g for g in layer.grads]\n        " + UNSCALED),
     mutant("skipped chunks relay", "if (weight := weights[i]) is None:\n            for layer in memory:\n"
            "                layer.skip(i)\n            continue", "weight = weights[i] or (0.0, 1.0)"),
-    mutant("factors not in the sum", 'out["loss"] += weight[0] * loss', 'out["loss"] += loss'),
 ]
 CARRY = "self.adjoint = self.adjoint * self.decays[i] + sent[0]"
 SENT = "(dh - after * a.prod(1)[:, None],)"

@@ -23,7 +23,7 @@ from .ranks import TIMEOUT, Case, in_one_process
 
 def traced(rank: int, case: Case) -> tuple[list[dict[str, Any]], Tensors, Tensors]:
     """The log of this rank; the gradients that it finds, and those that it finds alone."""
-    stage = PipelineStage(case.model, case.counts, TIMEOUT)
+    stage = PipelineStage(case.model, case.counts, mc.Links(timeout=TIMEOUT))
     function = getattr(mc, f"pipeline_{case.method}")
     torch.manual_seed(case.seed + rank)
     loss = case.run(function, stage)
@@ -46,7 +46,7 @@ def torch_pipeline() -> Any:
 def by_torch(rank: int, case: Case) -> tuple[Tensors, Tensors]:
     """What this rank finds with PyTorch's own engine; and on the first one, what one process does."""
     expected = in_one_process(case) if rank == 0 else {}
-    stage = PipelineStage(case.model, case.counts, TIMEOUT)
+    stage = PipelineStage(case.model, case.counts, mc.Links(timeout=TIMEOUT))
     losses = [case.run(torch_pipeline().torch_seco, stage)]
     return {"loss": torch.stack(losses), **take_gradients(stage.model)}, expected
 
@@ -55,7 +55,7 @@ def peaks(rank: int, case: Case) -> tuple[int, int]:
     """The most bytes that are alive on this rank in a step: ours, and that of PyTorch's own engine."""
     found = []
     for function in (mc.pipeline_seco, torch_pipeline().torch_seco):
-        stage = PipelineStage(copy.deepcopy(case.model), case.counts, TIMEOUT)
+        stage = PipelineStage(copy.deepcopy(case.model), case.counts, mc.Links(timeout=TIMEOUT))
         with CountBytes() as count:
             case.run(function, stage)
         found.append(count.peak)
@@ -64,7 +64,7 @@ def peaks(rank: int, case: Case) -> tuple[int, int]:
 
 def lines_of_events(rank: int, case: Case) -> list[tuple[str, str]]:
     """The kind of each event that happens within the loop of the pipeline, and the line that is at work."""
-    stage, seen = PipelineStage(case.model, case.counts, TIMEOUT), list[tuple[str, str]]()
+    stage, seen = PipelineStage(case.model, case.counts, mc.Links(timeout=TIMEOUT)), list[tuple[str, str]]()
     codes = [function.__code__ for function in LISTINGS["pipeline_seco"]]
 
     def look(event: dict[str, Any]) -> None:

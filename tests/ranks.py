@@ -165,7 +165,7 @@ def in_one_process(case: Case) -> Tensors:
 def in_several(rank: int, case: Case) -> tuple[Tensors, Tensors]:
     """What this rank finds; and on the first one, what one process does. The others have seeds of their own."""
     expected = in_one_process(case) if rank == 0 else {}
-    stage = PipelineStage(case.model, case.counts, TIMEOUT)
+    stage = PipelineStage(case.model, case.counts, mc.Links(timeout=TIMEOUT))
     torch.manual_seed(case.seed + rank)
     losses = [case.run(getattr(mc, f"pipeline_{case.method}"), stage) for _ in range(case.steps)]
     assert not stage.links.on_the_way
@@ -174,14 +174,14 @@ def in_several(rank: int, case: Case) -> tuple[Tensors, Tensors]:
 
 def events(rank: int, case: Case) -> tuple[list[tuple[str, int]], int]:
     """What this rank does with which chunk, in order, and the most messages that were on the way."""
-    stage, seen, most = PipelineStage(case.model, timeout=TIMEOUT), list[tuple[str, int]](), 0
-    run, fill, hand, backward = stage.run, stage.fill, stage.links._hand, torch.autograd.backward
+    stage, seen, most = PipelineStage(case.model, links=mc.Links(timeout=TIMEOUT)), list[tuple[str, int]](), 0
+    run, fill, hand, backward = stage.run, stage.fill, stage.links.hand, torch.autograd.backward
     rebuilt: list[int] = []
 
     def seen_run(x: Tensor, memory: Any, chunks: Any, options: Any) -> Any:
-        seen.append(("rebuild" if torch.is_grad_enabled() else "fill", chunks[0].start // case.chunk_size))
         if torch.is_grad_enabled():
-            rebuilt.append(seen[-1][1])
+            rebuilt.append(chunks[0].start // case.chunk_size)
+            seen.append(("rebuild", rebuilt[-1]))
         return run(x, memory, chunks, options)
 
     def seen_fill(x: Tensor, memory: Any, chunks: Any, options: Any) -> Any:
@@ -197,7 +197,7 @@ def events(rank: int, case: Case) -> tuple[list[tuple[str, int]], int]:
         hand(*arguments)
         most = max(most, len(stage.links.on_the_way))
 
-    stage.run, stage.fill, stage.links._hand = seen_run, seen_fill, seen_hand  # type: ignore[method-assign]
+    stage.run, stage.fill, stage.links.hand = seen_run, seen_fill, seen_hand  # type: ignore[method-assign]
     torch.autograd.backward = seen_backward
     try:
         case.run(mc.pipeline_seco, stage)
@@ -217,9 +217,11 @@ def copies_of_which_one_is_idle(rank: int, case: Case) -> tuple[Tensors, Tensors
     return take_gradients(stage.model), take_gradients(expected)
 
 
-def held(rank: int, case: Case) -> list[str]:
+def parameter_names(rank: int, case: Case) -> list[str]:
     """The names of the parameters that a rank has."""
-    return [name for name, _ in PipelineStage(case.model, case.counts, TIMEOUT).model.named_parameters()]
+    return [
+        name for name, _ in PipelineStage(case.model, case.counts, mc.Links(timeout=TIMEOUT)).model.named_parameters()
+    ]
 
 
 def mistake(rank: int, make: Callable[[int, Case], Any], case: Case) -> str:
@@ -232,17 +234,17 @@ def mistake(rank: int, make: Callable[[int, Case], Any], case: Case) -> str:
 
 
 def another_batch_on_each(rank: int, case: Case) -> None:
-    stage = PipelineStage(case.model, timeout=TIMEOUT)
+    stage = PipelineStage(case.model, links=mc.Links(timeout=TIMEOUT))
     ids = case.input_ids[:, rank:]
     mc.pipeline_seco(stage, ids, ids, case.chunk_size)
 
 
 def seco_of_a_stage(rank: int, case: Case) -> None:
-    case.run(mc.seco, PipelineStage(case.model, timeout=TIMEOUT))
+    case.run(mc.seco, PipelineStage(case.model, links=mc.Links(timeout=TIMEOUT)))
 
 
 def step_of_a_stage(rank: int, case: Case) -> None:
-    case.run(mc.pipeline_seco, PipelineStage(case.model, case.counts, TIMEOUT))
+    case.run(mc.pipeline_seco, PipelineStage(case.model, case.counts, mc.Links(timeout=TIMEOUT)))
 
 
 def end_without_a_word(rank: int, lost: int) -> int:
@@ -259,7 +261,7 @@ def rank_of(rank: int) -> int:
 
 def lose_one_in_the_walk(rank: int, lost: int, hangs: bool, case: Case) -> None:
     """One of the ranks ends at its first rebuild without a word, or goes no further."""
-    stage = PipelineStage(case.model, timeout=timedelta(seconds=4))
+    stage = PipelineStage(case.model, links=mc.Links(timeout=timedelta(seconds=4)))
     run = stage.run
 
     def last_run(x: Tensor, memory: Any, chunks: Any, options: Any) -> Any:
@@ -275,7 +277,7 @@ def lose_one_in_the_walk(rank: int, lost: int, hangs: bool, case: Case) -> None:
 def counted(rank: int, setting: Setting, counts: Sequence[int], tokens: int) -> int:
     """Peak bytes on this rank of a whole real step of what is forecast, with the optimizer's state."""
     model = random_model(setting.config(), setting.torch_dtype, setting.rank, setting.targets)
-    stage = PipelineStage(model, counts, TIMEOUT)
+    stage = PipelineStage(model, counts, mc.Links(timeout=TIMEOUT))
     num_chunks = -(-tokens // setting.chunk_size)
     kept = setting.kept(num_chunks)
     entries = [None] * (num_chunks - kept) + [mc.Weight(1.0, 2.0)] * kept

@@ -20,8 +20,8 @@ from minichunk.memory import band
 from minichunk.memory.attention import BLOCK
 from minichunk.memory.kernels import Plain
 from minichunk.memory.pattern import FULL, Pattern, Strided, Window
-from minichunk.models.auto import class_of
 from minichunk.models.config import Llama3Rope
+from minichunk.models.load import class_of
 from minichunk.models.ssm import StateLayer
 
 VOCAB = 23

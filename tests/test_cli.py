@@ -15,7 +15,7 @@ import torch
 
 import minichunk as mc
 from minichunk.command.main import COMMANDS, main
-from minichunk.models.auto import class_of
+from minichunk.models.load import class_of
 from minichunk.training.options import BOUNDS, flag, form
 
 
@@ -120,7 +120,6 @@ def test_mistakes_are_named_before_training(
         (["generate", "x", "--adapter", "nowhere"], "nowhere/adapter_config.json is missing"),
         (["generate", "x", "--device", "tpu"], "--device is 'tpu'"),
         ([], "the following arguments are required: COMMAND"),
-        (["get", "smollm2", "x", "--wheel", "nowhere.whl"], "nowhere.whl: no such file"),
     ],
 )
 def test_other_mistakes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,14 @@ from torch import Tensor
 from minichunk.command.main import main
 from minichunk.errors import InputError
 from minichunk.files.atomic import write_tensors
-from minichunk.porting import golden as writer
-from minichunk.porting.cases import Case, Step, build, cases
-from minichunk.porting.compare import OPTIONAL, Golden, compare, rank, read_golden
-from minichunk.porting.describe import describe
-from minichunk.porting.meanings import MISTAKES
+from minichunk.porting.compare import OPTIONAL, Golden, compare, describe, order, read_golden
+from minichunk.porting.mistakes import MISTAKES
 
+from .golden.write import CASES, build, golden
 from .mutants import FORWARD, LOSSES, MUTANTS, Mutant
-from .test_golden import COMMITTED, NAMES, Numpy
+from .test_golden import COMMITTED, Numpy
+
+WORDS = {mistake.key: mistake.words for mistake in MISTAKES}
 
 
 @cache
@@ -41,7 +42,7 @@ def without_optional(mine: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in mine.items() if not OPTIONAL.search(name)}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_a_port_without_a_mistake_is_equal(name: str) -> None:
     mine = outputs(Numpy(name))
     for port in (mine, without_optional(mine)):
@@ -53,14 +54,9 @@ def test_each_known_mistake_is_made_once() -> None:
     assert sorted(mutant.key for mutant in MUTANTS) == sorted(mistake.key for mistake in MISTAKES)
 
 
-def words_for(mutant: Mutant) -> tuple[str, tuple[str, ...]]:
-    """Of the mistake that a mutant makes, and the files that show it."""
-    return next((mistake.words, mistake.cases) for mistake in MISTAKES if mistake.key == mutant.key)
-
-
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.key)
 def test_each_mistake_is_named_where_it_shows_first(mutant: Mutant) -> None:
-    words, only = words_for(mutant)
+    only = next(mistake.cases for mistake in MISTAKES if mistake.key == mutant.key)
     assert not only or mutant.case in only
     others = ("tied", "lora", *(["hybrid"] if mutant in FORWARD + LOSSES else []))
     for case in only or (mutant.case, *others):
@@ -68,7 +64,7 @@ def test_each_mistake_is_named_where_it_shows_first(mutant: Mutant) -> None:
         for port in (mine, without_optional(mine)):
             verdict = compare(port, file(case))
             assert not verdict.equal
-            assert words in verdict.words, verdict.words
+            assert WORDS[mutant.key] in verdict.words, verdict.words
 
 
 # The rows of the table in tutorial 7, by their first words, and the mistake that each of them is.
@@ -99,25 +95,19 @@ def test_the_table_of_the_seventh_tutorial_is_true() -> None:
         assert first == (tensor if tensor.startswith("spaco") else f"seco.{tensor}"), title
 
 
-@pytest.mark.parametrize("mutant", [m for m in MUTANTS if m.case == "plain"], ids=lambda mutant: mutant.key)
-def test_bfloat16_sees_every_mistake_but_the_smallest(mutant: Mutant) -> None:
-    verdict = compare(outputs(Numpy("calm", *mutant.modules())), file("calm"), "bfloat16")
-    assert verdict.equal == (mutant.key == "eps outside the root")
+def test_bfloat16_sees_every_mistake_but_the_smallest() -> None:
+    plain = [mutant for mutant in MUTANTS if mutant.case == "plain"]
+    verdicts = {m.key: compare(outputs(Numpy("calm", *m.modules())), file("calm"), "bfloat16") for m in plain}
+    assert len(plain) > 30 and [key for key, verdict in verdicts.items() if verdict.equal] == ["eps outside the root"]
 
 
-def computed_in(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+def computed_in(name: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """What our own code computes of a file in another precision."""
-
-    def in_this_precision(case: Case) -> Step:
-        step = build(case)
-        for name, mask in step.masks.items():
-            step.masks[name] = mask.to(dtype)
-        step.model.to(dtype)
-        return step
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "build", in_this_precision)
-        return writer.golden(case)
+    step = build(CASES[name])
+    for adapter, mask in step.masks.items():
+        step.masks[adapter] = mask.to(dtype)
+    step.model.to(dtype)
+    return golden(CASES[name], step)
 
 
 def worst(mine: dict[str, Tensor], name: str) -> float:
@@ -126,48 +116,44 @@ def worst(mine: dict[str, Tensor], name: str) -> float:
     return max(float((mine[key].double() - value).norm() / value.double().norm()) for key, value in expected.items())
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_float32_is_judged_on_all_files(name: str) -> None:
-    mine = computed_in(cases()[name], torch.float32)
+@pytest.mark.parametrize("name", CASES)
+def test_float32_is_judged_on_all_files_and_bfloat16_on_the_calm_one_alone(name: str) -> None:
+    mine = computed_in(name, torch.float32)
     assert compare(mine, file(name)).equal
     assert worst(mine, name) < (1e-4 if name == "state" else 1e-5)
     mine["seco.chunk.0.grad.model.embed_tokens.weight" if name != "lora" else "seco.loss"] *= 1.001
     assert not compare(mine, file(name)).equal
-
-
-def test_bfloat16_is_judged_on_the_calm_file_alone() -> None:
-    mine = computed_in(cases()["calm"], torch.bfloat16)
-    assert compare(mine, file("calm"), "bfloat16").equal
-    assert worst(mine, "calm") < 0.03
-    for name in set(NAMES) - {"calm"}:
-        mine = computed_in(cases()[name], torch.bfloat16)
-        assert worst(mine, name) > 0.03
+    mine = computed_in(name, torch.bfloat16)
+    assert (worst(mine, name) < 0.03) == (name == "calm")
+    if name == "calm":
+        assert compare(mine, file(name), "bfloat16").equal
+    else:
         with pytest.raises(InputError, match="cannot judge bfloat16"):
             compare(mine, file(name))
 
 
 def test_the_order_is_that_of_the_page() -> None:
+    layer = "model.layers.2"
     steps = (
         "input_ids", "weights.lm_head.weight", "rope.cos", "seco.chunk.0.layer.0.hidden", "seco.chunk.0.layer.0.keys",
         "seco.chunk.0.layer.0.values", "seco.chunk.0.layer.0.attention", "seco.chunk.0.layer.0.residual",
         "seco.chunk.0.layer.1.hidden", "seco.chunk.0.logits", "seco.chunk.1.layer.0.keys", "seco.chunk.3.loss",
         "seco.chunk.2.loss", "full.loss", "full.grad.lm_head.weight", "seco.chunk.3.layer.2.key_grads",
         "seco.chunk.3.layer.0.key_grads", "seco.chunk.3.grad.lm_head.weight", "seco.chunk.3.grad.model.norm.weight",
-        "seco.chunk.3.grad.model.layers.2.mlp.down_proj.weight",
-        "seco.chunk.3.grad.model.layers.2.self_attn.v_proj.weight",
+        f"seco.chunk.3.grad.{layer}.mlp.down_proj.weight", f"seco.chunk.3.grad.{layer}.self_attn.v_proj.weight",
         "seco.chunk.3.grad.model.layers.1.mlp.down_proj.weight", "seco.chunk.3.grad.model.embed_tokens.weight",
         "seco.chunk.2.layer.2.key_grads", "seco.chunk.2.layer.2.value_grads", "seco.chunk.2.grad.lm_head.weight",
         "seco.loss", "second.seco.chunk.0.layer.0.keys", "spaco.chunk.0.layer.0.keys", "spaco.chunk.3.loss",
         "spaco.chunk.2.layer.2.key_grads", "spaco.loss",
     )  # fmt: skip
     backwards = steps[::-1]
-    assert sorted(backwards, key=rank) == list(steps)
+    assert sorted(backwards, key=order) == list(steps)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CASES)
 def test_every_tensor_has_its_place_and_its_words(name: str) -> None:
     computed = [tensor for tensor in file(name).tensors if re.search(r"^full|co\.", tensor)]
-    assert len({rank(tensor) for tensor in computed}) == len(computed)
+    assert len({order(tensor) for tensor in computed}) == len(computed)
     for tensor in file(name).tensors:
         assert (describe(tensor) == "what the file gives, for you to begin with") == (tensor not in computed)
 
@@ -182,35 +168,26 @@ def changed(change: Any, tensor: str = "seco.chunk.1.layer.0.keys") -> str:
 
 
 def test_what_is_wrong_is_said_in_words() -> None:
-    assert "but must have [2, 4, 3, 4]; the same axes, in another order" in changed(lambda x: x.transpose(1, 2))
-    assert "has the shape [2, 4, 2, 4], but must have [2, 4, 3, 4]\n" in changed(lambda x: x[:, :, :2])
-    assert "has the dtype torch.int64, but must be a floating-point one" in changed(lambda x: x.long())
-    assert "has numbers that are not finite" in changed(lambda x: x / 0)
+    for words, change in {
+        "but must have [2, 4, 3, 4]; the same axes, in another order": lambda x: x.transpose(1, 2),
+        "has the shape [2, 4, 2, 4], but must have [2, 4, 3, 4]\n": lambda x: x[:, :, :2],
+        "has the dtype torch.int64, but must be a floating-point one": lambda x: x.long(),
+        "has numbers that are not finite": lambda x: x / 0,
+    }.items():
+        assert words in changed(change) and "begins here" not in changed(change)
     assert "yours is 2.5 times what is expected" in changed(lambda x: 2.5 * x)
     assert "times what" not in changed(lambda x: x + 1)
     assert "must be all zeros, and is not" in changed(lambda x: x + 1, "seco.chunk.3.layer.0.key_grads")
     assert "is not the file's" in changed(lambda x: x + 1, "input_ids")
     assert "no known mistake begins here" in changed(lambda x: x + 1, "seco.chunk.2.layer.0.values")
-
-
-def test_what_has_no_numbers_to_compare_has_no_known_mistakes() -> None:
-    for change in (lambda x: x[:, :, :2], lambda x: x / 0, lambda x: x.long()):
-        assert "begins here" not in changed(change, "seco.chunk.0.layer.0.keys")
-    words = changed(lambda x: x[None], "seco.chunk.3.loss")
-    assert "but must have []; a scalar saved as [1]" in words and "begins here" not in words
-
-
-def test_what_is_given_does_not_count_as_left_out() -> None:
-    computed = {
-        name: t for name, t in file("lora").tensors.items() if not re.search("^(weights|masks)|ids|labels", name)
-    }
-    verdict = compare(computed, file("lora"))
-    assert verdict.equal and "left out" not in verdict.words
-    del computed["seco.chunk.0.logits"]
-    assert "; 1 that can be left out" in compare(computed, file("lora")).words
+    assert "but must have []; a scalar saved as [1]" in changed(lambda x: x[None], "seco.chunk.3.loss")
 
 
 def test_what_is_missing_is_named_and_what_can_be_left_out_is_not() -> None:
+    computed = {name: t for name, t in file("lora").tensors.items() if re.match("full|rope|seco|spaco", name)}
+    assert "left out" not in compare(computed, file("lora")).words  # what is given does not count
+    del computed["seco.chunk.0.logits"]
+    assert "; 1 that can be left out" in compare(computed, file("lora")).words
     mine = without_optional(file("plain").tensors)
     assert compare(mine, file("plain")).equal
     mine["seco.chunk.3.losses"] = mine.pop("seco.chunk.3.loss")
@@ -220,17 +197,68 @@ def test_what_is_missing_is_named_and_what_can_be_left_out_is_not() -> None:
     assert "no seco.chunk.3.losses" in verdict.words
 
 
+def words_for(change: Callable[[str, dict[str, Tensor]], Tensor | None], case: str = "plain") -> list[str]:
+    """The words for a port that is right but for what `change` makes of its tensors (None: not there), in turn with
+    and without those that can be left out."""
+    right = file(case).tensors
+    mine = {name: tensor for name in right if (tensor := change(name, right)) is not None}
+    return [compare(port, file(case), "float64").words for port in (mine, without_optional(mine))]
+
+
+@pytest.mark.parametrize("case", ["plain", "accumulated", "lora", "hybrid"])
+@pytest.mark.parametrize(("method", "times"), [("seco", 1), ("spaco", 1), ("spaco", 2)])
+def test_a_gradient_that_was_not_cleared_is_told_apart(case: str, method: str, times: int) -> None:
+    def left(name: str, right: dict[str, Tensor]) -> Tensor:
+        of = re.match(rf"(?:second\.)?{method}\.chunk\.\d\.grad\.(.+)", name)
+        return right[name] + times * right[f"full.grad.{of[1]}"] if of else right[name]
+
+    for words in words_for(left, case):
+        assert f"{method}.chunk.3.grad" in words and "was not cleared before this method" in words
+        assert "usually" not in words and "no known" not in words
+
+
+GRAD, LAST = "seco.chunk.[0-3].grad", "seco.chunk.3.grad"
+ONE = f"{LAST}.model.layers.1.self_attn.q_proj.weight"
+CERTAIN: list[tuple[str, str, Callable[[str, dict[str, Tensor]], Tensor | None]]] = [
+    ("yours is chunk 3's: it was kept before", GRAD,
+     lambda name, right: right.get(re.sub(r"\d", lambda n: str(int(n[0]) + 1), name, count=1))),
+    ("yours is the same for all chunks", GRAD, lambda name, right: 0 * right[name]),
+    ("yours is all zeros: it was kept before the backward pass", LAST, lambda name, right: 0 * right[name]),
+    ("yours is all zeros: no gradient comes to this parameter", ONE, lambda name, right: 0 * right[name]),
+    ("a view of one buffer", GRAD, lambda name, right: right[re.sub(r"chunk\.\d", "chunk.0", name)]),
+    ("yours is chunk 0's: chunks are numbered from 0", r".*chunk\.",
+     lambda name, right: right.get(re.sub(r"chunk\.(\d)", lambda n: f"chunk.{int(n[1]) - 1}", name))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "where", "change"), CERTAIN, ids=[words for words, *_ in CERTAIN])
+def test_what_the_numbers_tell_for_certain_is_said_alone(words: str, where: str, change: Any) -> None:
+    """Of gradients that were kept too early, of a parameter without any, of a buffer, of chunks counted from 1."""
+    for found in words_for(lambda name, right: change(name, right) if re.match(where, name) else right[name]):
+        assert words in found and "usually" not in found and "no known" not in found
+
+
+def test_what_agrees_rules_out_what_would_show_there() -> None:
+    """Where layer 1 begins with the right numbers, nothing before it is wrong."""
+    with_hidden, without = words_for(lambda name, right: right[name] + name.endswith("layer.1.keys"))
+    assert "no known mistake begins here" in with_hidden and "causal mask" in without
+    mutant = next(mutant for mutant in MUTANTS if mutant.key == "no rotation")
+    words = compare(outputs(Numpy("hybrid", *mutant.modules())), file("hybrid")).words
+    assert words.startswith("seco.chunk.0.layer.1.keys") and "activation" not in words and "RMSNorm" not in words
+    assert WORDS[mutant.key] in words
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    golden, mine = COMMITTED / "plain.safetensors", tmp_path / "mine.safetensors"
+    plain, mine = COMMITTED / "plain.safetensors", tmp_path / "mine.safetensors"
     tensors = {name: tensor.float() for name, tensor in without_optional(file("plain").tensors).items()}
     for factor, status in ((1.0, 0), (1.0001, 1)):
         write_tensors(mine, {**tensors, "seco.chunk.2.loss": factor * tensors["seco.chunk.2.loss"]})
-        assert main(["compare", str(mine), "--golden", str(golden)]) == status
+        assert main(["compare", str(mine), "--golden", str(plain)]) == status
         assert ("agree in float32" in capsys.readouterr().out) == (status == 0)
-    assert main(["compare", str(golden), "--golden", str(mine)]) == 2
+    assert main(["compare", str(plain), "--golden", str(mine)]) == 2
     assert "is no golden file of this version" in capsys.readouterr().err
-    assert main(["compare", str(tmp_path / "none"), "--golden", str(golden)]) == 2
+    assert main(["compare", str(tmp_path / "none"), "--golden", str(plain)]) == 2
     assert "is missing" in capsys.readouterr().err
     write_tensors(mine, {name: tensor.bfloat16() for name, tensor in tensors.items()})
-    assert main(["compare", str(mine), "--golden", str(golden)]) == 2
+    assert main(["compare", str(mine), "--golden", str(plain)]) == 2
     assert "Take calm.safetensors" in capsys.readouterr().err

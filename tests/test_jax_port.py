@@ -19,7 +19,11 @@ jax.config.update("jax_disable_most_optimizations", True)  # the programs are co
 
 from .test_golden import COMMITTED, check  # noqa: E402
 
-LLAMAS = ("plain", "tied", "qkv-bias", "qk-norm")  # "grouped" below; a llama3 rope is another table, read from the file
+LLAMAS = (
+    "tied",
+    "qkv-bias",
+    "qk-norm",
+)  # "plain" and "grouped" below; a llama3 rope is another table, read from the file
 KINDS = ("full.loss", "full.grad.", "seco.loss", "seco.chunk.", "spaco.loss", "spaco.chunk.")
 
 

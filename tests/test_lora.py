@@ -71,7 +71,7 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 def test_masks_are_those_of_the_chunk_the_module_and_the_seed() -> None:
     from minichunk.chunks import Chunk
-    from minichunk.models.dropout import DropoutMasks
+    from minichunk.models.lora import DropoutMasks
 
     x = torch.zeros(2, 6, 4, dtype=torch.float64)
     masks = DropoutMasks()

@@ -21,7 +21,7 @@ import minichunk as mc
 from minichunk.batch import IGNORE, shift
 from minichunk.chunks import Chunk
 from minichunk.memory.state import Handed, LayerState
-from minichunk.models.auto import load_model
+from minichunk.models.load import load_model
 from minichunk.models.quantize import Linear4bit
 
 from .gradients import Tensors, combine, take_gradients
@@ -332,7 +332,7 @@ CONFIG = {**tiny().to_dict(), "chunk_size": 256, "use_cache": True, "rms_norm": 
         ({"expand": 2.5}, "expand is 2.5, but must be a whole number"),
         ({"conv_kernel": "4"}, "conv_kernel is '4', but must be a whole number"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported; it must be 'silu'"),
-        ({"rms_norm": False}, "rms_norm = False is not supported; it must be true"),
+        ({"rms_norm": False}, "rms_norm = False is not supported; it must be True"),
         ({"quantization_config": {"bits": 4}}, "quantization_config = .* must be absent"),
         ({"use_bias": "yes"}, "use_bias is 'yes', but must be true or false"),
         ({"layer_norm_epsilon": 0}, "layer_norm_epsilon is 0, but must be a number above 0"),

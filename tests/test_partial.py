@@ -11,17 +11,15 @@ import pytest
 import torch
 
 import minichunk as mc
-from minichunk.command.main import build_parser, main
+from minichunk.command.main import main
 from minichunk.costs import plan
 from minichunk.costs.setting import Setting
 from minichunk.memory.pattern import FULL, Pattern
-from minichunk.models.auto import load_model
+from minichunk.models.load import load_model
 from minichunk.models.partial import describe, partial_config
 from minichunk.training.evaluate import loss_by_position
-from minichunk.training.job import load_data
-from minichunk.training.load import load_as_told
+from minichunk.training.load import load_as_told, load_data
 from minichunk.training.options import ReadOptions, TrainOptions, options_of
-from minichunk.training.partial_options import PARTIAL_CONTEXT
 
 from .gradients import visible
 from .rounding import exactly, measure, outcome
@@ -440,13 +438,7 @@ def test_the_plan_of_a_hybrid_is_that_of_its_checkpoint(tmp_path: Path, monkeypa
     assert settings[0].even_from() == settings[1].even_from()
 
 
-def test_defaults_in_the_help_are_the_defaults() -> None:
-    (commands,) = build_parser()._subparsers._group_actions  # type: ignore[union-attr]
-    for command in ("train", "plan"):
-        actions = {a.dest: a.help or "" for a in commands.choices[command]._actions}  # type: ignore[index]
-        for options in PARTIAL_CONTEXT.values():
-            for name, (default, _) in options.items():
-                assert f"(default: {default})" in actions[name]
+def test_the_pattern_that_options_say() -> None:
     assert TrainOptions(partial_context="window").pattern() == mc.Window(1024, 64)
     assert TrainOptions(partial_context="strided", local=3).resolved().pattern() == mc.Strided(64, 3, 16)
     assert TrainOptions().resolved().pattern() is None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fractions import Fraction
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 
 import minichunk as mc
 from minichunk.pipeline.links import MOST_ON_THE_WAY
-from minichunk.pipeline.split_layers import deal
+from minichunk.pipeline.split_layers import split_costs
 
 from . import ranks as tasks
 from .ranks import Case, Ranks
@@ -190,27 +189,16 @@ def times(events: list[list[tuple[str, int]]]) -> list[dict[tuple[str, int], tup
     return timed
 
 
-def test_the_schedule_in_the_readme_is_so(ranks: Ranks) -> None:
-    """Drawn from what three ranks did: f fill, r rebuild, b backward, each with its chunk; a dot where a rank waits."""
-    answers = ranks.ask(3, tasks.events, case(build(tiny(layers=3), 0), 12, 2))
-    timed = times([events for events, _ in answers])
-    rows = []
-    for rank, done in enumerate(timed):
-        at = {start: f"{what[0]}{chunk}" for (what, chunk), (start, _) in done.items()}
-        rows.append(f"rank {rank}  " + " ".join(at.get(time, " .") for time in range(max(at) + 1)))
-    assert "\n".join(rows) in (Path(__file__).parents[1] / "README.md").read_text(), "\n" + "\n".join(rows)
-
-
 def test_layers_are_dealt_by_their_weights() -> None:
-    assert deal([1, 1, 1, 1], 2) == [2, 2]
-    assert deal([5, 1, 1, 1, 1, 1], 2) == [1, 5]
-    assert deal([1, 1, 1, 9], 3) == [1, 2, 1]
-    assert deal([1, 2, 3], 1) == [3]
+    assert split_costs((1, 1, 1, 1), 2) == (2, 2)
+    assert split_costs((5, 1, 1, 1, 1, 1), 2) == (1, 5)
+    assert split_costs((1, 1, 1, 9), 3) == (1, 2, 1)
+    assert split_costs((1, 2, 3), 1) == (3,)
 
 
 def test_a_rank_has_its_own_layers_and_no_others(ranks: Ranks) -> None:
     model = build(tiny(layers=3), 0)
-    names = ranks.ask(3, tasks.held, case(model, counts=[1, 1, 1]))
+    names = ranks.ask(3, tasks.parameter_names, case(model, counts=[1, 1, 1]))
     for rank, held in enumerate(names):
         layers = {name.split(".")[2] for name in held if ".layers." in name}
         others = {name for name in held if ".layers." not in name}

@@ -16,7 +16,7 @@ from minichunk.command.main import main
 from minichunk.costs.forecast import bytes_of_share, forecast, most
 from minichunk.costs.setting import Setting, Share
 from minichunk.models.shapes import layer_memory_bytes, random_model
-from minichunk.pipeline.split_layers import deal, layer_costs
+from minichunk.pipeline.split_layers import split_layers
 
 from . import ranks as tasks
 from .ranks import Ranks
@@ -105,7 +105,7 @@ def test_a_training_splits_the_layers_as_the_forecast_does(tmp_path: Path) -> No
         chunks = cut(tokens, 64)
         kept = chunks[-found.setting.kept(len(chunks)) :]
         remembered = layer_memory_bytes(model.config, torch.float32, kept, found.setting.options())
-        counts = tuple(deal(layer_costs(model, [sum(layer) for layer in remembered]), 3))
+        counts = tuple(split_layers(model, 3, [sum(layer) for layer in remembered]))
         assert counts == found.counts(tokens)
         seen.add(counts)
     assert len(seen) > 1

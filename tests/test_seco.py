@@ -19,7 +19,7 @@ from minichunk.chunks import Chunk, cut
 from minichunk.memory.attention import Past
 from minichunk.memory.cache import LayerCache
 from minichunk.memory.kernels import FlashCPU
-from minichunk.models.dropout import DropoutMasks
+from minichunk.models.lora import DropoutMasks
 from minichunk.protocol import Options
 from minichunk.seco import fill, new_memory, rebuild
 

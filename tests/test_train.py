@@ -20,7 +20,7 @@ import minichunk as mc
 from minichunk.files.atomic import write_text
 from minichunk.training import train as train_module
 from minichunk.training.evaluate import loss_by_position, spans_for
-from minichunk.training.job import load_data, load_model, make_gradient
+from minichunk.training.load import load_data, load_to_train, make_gradient
 from minichunk.training.loop import NonFiniteLoss, Schedule, Trainer, deterministic_kernels
 from minichunk.training.options import TrainOptions
 from minichunk.training.run_directory import Run
@@ -231,7 +231,7 @@ def test_accumulation_has_the_normaliser_of_the_whole_step(options: TrainOptions
     options = replace(options, dropout=0.0, dtype="float64").resolved()
 
     def gradients(batch_size: int, accumulate: int) -> Tensors:
-        model, tokenizer = load_model(options)
+        model, tokenizer = load_to_train(options)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "lora_B" in name:
@@ -251,7 +251,7 @@ def test_accumulation_has_the_normaliser_of_the_whole_step(options: TrainOptions
 
 
 def test_each_batch_has_random_numbers_of_its_own(options: TrainOptions) -> None:
-    model, tokenizer = load_model(options)
+    model, tokenizer = load_to_train(options)
     documents, *_ = load_data(options, model, tokenizer)
     drawn = []
 
@@ -316,9 +316,9 @@ def test_an_interrupted_save_leaves_the_last_one_whole(
         Path(path).write_bytes(before[:100])
         raise Stopped
 
-    monkeypatch.setattr("minichunk.files.atomic.save_file", half)
+    monkeypatch.setattr("safetensors.torch.save_file", half)
     resolved = options.resolved()
-    model, tokenizer = load_model(resolved)
+    model, tokenizer = load_to_train(resolved)
     documents, *_ = load_data(resolved, model, tokenizer)
     trainer = Trainer(model, documents, make_gradient(resolved), Schedule(1, 1.0))
     with pytest.raises(Stopped):
@@ -392,7 +392,7 @@ def test_ctrl_c_in_the_last_evaluation_says_how_to_resume(
 
 def test_loss_by_position_is_the_mean_of_the_token_losses(options: TrainOptions) -> None:
     resolved = replace(options, dtype="float64").resolved()
-    model, tokenizer = load_model(resolved)
+    model, tokenizer = load_to_train(resolved)
     documents, *_ = load_data(resolved, model, tokenizer)
     spans = loss_by_position(model, documents[:3], 7, [(0, 16), (16, 40), (40, 99)])
     model.eval()
@@ -413,7 +413,7 @@ def test_spans() -> None:
 
 def test_the_default_data_are_the_shipped_novels() -> None:
     options = TrainOptions(eval_documents=2).resolved()
-    model, tokenizer = load_model(options)
+    model, tokenizer = load_to_train(options)
     training, validation, line = load_data(options, model, tokenizer)
     assert {piece.name.split(",")[0].rpartition("/")[2] for piece in training} == {"persuasion.txt"}
     assert {piece.name.split(",")[0].rpartition("/")[2] for piece in validation} == {"northangerabbey.txt"}

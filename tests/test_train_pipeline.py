@@ -290,10 +290,10 @@ def test_the_command(values: dict[str, Any], tmp_path: Path) -> None:
     assert done.stderr.count("minichunk: --resume: runs/2 holds no run (run.json is missing)") == 1
 
 
-def test_the_script_in_the_readme(tmp_path: Path) -> None:
+def test_the_script_in_the_tutorial(tmp_path: Path) -> None:
     """Both ranks print the same two losses."""
-    readme = Path(mc.__file__).parents[1] / "README.md"
-    (script,) = [code for code in readme.read_text().split("```python\n") if "init_process_group" in code]
+    page = Path(mc.__file__).parents[1] / "tutorials" / "10_seco_on_several_gpus.md"
+    (script,) = [code for code in page.read_text().split("```python\n") if "PipelineStage.load" in code]
     code = script.partition("```")[0].replace('"minichunk/assets', f'"{Path(mc.__file__).parent}/assets')
     (tmp_path / "several.py").write_text(code.replace("2048", "128").replace("range(3)", "range(2)"))
     done = torchrun(["several.py"], tmp_path)

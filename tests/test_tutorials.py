@@ -39,9 +39,8 @@ def test_a_tutorial_prints_no_claim_that_does_not_hold(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
-def test_a_tutorial_is_short_and_ends_with_exercises(path: Path) -> None:
+def test_a_tutorial_ends_with_exercises(path: Path) -> None:
     text = path.read_text()
-    assert 100 <= len(text.splitlines()) <= 250
     assert "\n# ## Exercises\n" in text
     assert "PLACEHOLDER" not in text
 
@@ -90,5 +89,5 @@ def test_without_the_model_the_sixth_says_how_to_get_it(tmp_path: Path) -> None:
     shutil.copy(TUTORIALS / path.name, path)
     rendered = load_render().render(path, tmp_path)
     assert rendered.endswith(
-        "*The model is not here. Get it with `minichunk get smollm2 smollm2`, then run this again.*\n"
+        "*The model is not here. Get it with `python tutorials/get_smollm2.py smollm2`, then run this again.*\n"
     )

@@ -15,11 +15,10 @@ from safetensors.torch import load_file, save_file
 
 import minichunk as mc
 from minichunk.chunks import Chunk, cut
+from minichunk.files import atomic
 from minichunk.files import checkpoint as checkpoint_module
-from minichunk.files import room
 from minichunk.files.atomic import open_tensors
 from minichunk.memory.cache import LayerCache
-from minichunk.models.shapes import write_random_checkpoint
 from minichunk.training.load import check_host_room
 from minichunk.training.options import TrainOptions
 
@@ -224,10 +223,10 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_read(
 ) -> None:
     size = sum(p.numel() for p in build(tiny(), seed=0).parameters())
     monkeypatch.setattr(checkpoint_module, "open_tensors", lambda *_: pytest.fail("read"))
-    monkeypatch.setattr(room, "free_memory", lambda _: 4 * size - 1)
+    monkeypatch.setattr(atomic, "free_memory", lambda _: 4 * size - 1)
     with pytest.raises(mc.InputError, match=r"needs .* on cpu, but only .* free there: take --dtype bfloat16, "):
         mc.Llama.from_pretrained(checkpoint, dtype=torch.float32)
-    monkeypatch.setattr(room, "free_memory", lambda _: 1)
+    monkeypatch.setattr(atomic, "free_memory", lambda _: 1)
     with pytest.raises(mc.InputError, match="free there: take --load-in-4bit, a smaller model, or free memory"):
         mc.Llama.from_pretrained(checkpoint, dtype=torch.bfloat16)
 
@@ -238,28 +237,16 @@ def test_the_host_memory_of_offload_is_checked_first(checkpoint: Path, monkeypat
     assert isinstance(layer, LayerCache)
     parts = [layer.keys, layer.values, layer.key_grads, layer.value_grads]
     needed = sum(x.nbytes for x in parts) * model.config.num_hidden_layers
-    monkeypatch.setattr(room, "free_memory", lambda _: needed)
+    monkeypatch.setattr(atomic, "free_memory", lambda _: needed)
     kept = [Chunk(0, 6), Chunk(10, 12)]
     check_host_room(model, 3, kept, None)
-    monkeypatch.setattr(room, "free_memory", lambda _: needed - 1)
+    monkeypatch.setattr(atomic, "free_memory", lambda _: needed - 1)
     with pytest.raises(mc.InputError, match=r"--offload of 10 tokens in each of 3 .* take --cache-grad-dtype bfloat16"):
         check_host_room(model, 3, kept, None)
     states = mc.StateSpace(mc.StateSpaceConfig(23, 8, 3, 2))  # have no gradients that would grow
-    monkeypatch.setattr(room, "free_memory", lambda _: 1)
+    monkeypatch.setattr(atomic, "free_memory", lambda _: 1)
     with pytest.raises(mc.InputError, match=r"free there: take a smaller --batch-size, a shorter --seq-len, or free"):
         check_host_room(states, 3, kept, None)
     opened = TrainOptions(model=str(checkpoint), seq_len=18, chunk_size=4, method="spaco", budget=2, sampler="fixed")
     assert opened.most_kept() == [Chunk(12, 16), Chunk(16, 18)]
     assert TrainOptions(seq_len=18, chunk_size=4).most_kept() == cut(18, 4)
-
-
-def test_a_random_checkpoint_in_shards_loads(tmp_path: Path) -> None:
-    source = tmp_path / "shape"
-    source.mkdir()
-    (source / "config.json").write_text(json.dumps(tiny().to_dict()))
-    paths = write_random_checkpoint(str(source), tmp_path / "model", shard_bytes=1000)
-    assert len(paths) > 3
-    assert all(path.stat().st_size < 2500 for path in paths)
-    model = mc.Llama.from_pretrained(tmp_path / "model")
-    assert model.model.norm.weight.dtype == torch.bfloat16
-    assert 0.015 < float(model.lm_head.weight.detach().float().std()) < 0.025

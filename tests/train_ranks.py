@@ -13,7 +13,7 @@ import torch
 
 from minichunk.errors import InputError
 from minichunk.pipeline.start import started
-from minichunk.training import loop, results
+from minichunk.training import loop, report
 from minichunk.training.loop import NonFiniteLoss
 from minichunk.training.options import TrainOptions, options_of
 from minichunk.training.train import Interrupted, train
@@ -40,7 +40,7 @@ def train_here(
             signal.raise_signal(signal.SIGINT)
         return step(trainer)
 
-    plot = patch.object(results, "plot_run", lambda *_: True)  # drawing takes longer than training
+    plot = patch.object(report, "plot_run", lambda *_: True)  # drawing takes longer than training
     with under_torchrun(rank, world), patch.object(loop.Trainer, "run_step", run_step), plot:
         try:
             train(options_of(TrainOptions, {**values, "resume": resume}), lines.append)
@@ -53,7 +53,7 @@ def read_here(rank: int, world: int, values: dict[str, Any]) -> tuple[list[str],
     """The names of the tensors that this process reads of a checkpoint, and how many parameters it has in the end."""
     from minichunk.files import checkpoint
     from minichunk.pipeline.links import Links
-    from minichunk.training.job import load_model
+    from minichunk.training.load import load_to_train
 
     names: list[str] = []
     opened = checkpoint.open_tensors
@@ -76,5 +76,5 @@ def read_here(rank: int, world: int, values: dict[str, Any]) -> tuple[list[str],
             yield Seen(file)
 
     with under_torchrun(rank, world), patch.object(checkpoint, "open_tensors", seen):
-        stage, _ = load_model(options_of(TrainOptions, values).resolved(), Links())
+        stage, _ = load_to_train(options_of(TrainOptions, values).resolved(), Links())
     return names, len(list(stage.named_parameters()))

@@ -11,7 +11,7 @@
 #
 # ```sh
 # pip install -e '.[get,plot]'
-# minichunk get smollm2 smollm2
+# python tutorials/get_smollm2.py smollm2
 # ```
 
 # %%
@@ -105,7 +105,9 @@ assert beyond["before"] - beyond["after"] > 0.3
 # %%
 if not RESULTS.exists():
     if not SMOLLM2.exists():
-        raise SystemExit("*The model is not here. Get it with `minichunk get smollm2 smollm2`, then run this again.*")
+        raise SystemExit(
+            "*The model is not here. Get it with `python tutorials/get_smollm2.py smollm2`, then run this again.*"
+        )
     full_run = experiment(
         SMOLLM2, lengths=[9216, 10240], steps=4, chunk_size=512, lr=1e-3, documents=2, width=512, new_tokens=80
     )

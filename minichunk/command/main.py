@@ -13,6 +13,7 @@ from ..costs.plan import PlanOptions, run_plan
 from ..errors import InputError
 from ..pipeline.links import RankLost
 from ..pipeline.start import is_one_of_several, speaks_first
+from ..porting.compare import CompareOptions, run_compare
 from ..training.evaluate import EvaluateOptions, evaluate_files
 from ..training.generate import GenerateOptions, continue_text
 from ..training.loop import NonFiniteLoss
@@ -28,6 +29,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "generate": (GenerateOptions, lambda options: print(continue_text(options))),
     "plan": (PlanOptions, run_plan),
     "bench": (BenchOptions, run_bench),
+    "compare": (CompareOptions, run_compare),
 }
 
 
@@ -49,22 +51,9 @@ def run(arguments: argparse.Namespace) -> int:
     if command in COMMANDS:
         options, carry_out = COMMANDS[command]
         return int(carry_out(options_of(options, values)) is False)
-    if command == "golden":
-        from ..porting.golden import write_golden
-
-        print("\n".join(f"written  {path}" for path in write_golden(**values)))
-    elif command == "compare":
-        from ..porting.compare import run_compare
-
-        return 0 if run_compare(**values) else 1
-    elif command == "walk":
         from ..walk.step import run_walk
 
         run_walk(**values)
-    else:
-        from ..files.smollm2 import get_smollm2
-
-        get_smollm2(values["directory"], values["wheel"])
     return 0
 
 

@@ -22,15 +22,14 @@ from tqdm import tqdm
 from ..batch import prepare
 from ..chunks import check_fill_size, cut
 from ..errors import InputError
-from ..files.figures import new_figure, save_figure
-from ..files.room import human_bytes
+from ..files.atomic import human_bytes
 from ..full import full
 from ..models.shapes import random_model, shape
 from ..samplers import FixedBudget
 from ..seco import seco
 from ..spaco import spaco
 from ..training.options import DTYPES, StepOptions, changed, check_device, check_options, default_dtype, option
-from ..training.report import peak_memory
+from ..training.report import new_figure, peak_memory, save_figure
 from .baselines import tiled_full
 from .setting import Setting
 

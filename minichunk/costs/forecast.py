@@ -11,7 +11,8 @@ import torch
 
 from ..errors import InputError
 from ..models.shapes import alike, random_model
-from ..pipeline.split_layers import deal, layer_costs
+from ..models.stack import Stack
+from ..pipeline.split_layers import layer_costs, split_costs, split_layers
 from .peak import StepBytes, step_memory
 from .setting import CHUNKED, Setting, Share
 
@@ -38,7 +39,7 @@ class Forecast:
 
     def counts(self, tokens: int) -> tuple[int, ...]:
         """How many layers each rank gets."""
-        return _split(self._layer_bytes(tokens), self.gpus)
+        return tuple(split_layers(_meta_model(self.setting), self.gpus, self._remembered(tokens)))
 
     def largest_share(self, tokens: int) -> Share | None:
         """Of the rank that needs most at this length; None: one process has all layers.
@@ -75,20 +76,17 @@ class Forecast:
             return found.peak <= available and (host is None or found.host <= host)
 
         def layers_fit(num_chunks: int) -> bool:
-            each = self._layer_bytes(num_chunks * size)
-            counts = _split(each, self.gpus)
+            each = tuple(layer_costs(_meta_model(self.setting), self._remembered(num_chunks * size)))
+            counts = split_costs(each, self.gpus)
             largest = max(sum(each[Share(counts, rank).layers]) for rank in range(self.gpus))
             return largest + BATCH * num_chunks * size <= available
 
         near = self.setting.even_from() // size if self.gpus == 1 else most(layers_fit, 1)
         return most(fits, near) * size
 
-    def _layer_bytes(self, tokens: int) -> tuple[int, ...]:
-        weights = _weights(replace(self.setting, method="seco"))
-        if self.setting.offload:
-            return weights
-        remembered = self.setting.memory_bytes(tokens).sum(1).tolist()
-        return tuple(w + r for w, r in zip(weights, remembered, strict=True))
+    def _remembered(self, tokens: int) -> list[int] | None:
+        """Bytes of each layer's memory on the device; None: it has none there."""
+        return None if self.setting.offload else self.setting.memory_bytes(tokens).sum(1).tolist()
 
 
 def forecast(setting: Setting, gpus: int = 1) -> Forecast:
@@ -141,12 +139,7 @@ def most(fits: Callable[[int], bool], near: int) -> int:
 
 
 @functools.cache
-def _weights(setting: Setting) -> tuple[int, ...]:
-    """What the layers take whatever the length."""
+def _meta_model(setting: Setting) -> Stack:
+    """What is trained, without numbers."""
     base = setting.config(), setting.torch_dtype
-    return tuple(layer_costs(random_model(*base, setting.rank, setting.targets, "meta", setting.load_in_4bit)))
-
-
-@functools.cache
-def _split(costs: tuple[int, ...], gpus: int) -> tuple[int, ...]:
-    return tuple(deal(costs, gpus))
+    return random_model(*base, setting.rank, setting.targets, "meta", setting.load_in_4bit)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch import Batch, shift, widen_gradients
-from ..chunks import Chunk, cut
+from ..chunks import Chunk, cut, span
 from ..full import backpropagate
 from ..memory.cache import LayerCache
 from ..memory.kernels import kernel_for
@@ -34,7 +34,6 @@ from ..models.stack import Stack
 from ..pipeline import pipeline_seco as pipeline
 from ..pipeline.links import MOST_ON_THE_WAY, Links
 from ..pipeline.stage import PipelineStage
-from ..pipeline.together import add_up
 from ..samplers import Weight
 from ..seco import fill, rebuild
 from .baselines import tiled_full
@@ -120,13 +119,13 @@ def _rank_step(
     group = (setting.fill_size or setting.chunk_size) // setting.chunk_size
     groups = [chunks[:-1][max(0, stop - group) : stop] for stop in range(len(chunks) - 1, 0, -group)]
     for some in reversed(groups[: MOST_ON_THE_WAY + 1]):  # what they have handed on lives on
-        memory.write(some, pipeline.fill(stage, batch, memory, some, options))
+        memory.write(some, stage.fill(batch.input_ids[:, span(some)], memory, some, options))
     weight = Weight(1.0, 2.0 if setting.method == "spaco" else 1.0)
     walk = [(chunk, weight) for chunk in kept[-1 - max(links.ranks - links.rank, MOST_ON_THE_WAY) :]]
-    pipeline.walk_back(stage, batch, memory, walk, options, learns_before)
-    links.flush()
-    del memory
-    add_up(stage, None)
+    with pipeline.tied_weight_summed(stage):
+        pipeline.walk_back(stage, batch, memory, walk, options, learns_before)
+        links.flush()
+        del memory
     return remembered
 
 
@@ -177,17 +176,21 @@ class LinksToNobody(Links):
     def __init__(self, share: Share) -> None:
         self.ranks, self.rank, self.copies, self.copy = len(share.counts), share.rank, 1, 0
         self.is_first, self.is_last = self.rank == 0, self.rank == self.ranks - 1
-        self.up = self.down = None
+        self.ends = None
         self.on_the_way = deque()
 
-    def _receive(self, x: Tensor, source: int, group: Any) -> None:
-        pass
+    def take(self, x: Tensor, source: int) -> Tensor:
+        return x
 
-    def _send(self, x: Tensor, to: int, group: Any) -> Any:
-        return self
+    def hand(self, x: Tensor, to: int) -> None:
+        self.on_the_way.append((self, x.detach().contiguous(), to))
+        self.flush(MOST_ON_THE_WAY)
 
     def wait(self) -> None:
         """A message has been taken."""
+
+    def add(self, x: Tensor, group: Any = None) -> None:
+        """Nothing comes from others."""
 
 
 def _learns_before(model: Stack, share: Share) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..files.room import human_bytes
+from ..files.atomic import human_bytes
 from ..training.options import StepOptions, changed, option
 from .forecast import forecast
 from .setting import CHUNKED, METHODS, Setting, Share

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ..errors import InputError
 from .atomic import make_directory, open_tensors, read_json, write_json, write_tensors
@@ -40,6 +39,8 @@ def read_checkpoint(
     here: which of `shapes` this process needs; the others have to be there, and are not read.
     Raises InputError, naming the file and the tensor, for one that is missing, unknown or of another shape.
     """
+    from tqdm import tqdm
+
     names_by_file = _find_tensors(directory)
     size = _size(names_by_file)
     total, quiet = size * len(here) // max(1, len(shapes)), size < 10**9 or os.environ.get("RANK", "0") != "0"

@@ -10,18 +10,87 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import InputError
 from ..memory.layer_memory import MemorySpec, wide
 from ..memory.state import Before, Handed, LayerState, scan_chunks
-from .decoder import RMSNorm
-from .mamba2_config import Mamba2Config
-from .pretrained import Pretrained
+from .config import Config, EndTokens, Flag, Number, Size
+from .stack import RMSNorm, Stack
+
+
+def time_step_limit(name: str, value: Any) -> tuple[float, float]:
+    """Two numbers. JSON has no infinity, which transformers 5 spells {"__float__": "Infinity"}. Raises InputError."""
+    try:
+        low, high = (float(limit["__float__"] if isinstance(limit, dict) else limit) for limit in value)
+    except (TypeError, ValueError, KeyError):
+        raise InputError(f"config: {name} is {value!r}, but must be a list of two numbers") from None
+    if not 0 <= low <= high:
+        raise InputError(f"config: {name} is {[low, high]}, but must be [least, greatest], both from 0 on")
+    return low, high
+
+
+@dataclass(frozen=True)
+class Mamba2Config(Config):
+    """Shape and constants of a Mamba2; its config.json has the same fields, and transformers' defaults.
+
+    time_step_limit: the least and the greatest time step. max_position_embeddings: the length that it was trained at,
+    a field of ours: a state has no bound. From `initializer_range` on: how random weights are drawn.
+    """
+
+    name = "mamba2"
+    only: ClassVar = {"hidden_act": ("silu", "swish"), "rms_norm": (True,)}  # each mixer ends with a gated norm
+    beside: ClassVar = {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2", "hidden_act": "silu"}
+
+    vocab_size: Size
+    hidden_size: Size
+    state_size: Size
+    num_hidden_layers: Size
+    num_heads: Size
+    head_dim: Size
+    n_groups: Size = 8
+    expand: Size = 2
+    conv_kernel: Size = 4
+    max_position_embeddings: Size = 2048
+    layer_norm_epsilon: Number = 1e-5
+    time_step_limit: Annotated[tuple[float, float], time_step_limit] = (0.0, float("inf"))
+    use_bias: Flag = False
+    use_conv_bias: Flag = True
+    residual_in_fp32: Flag = True
+    tie_word_embeddings: Flag = False
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 0
+    eos_token_id: EndTokens = 2
+    initializer_range: Number = 0.1
+    time_step_min: Number = 0.001
+    time_step_max: Number = 0.1
+    time_step_floor: Number = 1e-4
+    rescale_prenorm_residual: Flag = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_heads * self.head_dim != self.inner_size:
+            raise InputError(
+                f"config: num_heads ({self.num_heads}) times head_dim ({self.head_dim}) must be expand "
+                f"({self.expand}) times hidden_size ({self.hidden_size})"
+            )
+        if self.num_heads % self.n_groups:
+            raise InputError(f"config: num_heads ({self.num_heads}) must be a multiple of n_groups ({self.n_groups})")
+        if self.time_step_min > self.time_step_max:
+            raise InputError(
+                f"config: time_step_min ({self.time_step_min}) must not be above time_step_max ({self.time_step_max})"
+            )
+
+    @property
+    def inner_size(self) -> int:
+        """Of a mixer: that of all heads."""
+        return self.expand * self.hidden_size
 
 
 class StreamNorm(RMSNorm):
@@ -150,7 +219,7 @@ class Backbone(nn.Module):
         self.norm_f = StreamNorm(config.hidden_size, config.layer_norm_epsilon)
 
 
-class Mamba2(Pretrained):
+class Mamba2(Stack):
     """A Mamba-2 with the weights' names of Hugging Face's `Mamba2ForCausalLM`.
 
     `Mamba2(config)` has random weights; `Mamba2.from_pretrained(directory)` has trained ones.

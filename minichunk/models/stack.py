@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -13,7 +15,6 @@ from ..chunks import Chunk, cut, span
 from ..loss import token_losses
 from ..memory.layer_memory import LayerMemories, MemorySpec
 from ..protocol import DEFAULTS, Options, Written
-from .dropout import DropoutMasks
 
 
 class Stack(nn.Module):
@@ -26,8 +27,16 @@ class Stack(nn.Module):
 
     config: Any  # with `to_dict` and `from_dict`, in the terms of config.json
     lm_head: nn.Linear
+    config_class: Any  # of `config`
     lora: Any = None  # what `add_lora` was told, if there is an adapter
-    masks: DropoutMasks | None = None  # of the dropouts, if there are any
+    masks: Any = None  # lora.py's DropoutMasks, if there are dropouts
+    partial: Any = None  # what `partial_context` changed since the checkpoint was loaded
+
+    if TYPE_CHECKING:  # load.py sets these two: a model needs no files
+
+        @classmethod
+        def from_pretrained(cls, directory: str | Path, *options: Any, **named: Any) -> Self: ...
+        def save_pretrained(self, directory: str | Path, *options: Any) -> None: ...
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -157,3 +166,59 @@ class Stack(nn.Module):
         """Logits (B, T, V) of a whole sequence, without a memory."""
         hidden, _ = self.run(input_ids)
         return self.lm_head(hidden)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Body(nn.Module):
+    """Everything but the LM head."""
+
+    def __init__(self, config: Any, layers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(layers)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Decoder(Stack):
+    """Embedding, these layers, norm and LM head, with random weights; parameter names are Hugging Face's for the Llama.
+
+    config: with vocab_size, hidden_size, rms_norm_eps and tie_word_embeddings.
+    """
+
+    def __init__(self, config: Any, layers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Body(config, layers)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Let embedding and LM head be one parameter, where the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.model.embed_tokens
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.model.layers
+
+    @property
+    def norm(self) -> RMSNorm:
+        return self.model.norm

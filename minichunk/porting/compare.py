@@ -1,12 +1,14 @@
 """`minichunk compare`: the tensors of a port beside those of a golden file, up to the first difference, in words.
 
 The order is that in which a port is built: the forward pass chunk after chunk, the losses, then the walk back. So
-whatever comes before the first difference is right, and what it is itself says what is wrong (meanings.py).
+whatever comes before the first difference is right, and what it is itself says what is wrong (mistakes.py).
+tests/golden/README.md describes the files.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import MISSING, dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
@@ -16,62 +18,96 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..files.atomic import open_tensors
-from .describe import describe
-from .golden import FORMAT
-from .meanings import usual_mistakes
-from .signs import Seen, sign
+from ..training.options import check_options, option
+from .mistakes import Difference, likely_mistakes
 
+FORMAT = "minichunk golden 2"  # in a golden file's metadata
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SLACK = 2  # rounding was measured on a few runs; other orders of the same steps may do more
 JUDGED = 0.2  # of a tensor's norm: where rounding may do more than that, it hides mistakes
-METHODS = ("seco", "second.seco", "spaco", "second.spaco")
-# What lies within a chunk's run, and what a port is given or can do without: compared where it is there.
-OPTIONAL = re.compile(
-    r"^(rope|full|masks|weights)\.|(^|\.)(input_ids|labels)$|\.(hidden|attention|residual|logits|decay)$"
-)
 GIVEN = re.compile(r"^(masks|weights)\.|(^|\.)(input_ids|labels)$")  # which a port reads and does not compute
-LAYER = ("hidden", "keys", "values", "state", "decay", "attention", "residual")
-RELAYED = ("key_grads", "value_grads", "adjoint")
-# Of the parameters' gradients in the order in which a backward pass comes to them.
+# What lies within a chunk's run, and what a port is given or can do without: compared where it is there.
+OPTIONAL = re.compile(rf"{GIVEN.pattern}|^(rope|full)\.|\.(hidden|attention|residual|logits|decay)$")
+METHODS = ("seco", "second.seco", "spaco", "second.spaco")
+COMPUTED = re.compile(
+    rf"(?P<method>{'|'.join(METHODS)})(\.chunk\.(?P<chunk>\d+))?(\.layer\.(?P<layer>\d+))?"
+    r"\.(?P<kind>grad(?=\.)|\w+)(\.(?P<parameter>.+))?"
+)
+FORWARD = {  # in the order of comparison
+    "hidden": "what goes into layer {layer} at chunk {chunk}",
+    "keys": "the keys that chunk {chunk} writes in layer {layer}, after the rotation",
+    "values": "the values that chunk {chunk} writes in layer {layer}",
+    "state": "the state after chunk {chunk} in layer {layer}",
+    "decay": "the product of the gates of chunk {chunk} in layer {layer}",
+    "attention": "what attention returns to chunk {chunk} in layer {layer}, heads side by side, before o_proj",
+    "residual": "the input of layer {layer} plus what o_proj returns, at chunk {chunk}",
+    "logits": "what the LM head returns to chunk {chunk}",
+}
+WALK = {
+    "key_grads": "what is relayed to the keys of chunk {chunk} in layer {layer}: all that later chunks sent back",
+    "value_grads": "what is relayed to the values of chunk {chunk} in layer {layer}: all that later chunks sent back",
+    "adjoint": "what is relayed to the state after chunk {chunk} in layer {layer}",
+    "loss": "chunk {chunk}'s part of the mean loss",
+    "grad": "the gradient of {parameter} after the backward pass of chunk {chunk}",
+}
+# A layer's parameters in the order in which a backward pass comes to them.
 BACKWARD = (
     "down_proj", "up_proj", "gate_proj", "post_attention_layernorm", "o_proj", "v_proj", "k_norm", "k_proj",
     "q_norm", "q_proj", "input_layernorm", "c_proj", "b_proj", "a_proj", "norm",
 )  # fmt: skip
-Rank = tuple[int, ...]
-
-
-def rank(name: str) -> Rank:
-    """A tensor's place in the order of tests/golden/README.md."""
-    if not (found := re.match(r"((?:second\.)?(?:seco|spaco))\.(?:chunk\.(\d+)\.)?(.+)", name)):
-        if name.startswith("full."):  # between the losses of seco and its walk
-            return (1, 2, *_parameter(name.removeprefix("full.grad.")))
-        return 0, int(not name.endswith(("input_ids", "labels"))), int(name.startswith("rope."))
-    stage, chunk, what = 1 + METHODS.index(found[1]), int(found[2] or 0), found[3]
-    if found[2] is None:  # the method's loss
-        return stage, 4
-    if what == "loss":
-        return stage, 1, -chunk
-    if what.startswith("grad."):
-        return (stage, 3, -chunk, 1, *_parameter(what.removeprefix("grad.")))
-    layer, _, kind = what.removeprefix("layer.").partition(".")
-    if kind in RELAYED:
-        return stage, 3, -chunk, 0, -int(layer), RELAYED.index(kind)
-    return (stage, 0, chunk, int(layer), LAYER.index(kind)) if kind else (stage, 0, chunk, 1 << 30)  # logits
-
-
-def _parameter(name: str) -> Rank:
-    if not (layer := re.search(r"layers\.(\d+)\.", name)):
-        return {"lm_head.weight": (0,), "model.norm.weight": (1,), "full.loss": (-1,)}.get(name, (3,))
-    kind = next((i for i, part in enumerate(BACKWARD) if f".{part}." in name), len(BACKWARD))
-    return 2, -int(layer[1]), kind, int(name.endswith((".bias", ".lora_A.weight")))
 
 
 class Golden(NamedTuple):
-    """A golden file: its tensors in the order of comparison, and what it says of itself."""
+    """A golden file: its tensors in the order of comparison, its name, and how much one rounding in every step moves
+    its worst tensor."""
 
     tensors: dict[str, Tensor]
     case: str
     rounding: float
+
+
+class Verdict(NamedTuple):
+    """Whether all is there and equal, the words for it, and the tensor that differs first, if one does."""
+
+    equal: bool
+    words: str
+    first: str | None = None
+
+
+def order(name: str) -> tuple[int, ...]:
+    """A sort key: a tensor's place in the order of tests/golden/README.md."""
+    if not (found := COMPUTED.fullmatch(name)):
+        if name.startswith("full."):  # between the losses of seco and its walk
+            return 1, 2, *_backward_order(name.removeprefix("full.grad."))
+        return 0, int(not name.endswith(("input_ids", "labels"))), int(name.startswith("rope."))
+    stage, chunk, layer = 1 + METHODS.index(found["method"]), int(found["chunk"] or 0), found["layer"]
+    if (kind := found["kind"]) in FORWARD:
+        return stage, 0, chunk, int(layer or 1 << 30), list(FORWARD).index(kind)  # logits come behind all layers
+    if kind == "loss":
+        return (stage, 4) if found["chunk"] is None else (stage, 1, -chunk)
+    if kind == "grad":
+        return stage, 3, -chunk, 1, *_backward_order(found["parameter"])
+    return stage, 3, -chunk, 0, -int(layer), list(WALK).index(kind)
+
+
+def _backward_order(parameter: str) -> tuple[int, ...]:
+    if not (layer := re.search(r"layers\.(\d+)\.", parameter)):
+        return {"lm_head.weight": (0,), "model.norm.weight": (1,), "full.loss": (-1,)}.get(parameter, (3,))
+    kind = next((i for i, part in enumerate(BACKWARD) if f".{part}." in parameter), len(BACKWARD))
+    return 2, -int(layer[1]), kind, int(parameter.endswith((".bias", ".lora_A.weight")))
+
+
+def describe(name: str) -> str:
+    """What a tensor of a golden file is, in words."""
+    if not (found := COMPUTED.fullmatch(name)):
+        ordinary = f"ordinary backpropagation: {name.removeprefix('full.')}"
+        return ordinary if name.startswith("full.") else "what the file gives, for you to begin with"
+    words = "the sum of the chunks' losses"
+    if found["chunk"] is not None:
+        words = (FORWARD | WALK)[found["kind"]].format(**found.groupdict())
+    words += " in SpaCO" if found["method"].endswith("spaco") else " in SeCO"
+    words += " of the second batch" if found["method"].startswith("second") else ""
+    return words + (", its factors included" if "SpaCO" in words and found["kind"] in WALK else "")
 
 
 def read_golden(path: str | Path) -> Golden:
@@ -81,15 +117,10 @@ def read_golden(path: str | Path) -> Golden:
         if metadata.get("format") != FORMAT:
             raise InputError(
                 f"{path} is no golden file of this version (its metadata must have the format '{FORMAT}'): "
-                "`minichunk golden DIR` writes them"
+                "take one of tests/golden"
             )
-        names = sorted(file.keys(), key=lambda name: (rank(name), name))
+        names = sorted(file.keys(), key=lambda name: (order(name), name))
         return Golden({name: file.get_tensor(name) for name in names}, metadata["case"], float(metadata["rounding"]))
-
-
-def allowed(golden: Golden, precision: str) -> float:
-    """What rounding may do to a tensor of this file, relative to its norm."""
-    return SLACK * torch.finfo(PRECISIONS[precision]).eps / 2 * golden.rounding
 
 
 def coarsest(tensors: dict[str, Tensor]) -> str:
@@ -99,7 +130,7 @@ def coarsest(tensors: dict[str, Tensor]) -> str:
 
 
 def difference(got: Tensor, expected: Tensor, bound: float) -> str | None:
-    """In words; None: equal, up to rounding."""
+    """In words; None: equal, up to `bound` times the norm."""
     if got.shape != expected.shape:
         hint = "; the same axes, in another order" if sorted(got.shape) == sorted(expected.shape) else ""
         hint = f"; a scalar saved as {list(got.shape)}" if got.numel() == 1 and not expected.shape else hint
@@ -128,18 +159,10 @@ def difference(got: Tensor, expected: Tensor, bound: float) -> str | None:
     return f"is off by {error / norm:.2g} of its norm; rounding may do {bound:.1g}\n  {place}yours {numbers}{hint}"
 
 
-class Verdict(NamedTuple):
-    """Whether all is there and equal, and the words for it."""
-
-    equal: bool
-    words: str
-    first: str | None = None  # the tensor that differs first
-
-
 def compare(mine: dict[str, Tensor], golden: Golden, precision: str | None = None) -> Verdict:
     """Up to the first difference. Raises InputError for a precision in which this file shows nothing."""
     precision = precision or coarsest(mine)
-    bound = allowed(golden, precision)
+    bound = SLACK * torch.finfo(PRECISIONS[precision]).eps / 2 * golden.rounding
     if bound > JUDGED:
         raise InputError(
             f"{golden.case} cannot judge {precision}: rounding alone may do {bound:.2g} of a tensor's norm to it. "
@@ -149,45 +172,60 @@ def compare(mine: dict[str, Tensor], golden: Golden, precision: str | None = Non
     for n, name in enumerate(there):
         if words := difference(mine[name], golden.tensors[name], bound):
             before = f"{n} tensors before it agree, the last of them {there[n - 1]}" if n else "it is the first one"
-            about = _meanings(Seen(name, golden.case, golden.tensors, mine, there[:n], bound))
+            about = likely_mistakes(Difference(name, golden.case, golden.tensors, mine, there[:n], bound))
             lines = [f"{name} {words}", f"  {before}", f"it is {describe(name)}", *about]
             return Verdict(False, "\n".join(lines), name)
     missing = [name for name in golden.tensors if name not in mine and not OPTIONAL.search(name)]
-    unknown = sorted(mine.keys() - golden.tensors.keys())
     counted = f"{len(there)} tensors agree in {precision}, within {bound:.1g} of their norms"
     if missing:
-        return Verdict(False, "\n".join([counted, *_missing(missing, unknown)]))
+        lines = [counted, f"not there yet: {missing[0]} and {len(missing) - 1} more"]
+        lines.append(f"the next one is {describe(missing[0])}")
+        if unknown := sorted(mine.keys() - golden.tensors.keys()):
+            close = get_close_matches(missing[0], unknown, 1) or unknown
+            lines.append(f"the golden file has no {close[0]} ({len(unknown)} such names of yours)")
+        return Verdict(False, "\n".join(lines))
     left = [name for name in golden.tensors if name not in mine and not GIVEN.search(name)]
     return Verdict(True, counted + (f"; {len(left)} that can be left out are not there" if left else ""))
 
 
-def _meanings(seen: Seen) -> list[str]:
-    """What the numbers tell, or else what they may mean; nothing where there are none to compare."""
-    got, expected = seen.mine[seen.name], seen.expected
-    if got.shape != expected.shape or not got.is_floating_point() or not got.isfinite().all():
-        return []
-    if told := sign(seen):
-        return [told]
-    place = rank(seen.name)
-    forward = [name for name in seen.agreed if len(place) > 2 and rank(name)[:3] == (place[0], 0, place[2])]
-    if not (usual := usual_mistakes(seen, forward)):
-        return ["no known mistake begins here"]
-    return ["what usually begins here:", *(f"  - {words}" for words in usual)]
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Compare a port's tensors with a golden file's, up to the first difference, and say what it usually means.
+
+    Your port reads a golden file (they lie in tests/golden, and its README.md describes them), begins
+    with its weights and input_ids, runs SeCO and SpaCO as the file's metadata says, and writes what it
+    has computed into a safetensors file of its own, by the golden file's names. From NumPy, JAX,
+    PyTorch, ...:
+
+      from safetensors.numpy import save_file
+      save_file({"seco.chunk.0.layer.0.keys": keys, ...}, "mine.safetensors")
+
+      minichunk compare mine.safetensors --golden tests/golden/plain.safetensors
+
+    Begin with a few tensors and add more: what is there is compared in the order in which a port is
+    built (the forward pass chunk after chunk, the losses, then back from the last chunk), and what
+    comes next is named. What lies within a layer (hidden, attention, residual, logits), rope and full
+    may be left out for good.
+
+    A tensor is equal if it is off by no more than rounding can do, relative to its norm: about 1e-14 in
+    float64 and 1e-5 in float32. In bfloat16 only calm.safetensors shows more than rounding.
+
+    Exit status 0: all is there and equal. 1: something differs or is missing. 2: a file cannot be used.
+    """
+
+    mine: str = option(MISSING, "safetensors file that your port has written", positional=True)
+    golden: str = option(MISSING, "the golden file that it has read", metavar="FILE")
+    precision: str | None = option(
+        None, "what your port computes in", choices=tuple(PRECISIONS), absent="the coarsest dtype in MINE"
+    )
 
 
-def _missing(missing: list[str], unknown: list[str]) -> list[str]:
-    lines = [f"not there yet: {missing[0]} and {len(missing) - 1} more"]
-    lines.append(f"the next one is {describe(missing[0])}")
-    if unknown:
-        close = get_close_matches(missing[0], unknown, 1)
-        lines.append(f"the golden file has no {close[0] if close else unknown[0]} ({len(unknown)} such names of yours)")
-    return lines
-
-
-def run_compare(mine: Path, golden: Path, precision: str | None = None) -> bool:
+def run_compare(options: CompareOptions) -> bool:
     """Print the verdict; returns whether all is there and equal. Raises InputError."""
-    expected = read_golden(golden)
-    with open_tensors(mine) as file:
-        verdict = compare({name: file.get_tensor(name) for name in file.keys()}, expected, precision)  # noqa: SIM118
+    check_options(options)
+    expected = read_golden(options.golden)
+    with open_tensors(options.mine) as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    verdict = compare(found, expected, options.precision)
     print(verdict.words)
     return verdict.equal

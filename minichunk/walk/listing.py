@@ -18,7 +18,7 @@ from ..seco import fill, rebuild, seco
 from ..spaco import spaco
 
 Function = Callable[..., Any]
-PIPELINE: list[Function] = [step._step, step.fill, step.walk_back, step._backward]
+PIPELINE: list[Function] = [step.pipeline_spaco, fill, step.walk_back, step._backward]
 LISTINGS: dict[str, list[Function]] = {
     "seco": [seco, fill, rebuild],
     "spaco": [spaco, fill, rebuild],
@@ -38,18 +38,18 @@ ALIKE: dict[str, list[tuple[int, str]]] = {  # kind: function in the listing, an
     "done": [(0, "    del loss, written, received")],
     "end": [(0, "return total")],
 }
-WALK_BACK = (0, "total = total + walk_back(")
+WALK_BACK = (0, "    total = walk_back(")
 TURNS: dict[str, list[tuple[int, str]]] = {  # of a pipeline, where a chunk's turn comes at one of two lines of the loop
     "begin": [(0, "batch, chunks, links = ")],
     "draw": [(0, "weights, options, below_learns = agree(")],
-    "memory": [(0, "memory = stage.new_memory(")],
-    "fill": [(0, "    memory.write(group")],
+    "memory": [(0, "memory: Any = new_memory(")],
+    "fill": [(0, "fill("), (1, "    memory.write(")],
     "rebuild": [WALK_BACK, (2, "    y, written = stage.run(")],
     "loss": [WALK_BACK, (3, "    loss = summed_loss(")],
     "relay": [WALK_BACK, (3, "    made, sent = ")],
     "backward": [WALK_BACK, (3, "    torch.autograd.backward(")],
     "done": [WALK_BACK, (3, "return end.detach()")],
-    "end": [(0, "return links.from_last(total)")],
+    "end": [(0, "return total")],
 }
 WHERE: dict[str, dict[str, list[tuple[int, str]]]] = {
     "seco": ALIKE,
@@ -75,7 +75,7 @@ REBUILT: list[tuple[int, str, str]] = [
     (2, "made, sent = ", "6: give mⱼ the gradient collected at m′ⱼ"),
 ]
 IN_TURNS: list[tuple[int, str, str]] = [
-    (0, "for group in groups(", "1–3: for j = 0 … k−1, fill"),
+    (0, "fill(", "1–3: for j = 0 … k−1, fill"),
     (2, "for chunk, weight in ", "4: for j = k−1 … 0"),
     (2, "    y, written = stage.run(", REBUILT[1][2]),
     (2, "    waiting.append(", "and wait, while the ranks above work on it"),

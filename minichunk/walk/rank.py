@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..chunks import Chunk
 from ..pipeline import pipeline_seco as step
+from ..pipeline.pipeline_seco import agree
 from ..pipeline.stage import PipelineStage
-from ..pipeline.together import agree
 from ..protocol import Written
 from .events import Event
 from .recorder import Recorder
@@ -30,8 +30,8 @@ class RankRecorder(Recorder):
         self, stage: PipelineStage, chunks: Sequence[Chunk], on_event: Callable[[Event], object], *batch: Tensor
     ) -> None:
         super().__init__(stage, chunks, on_event, *batch)
-        self.links, self.held, self.num_layers = stage.links, stage.held, len(stage.model.layers)
-        self.first_layer = stage.held.start
+        self.links, self.held, self.num_layers = stage.links, stage.layer_range, len(stage.model.layers)
+        self.first_layer = stage.layer_range.start
         twice = None if stage.links.is_first else stage.tied_weight  # counts on the first rank
         self.counted = [p for p in self.counted if p is not twice]
         self.began = self.ended = time.time()  # the last work
@@ -46,7 +46,7 @@ class RankRecorder(Recorder):
                 self.drew(weights)
             return weights, *others
 
-        def watched_turn(stage: Any, batch: Any, memory: Any, waiting: step.Waiting) -> Any:
+        def watched_turn(stage: Any, batch: Any, memory: Any, waiting: step.Rebuilt) -> Any:
             self.running, self.began = self.chunks.index(waiting.chunk), time.time()
             self.ended = self.began  # where nothing learns there is no backward pass
             share = turn(stage, batch, memory, waiting)

@@ -16,7 +16,7 @@ from ..files.documents import Document, check_vocabulary, cut_documents, read_do
 from ..files.shipped import EXTENDED_ON, SHIPPED_MODEL, novel
 from ..full import full
 from ..models.lora import add_lora
-from ..models.pretrained import Pretrained
+from ..models.stack import Stack
 from ..samplers import Bernoulli
 from ..seco import seco
 from ..spaco import spaco
@@ -127,7 +127,7 @@ def record(
 
 
 def step_of(
-    model: Pretrained, text: Document, method: str, size: int, budget: int | None, recompute: bool, seed: int
+    model: Stack, text: Document, method: str, size: int, budget: int | None, recompute: bool, seed: int
 ) -> list[Event]:
     """One step, with the parameters' gradients there from the beginning, as in all but the first of a training."""
     device = model.lm_head.weight.device

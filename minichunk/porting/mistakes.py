@@ -1,0 +1,202 @@
+"""What a port got wrong, told from the first tensor that differs.
+
+Where its numbers leave no doubt, that alone is said (`_certain`); else the mistakes that usually show first in this
+tensor (MISTAKES). No row of MISTAKES is from memory: tests/mutants.py makes each of them in a port in NumPy, and
+tests/test_compare.py keeps the tensors true in which they show.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+NEAR = 1e-3  # of a norm: where rounding may do more, equal numbers tell nothing
+# Where a mistake shows first: a regular expression for the names of tensors (its dots match themselves, too).
+FIRST_KEYS = "seco.chunk.0.layer.0.keys"
+FIRST_NORM = "seco.chunk.0.layer.0.(keys|state)"
+ATTENTION = "seco.chunk.0.layer.(0.(attention|residual)|1.(hidden|keys|state))"
+RESIDUAL = "seco.chunk.0.layer.(0.residual|1.(hidden|keys|state))"
+MLP = "seco.chunk.0.layer.1.(hidden|keys|state)"
+SECOND_KEYS = "seco.chunk.1.layer.0.keys"
+PAST = "seco.chunk.1.layer.(0.(attention|residual)|1.(hidden|keys|state))"
+LAST_LOSS = "seco.chunk.3.loss"
+LAST_GRAD = "seco.chunk.3.grad."
+LAST_V_GRAD = "seco.chunk.3.grad..*v_proj"
+FIRST_LEARNT = "(lm_head|model.norm|.*v_proj.lora_B)"  # of what a backward pass comes to
+RELAY = "seco.chunk.2.layer.[012].(key|value)_grads"
+SUMMED = "seco.chunk.1.layer.[012].(key|value)_grads"
+SINKS = "seco.chunk.[01].layer.[012].(key|value)_grads"
+HANDED = "seco.chunk.2.grad."
+SPARSE_RELAY = "spaco.chunk.2.layer.[012].(key|value)_grads"
+SPARSE_SUM = "spaco.chunk.0.layer.[012].(key|value)_grads"
+FIRST_ADJOINT = "seco.chunk.2.layer.[012].adjoint"
+ADJOINT = "seco.chunk.1.layer.[012].adjoint"
+CARRY = "spaco.chunk.0.layer.[012].adjoint"
+SHARED, STATES, WINDOW = ("grouped", "qk-norm", "window", "hybrid"), ("state", "hybrid"), ("window",)
+
+
+class Difference(NamedTuple):
+    """A tensor that differs. golden, mine: all tensors of the file and of the port. agreed: the names of those before
+    this one, which are right. bound: what rounding may do, relative to a norm."""
+
+    name: str
+    case: str
+    golden: dict[str, Tensor]
+    mine: dict[str, Tensor]
+    agreed: list[str]
+    bound: float
+
+    @property
+    def got(self) -> Tensor:
+        return self.mine[self.name].double()
+
+    @property
+    def expected(self) -> Tensor:
+        return self.golden[self.name]
+
+    def equal(self, a: Tensor, b: Tensor) -> bool:
+        """Up to rounding."""
+        return self.bound < NEAR and a.shape == b.shape and float((a - b).norm()) <= self.bound * float(b.norm())
+
+    def other_chunk(self, n: int) -> str:
+        """The same tensor's name at chunk n."""
+        return re.sub(r"chunk\.\d+", f"chunk.{n}", self.name)
+
+
+class Mistake(NamedTuple):
+    """key: a name for it. first: where it shows first, whether or not a port has the tensors that can be left out.
+
+    cases: the golden files that show it; none: those of all Llamas.
+    """
+
+    key: str
+    first: str
+    words: str
+    cases: tuple[str, ...] = ()
+
+
+# fmt: off
+MISTAKES = [Mistake(*row) for row in (
+    # The forward pass.
+    ("pairs of neighbours", FIRST_KEYS, "the rotation pairs dimensions 2i and 2i + 1; it must pair i and i + D/2"),
+    ("rotation backwards", FIRST_KEYS, "the rotation turns the other way: a cos - b sin and b cos + a sin are right"),
+    ("no rotation", FIRST_KEYS, "the queries and keys are not rotated"),
+    ("keys before the rotation", FIRST_KEYS, "the keys are those before the rotation; the cache holds rotated ones"),
+    ("eps outside the root", FIRST_NORM, "RMSNorm's eps stands outside the root: x / sqrt(mean(x²) + eps) is right"),
+    ("mean subtracted", FIRST_NORM, "the norm subtracts the mean, as LayerNorm does and RMSNorm does not"),
+    ("norm by 1 + weight", FIRST_NORM, "the norm multiplies by 1 + weight, as Gemma's does, instead of by weight"),
+    ("no llama3 rule", FIRST_KEYS, "the llama3 rule for the frequencies is left out", ("llama3-rope",)),
+    ("no biases", FIRST_KEYS, "the biases of q, k and v are left out", ("qkv-bias",)),
+    ("norm after the rotation", FIRST_KEYS, "each head is normalized after the rotation, not before", ("qk-norm",)),
+    ("no alpha over rank", FIRST_KEYS, "the adapter's product is not multiplied by alpha / rank", ("lora",)),
+    ("other masks", FIRST_KEYS, "the rebuild draws other dropout masks than the fill did", ("lora",)),
+    ("no scale", ATTENTION, "the scores are not divided by the root of the head size"),
+    ("no mask", ATTENTION, "there is no causal mask within the chunk"),
+    ("heads not joined", ATTENTION, "the heads are flattened without moving them behind the positions"),
+    ("heads in turn", ATTENTION, "query heads take key heads in turn (tile); neighbours share one (repeat)", SHARED),
+    ("no residual", RESIDUAL, "what attention returns is not added to the layer's input"),
+    ("gate and up", MLP, "gate_proj and up_proj are exchanged: silu(gate) · up is right"),
+    ("another activation", MLP, "the activation is not silu(x) = x · sigmoid(x)"),
+    ("no final norm", f"seco.chunk.0.logits|{LAST_LOSS}", "the final norm before the LM head is left out"),
+    ("positions of the chunk", SECOND_KEYS, "positions count from the chunk's beginning, not from the text's"),
+    ("top-left mask", PAST, "the mask is aligned top left: a chunk's queries stand at the end of the keys"),
+    ("no past", PAST, "the chunk does not see its past"),
+    ("window by one", PAST, "the window is one too wide: seen is i - j < window, the own position included", WINDOW),
+    ("no sinks", PAST, "the sinks, positions j < sinks, are not seen from beyond the window", WINDOW),
+    # The loss.
+    ("no shift", LAST_LOSS, "the labels are not shifted: position t predicts the label of t + 1"),
+    ("mean of chunk means", LAST_LOSS, "each chunk is divided by its own targets; the divisor is the whole batch's"),
+    ("-100 counts", LAST_LOSS, "labels of -100 are not ignored"),
+    ("each batch by itself", LAST_LOSS, "each batch is divided by its own targets, not all", ("accumulated",)),
+    ("shift in each chunk", "seco.chunk.2.loss", "the labels are shifted after cutting: a target is lost at every cut"),
+    # The walk back.
+    ("forward walk", LAST_GRAD + FIRST_LEARNT, "the walk goes from the first chunk on: the last one must come first"),
+    ("the past with its graph", LAST_V_GRAD, "the past still has its graph: the gradient must stop at it"),
+    ("heads not summed", LAST_V_GRAD, "the gradients of query heads that share a key head are not summed", SHARED),
+    ("one use of the tied", LAST_GRAD + "model.embed", "the tied embedding lacks the gradient of one use", ("tied",)),
+    ("nothing sent", RELAY, "nothing is sent back: what arrives at the past as gradient must be kept"),
+    ("replaced", SUMMED, "a chunk's gradient replaces those of later chunks; they must add up"),
+    ("sinks hear nothing", SINKS, "gradients reach the window alone; they must reach the sinks, too", WINDOW),
+    ("not handed over", HANDED + ".*[kv]_proj", "what was sent back is not handed to the backward pass"),
+    ("handed over twice", HANDED + ".*[kv]_proj", "what was sent back is handed to the backward pass twice"),
+    ("handed over before the rotation", HANDED + ".*k_(proj|norm)", "the relay belongs to the keys after the rotation"),
+    ("gradients forgotten", HANDED + FIRST_LEARNT, "the parameters' gradients are cleared between chunks"),
+    ("first batch forgotten", "second." + LAST_GRAD, "the gradients are cleared between batches", ("accumulated",)),
+    # SpaCO.
+    ("no loss factor", "spaco.chunk.3.loss", "the loss is not multiplied by its factor (Algorithm 2 as printed)"),
+    ("factors exchanged", "spaco.chunk.3.loss", "the factors are exchanged: the first is the loss's, then the relay's"),
+    ("factor not in the gradient", "spaco.chunk.3.grad." + FIRST_LEARNT, "the loss's factor is in the number alone"),
+    ("no relay factor", SPARSE_RELAY, "the relay is not multiplied by its factor"),
+    ("one factor for both", SPARSE_RELAY, "the relay is multiplied by the loss's factor"),
+    ("the sender's factor", SPARSE_RELAY, "the relay has the sender's factor; it must have the receiver's"),
+    ("all that arrived", SPARSE_SUM,
+     "all that has arrived is multiplied by a chunk's factor, not that chunk's part alone"),
+    ("skipped chunks relay", SPARSE_SUM, "a skipped chunk relays: what was sent to it must end there"),
+    # A state.
+    ("no way back through the state", FIRST_ADJOINT, "nothing is sent back to the state before a chunk", STATES),
+    ("adjoint stops at a kept chunk", ADJOINT, "g · decay is missing: the adjoint passes the chunk as well", STATES),
+    ("decay counted twice", ADJOINT, "g · decay counts twice: take relayed · decay off what autograd sends", STATES),
+    ("adjoint stops at a skipped chunk", CARRY, "the adjoint must pass a skipped chunk as well, by g · decay", STATES),
+    ("no decay at a skipped chunk", CARRY, "the adjoint passes a skipped chunk as it is, without its decay", STATES),
+    ("all that autograd sends", CARRY, "the relay's factor is on what passes by the decay alone, too", STATES),
+)]
+# fmt: on
+
+
+def likely_mistakes(found: Difference) -> list[str]:
+    """Lines that say what is wrong for certain, or what usually is; none where there are no numbers to compare."""
+    mine = found.mine[found.name]
+    if mine.shape != found.expected.shape or not mine.is_floating_point() or not mine.isfinite().all():
+        return []
+    if certain := _certain(found):
+        return [certain]
+    # What would show in an earlier tensor of the same forward pass is not wrong.
+    run = re.match(r"(second\.)?\w+\.chunk\.\d+\.layer\.", found.name)
+    forward = [n for n in found.agreed if run and n.startswith(run[0]) and not n.endswith(("_grads", "adjoint"))]
+    here = [m for m in MISTAKES if (found.case in m.cases or not m.cases) and _shows(m, found.name, found.case)]
+    usual = [m for m in here if not any(_shows(m, name, found.case) for name in forward)]
+    if not usual:
+        return ["no known mistake begins here"]
+    usual.sort(key=lambda mistake: not mistake.cases)  # those of this file alone come first
+    return ["what usually begins here:", *(f"  - {mistake.words}" for mistake in usual)]
+
+
+def _shows(mistake: Mistake, name: str, case: str) -> bool:
+    """Whether it may show first in this tensor. A second batch shows the mistakes that the first would, and to a
+    Llama's mistakes the hybrid's layer 1 is the first."""
+    if case == "hybrid":
+        name = re.sub(r"layer\.([12])\.", lambda layer: f"layer.{int(layer[1]) - 1}.", name)
+    return any(re.match(mistake.first, n) for n in (name, name.removeprefix("second.")))
+
+
+def _certain(found: Difference) -> str | None:
+    """What the numbers tell by themselves: whose they are, and what is in them too often."""
+    if not (place := re.search(r"chunk\.(\d+)\.(grad\.)?", found.name)):
+        return None
+    chunk, is_grad, zeros = int(place[1]), place[2] is not None, not found.got.any()
+    if is_grad and any(name.startswith(found.name[: place.end()]) for name in found.agreed):  # so it was kept in time
+        return "yours is all zeros: no gradient comes to this parameter" if zeros else None
+    others = [name for n in range(4) if (name := found.other_chunk(n)) in found.mine.keys() & found.golden.keys()]
+    alike = [name for name in others if found.golden[name].shape == found.expected.shape]
+    differ = any(not torch.equal(found.golden[name], found.expected) for name in alike)
+    if (is_grad or not zeros) and differ and all(torch.equal(found.mine[name].double(), found.got) for name in alike):
+        return "yours is the same for all chunks: a view of one buffer, which goes on changing; keep a copy"
+    if is_grad and zeros:
+        return "yours is all zeros: it was kept before the backward pass"
+    for n in range(4):
+        other = found.golden.get(found.other_chunk(n))
+        if n == chunk or other is None or not other.any() or not found.equal(found.got, other):
+            continue
+        if not is_grad:
+            return f"yours is chunk {n}'s: chunks are numbered from 0, from the text's beginning on"
+        if n > chunk:  # the whole gradient at an earlier one is what a walk from the first chunk on may give
+            return f"yours is chunk {n}'s: it was kept before this chunk's backward pass"
+    parameter = found.name.partition(".grad.")[2]  # "": of none
+    ends = [f"full.grad.{parameter}", *(f"{n}spaco.chunk.0.grad.{parameter}" for n in ("second.", ""))]
+    for end in (found.golden[name] for name in ends if name in found.golden):
+        if any(end.any() and found.equal(found.got, found.expected + times * end) for times in (1, 2)):
+            return "yours has another method's whole gradient in it: `.grad` was not cleared before this method"
+    return None
