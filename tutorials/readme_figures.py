@@ -10,7 +10,6 @@ from pathlib import Path
 import matplotlib as mpl
 
 mpl.use("agg")
-import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
