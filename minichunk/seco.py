@@ -70,7 +70,7 @@ def fill(model: Model, input_ids: Tensor, chunks: Sequence[Chunk], memory: Memor
     With a fill size as many whole chunks as fit into it run at a time; what ends up in the memory is the same.
     """
     for group in groups(chunks, options.fill_size):
-        memory.write(group, model.fill(input_ids[:, span(group)], memory, group, options))
+        memory.write(group, model.fill(input_ids[:, span(group)], memory, group, options))  # lines 2, 3
 
 
 def rebuild(
@@ -83,9 +83,9 @@ def rebuild(
     Both are empty for the last chunk.
     """
     rows = span([chunk])
-    hidden, written = model.run(batch.input_ids[:, rows], memory, [chunk], options)
+    hidden, written = model.run(batch.input_ids[:, rows], memory, [chunk], options)  # line 5
     loss = summed_loss(hidden, model.lm_head.weight, batch.targets[:, rows]) / batch.num_targets
-    made, sent = flat(written), flat(memory.hand_over(chunk))
+    made, sent = flat(written), flat(memory.hand_over(chunk))  # line 6
     relayed = [(m, g) for m, g in zip(made, sent, strict=True) if m.requires_grad] if sent else []
     return loss, [m for m, _ in relayed], [g for _, g in relayed]
 

@@ -48,7 +48,7 @@ def spaco(
     """
     check_fill_size(fill_size, chunk_size)
     batch, chunks = prepare(model, input_ids, labels, num_targets), cut(input_ids.shape[1], chunk_size)
-    weights = check_weights(sampler(len(chunks), generator), len(chunks))
+    weights = check_weights(sampler(len(chunks), generator), len(chunks))  # which chunks are kept
     kept = [(chunk, weight) for chunk, weight in zip(chunks, weights, strict=True) if weight is not None]
     total = torch.zeros((), device=input_ids.device)
     if not kept:
@@ -56,9 +56,9 @@ def spaco(
     options = Options(fill_size, recompute, cache_grad_dtype, offload, model.dropout_seed())
     memory = new_memory(model, input_ids, [chunk for chunk, _ in kept], options)
     fill(model, input_ids, [chunk for chunk in chunks if chunk < kept[-1][0]], memory, options)
-    for chunk, weight in reversed(kept):
+    for chunk, weight in reversed(kept):  # not all of them, as in line 4 of Algorithm 1
         loss, written, received = rebuild(model, batch, chunk, memory, options)
-        loss, received = weight.loss * loss, [weight.relay * g for g in received]
+        loss, received = weight.loss * loss, [weight.relay * g for g in received]  # for those not kept
         torch.autograd.backward([loss, *written], [None, *received])
         total = total + loss.detach()
         del loss, written, received  # or they would live on beside the next chunk's

@@ -1,13 +1,10 @@
-"""What a rank does in the tests of traces, and of PyTorch's own engine; see ranks.py."""
+"""What a rank does in the tests of PyTorch's own engine; see ranks.py."""
 
 from __future__ import annotations
 
 import copy
 import importlib.util
-import linecache
-import sys
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -15,22 +12,9 @@ import torch
 import minichunk as mc
 from minichunk.costs.count import CountBytes
 from minichunk.pipeline.stage import PipelineStage
-from minichunk.walk.listing import LISTINGS
 
 from .gradients import Tensors, take_gradients
 from .ranks import TIMEOUT, Case, in_one_process
-
-
-def traced(rank: int, case: Case) -> tuple[list[dict[str, Any]], Tensors, Tensors]:
-    """The log of this rank; the gradients that it finds, and those that it finds alone."""
-    stage = PipelineStage(case.model, case.counts, mc.Links(timeout=TIMEOUT))
-    function = getattr(mc, f"pipeline_{case.method}")
-    torch.manual_seed(case.seed + rank)
-    loss = case.run(function, stage)
-    alone = take_gradients(stage.model)
-    torch.manual_seed(case.seed + rank)
-    log = mc.trace(function, stage, case.input_ids, case.labels, case.chunk_size, **case.options)
-    return log, {"loss": torch.tensor(log[-1]["loss"]), **take_gradients(stage.model)}, {"loss": loss, **alone}
 
 
 def torch_pipeline() -> Any:
@@ -60,19 +44,3 @@ def peaks(rank: int, case: Case) -> tuple[int, int]:
             case.run(function, stage)
         found.append(count.peak)
     return found[0], found[1]
-
-
-def lines_of_events(rank: int, case: Case) -> list[tuple[str, str]]:
-    """The kind of each event that happens within the loop of the pipeline, and the line that is at work."""
-    stage, seen = PipelineStage(case.model, case.counts, mc.Links(timeout=TIMEOUT)), list[tuple[str, str]]()
-    codes = [function.__code__ for function in LISTINGS["pipeline_seco"]]
-
-    def look(event: dict[str, Any]) -> None:
-        frame: FrameType | None = sys._getframe()
-        while frame is not None and frame.f_code not in codes:
-            frame = frame.f_back
-        if frame is not None:
-            seen.append((event["kind"], linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()))
-
-    mc.trace(mc.pipeline_seco, stage, case.input_ids, case.labels, case.chunk_size, on_event=look)
-    return seen

@@ -57,7 +57,7 @@ def test_the_text_is_that_of_transformers(directory: Path, prompted: bool) -> No
 
 
 def test_the_parts_are_the_text_and_the_assistants_are_to_be_learnt(directory: Path) -> None:
-    parts = chat(directory).parts(MESSAGES)
+    parts = chat(directory).segments(MESSAGES)
     assert "".join(text for text, _ in parts) == chat(directory).render(MESSAGES)
     learnt = [text for text, is_target in parts if is_target]
     assert learnt == ["That a single man</s>\n", "a good fortune</s>\n"]
@@ -105,7 +105,7 @@ def test_several_templates(directory: Path) -> None:
 def test_templates_that_do_not_serve(directory: Path, source: str, words: str) -> None:
     (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": source}))
     with pytest.raises(mc.InputError, match=words):
-        chat(directory).parts(MESSAGES)
+        chat(directory).segments(MESSAGES)
 
 
 @pytest.mark.parametrize(

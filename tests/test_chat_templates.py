@@ -40,7 +40,7 @@ def turns(*contents: str, system: str | None = None) -> list[dict[str, str]]:
 def learnt(name: str, messages: list[dict[str, str]]) -> list[str]:
     """The texts to be learnt; asserts that all parts together are what the template renders."""
     chat = template(name)
-    parts = chat.parts(messages)
+    parts = chat.segments(messages)
     assert "".join(text for text, _ in parts) == chat.render(messages)
     return [text for text, is_target in parts if is_target]
 
@@ -98,7 +98,7 @@ def test_thoughts(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_what_follows_the_assistants_last_turn_is_left_out(name: str) -> None:
     chat = template(name)
-    assert chat.parts(turns("x", "y", "left out")) == chat.parts(turns("x", "y"))
+    assert chat.segments(turns("x", "y", "left out")) == chat.segments(turns("x", "y"))
 
 
 @pytest.mark.parametrize("name", ["llama-3", "smollm2", "zephyr"])

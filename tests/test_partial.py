@@ -212,14 +212,14 @@ def test_models_of_another_kind_are_refused() -> None:
     with pytest.raises(mc.InputError, match="a model of the Llama family, not StateSpace"):
         mc.partial_context(mc.StateSpace(mc.StateSpaceConfig(23, 8, 4, 2)), mc.Window(4))
     for model in (hybrid(mc.Window(5)), hybrid(mc.Window(5, 1))):
-        with pytest.raises(mc.InputError, match=r"see a part of their past already .layers 0 and 2 see the last 5"):
+        with pytest.raises(mc.InputError, match=r"see a part of their past already .layers 0, 2 see the last 5"):
             mc.partial_context(model, mc.Window(4))
 
 
 def test_words() -> None:
     kinds = tuple(f"{kind}_attention" for kind in ["sliding", "full", "sliding", "sliding", "sliding", "full"])
     windows = tiny(6, sliding_window=2000, layer_types=kinds)
-    assert describe(windows) == "layers 0 and 2-4 see the last 2,000 positions, layers 1 and 5 see all of the past"
+    assert describe(windows) == "layers 0, 2-4 see the last 2,000 positions, layers 1, 5 see all of the past"
     strided = partial_config(tiny(3), mc.Strided(64, 16, 8), [])
     assert describe(strided) == "layers 0-2 see the last 16 blocks of 64 positions and every 8th before"
     assert describe(tiny(3)) == describe(mc.StateSpaceConfig(23, 8, 4, 2)) == ""

@@ -19,7 +19,7 @@ from ..training.generate import GenerateOptions, continue_text
 from ..training.loop import NonFiniteLoss
 from ..training.options import TrainOptions, options_of
 from ..training.train import Interrupted, train
-from .arguments import add_others
+from ..walk.page import WalkOptions, run_walk
 from .options import Parser, add_command
 
 # A command's options, and what it does; False is a port that differs.
@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "plan": (PlanOptions, run_plan),
     "bench": (BenchOptions, run_bench),
     "compare": (CompareOptions, run_compare),
+    "walk": (WalkOptions, run_walk),
 }
 
 
@@ -40,21 +41,14 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (options, _) in COMMANDS.items():
         add_command(commands, name, options)
-    add_others(commands)
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Carry out one parsed command; returns the exit status."""
     values = vars(arguments)
-    command = values.pop("command")
-    if command in COMMANDS:
-        options, carry_out = COMMANDS[command]
-        return int(carry_out(options_of(options, values)) is False)
-        from ..walk.step import run_walk
-
-        run_walk(**values)
-    return 0
+    options, carry_out = COMMANDS[values.pop("command")]
+    return int(carry_out(options_of(options, values)) is False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -29,7 +29,7 @@ from .config import (
     number,
     pattern_of,
     size,
-)
+)  # fmt: skip
 from .gemma3 import Gemma3
 from .llama import Llama
 from .lora import adapters
@@ -120,7 +120,11 @@ def load(
     in_file = {parameter: name for name, parameter in wanted.items()}
     prepare(model)
     here = {in_file[parameter]: name for name, parameter in model.named_parameters()}
-    _check_room(directory, sum(wanted[name].numel() for name in here), dtype, device, load_in_4bit)
+    in_files = checkpoint_bytes(directory)
+    bytes_here = in_files if dtype is None else sum(wanted[name].numel() for name in here) * dtype.itemsize
+    advice = "take " + ("" if dtype is not None and dtype.itemsize == 2 else "--dtype bfloat16, ")
+    advice += ("" if load_in_4bit else "--load-in-4bit, ") + "a smaller model, or free memory"
+    check_room(str(directory), bytes_here * (0.3 if load_in_4bit else 1), torch.device(device), advice)
     shapes = {name: p.shape for name, p in wanted.items()}
     for name, tensor in read_checkpoint(directory, shapes, tied, here.keys(), device):
         dtype = dtype or tensor.dtype  # one for all: the memory has the model's
@@ -130,23 +134,11 @@ def load(
     return model
 
 
-def _check_room(
-    directory: Path, numbers: int, dtype: torch.dtype | None, device: str | torch.device, load_in_4bit: bool
-) -> None:
-    size = checkpoint_bytes(directory)
-    size = size if dtype is None else numbers * dtype.itemsize
-    ways = [] if dtype is not None and dtype.itemsize == 2 else ["--dtype bfloat16"]
-    ways += [] if load_in_4bit else ["--load-in-4bit"]
-    advice = "take " + ", ".join([*ways, "a smaller model"]) + ", or free memory"
-    check_room(str(directory), size * 0.3 if load_in_4bit else size, torch.device(device), advice)
-
-
 def _assign(model: nn.Module, name: str, tensor: Tensor, load_in_4bit: bool) -> None:
     module_name, _, child = name.rpartition(".")
     module = model.get_submodule(module_name)
     if load_in_4bit and child == "weight" and isinstance(module, nn.Linear) and is_stored_in_4bit(module_name):
-        parent, _, own_name = module_name.rpartition(".")
-        setattr(model.get_submodule(parent), own_name, Linear4bit(tensor, module.bias))
+        model.set_submodule(module_name, Linear4bit(tensor, module.bias))
     else:
         setattr(module, child, nn.Parameter(tensor, requires_grad=not isinstance(module, Linear4bit)))
 

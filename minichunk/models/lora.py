@@ -157,10 +157,8 @@ def add_lora(
     known = linear_layers(model)
     if targets is None:
         targets = [name for name in ("q_proj", "v_proj") if name in known] or known
-    if isinstance(targets, str):
-        targets = [targets]
-    wrong = [name for name in targets if name not in known]
-    if wrong or not targets:
+    targets = [targets] if isinstance(targets, str) else targets
+    if not targets or not {*targets} <= {*known}:
         raise InputError(f"LoRA targets are {list(targets)}, but must be some of {', '.join(known)}")
     if rank < 1 or not alpha > 0 or not 0 <= dropout < 1:
         raise InputError(
@@ -172,14 +170,12 @@ def add_lora(
     masks = DropoutMasks()
     like = next(stored(module) for module in model.modules() if isinstance(module, nn.Linear | Linear4bit))
     for name, module in list(model.named_modules()):
-        parent_name, _, child = name.rpartition(".")
         if isinstance(module, Placeholder):  # the same random numbers whoever has which layers
-            for sizes in [sizes for inside, sizes in module.linear.items() if inside.rpartition(".")[2] in targets]:
-                low_rank(*sizes, rank, like)
-        elif child in targets:
-            assert isinstance(module, nn.Linear | Linear4bit)
-            layer = LoraLinear(module, name, rank, alpha, dropout, masks)
-            setattr(model.get_submodule(parent_name), child, layer)
+            for inside, sizes in module.linear.items():
+                if inside.rpartition(".")[2] in targets:
+                    low_rank(*sizes, rank, like)
+        elif isinstance(module, nn.Linear | Linear4bit) and name.rpartition(".")[2] in targets:
+            model.set_submodule(name, LoraLinear(module, name, rank, alpha, dropout, masks))
     model.lora = Lora(rank, alpha, dropout)
     if dropout > 0:
         model.masks = masks
@@ -197,10 +193,9 @@ def merge_lora(model: Stack) -> None:
             "load_in_4bit, load the adapter into that and merge it there"
         )
     for name, layer in adapters(model).items():
-        parent_name, _, child = name.rpartition(".")
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         plain.weight = nn.Parameter(layer.merged())
         plain.bias = layer.bias
-        setattr(model.get_submodule(parent_name), child, plain)
+        model.set_submodule(name, plain)
     model.lora = model.masks = None
     model.requires_grad_(True)

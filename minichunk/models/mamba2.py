@@ -22,7 +22,7 @@ from ..errors import InputError
 from ..memory.layer_memory import MemorySpec, wide
 from ..memory.state import Before, Handed, LayerState, scan_chunks
 from .config import Config, EndTokens, Flag, Number, Size
-from .stack import RMSNorm, Stack
+from .stack import Decoder, RMSNorm, Stack
 
 
 def time_step_limit(name: str, value: Any) -> tuple[float, float]:
@@ -219,7 +219,7 @@ class Backbone(nn.Module):
         self.norm_f = StreamNorm(config.hidden_size, config.layer_norm_epsilon)
 
 
-class Mamba2(Stack):
+class Mamba2(Decoder):
     """A Mamba-2 with the weights' names of Hugging Face's `Mamba2ForCausalLM`.
 
     `Mamba2(config)` has random weights; `Mamba2.from_pretrained(directory)` has trained ones.
@@ -229,24 +229,13 @@ class Mamba2(Stack):
     config_class = Mamba2Config
 
     def __init__(self, config: Mamba2Config) -> None:
-        super().__init__()
+        Stack.__init__(self)
         self.config = config
         self.backbone = Backbone(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
-                nn.init.normal_(parameter, std=config.initializer_range)
-            elif name.endswith(".bias"):
-                nn.init.zeros_(parameter)
+        self.finish(config.initializer_range)
         for module in self.modules():
             if isinstance(module, Mixer):
                 module.draw(config)
-        self.tie_weights()
-
-    def tie_weights(self) -> None:
-        """Let embedding and LM head be one parameter, where the config says so."""
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.backbone.embeddings.weight
 
     @property
     def embedding(self) -> nn.Embedding:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from itertools import groupby
 from typing import Any
 
 from ..errors import InputError
@@ -88,10 +87,18 @@ def describe(config: Any) -> str:
     patterns = config.patterns() if isinstance(config, LlamaConfig) else []
     parts = []
     for pattern in dict.fromkeys(patterns):
-        layers = [i for i, one in enumerate(patterns) if one == pattern]
-        who = f"layers {_ranges(layers)} see" if len(layers) > 1 else f"layer {layers[0]} sees"
+        layers = _ranges([i for i, one in enumerate(patterns) if one == pattern])
+        who = f"layer {layers} sees" if layers.isdecimal() else f"layers {layers} see"
         parts.append(f"{who} {_words(pattern)}")
     return ", ".join(parts) if {*patterns} - {FULL} else ""
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] as 0-2, 5."""
+    runs: list[list[int]] = []
+    for i in numbers:
+        runs = [*runs[:-1], [runs[-1][0], i]] if runs and runs[-1][-1] == i - 1 else [*runs, [i]]
+    return ", ".join("-".join(map(str, run)) for run in runs)
 
 
 def _words(pattern: Pattern) -> str:
@@ -100,13 +107,6 @@ def _words(pattern: Pattern) -> str:
     if pattern.window is None:
         return "all of the past"
     return f"the last {pattern.window:,} positions" + (f" and the first {pattern.sinks:,}" if pattern.sinks else "")
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] as 0-2 and 5."""
-    runs = [[i for _, i in run] for _, run in groupby(enumerate(numbers), lambda at: at[1] - at[0])]
-    words = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
-    return " and ".join([*([", ".join(words[:-1])] if words[:-1] else []), words[-1]])
 
 
 def apply_saved(model: Stack, saved: Any) -> None:

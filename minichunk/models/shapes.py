@@ -75,8 +75,7 @@ def random_model(
 ) -> Stack:
     """A model of this shape with random weights, and LoRA of `rank` unless that is 0. Raises InputError.
 
-    shaped: a config, or a name for `shape`.
-    targets: of LoRA, see `add_lora`. num_layers: how many it has (None: all of the shape's), if they are alike.
+    shaped: a config, or a name for `shape`. targets: of LoRA, see `add_lora`.
     """
     config = shape(shaped) if isinstance(shaped, str) else shaped
     model = _random(config if num_layers is None else with_layers(config, num_layers), dtype, device)

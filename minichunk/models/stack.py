@@ -179,7 +179,7 @@ class RMSNorm(nn.Module):
 
 
 class Body(nn.Module):
-    """Everything but the LM head."""
+    """Everything but the LM head, with the Llama's names."""
 
     def __init__(self, config: Any, layers: Iterable[nn.Module]) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class Body(nn.Module):
 
 
 class Decoder(Stack):
-    """Embedding, these layers, norm and LM head, with random weights; parameter names are Hugging Face's for the Llama.
+    """A Stack in Hugging Face's layout, with random weights: a body, for the Llama called `model`, and an LM head.
 
     config: with vocab_size, hidden_size, rms_norm_eps and tie_word_embeddings.
     """
@@ -198,10 +198,14 @@ class Decoder(Stack):
         super().__init__()
         self.config = config
         self.model = Body(config, layers)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.finish(0.02)
+
+    def finish(self, std: float) -> None:
+        """Add the LM head, draw all matrices with this deviation, and tie what the config says is one."""
+        self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
-                nn.init.normal_(parameter, std=0.02)
+                nn.init.normal_(parameter, std=std)
             elif name.endswith(".bias"):
                 nn.init.zeros_(parameter)
         self.tie_weights()
@@ -209,7 +213,7 @@ class Decoder(Stack):
     def tie_weights(self) -> None:
         """Let embedding and LM head be one parameter, where the config says so."""
         if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self.lm_head.weight = self.embedding.weight
 
     @property
     def embedding(self) -> nn.Embedding:
