@@ -14,12 +14,7 @@ from ..batch import Batch
 from ..chunks import Chunk
 from ..loss import summed_loss
 from ..memory.layer_memory import LayerMemories, MemoryUse
-<<<<<<< HEAD
 from ..memory.window import Pattern
-from ..models.llama import Llama
-=======
-from ..memory.window import Pattern
->>>>>>> main
 from ..models.stack import Stack
 from ..protocol import Options
 

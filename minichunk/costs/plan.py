@@ -11,18 +11,9 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..files.atomic import human_bytes
-<<<<<<< HEAD
-from ..memory.window import FULL
-from ..training.checks import check_4bit, check_choice, check_least
-from ..training.options import DTYPES, SAMPLERS
-from ..training.partial_options import make_pattern
-from .fullest import Fullest, check_gpus, describe_rank, forecast_on
-from .setting import CHUNKED, METHODS, Setting
-=======
 from ..training.options import StepOptions, changed, option
 from .forecast import forecast
 from .setting import CHUNKED, METHODS, Setting, Share
->>>>>>> main
 
 UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 LEFT_OUT = (
