@@ -89,11 +89,18 @@ def experiment(directory, lengths, steps, chunk_size, lr, documents, width, new_
 
 
 # %% [markdown]
-# First in small, on the model that ships with minichunk: from 256 tokens to 512, with chunks of 64.
+# First in small, on the model that ships with minichunk: from 256 tokens to 512, with chunks of 128.
 
 # %%
 small = experiment(
-    ASSETS / "austen-llama", lengths=[384, 512], steps=8, chunk_size=64, lr=4e-3, documents=4, width=128, new_tokens=8
+    ASSETS / "austen-llama",
+    lengths=[384, 512],
+    steps=4,
+    chunk_size=128,
+    lr=1.2e-2,
+    documents=2,
+    width=128,
+    new_tokens=4,
 )
 beyond = {key: sum(loss for start, _, loss in small[key] if start >= 256) / 2 for key in ("before", "after")}
 print(f"the small model's loss beyond its context fell by {beyond['before'] - beyond['after']:.1f} nats per token")

@@ -154,8 +154,8 @@ def deviation(model, ids, kind=None):
 
 rows = {
     "Llama": [deviation(llama, words[:, : 24 * k]) for k in (2, 4)],
-    "state, plain": [deviation(state, letters[:, : 24 * k], Plain) for k in (2, 4, 6)],
-    "state": [deviation(state, letters[:, : 24 * k], StateLayer) for k in (2, 4, 6)],
+    "state, plain": [deviation(state, letters[:, : 24 * k], Plain) for k in (2, 4)],
+    "state": [deviation(state, letters[:, : 24 * k], StateLayer) for k in (2, 4)],
     "long memory, plain": [deviation(one, letters[:, : 24 * k], Plain) for k in (2, 4, 6, 8)],
     "long memory": [deviation(one, letters[:, : 24 * k], StateLayer) for k in (2, 4, 6, 8)],
 }
