@@ -297,13 +297,9 @@ class TrainOptions(StepOptions, ModelOptions):
                 f"({world}: all of them; 1: each has all layers, and documents of its own)"
             )
         ranks = self.pipeline or 1
-        if world == 1 and ranks > 1:
-            raise InputError(
-                f"--pipeline {ranks} needs {ranks} processes: torchrun --nproc-per-node {ranks} -m minichunk train "
-                f"--pipeline {ranks} …"
-            )
         if world % ranks:
-            raise InputError(f"--pipeline is {ranks}, but must divide the {world} processes that torchrun has started")
+            start = f"torchrun --nproc-per-node {ranks} -m minichunk train --pipeline {ranks} …"
+            raise InputError(f"--pipeline is {ranks}, but must divide the number of processes, {world}: start {start}")
         if self.method == "full" and ranks > 1:
             raise InputError("--method full has no pipeline: take seco or spaco, or --pipeline 1")
         if self.accumulate is not None and self.accumulate < world // ranks:
