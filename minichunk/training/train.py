@@ -15,7 +15,7 @@ from ..models.partial import describe
 from ..pipeline.links import Links, RankLost
 from ..pipeline.start import linked, local_device, started
 from .evaluate import Span, loss_by_position, spans_for
-from .load import check_host_room, load_data, load_to_train, make_gradient, step_keywords
+from .load import check_host_room, load_data, load_to_train, make_gradient
 from .loop import NonFiniteLoss, Schedule, Trainer, deterministic_kernels
 from .options import TrainOptions, known
 from .ranks import Ranks
@@ -57,7 +57,7 @@ def _train(options: TrainOptions, resumed: Run | None, before: list[Span], links
     ranks = Ranks(model)
     say = say if ranks.is_first else lambda line: None
     if options.offload:
-        check_host_room(model, options.batch_size, options.most_kept(), step_keywords(options)["cache_grad_dtype"])
+        check_host_room(model, options.batch_size, options.most_kept(), options.keywords()["cache_grad_dtype"])
     training, validation, line = load_data(options, model, tokenizer)
     run = resumed or Run(ranks.everyones(Run.new(options.output).directory if ranks.is_first else Path())[0])
     total, trainable = ranks.count_parameters()
