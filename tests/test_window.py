@@ -12,13 +12,13 @@ import torch.nn.functional as F
 
 import minichunk as mc
 from minichunk.chunks import cut
-from minichunk.costs.baselines import Concatenating
 from minichunk.memory import attention, band, kernels
 from minichunk.memory.attention import Past
 from minichunk.memory.cache import LayerCache
 from minichunk.memory.offload import OffloadedLayer
 from minichunk.memory.pattern import Pattern, Strided, Window
 from minichunk.models.shapes import alike, with_layers
+from tutorials.concatenating import Concatenating
 
 from .gradients import Tensors, distance, oracle
 from .rounding import exactly, measure, outcome
