@@ -14,7 +14,7 @@ import minichunk as mc
 from minichunk.command.main import main
 from minichunk.costs import plan
 from minichunk.costs.setting import Setting
-from minichunk.memory.pattern import FULL, Pattern
+from minichunk.memory.window import FULL, Pattern
 from minichunk.models.load import load_model
 from minichunk.models.partial import describe, partial_config
 from minichunk.training.evaluate import loss_by_position

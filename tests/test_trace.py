@@ -20,7 +20,7 @@ from minichunk.batch import prepare
 from minichunk.chunks import cut, span
 from minichunk.command.main import main
 from minichunk.costs.count import CountBytes
-from minichunk.memory.pattern import Pattern
+from minichunk.memory.window import Pattern
 from minichunk.protocol import Options
 from minichunk.seco import fill, new_memory, rebuild
 from minichunk.walk import events as described

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minichunk.chunks import Chunk
 from minichunk.memory.layer_memory import LayerMemories, MemoryUse
-from minichunk.memory.pattern import Pattern
+from minichunk.memory.window import Pattern
 from minichunk.models.stack import Stack
 
 

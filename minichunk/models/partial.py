@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from ..errors import InputError
-from ..memory.pattern import FULL, Pattern, Strided, Window
+from ..memory.window import FULL, Pattern, Strided, Window
 from .config import FULL_ATTENTION, PARTIAL_ATTENTION, SLIDING_ATTENTION, LlamaConfig, pattern_of
 from .llama import Llama
 from .load import read_model_config
