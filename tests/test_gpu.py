@@ -9,8 +9,8 @@ import torch
 
 import minichunk as mc
 from minichunk.chunks import Chunk
+from minichunk.costs.peak import step_memory
 from minichunk.costs.setting import Setting
-from minichunk.costs.step import step_memory
 from minichunk.memory import offload
 from minichunk.memory.attention import attend
 from minichunk.memory.cache import LayerCache
@@ -150,10 +150,10 @@ def test_the_second_device_while_the_first_is_current(lane: str, monkeypatch: py
 @pytest.mark.parametrize("method", ["seco", "spaco"])
 @pytest.mark.parametrize(("recompute", "offload"), [(True, False), (False, False), (True, True)])
 def test_peak_memory_is_the_forecast(method: str, recompute: bool, offload: bool) -> None:
-    setting = Setting("llama-3.2-1b", method, 512, budget=3, rank=8, recompute=recompute, offload=offload)
+    setting = Setting(model="llama-3.2-1b", method=method, budget=3, recompute=recompute, offload=offload)
     tokens = 8192
     entries = [None] * (tokens // 512 - 3) + [mc.Weight(1.0, 1.0)] * 3
-    model = random_model(setting.model, setting.dtype, setting.rank, device="cuda")
+    model = random_model(setting.model, setting.torch_dtype, setting.rank, device="cuda")
     ids = torch.zeros(1, tokens, dtype=torch.int64, device="cuda")
     arguments: dict[str, Any] = {"chunk_size": 512, "recompute": recompute, "offload": offload}
     if method == "spaco":
