@@ -14,7 +14,7 @@ from ..batch import Batch
 from ..chunks import Chunk
 from ..loss import summed_loss
 from ..memory.layer_memory import LayerMemories, MemoryUse
-from ..memory.pattern import Pattern
+from ..memory.window import Pattern
 from ..models.stack import Stack
 from ..protocol import Options
 
