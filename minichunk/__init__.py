@@ -15,7 +15,7 @@ from .spaco import spaco
 
 __version__ = "0.1.0"
 _LATER = {
-    "memory.pattern": ("Strided", "Window"),
+    "memory.window": ("Strided", "Window"),
     "models.adapter_files": ("load_adapter", "save_adapter"),
     "models.load": (  # which gives them `from_pretrained` and `from_dict`
         "Gemma3", "Gemma3Config", "Llama", "LlamaConfig", "Mamba2", "Mamba2Config", "StateSpace", "StateSpaceConfig",

@@ -12,15 +12,13 @@ from minichunk.chunks import Chunk
 from minichunk.costs.peak import step_memory
 from minichunk.costs.setting import Setting
 from minichunk.memory import offload
-from minichunk.memory.attention import attend
-from minichunk.memory.cache import LayerCache
 from minichunk.memory.kernels import FlashCUDA, Plain, usable
-from minichunk.memory.pattern import FULL, Pattern, Strided, Window
+from minichunk.memory.window import FULL, Pattern, Strided, Window
 from minichunk.models.llama import Llama
 from minichunk.models.shapes import random_model
 
 from .fake_cuda import delayed
-from .strategies import tiny
+from .strategies import cache_of, tiny
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,11 +36,12 @@ def test_cuda_kernel_equals_the_plain_one(past: int, pattern: Pattern) -> None:
     results = []
     for kernel in (FlashCUDA(), Plain()):
         filled = Chunk(0, past)
-        memory = LayerCache((2, 2, past, 64), [filled] if past else [], q, torch.float32, pattern)
+        memory = cache_of(pattern, (2, 2, past, 64), [filled] if past else [], q, grad_dtype=torch.float32)
+        memory.kernel = kernel
         keys = torch.linspace(-1, 1, past, device="cuda")[:, None].expand(2, 2, past, 64)
         memory.write([filled], (keys, keys))
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = attend(*inputs, memory, past, kernel)
+        out = memory.past([Chunk(past, past + 64)], save=False).attend(*inputs)
         own = torch.autograd.grad(out, inputs, grad)
         results.append([out.detach(), *own, *(memory.hand_over(filled) if past else ())])
     for got, expected in zip(*results, strict=True):

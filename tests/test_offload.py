@@ -73,10 +73,10 @@ def test_a_mistake_in_the_blocks_is_found() -> None:
     """A negative control: a block that is one position off."""
     model, ids = build(tiny(), seed=0), torch.randint(23, (1, 12), generator=torch.Generator().manual_seed(0))
     exact = exactly(model, lambda: mc.full(model, ids, ids))
-    original = offload.OffloadedLayer.add_pinned_grads
+    original = offload.OffloadedLayer.add_grads
     with pytest.MonkeyPatch.context() as patch, blocks_of(4):
         patch.setattr(
-            offload.OffloadedLayer, "add_pinned_grads", lambda self, at, *grads: original(self, max(0, at - 1), *grads)
+            offload.OffloadedLayer, "add_grads", lambda self, at, *grads: original(self, max(0, at - 1), *grads)
         )
         got = outcome(model, lambda: mc.seco(model, ids, ids, 3, offload=True))
     assert distance(got, exact.values) > 1e-2

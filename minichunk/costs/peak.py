@@ -26,7 +26,7 @@ from ..memory.cache import LayerCache
 from ..memory.kernels import kernel_for
 from ..memory.layer_memory import LayerMemories
 from ..memory.offload import OffloadedLayer
-from ..memory.pattern import FULL
+from ..memory.window import FULL, WindowCache
 from ..models.llama import Attention
 from ..models.quantize import Linear4bit, check_bitsandbytes
 from ..models.shapes import random_model
@@ -165,7 +165,7 @@ def _new_memory(
         )
     cache, grads = memory.tensors().bytes()  # and not what comes later and goes: that is a chunk's
     for layer in memory.layers:
-        if isinstance(layer, LayerCache | OffloadedLayer):
+        if isinstance(layer, LayerCache | WindowCache | OffloadedLayer):
             layer.kernel = kernel_for(setting.device, setting.torch_dtype, model.config.head_dim)
     return memory, ((0, 0, cache + grads) if setting.offload else (cache, grads, 0))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..chunks import cut
 from ..memory.attention import BLOCK
-from ..memory.pattern import Pattern, Strided
+from ..memory.window import Pattern, Strided
 from ..models.config import LlamaConfig
 from ..models.partial import partial_config
 from ..models.shapes import NAMES, layer_memory_bytes, shape

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, get_type_hints
 
 from ..errors import InputError
-from ..memory.pattern import FULL, Pattern, Strided, Window
+from ..memory.window import FULL, Pattern, Strided, Window
 
 
 def size(name: str, value: Any) -> int:

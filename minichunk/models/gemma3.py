@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..memory.attention import Past
 from ..memory.layer_memory import wide
-from ..memory.pattern import FULL, Pattern
+from ..memory.window import FULL, Pattern
 from .config import FULL_ATTENTION, SLIDING_ATTENTION, LlamaConfig, Number, Size, names, number, size
 from .llama import MLP, Attention, Layer, Rope, rope_tables
 from .stack import Decoder, RMSNorm
