@@ -19,7 +19,6 @@ import minichunk as mc
 from minichunk.batch import prepare
 from minichunk.chunks import cut, span
 from minichunk.command.main import main
-from minichunk.costs.baselines import Concatenating
 from minichunk.costs.count import CountBytes
 from minichunk.memory.window import Pattern
 from minichunk.protocol import Options
@@ -27,6 +26,7 @@ from minichunk.seco import fill, new_memory, rebuild
 from minichunk.walk import events as described
 from minichunk.walk.events import BYTES, NEEDS, check_event, read_events, write_events
 from minichunk.walk.page import ALGORITHMS, MOST, WalkOptions, listing, logs_of, make_page, record, title
+from tutorials.concatenating import Concatenating
 
 from .gradients import take_gradients
 from .rounding import Exact, measure
