@@ -1,60 +1,46 @@
-"""Chunk-wise training of language models on long contexts: SeCO and SpaCO (arXiv 2505.16710)."""
+"""Chunk-wise training of language models on long contexts: SeCO and SpaCO (arXiv 2505.16710).
+
+The algorithm is imported at once. Names of models and tools are imported when they are first asked for, so that
+`minichunk.tiny`, the algorithm and models with random weights need PyTorch alone.
+"""
+
+from importlib import import_module
+from typing import Any
 
 from .errors import InputError
 from .full import full
-from .memory.pattern import Strided, Window
-from .models.adapter_files import load_adapter, save_adapter
-from .models.auto import load_model
-from .models.config import LlamaConfig
-from .models.gemma3 import Gemma3
-from .models.gemma3_config import Gemma3Config
-from .models.llama import Llama
-from .models.lora import add_lora, merge_lora
-from .models.mamba2 import Mamba2
-from .models.mamba2_config import Mamba2Config
-from .models.partial import partial_context
-from .models.ssm import StateSpace
-from .models.ssm_config import StateSpaceConfig
-from .pipeline.links import Links, RankLost
-from .pipeline.pipeline_seco import pipeline_seco, pipeline_spaco
-from .pipeline.stage import PipelineStage
 from .samplers import Bernoulli, FixedBudget, PaperBudget, Weight
 from .seco import seco
 from .spaco import spaco
-from .training.generate import generate
-from .walk.trace import trace
 
 __version__ = "0.1.0"
+_LATER = {
+    "memory.window": ("Strided", "Window"),
+    "models.adapter_files": ("load_adapter", "save_adapter"),
+    "models.load": (  # which gives them `from_pretrained` and `from_dict`
+        "Gemma3", "Gemma3Config", "Llama", "LlamaConfig", "Mamba2", "Mamba2Config", "StateSpace", "StateSpaceConfig",
+        "load_model",
+    ),
+    "models.lora": ("add_lora", "merge_lora"),
+    "models.partial": ("partial_context",),
+    "pipeline.links": ("Links", "RankLost"),
+    "pipeline.stage": ("PipelineStage",),
+    "pipeline.pipeline_seco": ("pipeline_seco", "pipeline_spaco"),
+    "training.generate": ("generate",),
+    "walk.trace": ("trace",),
+}  # fmt: skip
+_MODULE_OF = {name: module for module, names in _LATER.items() for name in names}
 __all__ = [
-    "Bernoulli",
-    "FixedBudget",
-    "Gemma3",
-    "Gemma3Config",
-    "InputError",
-    "Links",
-    "Llama",
-    "LlamaConfig",
-    "Mamba2",
-    "Mamba2Config",
-    "PaperBudget",
-    "PipelineStage",
-    "RankLost",
-    "StateSpace",
-    "StateSpaceConfig",
-    "Strided",
-    "Weight",
-    "Window",
-    "add_lora",
-    "full",
-    "generate",
-    "load_adapter",
-    "load_model",
-    "merge_lora",
-    "partial_context",
-    "pipeline_seco",
-    "pipeline_spaco",
-    "save_adapter",
-    "seco",
-    "spaco",
-    "trace",
-]
+    "Bernoulli", "FixedBudget", "InputError", "PaperBudget", "Weight", "full", "seco", "spaco", *_MODULE_OF,
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'minichunk' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

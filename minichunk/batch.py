@@ -79,5 +79,5 @@ def widen_gradients(model: Model | nn.Module) -> None:
     """Let the gradients of half-precision parameters be float32: a sum over many chunks would lose the small terms."""
     for parameter in model.parameters():
         narrow = parameter.requires_grad and parameter.dtype.itemsize < 4
-        if narrow and parameter.grad is None and hasattr(parameter, "grad_dtype"):
+        if narrow and parameter.grad is None:
             parameter.grad_dtype = torch.float32

@@ -49,11 +49,11 @@ def seco(
     batch, chunks = prepare(model, input_ids, labels, num_targets), cut(input_ids.shape[1], chunk_size)
     options = Options(fill_size, recompute, cache_grad_dtype, offload, model.dropout_seed())
     memory = new_memory(model, input_ids, chunks, options)
-    fill(model, input_ids, chunks[:-1], memory, options)  # lines 1-3; line 5 starts with the last chunk
+    fill(model, input_ids, chunks[:-1], memory, options)  # lines 1-3; no chunk reads the last one
     total = torch.zeros((), device=input_ids.device)
     for chunk in reversed(chunks):  # line 4
-        loss, written, received = rebuild(model, batch, chunk, memory, options)  # lines 5, 6
-        torch.autograd.backward([loss, *written], [None, *received])  # line 7
+        loss, written, received = rebuild(model, batch, chunk, memory, options)  # line 5
+        torch.autograd.backward([loss, *written], [None, *received])  # lines 6, 7
         total = total + loss.detach()
         del loss, written, received  # or they would live on beside the next chunk's
     return total
@@ -70,21 +70,22 @@ def fill(model: Model, input_ids: Tensor, chunks: Sequence[Chunk], memory: Memor
     With a fill size as many whole chunks as fit into it run at a time; what ends up in the memory is the same.
     """
     for group in groups(chunks, options.fill_size):
-        memory.write(group, model.fill(input_ids[:, span(group)], memory, group, options))
+        memory.write(group, model.fill(input_ids[:, span(group)], memory, group, options))  # lines 2, 3
 
 
 def rebuild(
     model: Model, batch: Batch, chunk: Chunk, memory: Memory, options: Options
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Lines 5 and 6: one chunk again, with its graph, on top of the memory.
+    """Line 5: one chunk again, with its graph, on top of the memory.
 
-    Returns its share of the mean loss; what it wrote, as far as that needs a gradient; and the gradients that later
-    chunks have sent back to that. Both lists are empty for the last chunk.
+    Returns its share of the mean loss; what it wrote; and, for line 6, the gradients that later chunks have sent back
+    to that. Both lists leave out what has no graph: with LoRA, keys and values below the first layer with an adapter.
+    Both are empty for the last chunk.
     """
     rows = span([chunk])
-    hidden, written = model.run(batch.input_ids[:, rows], memory, [chunk], options)
+    hidden, written = model.run(batch.input_ids[:, rows], memory, [chunk], options)  # line 5
     loss = summed_loss(hidden, model.lm_head.weight, batch.targets[:, rows]) / batch.num_targets
-    made, sent = flat(written), flat(memory.hand_over(chunk))
+    made, sent = flat(written), flat(memory.hand_over(chunk))  # line 6
     relayed = [(m, g) for m, g in zip(made, sent, strict=True) if m.requires_grad] if sent else []
     return loss, [m for m, _ in relayed], [g for _, g in relayed]
 

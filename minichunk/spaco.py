@@ -38,7 +38,8 @@ def spaco(
     Sparse Chunk-wise Optimization, Algorithm 2 of arXiv 2505.16710, with the factors that its
     sampler gives. `Bernoulli` makes both estimates exactly unbiased; see samplers.py.
 
-    sampler: called as `sampler(num_chunks, generator)`; returns for each chunk None (skip) or a Weight.
+    sampler: called as `sampler(num_chunks, generator)`; returns for each chunk None (skip) or a Weight. By default
+        each chunk is kept with a chance of 1/4.
     generator: a CPU generator for the sampler; None: PyTorch's default one.
     The other arguments are those of `seco`.
 
@@ -47,7 +48,7 @@ def spaco(
     """
     check_fill_size(fill_size, chunk_size)
     batch, chunks = prepare(model, input_ids, labels, num_targets), cut(input_ids.shape[1], chunk_size)
-    weights = check_weights(sampler(len(chunks), generator), len(chunks))
+    weights = check_weights(sampler(len(chunks), generator), len(chunks))  # which chunks are kept
     kept = [(chunk, weight) for chunk, weight in zip(chunks, weights, strict=True) if weight is not None]
     total = torch.zeros((), device=input_ids.device)
     if not kept:
@@ -55,9 +56,9 @@ def spaco(
     options = Options(fill_size, recompute, cache_grad_dtype, offload, model.dropout_seed())
     memory = new_memory(model, input_ids, [chunk for chunk, _ in kept], options)
     fill(model, input_ids, [chunk for chunk in chunks if chunk < kept[-1][0]], memory, options)
-    for chunk, weight in reversed(kept):
+    for chunk, weight in reversed(kept):  # not all of them, as in line 4 of Algorithm 1
         loss, written, received = rebuild(model, batch, chunk, memory, options)
-        loss, received = weight.loss * loss, [weight.relay * g for g in received]
+        loss, received = weight.loss * loss, [weight.relay * g for g in received]  # for those not kept
         torch.autograd.backward([loss, *written], [None, *received])
         total = total + loss.detach()
         del loss, written, received  # or they would live on beside the next chunk's

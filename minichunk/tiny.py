@@ -144,10 +144,10 @@ if __name__ == "__main__":
     targets = F.pad(ids[:, 1:], (0, 1), value=-100)  # the next token, also across a cut: shift before cutting
     coins = [[j for j in range(6) if number >> j & 1] for number in range(64)]  # the kept chunks: all falls of 6 coins
 
-    def mean_spaco(*batch: Any, draws: list[list[int]]) -> Tensor:
+    def mean_spaco(p: Parameters, config: Config, ids: Tensor, targets: Tensor, draws: list[list[int]]) -> Tensor:
         """The mean over these draws, with the factor 2 = 1/rate = k/t on loss and relay."""
-        losses = [spaco(*batch, chunk_size=8, kept=dict.fromkeys(kept, (2.0, 2.0))) for kept in draws]
-        for t in batch[0].values():
+        losses = [spaco(p, config, ids, targets, 8, dict.fromkeys(kept, (2.0, 2.0))) for kept in draws]
+        for t in p.values():
             t.grad /= len(draws)
         return torch.stack(losses).mean()
 

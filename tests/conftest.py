@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 
 import minichunk as mc
 from minichunk.files.shipped import MEASURED_ON, novel
-from minichunk.training.pretrain import train_tokenizer
+from tutorials.pretrain import train_tokenizer
 
 from .ranks import Ranks
 from .strategies import tiny

@@ -12,8 +12,8 @@ from torch import Tensor
 import minichunk as mc
 from minichunk.batch import IGNORE, shift
 from minichunk.chunks import Chunk
-from minichunk.memory.pattern import Pattern, Strided
-from minichunk.models.rope import rope_tables, rotate
+from minichunk.memory.window import Pattern, Strided
+from minichunk.models.llama import rope_tables, rotate
 from minichunk.models.ssm import StateLayer
 
 from .recurrence import loop

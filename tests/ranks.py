@@ -3,10 +3,9 @@
 Every wait in here has a timeout.
 """
 
-from __future__ import annotations
-
 import copy
 import gc
+import importlib.util
 import multiprocessing
 import os
 import pickle
@@ -27,8 +26,8 @@ from torch import Tensor, nn
 
 import minichunk as mc
 from minichunk.costs.count import CountBytes
+from minichunk.costs.peak import optimizer_states
 from minichunk.costs.setting import Setting
-from minichunk.costs.step import optimizer_states
 from minichunk.models.shapes import random_model
 from minichunk.pipeline.links import RankLost
 from minichunk.pipeline.stage import PipelineStage
@@ -88,7 +87,6 @@ class Ranks:
         return True, f"rank {rank} has not answered within {WITHIN:.0f} s"
 
     def replace(self) -> None:
-        """Other processes for the next example."""
         self.close()
         self.start()
 
@@ -142,68 +140,79 @@ class Case:
         return method(model, self.input_ids, self.labels, self.chunk_size, **self.options)
 
 
+def stage_of(case: Case, timeout: timedelta = TIMEOUT) -> PipelineStage:
+    return PipelineStage(case.model, case.counts, mc.Links(timeout=timeout))
+
+
 def in_one_process(case: Case) -> Tensors:
     """The losses, and the gradients by name. A tied weight's two parts are added up once in a step."""
     model, tied = copy.deepcopy(case.model), case.model.lm_head.weight is case.model.embedding.weight
     if tied:
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone(), model.lm_head.weight.requires_grad)
     torch.manual_seed(case.seed)
-    losses, both = [], list[Tensor]()
+    ends, losses, sums = (model.embedding.weight, model.lm_head.weight), [], list[Tensor]()
     for _ in range(case.steps):
         losses.append(case.run(getattr(mc, case.method), model))
-        if tied and model.lm_head.weight.grad is not None:
-            both.append(model.embedding.weight.grad + model.lm_head.weight.grad)
-            model.embedding.weight.grad = model.lm_head.weight.grad = None
-    found = take_gradients(model)
-    if both:
-        names = {id(p): name for name, p in model.named_parameters()}
-        for weight in (model.embedding.weight, model.lm_head.weight):
-            found[names[id(weight)]] = both[0] if len(both) == 1 else both[1] + both[0]
-    return {"loss": torch.stack(losses), **found}
+        if tied and ends[1].grad is not None:
+            sums.append(ends[0].grad + ends[1].grad)
+            ends[0].grad = ends[1].grad = None
+    for weight in ends if sums else ():
+        weight.grad = sums[0] if len(sums) == 1 else sums[1] + sums[0]
+    return {"loss": torch.stack(losses), **take_gradients(model)}
 
 
 def in_several(rank: int, case: Case) -> tuple[Tensors, Tensors]:
     """What this rank finds; and on the first one, what one process does. The others have seeds of their own."""
     expected = in_one_process(case) if rank == 0 else {}
-    stage = PipelineStage(case.model, case.counts, TIMEOUT)
+    stage = stage_of(case)
     torch.manual_seed(case.seed + rank)
     losses = [case.run(getattr(mc, f"pipeline_{case.method}"), stage) for _ in range(case.steps)]
     assert not stage.links.on_the_way
     return {"loss": torch.stack(losses), **take_gradients(stage.model)}, expected
 
 
-def events(rank: int, case: Case) -> tuple[list[tuple[str, int]], int]:
-    """What this rank does with which chunk, in order, and the most messages that were on the way."""
-    stage, seen, most = PipelineStage(case.model, timeout=TIMEOUT), list[tuple[str, int]](), 0
-    run, fill, hand, backward = stage.run, stage.fill, stage.links._hand, torch.autograd.backward
-    rebuilt: list[int] = []
+def tutorial(name: str) -> Any:
+    """A module in tutorials/, which are no package."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "tutorials" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-    def seen_run(x: Tensor, memory: Any, chunks: Any, options: Any) -> Any:
-        seen.append(("rebuild" if torch.is_grad_enabled() else "fill", chunks[0].start // case.chunk_size))
-        if torch.is_grad_enabled():
-            rebuilt.append(seen[-1][1])
-        return run(x, memory, chunks, options)
 
-    def seen_fill(x: Tensor, memory: Any, chunks: Any, options: Any) -> Any:
-        seen.append(("fill", chunks[0].start // case.chunk_size))
-        return fill(x, memory, chunks, options)
-
-    def seen_backward(*arguments: Any) -> None:
-        seen.append(("backward", rebuilt.pop(0)))
-        backward(*arguments)
+def works(rank: int, case: Case) -> tuple[list[tuple[str, int, float, float]], int]:
+    """What this rank does with which chunk, from when to when, and the most messages that were on the way."""
+    stage, most = stage_of(case), 0
+    hand = stage.links.hand
 
     def seen_hand(*arguments: Any) -> None:
         nonlocal most
         hand(*arguments)
         most = max(most, len(stage.links.on_the_way))
 
-    stage.run, stage.fill, stage.links._hand = seen_run, seen_fill, seen_hand  # type: ignore[method-assign]
-    torch.autograd.backward = seen_backward
-    try:
+    stage.links.hand = seen_hand  # type: ignore[method-assign]
+    with tutorial("pipeline_picture").recorded(stage, case.chunk_size) as found:
         case.run(mc.pipeline_seco, stage)
-    finally:
-        torch.autograd.backward = backward
-    return seen, most
+    return [tuple(work) for work in found], most
+
+
+def by_torch(rank: int, case: Case) -> tuple[Tensors, Tensors]:
+    """What this rank finds with PyTorch's own engine; and on the first one, what one process does."""
+    expected = in_one_process(case) if rank == 0 else {}
+    stage = stage_of(case)
+    loss = case.run(tutorial("torch_pipeline").torch_seco, stage)
+    return {"loss": loss[None], **take_gradients(stage.model)}, expected
+
+
+def peaks(rank: int, case: Case) -> tuple[int, int]:
+    """The most bytes that are alive on this rank in a step: ours, and that of PyTorch's own engine."""
+    found = []
+    for function in (mc.pipeline_seco, tutorial("torch_pipeline").torch_seco):
+        stage = stage_of(copy.deepcopy(case))
+        with CountBytes() as count:
+            case.run(function, stage)
+        found.append(count.peak)
+    return found[0], found[1]
 
 
 def copies_of_which_one_is_idle(rank: int, case: Case) -> tuple[Tensors, Tensors]:
@@ -217,49 +226,24 @@ def copies_of_which_one_is_idle(rank: int, case: Case) -> tuple[Tensors, Tensors
     return take_gradients(stage.model), take_gradients(expected)
 
 
-def held(rank: int, case: Case) -> list[str]:
+def parameter_names(rank: int, case: Case) -> list[str]:
     """The names of the parameters that a rank has."""
-    return [name for name, _ in PipelineStage(case.model, case.counts, TIMEOUT).model.named_parameters()]
+    return [name for name, _ in stage_of(case).model.named_parameters()]
 
 
-def mistake(rank: int, make: Callable[[int, Case], Any], case: Case) -> str:
-    """The message of the InputError that `make` ends with."""
+def mistake(rank: int, method: str, others_are_shorter: bool, case: Case) -> str:
+    """The message of the InputError that a step ends with."""
+    ids = case.input_ids[:, rank:] if others_are_shorter else case.input_ids
     try:
-        make(rank, case)
+        getattr(mc, method)(stage_of(case), ids, ids, case.chunk_size)
     except mc.InputError as error:
         return str(error)
     return "no error"
 
 
-def another_batch_on_each(rank: int, case: Case) -> None:
-    stage = PipelineStage(case.model, timeout=TIMEOUT)
-    ids = case.input_ids[:, rank:]
-    mc.pipeline_seco(stage, ids, ids, case.chunk_size)
-
-
-def seco_of_a_stage(rank: int, case: Case) -> None:
-    case.run(mc.seco, PipelineStage(case.model, timeout=TIMEOUT))
-
-
-def step_of_a_stage(rank: int, case: Case) -> None:
-    case.run(mc.pipeline_seco, PipelineStage(case.model, case.counts, TIMEOUT))
-
-
-def end_without_a_word(rank: int, lost: int) -> int:
-    """One of the ranks ends, and the others wait for it."""
-    if rank == lost:
-        os._exit(1)
-    dist.barrier()
-    return rank
-
-
-def rank_of(rank: int) -> int:
-    return rank
-
-
 def lose_one_in_the_walk(rank: int, lost: int, hangs: bool, case: Case) -> None:
     """One of the ranks ends at its first rebuild without a word, or goes no further."""
-    stage = PipelineStage(case.model, timeout=timedelta(seconds=4))
+    stage = stage_of(case, timedelta(seconds=4))
     run = stage.run
 
     def last_run(x: Tensor, memory: Any, chunks: Any, options: Any) -> Any:
@@ -272,16 +256,16 @@ def lose_one_in_the_walk(rank: int, lost: int, hangs: bool, case: Case) -> None:
     case.run(mc.pipeline_seco, stage)
 
 
-def counted(rank: int, setting: Setting, tokens: int) -> int:
+def counted(rank: int, setting: Setting, counts: Sequence[int], tokens: int) -> int:
     """Peak bytes on this rank of a whole real step of what is forecast, with the optimizer's state."""
-    assert setting.share is not None
-    model = random_model(setting.config(), setting.dtype, setting.rank, setting.targets)
-    stage = PipelineStage(model, setting.share.counts, TIMEOUT)
+    model = random_model(setting.config(), setting.torch_dtype, setting.rank, setting.targets)
+    stage = PipelineStage(model, counts, mc.Links(timeout=TIMEOUT))
     num_chunks = -(-tokens // setting.chunk_size)
     kept = setting.kept(num_chunks)
     entries = [None] * (num_chunks - kept) + [mc.Weight(1.0, 2.0)] * kept
-    keywords: dict[str, Any] = {"recompute": setting.recompute, "cache_grad_dtype": setting.cache_grad_dtype}
-    keywords |= {"offload": setting.offload, "fill_size": setting.fill_size}
+    options = setting.options()
+    keywords: dict[str, Any] = {"recompute": options.recompute, "cache_grad_dtype": options.cache_grad_dtype}
+    keywords |= {"offload": options.offload, "fill_size": options.fill_size}
     gc.collect()
     with CountBytes() as count:
         count.add(*stage.parameters(), *stage.buffers())

@@ -15,8 +15,8 @@ from torch import Tensor
 import minichunk as mc
 from minichunk.batch import IGNORE, shift
 from minichunk.chunks import cut
-from minichunk.models import truncated as truncated_module
-from minichunk.models.truncated import LayerReach, TruncatedStateSpace, truncation_errors
+from tutorials import truncated_adjoint as truncated_module
+from tutorials.truncated_adjoint import LayerReach, TruncatedStateSpace, truncation_errors
 
 from .gradients import Tensors, combine
 from .recurrence import loop

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,13 @@ import pytest
 import torch
 
 import minichunk as mc
-from minichunk.models.auto import read_model_config
+from minichunk.models.load import read_model_config
 
 from .gradients import Tensors, take_gradients
 from .rounding import measure, outcome
 from .strategies import build
 
+ROOT = Path(__file__).parents[1]
 BASE: dict[str, Any] = {
     "vocab_size": 23, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 3,
     "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64,
@@ -192,3 +195,28 @@ def test_windows_are_read_as_transformers_does(
         assert tuple(theirs.layer_types) == (kinds or (FULL,) * 3)
     if fields["model_type"] != "llama":
         assert window in (theirs.sliding_window, None)
+
+
+def test_pytorch_alone_is_enough_for_tiny_and_for_random_weights() -> None:
+    """In a process that has none of the other libraries."""
+    script = """
+import runpy, sys
+import torch
+for name in ("numpy", "safetensors", "tokenizers", "tqdm", "jinja2"):
+    sys.modules[name] = None
+runpy.run_module("minichunk.tiny", run_name="__main__")
+import minichunk as mc
+model = mc.Llama(mc.LlamaConfig(23, 8, 16, 2, 2, 1, 4))
+mc.add_lora(model, rank=2)
+ids = torch.randint(23, (1, 12))
+assert float(mc.seco(model, ids, ids, 4)) > 0 < float(mc.spaco(model, ids, ids, 4, sampler=mc.FixedBudget(2)))
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_every_name_of_the_package_is_there() -> None:
+    assert set(dir(mc)) == set(mc.__all__)
+    assert all(getattr(mc, name) is not None for name in mc.__all__)
+    assert callable(mc.seco) and callable(mc.full) and callable(mc.spaco)  # not the modules of these names
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = mc.nothing

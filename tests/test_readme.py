@@ -1,4 +1,4 @@
-"""What the README says of the code is so."""
+"""What the README and the pages say of the code is so."""
 
 from __future__ import annotations
 
@@ -8,10 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from .test_house import lines_of_core
+from minichunk.command.main import main
+from minichunk.models.shapes import shape
+
+from .test_house import DOORS, PACKAGE, imports, lines_of_code
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*.md") if ".venv" not in path.parts]
 
 
 def test_the_loop_is_the_one_of_the_source() -> None:
@@ -20,31 +24,66 @@ def test_the_loop_is_the_one_of_the_source() -> None:
     assert indented in (ROOT / "minichunk" / "seco.py").read_text()
 
 
-def test_the_map_is_the_house() -> None:
-    """Each file at the top, and each wing, has its place; what the package's doors are needs none."""
-    house = README[README.index("## The house") : README.index("## What is tested")]
-    listed = set(re.findall(r"\[`([\w./]+)`\]\(minichunk/\w", house))
-    package = ROOT / "minichunk"
-    files = {path.name for path in package.glob("*.py")} - {"__init__.py", "__main__.py"}
-    wings = {f"{path.parent.name}/" for path in package.glob("*/__init__.py")}
-    assert listed == files | wings
+def test_every_file_at_the_top_and_every_wing_has_its_place() -> None:
+    listed = re.findall(r"\[`([\w./]+)`\]\(minichunk/\w", README)
+    files = {path.name for path in PACKAGE.glob("*.py")} - {*DOORS}
+    wings = {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
+    assert sorted(listed) == sorted(files | wings)
 
 
-def test_the_number_of_lines_is_so() -> None:
-    found = re.search(r"are ([\d,]+) lines of code", README)
+def test_the_numbers_of_lines_are_so() -> None:
+    found = re.search(
+        r"are ([\d,]+) lines of code in (\d+) files; with the Llama[^;]*, ([\d,]+) lines in\s(\d+) files", README
+    )
     assert found is not None
-    assert int(found[1].replace(",", "")) == lines_of_core()
+    counted = []
+    for starts in (["seco.py"], ["seco.py", "models/llama.py"]):
+        reached = closure(starts)
+        counted += [sum(lines_of_code(PACKAGE / path) for path in reached), len(reached)]
+    assert [int(number.replace(",", "")) for number in found.groups()] == counted
 
 
-@pytest.mark.parametrize("document", ["README.md", *(str(p.relative_to(ROOT)) for p in ROOT.glob("tutorials/**/*.md"))])
+def closure(starts: list[str]) -> set[Path]:
+    """These files and all that they import, and so on."""
+    found: set[Path] = set()
+    todo = [Path(start) for start in starts]
+    while todo:
+        path = todo.pop()
+        if path not in found and path.name not in DOORS:
+            found.add(path)
+            todo += imports(path)
+    return found
+
+
+def test_the_forecast_is_what_plan_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    """And the first table says the same of the default, and of all chunked methods what a token remembers."""
+    (block,) = re.findall(r"```\n(\S+, seco: the longest sequence that fits .*?)```", README, re.DOTALL)
+    assert main(["plan"]) == 0
+    assert capsys.readouterr().out.startswith(block)
+    (longest,) = re.findall(r"that fits has ([\d,]+) tokens", block)
+    rows = re.findall(r"^\| ((?:SeCO|SpaCO).*?) \| .*? \| (\d+) KiB \| ([\d,]+) \|", README, re.MULTILINE)
+    assert [tokens for method, _, tokens in rows if "(the default)" in method] == [longest]
+    config = shape("llama-3-8b")
+    numbers = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers  # keys and values of a token
+    sums = {"SeCO, sums in float32": 4, "SeCO, sums in bfloat16": 2, "SpaCO, 8 chunks kept, sums in bfloat16": 0}
+    expected = [(method, str(numbers * (2 + size) // 2**10)) for method, size in sums.items()]
+    assert [(method.removesuffix(" (the default)"), per_token) for method, per_token, _ in rows] == expected
+
+
+@pytest.mark.parametrize("document", PAGES)
 def test_links_lead_somewhere(document: str) -> None:
     text = re.sub(r"```.*?```", "", (ROOT / document).read_text(), flags=re.DOTALL)
-    links = re.findall(r"\]\((?!https?:)([^)#\s]+)", text)
-    missing = [link for link in links if not (ROOT / document).parent.joinpath(link).exists()]
-    assert not missing
+    for link, part in re.findall(r"\]\((?!https?:)([^)#\s]*)(#[^)\s]*)?\)", text):
+        target = (ROOT / document).parent / link if link else ROOT / document
+        assert target.exists(), link
+        if part and target.suffix == ".md":
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert part[1:] in [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles], (
+                link + part
+            )
 
 
-@pytest.mark.parametrize("document", [str(p.relative_to(ROOT)) for p in ROOT.rglob("*.md") if ".venv" not in p.parts])
+@pytest.mark.parametrize("document", PAGES)
 def test_modules_that_are_to_be_run_exist(document: str) -> None:
     named = re.findall(r"python -m (minichunk(?:\.\w+)*)", (ROOT / document).read_text())
     assert not [name for name in named if importlib.util.find_spec(name) is None]

@@ -1,4 +1,4 @@
-"""The README's recipe for an 8B, run with a small model in its place."""
+"""The recipe for an 8B, run with a small model in its place."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ import torch
 import minichunk as mc
 from minichunk.command.main import main
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-RECIPE = README[README.index("## Fine-tune an 8B on 24 GB") : README.index("## What it costs")]
-# What is made smaller, and nothing else: the commands are the README's.
+RECIPE = (Path(__file__).parents[1] / "tutorials" / "recipe_8b.md").read_text()
+# What is made smaller, and nothing else: the commands are the page's.
 SMALLER = {
     "24576": "32", "--chunk-size 512": "--chunk-size 8", "--fill-size 4096": "--fill-size 16",
     "--steps 200": "--steps 4", "--save-every 10": "--save-every 2", "--memory 24GiB": "--memory 2GiB",

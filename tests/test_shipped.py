@@ -12,11 +12,10 @@ import torch
 import minichunk as mc
 from minichunk.files.documents import cut_documents, load_tokenizer, read_documents
 from minichunk.files.shipped import MEASURED_ON, SHIPPED_MODEL, SHIPPED_STATE, TRAINED_ON, novel
-from minichunk.files.smollm2 import WHEEL_SHA256, _rename, get_smollm2
-from minichunk.models.auto import load_model
+from minichunk.models.load import load_model
 from minichunk.training.evaluate import loss_by_position
-from minichunk.training.pretrain import pretrain
-from minichunk.training.pretrain_state import pretrain_state, unigram_losses
+from tutorials import pretrain
+from tutorials.get_smollm2 import WHEEL_SHA256, _rename, get_smollm2
 
 
 @pytest.mark.parametrize("directory", [SHIPPED_MODEL, SHIPPED_STATE], ids=lambda path: path.name)
@@ -40,7 +39,7 @@ def test_they_are_small() -> None:
 def test_the_state_has_learnt_more_than_how_frequent_bytes_are() -> None:
     tokenizer = load_tokenizer(SHIPPED_STATE)
     learnt = json.loads((SHIPPED_STATE / "card.json").read_text())["held_out_loss_nats_per_token"]
-    unigram = unigram_losses()
+    unigram = pretrain.unigram_losses()
     assert all(learnt[name] < 0.6 * unigram[name] for name in learnt)
     said = " and ".join(f"{loss:.2f}" for loss in unigram.values())
     assert f"Frequencies of bytes alone give {said}." in (SHIPPED_STATE / "README.md").read_text()
@@ -51,7 +50,7 @@ def test_the_state_has_learnt_more_than_how_frequent_bytes_are() -> None:
 
 def test_pretraining_is_reproducible(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        pretrain(tmp_path / name, steps=2, batch_size=2, evaluate_every=400)
+        pretrain.pretrain_llama(tmp_path / name, steps=2, batch_size=2, evaluate_every=400)
     for file in ("model.safetensors", "tokenizer.json", "config.json", "card.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     # And the shipped tokenizer and config are what this script makes.
@@ -62,10 +61,9 @@ def test_pretraining_is_reproducible(tmp_path: Path) -> None:
 def test_pretraining_the_state_is_reproducible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = tmp_path / "text.txt"
     text.write_text(novel(MEASURED_ON).read_text()[:5000])  # to read all novels takes longer than to test this
-    for module in ("pretrain", "pretrain_state"):
-        monkeypatch.setattr(f"minichunk.training.{module}.novel", lambda name: text)
+    monkeypatch.setattr(pretrain, "novel", lambda name: text)
     for name in ("a", "b"):
-        pretrain_state(tmp_path / name, steps=2, batch_size=1)
+        pretrain.pretrain_state(tmp_path / name, steps=2, batch_size=1)
     for file in ("model.safetensors", "tokenizer.json", "config.json", "card.json", "README.md"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     for file in ("tokenizer.json", "config.json"):

@@ -22,7 +22,7 @@ from minichunk.chunks import Chunk, cut
 from minichunk.memory.layer_memory import LayerMemories
 from minichunk.memory.scan import scan
 from minichunk.memory.state import Handed
-from minichunk.models.auto import load_model
+from minichunk.models.load import load_model
 from minichunk.models.ssm import StateLayer
 from minichunk.protocol import DEFAULTS
 from minichunk.seco import fill

@@ -5,11 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import re
-import sys
-from collections.abc import Callable
-from itertools import groupby
+import traceback
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -22,32 +19,27 @@ import minichunk as mc
 from minichunk.batch import prepare
 from minichunk.chunks import cut, span
 from minichunk.command.main import main
-from minichunk.costs.baselines import Concatenating
 from minichunk.costs.count import CountBytes
-from minichunk.memory.pattern import Pattern
+from minichunk.memory.window import Pattern
 from minichunk.protocol import Options
 from minichunk.seco import fill, new_memory, rebuild
-from minichunk.walk.events import BYTES, NEEDS, check_event, compare, read_events, write_events
-from minichunk.walk.listing import LISTINGS, body, find, listing
-from minichunk.walk.page import MOST, logs_of, make_page
-from minichunk.walk.step import record, title
+from minichunk.walk import events as described
+from minichunk.walk.events import BYTES, NEEDS, check_event, read_events, write_events
+from minichunk.walk.page import ALGORITHMS, MOST, WalkOptions, listing, logs_of, make_page, record, title
+from tutorials.concatenating import Concatenating
 
 from .gradients import take_gradients
 from .rounding import Exact, measure
 from .strategies import Batch, batches, build, examples, models, tiny, tiny_state
 
-COMMITTED = Path(__file__).parents[1] / "tutorials" / "walk.html"
+PACKAGE = Path(mc.__file__).parent
+COMMITTED = PACKAGE.parent / "tutorials" / "walk.html"
 Log = list[dict[str, Any]]
 
 
-def small(kind: str = "attention") -> tuple[Any, Batch]:
-    model = build(tiny(3) if kind == "attention" else tiny_state("sas"), seed=1)
+def small(kind: str = "attention") -> tuple[Any, tuple[Tensor, Tensor]]:
     ids = torch.randint(23, (2, 22), generator=torch.Generator().manual_seed(2))
-    return model, Batch(ids, ids)
-
-
-def pair(batch: Batch) -> tuple[Tensor, Tensor]:
-    return batch.input_ids, batch.labels
+    return build(tiny(3) if kind == "attention" else tiny_state("sas"), seed=1), (ids, ids)
 
 
 def kinds(log: Log) -> list[str]:
@@ -74,28 +66,21 @@ def of(log: Log, kind: str) -> Log:
 def test_a_watched_step_is_the_step_bit_for_bit(
     model: mc.Llama, batch: Batch, chunk_size: int, method: Any, recompute: bool, offload: bool, seed: int
 ) -> None:
-    def keywords() -> dict[str, Any]:
-        if method is mc.full:
-            return {"recompute": recompute}
-        own = {"sampler": mc.Bernoulli(0.6), "generator": torch.Generator().manual_seed(seed)}
-        return {"chunk_size": chunk_size, "recompute": recompute, "offload": offload} | (
-            own if method is mc.spaco else {}
-        )
-
+    keywords: dict[str, Any] = {} if method is mc.full else {"chunk_size": chunk_size, "offload": offload}
+    keywords |= {"sampler": mc.Bernoulli(0.6)} if method is mc.spaco else {}
     take_gradients(model)
     torch.manual_seed(seed)
-    loss = method(model, *pair(batch), **keywords())
+    loss = method(model, batch.input_ids, batch.labels, recompute=recompute, **keywords)
     expected = take_gradients(model)
     torch.manual_seed(seed)
-    log = mc.trace(method, model, *pair(batch), **keywords())
+    log = mc.trace(method, model, batch.input_ids, batch.labels, recompute=recompute, **keywords)
     got = take_gradients(model)
     assert log[-1]["loss"] == float(loss)
     assert all(torch.equal(got[name], expected[name]) for name in expected)
     norm = torch.cat([g.flatten() for g in expected.values()]).norm()
     assert log[-1]["gradient_norm"] == pytest.approx(float(norm), rel=1e-12)
-    losses = [event["loss"] for event in of(log, "loss")]
-    sums = [event["loss"] for event in of(log, "done")]
-    assert sums == pytest.approx([sum(losses[: i + 1]) for i in range(len(losses))], rel=1e-12)
+    losses = torch.tensor([event["loss"] for event in of(log, "loss")], dtype=torch.float64)
+    assert [event["loss"] for event in of(log, "done")] == pytest.approx(losses.cumsum(0).tolist(), rel=1e-12)
     for event in log:
         check_event(event, log[0] if event is not log[0] else None)
 
@@ -103,40 +88,26 @@ def test_a_watched_step_is_the_step_bit_for_bit(
 @pytest.mark.parametrize("kind", ["attention", "state"])
 def test_the_events_of_a_step_come_in_the_order_of_the_algorithm(kind: str) -> None:
     model, batch = small(kind)
-    order = ["rebuild", "loss", "relay", "backward", "backward", "backward", "done"]
-    assert kinds(mc.trace(mc.seco, model, *pair(batch), 9)) == ["begin", "memory", *["fill"] * 2, *order * 3, "end"]
+    chunk = ["rebuild", "loss", "relay", *["backward"] * 3, "done"]
+    assert kinds(mc.trace(mc.seco, model, *batch, 9)) == ["begin", "memory", *["fill"] * 2, *chunk * 3, "end"]
     draw = [mc.Weight(1.5, 2.0), None, mc.Weight(1.0, 1.0)]
-    log = mc.trace(mc.spaco, model, *pair(batch), 9, sampler=lambda *_: draw, recompute=True)
-    assert kinds(log) == ["begin", "draw", "memory", *["fill"] * 2, *order * 2, "end"]
+    log = mc.trace(mc.spaco, model, *batch, 9, sampler=lambda *_: draw, recompute=True)
+    assert kinds(log) == ["begin", "draw", "memory", *["fill"] * 2, *chunk * 2, "end"]
     assert of(log, "draw")[0]["entries"] == [[1.5, 2.0], None, [1.0, 1.0]]
     assert "rates" not in of(log, "draw")[0], "nothing is known of their chances"
-    coins = mc.trace(mc.spaco, model, *pair(batch), 9, sampler=mc.Bernoulli([0.5, 1.0, 1.0]))
+    coins = mc.trace(mc.spaco, model, *batch, 9, sampler=mc.Bernoulli([0.5, 1.0, 1.0]))
     assert of(coins, "draw")[0]["rates"] == [0.5, 1.0, 1.0]
-    assert [(e["chunk"], e["layer"]) for e in of(log, "backward")] == [
-        (j, layer) for j in (2, 0) for layer in (2, 1, 0)
-    ]
-    log = mc.trace(mc.seco, model, *pair(batch), 9, fill_size=18)
-    assert of(log, "fill")[0]["chunks"] == [0, 1]
-    assert kinds(mc.trace(mc.full, model, *pair(batch))) == [
-        "begin",
-        "forward",
-        "loss",
-        *["backward"] * 3,
-        "done",
-        "end",
-    ]
-    assert kinds(mc.trace(mc.spaco, model, *pair(batch), 9, sampler=lambda *_: [None] * 3)) == ["begin", "draw", "end"]
+    assert [(e["chunk"], e["layer"]) for e in of(log, "backward")] == [(j, i) for j in (2, 0) for i in (2, 1, 0)]
+    assert of(mc.trace(mc.seco, model, *batch, 9, fill_size=18), "fill")[0]["chunks"] == [0, 1]
+    assert kinds(mc.trace(mc.full, model, *batch)) == ["begin", "forward", "loss", *["backward"] * 3, "done", "end"]
+    assert kinds(mc.trace(mc.spaco, model, *batch, 9, sampler=lambda *_: [None] * 3)) == ["begin", "draw", "end"]
 
 
 def test_below_the_first_layer_that_learns_gradients_still_arrive() -> None:
     """With LoRA nothing needs the gradient of layer 0's input: there is no sign that its backward pass is over."""
     model, batch = small()
     mc.add_lora(model, 2, 4)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.normal_()
-    log = mc.trace(mc.seco, model, *pair(batch), 9)
+    log = mc.trace(mc.seco, model, *batch, 9)
     sent = {(e["chunk"], e["layer"]) for e in of(log, "backward") if e["sent"]}
     assert sent == {(j, layer) for j in (2, 1) for layer in range(3)}
 
@@ -144,22 +115,15 @@ def test_below_the_first_layer_that_learns_gradients_still_arrive() -> None:
 def test_nothing_is_left_behind_not_even_by_a_step_that_fails() -> None:
     model, batch = small()
     before = torch.autograd.backward
-
-    def failing(number: int, generator: object) -> None:
-        raise RuntimeError("the sampler's own")
-
-    with pytest.raises(RuntimeError, match="the sampler's own"):
-        mc.trace(mc.spaco, model, *pair(batch), 9, sampler=failing)
-    mc.trace(mc.seco, model, *pair(batch), 9)
+    with pytest.raises(ZeroDivisionError):
+        mc.trace(mc.spaco, model, *batch, 9, sampler=lambda *_: 1 / 0)
+    mc.trace(mc.seco, model, *batch, 9)
     assert torch.autograd.backward is before
     assert not any(module._forward_pre_hooks for module in model.modules())
-
-
-@pytest.mark.parametrize("change", [{"chunk_size": 0}, {"labels": torch.zeros(2, 3, dtype=torch.int64)}])
-def test_mistakes_are_those_of_the_function(change: dict[str, Any]) -> None:
-    model, batch = small()
-    with pytest.raises(mc.InputError, match=next(iter(change))):
-        mc.trace(mc.seco, model, **{"input_ids": batch.input_ids, "labels": batch.labels, "chunk_size": 9, **change})
+    with pytest.raises(mc.InputError, match="chunk_size"):
+        mc.trace(mc.seco, model, *batch, 0)
+    with pytest.raises(mc.InputError, match="trace watches seco, spaco or full, but was given pipeline_seco"):
+        mc.trace(mc.pipeline_seco, model, *batch, 9)
 
 
 # What is written down is so.
@@ -168,19 +132,19 @@ def test_mistakes_are_those_of_the_function(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", ["attention", "state"])
 def test_norms_and_losses_are_those_of_the_step(kind: str) -> None:
     """Against the algorithm's own parts, called one by one; SeCO is the draw that keeps everything."""
-    model, batch = small(kind)
-    prepared, chunks = prepare(model, *pair(batch), None), cut(22, 6)
+    model, (ids, labels) = small(kind)
+    prepared, chunks = prepare(model, ids, labels, None), cut(22, 6)
     for draw in ([mc.Weight(1.0, 1.0)] * 4, [mc.Weight(1.5, 2.0), None, mc.Weight(1.25, 3.0), mc.Weight(1.75, 2.5)]):
         take_gradients(model)
-        log = mc.trace(mc.spaco, model, *pair(batch), 6, sampler=lambda *_, draw=draw: draw)
+        log = mc.trace(mc.spaco, model, ids, labels, 6, sampler=lambda *_, draw=draw: draw)
         kept = [i for i, weight in enumerate(draw) if weight is not None]
-        memory = new_memory(model, batch.input_ids, [chunks[i] for i in kept], Options())
-        fill(model, batch.input_ids, chunks[:-1], memory, Options())
+        memory = new_memory(model, ids, [chunks[i] for i in kept], Options())
+        fill(model, ids, chunks[:-1], memory, Options())
         events = zip(of(log, "rebuild"), of(log, "loss"), of(log, "relay"), strict=True)
         for i, (rebuilt, lost, relayed) in zip(reversed(kept), events, strict=True):
             weight = draw[i]
             assert weight is not None
-            _, made = model.run(batch.input_ids[:, span([chunks[i]])], memory, [chunks[i]])
+            _, made = model.run(ids[:, span([chunks[i]])], memory, [chunks[i]])
             assert rebuilt["chunk"] == lost["chunk"] == relayed["chunk"] == i
             assert rebuilt["written"] == [[float(x.detach().norm()) for x in layer] for layer in made]
             assert rebuilt["shapes"] == [[list(x.shape) for x in layer] for layer in made]
@@ -192,12 +156,12 @@ def test_norms_and_losses_are_those_of_the_step(kind: str) -> None:
             torch.autograd.backward([weight.loss * loss, *written], [None, *(weight.relay * g for g in received)])
 
 
-def sends(model: Any, batch: Batch, size: int) -> dict[str, Tensor]:
+def sends(model: Any, ids: Tensor, size: int) -> dict[str, Tensor]:
     """What every chunk sends to every earlier one, by autograd's own means: leaves, whose `.grad` is compared."""
     textbook: Any = Concatenating(model)
-    prepared, chunks = prepare(model, batch.input_ids, batch.labels, None), cut(batch.input_ids.shape[1], size)
+    prepared, chunks = prepare(model, ids, ids, None), cut(ids.shape[1], size)
     memory = textbook.new_memory(2, chunks[-1].start, chunks[:-1])
-    fill(textbook, batch.input_ids, chunks[:-1], memory, Options())
+    fill(textbook, ids, chunks[:-1], memory, Options())
     out = {}
     for j in reversed(range(len(chunks))):
         leaves = {(n, i): layer.chunks[chunks[i].start] for n, layer in enumerate(memory.layers) for i in range(j)}
@@ -214,17 +178,14 @@ def sends(model: Any, batch: Batch, size: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("pattern", [None, mc.Window(4, 2), mc.Strided(2, 2, 3)])
 def test_what_is_sent_is_what_autograd_finds_at_leaves(pattern: Pattern | None, offload: bool) -> None:
-    model, batch = small()
+    model, (ids, _) = small()
     if pattern is not None:
         mc.partial_context(model, pattern, [0])
-    found = measure(lambda: sends(model, batch, 6))
-    log = mc.trace(mc.seco, model, *pair(batch), 6, offload=offload)
-    got = {
-        f"{e['chunk']} {e['layer']} {i} {name}": torch.tensor(norm, dtype=torch.float64)
-        for e in of(log, "backward")
-        for i, *norms in e["sent"]
-        for name, norm in zip(("key", "value"), norms, strict=True)
-    }
+    found = measure(lambda: sends(model, ids, 6))
+    log = mc.trace(mc.seco, model, ids, ids, 6, offload=offload)
+    sent = [(f"{e['chunk']} {e['layer']} {i}", norms) for e in of(log, "backward") for i, *norms in e["sent"]]
+    got = {f"{key} key": torch.tensor(norms[0], dtype=torch.float64) for key, norms in sent}
+    got |= {f"{key} value": torch.tensor(norms[1], dtype=torch.float64) for key, norms in sent}
     nothing = {name: torch.zeros((), dtype=torch.float64) for name in found.values}  # was sent where nothing is told
     Exact({name: x.norm() for name, x in found.values.items()}, found.noise).check({**nothing, **got})
     # The last `held` is the sum of all that was sent: what the chunk receives.
@@ -236,361 +197,174 @@ def test_what_is_sent_is_what_autograd_finds_at_leaves(pattern: Pattern | None, 
 
 @pytest.mark.parametrize("kind", ["attention", "state"])
 @pytest.mark.parametrize("method", ["seco", "spaco", "full"])
-def test_bytes_are_those_that_are_alive(method: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_are_those_that_are_alive(method: str, kind: str) -> None:
     model, batch = small(kind)
-    made: list[Any] = []
-    new_memory = type(model).new_memory
-
-    def kept(self: Any, *arguments: Any) -> Any:
-        made.append(new_memory(self, *arguments))
-        return made[-1]
-
-    function = getattr(mc, method)
-    keywords = {} if method == "full" else {"chunk_size": 9}
+    function, chunks = getattr(mc, method), cut(22, 9)
+    keywords: dict[str, Any] = {} if method == "full" else {"chunk_size": 9, "recompute": method == "seco"}
     if method == "spaco":
         keywords["sampler"] = lambda *_: [mc.Weight(2.0, 2.0), None, mc.Weight(2.0, 2.0)]
     with CountBytes() as count:
-        count.add(*model.parameters(), *model.buffers(), *pair(batch))
-        function(model, *pair(batch), **keywords)
+        count.add(*model.parameters(), *model.buffers(), *batch)
+        function(model, *batch, **keywords)
     take_gradients(model)
-    monkeypatch.setattr(type(model), "new_memory", kept)
-    seen = []
+    room = model.new_memory(2, 18, chunks[:1] if method == "spaco" else chunks[:2]).tensors().bytes()
 
     def look(event: dict[str, Any]) -> None:
-        held = made[-1].tensors().bytes() if made and event["kind"] != "end" else (0, 0)
-        assert (event["bytes"]["memory"], event["bytes"]["memory_gradients"]) == held
+        there = method != "full" and event["kind"] not in ("begin", "draw", "end")
+        assert (event["bytes"]["memory"], event["bytes"]["memory_gradients"]) == (room if there else (0, 0))
         assert event["bytes"]["gradients"] == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        assert set(event["bytes"]) == set(BYTES)
         assert min(event["bytes"].values()) >= 0
-        seen.append(event["kind"])
 
-    log = mc.trace(function, model, *pair(batch), on_event=look, **keywords)
-    assert seen == kinds(log)
+    gc.collect()
+    gc.disable()  # the memory is gone at once, not when the garbage collector comes by: nothing holds itself
+    try:
+        log = mc.trace(function, model, *batch, on_event=look, **keywords)
+    finally:
+        gc.enable()
     assert {event["bytes"]["weights"] for event in log} == {sum(p.nbytes for p in model.parameters())}
-    assert log[0]["bytes"]["activations"] == sum(x.nbytes for x in {batch.input_ids})
+    assert log[0]["bytes"]["activations"] == batch[0].nbytes == log[-1]["bytes"]["activations"] - 8, "and the loss"
     assert all(sum(event["bytes"].values()) <= event["peak"] for event in log)
     assert log[-1]["peak"] < max(event["peak"] for event in log), "since the event before, not since the beginning"
     # But for the numbers that are being recorded, the peak is that of the step alone.
     assert max(event["peak"] for event in log) == count.peak
-    if method != "full":
-        assert max(sum(of(log, k)[-1]["bytes"].values()) for k in ("done", "end")) < sum(
-            of(log, "rebuild")[0]["bytes"].values()
-        )
-        cache = {"attention": 2 * 3 * 2 * 2 * 18 * 4 * 8}  # keys and values: layers, B, G, positions, D, float64
-        assert of(log, "memory")[0]["bytes"]["memory"] == cache.get(kind, of(log, "memory")[0]["bytes"]["memory"])
-
-
-@pytest.mark.parametrize("kind", ["attention", "state"])
-def test_when_the_step_is_over_its_memory_is_gone(kind: str) -> None:
-    """At once, not when the garbage collector comes by: nothing holds itself."""
-    model, batch = small(kind)
-    gc.collect()
-    gc.disable()
-    try:
-        log = mc.trace(mc.seco, model, *pair(batch), 9)
-    finally:
-        gc.enable()
-    loss = 8
-    assert log[-1]["bytes"]["activations"] == log[0]["bytes"]["activations"] + loss
-
-
-# The lines of the code.
+    alive = {event["kind"]: event["bytes"]["activations"] for event in log}
+    assert alive["done"] < alive["forward" if method == "full" else "rebuild"], "the graph is gone"
 
 
 @pytest.mark.parametrize("method", ["seco", "spaco", "full"])
 def test_the_marked_lines_are_those_that_run(method: str) -> None:
-    """At each event the frames of the running functions stand on the lines that the page marks."""
+    """At each event of a step of another size, the functions that run are at the lines that the page marks."""
     model, batch = small()
-    shown, functions = listing(method), LISTINGS[method]
-    codes = {function.__code__: i for i, function in enumerate(functions)}
-    checked = []
+    torch.manual_seed(1)  # some chunks are kept
+    shown, seen = listing(method), set()
 
     def look(event: dict[str, Any]) -> None:
-        frame: FrameType | None = sys._getframe()
-        stack = []
-        while frame is not None:
-            if frame.f_code in codes:
-                at = codes[frame.f_code]
-                stack.insert(0, [at, frame.f_lineno - shown["functions"][at]["first"]])
-            frame = frame.f_back
-        if stack and event["kind"] not in ("done", "end") and (method, event["kind"]) != ("full", "loss"):
-            marked = json.loads(json.dumps(shown["where"][event["kind"]]))
-            marked[-1][1] += event["kind"] == "loss"  # seen when the line after it asks the memory
-            assert stack == marked, event["kind"]
-            checked.append(event["kind"])
+        stack = [(Path(frame.f_code.co_filename), number) for frame, number in traceback.walk_stack(None)]
+        running = [(path.name, number) for path, number in reversed(stack) if path.parent == PACKAGE]
+        marked = [(shown["functions"][at], line) for at, line in shown["where"][event["kind"]]]
+        assert running == [(function["file"], function["first"] + line) for function, line in marked]
+        for function, line in marked:
+            text = (PACKAGE / function["file"]).read_text().splitlines()[function["first"] + line - 1]
+            assert text.strip() == function["lines"][line].strip()
+        seen.add((event["kind"], bool(marked)))
 
-    keywords: dict[str, Any] = {} if method == "full" else {"chunk_size": 9}
-    if method == "spaco":
-        keywords["sampler"] = mc.Bernoulli(1.0)
-    mc.trace(getattr(mc, method), model, *pair(batch), on_event=look, **keywords)
-    expected = {"forward"} if method == "full" else {"memory", "fill", "rebuild", "loss", "relay"}
-    assert shown["also"] == ({} if method == "full" else {"relay": shown["where"]["backward"]})
-    assert set(checked) == expected | {"backward"} | ({"draw"} if method == "spaco" else set())
+    mc.trace(ALGORITHMS[method], model, *batch, on_event=look, **({} if method == "full" else {"chunk_size": 9}))
+    assert seen == {(kind, kind not in ("begin", "end")) for kind in shown["where"]}
+    assert seen >= {("forward" if method == "full" else "relay", True), ("loss", True), ("backward", True)}
 
 
-def test_a_line_that_has_gone_is_missed() -> None:
-    with pytest.raises(LookupError, match="0 lines of seco begin with 'pass'"):
-        find(mc.seco, "pass")
-    with pytest.raises(LookupError, match="2 lines of seco begin with '    t'"):
-        find(mc.seco, "    t")
-    text = (Path(mc.__file__).parent / "seco.py").read_text().splitlines()
-    assert all(text[number - 1].strip() == line.strip() for number, line in body(mc.seco))
-
-
-# The log as an interface.
-
-
-def test_a_log_can_be_written_and_read(tmp_path: Path) -> None:
-    model, batch = small()
-    log = mc.trace(mc.seco, model, *pair(batch), 9)
-    write_events(tmp_path / "log.jsonl", log)
-    assert read_events(tmp_path / "log.jsonl") == log
-    assert all(set(event["bytes"]) == set(BYTES) for event in log)
-
-
-def test_every_kind_and_field_is_described() -> None:
-    from minichunk.walk import events
-
-    described = events.__doc__ or ""
-    model, batch = small()
-    for kind, fields in NEEDS.items():
-        assert f"| `{kind}`" in described
-        assert all(f"`{field}`" in described for field in fields)
-    for log in (mc.trace(mc.seco, model, *pair(batch), 9), mc.trace(mc.full, model, *pair(batch))):
-        assert all(f"`{field}`" in described for event in log for field in event)
+def test_a_log_is_written_read_and_described(tmp_path: Path) -> None:
+    words, (model, batch) = described.__doc__ or "", small()
+    assert all(f"`{name}`" in words for kind, fields in NEEDS.items() for name in (kind, *fields))
+    for log in (mc.trace(mc.seco, model, *batch, 9), mc.trace(mc.full, model, *batch)):
+        assert all(f"`{field}`" in words for event in log for field in event)
+        write_events(tmp_path / "log.jsonl", log)
+        assert read_events(tmp_path / "log.jsonl") == log
 
 
 BEGIN = {"kind": "begin", "format": "minichunk trace 1", "method": "mine", "chunks": [[0, 4], [4, 8]], "layers": 2}
 
 
 @pytest.mark.parametrize(
-    ("event", "words"),
+    ("events", "words"),
     [
-        ([], "'kind' is one of begin"),
-        ({"kind": "fil"}, "'kind' is one of begin"),
-        ({**BEGIN}, "'begin' is out of place"),
-        ({"kind": "relay", "chunk": 0}, "'relay' needs the field 'received', of type list"),
-        ({"kind": "loss", "chunk": 0, "loss": "1"}, "needs the field 'loss', of type float"),
-        ({"kind": "done", "chunk": 2}, "names the chunks [2], but they go from 0 to 1"),
-        ({"kind": "backward", "chunk": 1, "layer": 2, "sent": []}, "'layer' is 2, but layers go from 0 to 1"),
-        ({"kind": "backward", "chunk": 1, "layer": 0, "sent": [1]}, "'sent' and 'held' must be lists of"),
-        ({"kind": "backward", "chunk": 1, "layer": 0, "sent": [[5, 1.0]]}, "names the chunks [5, 1]"),
-        ({"kind": "relay", "chunk": 0, "received": [[1.0]]}, "'received' has 1 entries, but must have 2"),
-        ({"kind": "draw", "entries": [None]}, "'entries' has 1 entries, but must have 2"),
-        ({"kind": "done", "chunk": 0, "bytes": {"weights": 1}}, "'bytes' must be an object with the integers weights"),
+        ([], "holds no event"),
+        ([BEGIN, []], "line 2: an event must be an object whose 'kind' is one of begin"),
+        ([{"kind": "end", "loss": 1.0}], "'end' is out of place"),
+        ([{**BEGIN, "format": "other"}], "the format is 'other'"),
+        ([BEGIN, {"kind": "relay", "chunk": 0}], "'relay' needs the field 'received', of type list"),
+        ([BEGIN, {"kind": "done", "chunk": 2}], "names the chunks [2], but they go from 0 to 1"),
+        ([BEGIN, {"kind": "backward", "chunk": 1, "layer": 2, "sent": []}], "'layer' is 2, but layers go from 0 to 1"),
+        ([BEGIN, {"kind": "backward", "chunk": 1, "layer": 0, "sent": [[5, 1.0]]}], "names the chunks [5, 1]"),
+        ([BEGIN, {"kind": "relay", "chunk": 0, "received": [[1.0]]}], "'received' has 1 entries, but must have 2"),
+        ([BEGIN, {"kind": "done", "chunk": 0, "bytes": {"weights": 1}}], "'bytes' must be an object with the integers"),
     ],
 )
-def test_a_foreign_log_that_cannot_be_drawn_is_refused(
-    event: Any, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / "mine.jsonl"
-    path.write_text(f"{json.dumps(BEGIN)}\n\n{json.dumps(event)}\n")
-    assert main(["walk", "--events", str(path), "--output", str(tmp_path / "page.html")]) == 2
-    assert f"{path}, line 3: " in (error := capsys.readouterr().err)
-    assert words in error
-    assert not (tmp_path / "page.html").exists()
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("", "holds no event"),
-        ("x", "line 1: not JSON"),
-        ('{"kind": "end", "loss": 1.0}', "'end' is out of place"),
-        (json.dumps({**BEGIN, "format": "other"}), "the format is 'other'"),
-        (json.dumps({**BEGIN, "chunks": [4]}), "'chunks' must be a list of [start, stop]"),
-        (json.dumps({**BEGIN, "layers": 0}), "'layers' at least 1"),
-    ],
-)
-def test_a_foreign_log_begins_with_begin(text: str, words: str, tmp_path: Path) -> None:
-    (tmp_path / "mine.jsonl").write_text(text)
+def test_a_foreign_log_that_cannot_be_drawn_is_refused(events: list[Any], words: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text("".join(f"{json.dumps(event)}\n" for event in events))
     with pytest.raises(mc.InputError) as error:
         read_events(tmp_path / "mine.jsonl")
-    assert words in str(error.value)
+    assert str(error.value).startswith(str(tmp_path / "mine.jsonl")) and words in str(error.value)
 
 
-def changed(log: Log, change: Callable[[dict[str, Any]], None], kind: str, number: int = 0) -> Log:
-    copy = json.loads(json.dumps(log))
-    change(of(copy, kind)[number])
-    return copy
+def test_the_log_that_a_port_is_shown_can_be_drawn(tmp_path: Path) -> None:
+    page = (COMMITTED.parent / "walk.md").read_text()
+    (tmp_path / "mine.jsonl").write_text(re.findall(r"```jsonl\n(.*?)```", page, re.DOTALL)[0])
+    log = read_events(tmp_path / "mine.jsonl")
+    assert {event["kind"] for event in log} == NEEDS.keys() - {"draw", "memory", "forward"}
+    assert all(set(event) == {"kind", *NEEDS[event["kind"]]} for event in log)
+    assert logs_of(make_page([log])) == [log]
 
 
-def last_of(log: Log) -> str:
-    return f"backward of chunk 0, layer {log[-3]['layer']}"
+# The command, and the page that is committed.
 
 
-def test_two_logs_are_compared_up_to_the_first_event_that_differs() -> None:
-    model, batch = small()
-    log = mc.trace(mc.seco, model, *pair(batch), 9)
-    assert compare(log, log) is None
-    bare = [{k: v for k, v in e.items() if k in ("kind", *NEEDS[e["kind"]])} for e in log]
-    assert compare(log, bare) is None, "optional fields may be absent"
-    assert compare(log, [e for e in bare if e["kind"] not in ("memory", "done", "relay")]) is None, "so may kinds"
-
-    def scale(field: str, factor: float) -> Callable[[dict[str, Any]], None]:
-        def change(event: dict[str, Any]) -> None:
-            value = event[field]
-            if isinstance(value, list):
-                value[0][-1] *= factor
-            else:
-                event[field] = value * factor
-
-        return change
-
-    for kind, field in (("fill", "written"), ("relay", "received"), ("backward", "sent"), ("loss", "loss")):
-        number = next(i for i, e in enumerate(of(log, kind)) if e[field])
-        assert compare(log, changed(log, scale(field, 1 + 1e-6), kind, number)) is None
-        found = compare(log, changed(log, scale(field, 1 + 1e-3), kind, number))
-        assert found is not None
-        event = of(log, kind)[number]
-        assert found.startswith(f"event {event['step']}, {kind} of chunk")
-        assert f": {field}" in found
-        assert compare(log, changed(log, scale(field, float("nan")), kind, number)) is not None
-    assert "in the other log event 3 is rebuild of chunk 2" in str(compare(log, [*log[:3], *log[4:]]))
-    assert compare(log, log[:-3]) == f"one log ends where the other has event {len(log) - 3}, {last_of(log)}"
-    assert compare(log[:-3], log) == compare(log, log[:-3])
-    swapped = changed(log, lambda event: event.update(chunk=1), "rebuild")
-    assert "rebuild of chunk 2: in the other log event 4 is rebuild of chunk 1" in str(compare(log, swapped))
-
-
-def test_a_relay_that_is_forgotten_shows_where_it_first_matters() -> None:
-    """As a port would find it: everything is alike, until the chunk before last sends too little."""
-    model, batch = small()
-    right = mc.trace(mc.seco, model, *pair(batch), 6)
-    take_gradients(model)
-    wrong = mc.trace(mc.spaco, model, *pair(batch), 6, sampler=lambda k, _: [mc.Weight(1.0, 0.0)] * k)
-    mine = [{k: v for k, v in event.items() if k != "factor"} for event in wrong]
-    found = compare(right, mine)
-    assert found is not None
-    first = next(e for e in of(right, "backward") if e["chunk"] == 2)  # its last layer needs no relay
-    assert found.startswith(f"event {first['step'] + 1}, backward of chunk 2, layer 1: sent")
-
-
-# The command.
-
-
-@pytest.fixture
-def walk(model_directory: Path, text: Path, tmp_path: Path) -> list[str]:
-    return [
-        "walk", "--model", str(model_directory), "--data", str(text), "--seq-len", "40", "--device", "cpu",
-        "--output", str(tmp_path / "page.html"),
-    ]  # fmt: skip
-
-
-def test_the_command_writes_page_and_logs(walk: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    logs = tmp_path / "logs"
+def test_the_command_writes_page_and_logs(
+    model_directory: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logs, output = tmp_path / "logs", ["--output", str(tmp_path / "page.html")]
+    walk = ["walk", "--model", str(model_directory), "--data", str(text), "--seq-len", "40", "--device", "cpu", *output]
     assert main([*walk, "--chunk-size", "8", "16", "--budget", "2", "--log", str(logs)]) == 0
     assert f"written  {tmp_path / 'page.html'}" in capsys.readouterr().out
     names = ["seco-8", "seco-16", "spaco-8", "spaco-16", "full", "full-recompute"]
-    assert {path.stem for path in logs.iterdir()} == set(names)
     found = logs_of((tmp_path / "page.html").read_text())
     assert [title(log) for log in found] == names
     assert found == [read_events(logs / f"{name}.jsonl") for name in names]
-    assert len({log[-1]["loss"] for log in found if log[0]["method"] != "spaco"}) >= 1
-    assert "".join(found[0][0]["text"])[:10] == text_of(walk)[:10]
-    a, b = (str(logs / f"{name}.jsonl") for name in ("seco-8", "spaco-8"))
-    assert main(["walk", "--compare", a, a]) == 0
-    assert "no event differs by more than 0.0001" in capsys.readouterr().out
-    assert main(["walk", "--compare", a, b]) == 2
-    assert f"{a} and {b} differ: event" in capsys.readouterr().err
-    assert main(["walk", "--events", a, b, "--output", str(tmp_path / "both.html")]) == 0
-    assert logs_of((tmp_path / "both.html").read_text()) == [found[0], found[2]]
+    assert "".join(found[0][0]["text"])[:10] == text.read_text()[:10]
+    assert main(["walk", "--events", str(logs / "spaco-8.jsonl"), *output]) == 0
+    assert logs_of((tmp_path / "page.html").read_text()) == [found[2]]
+    for change, words in (
+        (["--chunk-size", "1"], "--chunk-size 1 cuts 40 tokens into 40 chunks, but the page has room for 32"),
+        (["--method", "naive"], "--method is 'naive'"),
+        (["--events", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
+        (["--output", f"{text}/x.html", "--method", "full"], "cannot be written"),
+    ):
+        assert main([*walk, *change]) == 2
+        assert words in (error := capsys.readouterr().err)
+        assert error.count("\n") == 1
 
 
-def text_of(walk: list[str]) -> str:
-    return Path(walk[walk.index("--data") + 1]).read_text()
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ("--method naive", "--method is 'naive'"),
-        ("--seq-len 1", "--seq-len is 1"),
-        ("--chunk-size 0", "--chunk-size is 0"),
-        ("--chunk-size 8 0", "--chunk-size is 0"),
-        ("--chunk-size 1", "--chunk-size 1 cuts 40 tokens into 40 chunks, but the page has room for 32"),
-        ("--budget 0", "--budget is 0"),
-        ("--rank -1", "--rank is -1"),
-        ("--model nowhere", "nowhere"),
-        ("--data nowhere.txt", "nowhere.txt cannot be read"),
-        ("--events nowhere.jsonl", "nowhere.jsonl cannot be read"),
-        ("--compare a.jsonl", "expected 2 arguments"),
-        ("--device tpu", "--device is 'tpu'"),
-        ("--output {text}/x.html", "cannot be written"),
-        ("--log {text}", "is a file, but must be a directory"),
-    ],
-)
-def test_mistakes(walk: list[str], text: Path, change: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*walk, *change.format(text=text).split()]) == 2
-    error = capsys.readouterr().err
-    assert words in error
-    assert error.count("\n") == 1
-
-
-def test_a_page_is_under_a_megabyte(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_is_under_a_megabyte_and_no_text_ends_its_script() -> None:
     with pytest.raises(mc.InputError, match="take fewer or larger chunks"):
         make_page([[{**BEGIN, "text": ["x" * MOST]}]])
-
-
-def test_a_text_cannot_end_the_script() -> None:
     hostile = "</script><script>alert(1)</script><!--"
     page = make_page([[{**BEGIN, "text": [hostile, ""]}]])
     assert page.count("</script>") == 2
     assert logs_of(page)[0][0]["text"][0] == hostile
 
 
-# The page that is committed.
+def numbers(event: dict[str, Any]) -> list[float]:
+    """All numbers in an event but those of bytes, in order."""
+    text = json.dumps({name: value for name, value in event.items() if name not in ("bytes", "peak", "torch", "text")})
+    return [float(x) for x in re.findall(r"-?\d+\.?\d*(?:e-?\d+)?", text)]
 
 
 def test_the_committed_page_is_what_the_command_writes() -> None:
     page = COMMITTED.read_text(encoding="utf-8")
-    logs = logs_of(page)
-    assert page == make_page(logs), "the page or the code has changed: minichunk walk --output tutorials/walk.html"
-    assert len(page.encode()) < MOST
+    logs = {title(log): log for log in logs_of(page)}
+    again = "minichunk walk --output tutorials/walk.html"
+    assert page == make_page(list(logs.values())), f"the page or the code has changed: {again}"
     assert set(re.findall(r"\w+://[^\"]+", page)) == {"https://arxiv.org/abs/2505.16710"}, "linked, not loaded"
-    for fresh in record(chunk_size=[128], dtype="float32", device="cpu"):
-        log = next(log for log in logs if title(log) == title(fresh))
+    for fresh in record(WalkOptions(chunk_size=(128,), dtype="float32", device="cpu")):
+        log = logs[title(fresh)]
         assert kinds(log) == kinds(fresh)
         assert log[0]["text"] == fresh[0]["text"]
-        assert compare(log, fresh, 1e-3) is None
-        for one, other in zip(log, fresh, strict=True):  # another PyTorch may keep a little more or less
-            assert one["peak"] == pytest.approx(other["peak"], rel=0.05), "minichunk walk --output tutorials/walk.html"
-    whole = next(log for log in logs if title(log) == "full")[-1]
-    for log in logs:
-        if log[0]["method"] == "seco":
-            assert log[-1]["gradient_norm"] == pytest.approx(whole["gradient_norm"], rel=1e-4)
-    starts = [key for key, _ in groupby(title(log) for log in logs)]
-    assert starts[0] == "seco-128", "the one that is shown first"
+        for one, other in zip(log, fresh, strict=True):
+            assert numbers(one) == pytest.approx(numbers(other), rel=1e-3), again
+            assert one["peak"] == pytest.approx(other["peak"], rel=0.05), again  # another PyTorch may keep a bit more
+    for name in ("seco-64", "seco-128", "seco-256"):
+        assert logs[name][-1]["gradient_norm"] == pytest.approx(logs["full"][-1]["gradient_norm"], rel=1e-4)
+    assert next(iter(logs)) == "seco-128", "the one that is shown first"
 
 
-@pytest.mark.parametrize(
-    "name", ["01_cache_and_cut", "02_seco_by_hand", "03_where_the_memory_goes", "04_spaco_unbiased"]
-)
-def test_a_tutorial_links_to_a_step_of_the_kind_that_it_says(name: str) -> None:
+def test_a_tutorial_links_to_a_step_of_the_kind_that_it_says() -> None:
     pattern = r"\[the walk, step (\d+): (\w+)\]\(walk\.html#method=(\w+)&chunk=(\d+)&step=(\d+)\)"
-    text = (COMMITTED.parent / f"{name}.md").read_text()
-    found = re.findall(pattern, text)
-    assert len(found) == text.count("walk.html") > 0
     logs = {title(log): log for log in logs_of(COMMITTED.read_text(encoding="utf-8"))}
-    for said, kind, method, size, step in found:
-        log = logs[f"{method}-{size}"]
-        assert said == step
-        event = log[int(step)]
-        assert event["kind"] == kind
-        if kind == "relay":
-            assert event["received"], "one that relays something"
-        if kind == "loss":
-            assert event["peak"] == max(e["peak"] for e in log), "the peak"
-        if method == "spaco":
-            assert event["chunk"] == 3
-            assert of(log, "draw")[0]["entries"][1] is None
-            assert 1 in [i for i, *_ in event["sent"]], "what is lost"
-
-
-def test_the_log_that_a_port_is_shown_can_be_drawn(tmp_path: Path) -> None:
-    page = (COMMITTED.parent / "walk.md").read_text()
-    lines = re.findall(r"```jsonl\n(.*?)```", page, re.DOTALL)[0]
-    (tmp_path / "mine.jsonl").write_text(lines)
-    log = read_events(tmp_path / "mine.jsonl")
-    assert {event["kind"] for event in log} == NEEDS.keys() - {"draw", "memory", "forward"}
-    assert all(set(event) == {"kind", *NEEDS[event["kind"]]} for event in log)
-    assert logs_of(make_page([log])) == [log]
+    for path in COMMITTED.parent.glob("0[1-4]_*.md"):
+        ((said, kind, method, size, step),) = re.findall(pattern, path.read_text())
+        log, event = logs[f"{method}-{size}"], logs[f"{method}-{size}"][int(step)]
+        assert (said, event["kind"]) == (step, kind)
+        assert kind != "relay" or event["received"], "one that relays something"
+        assert kind != "loss" or event["peak"] == max(e["peak"] for e in log), "the peak"
+        assert method != "spaco" or of(log, "draw")[0]["entries"][event["sent"][1][0]] is None, "what is lost"

@@ -1,7 +1,5 @@
 """`minichunk train` over several processes writes, to the last bit, the files that one process writes."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -13,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import minichunk as mc
@@ -22,7 +18,7 @@ from minichunk.pipeline.start import local_device, started
 
 from . import train_ranks as tasks
 from .ranks import Ranks
-from .strategies import examples, tiny, tiny_state
+from .strategies import tiny, tiny_state
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +29,6 @@ def models(tmp_path_factory: pytest.TempPathFactory, model_directory: Path) -> d
         "llama": mc.Llama(tiny(layers=4, **common)),
         "tied": mc.Llama(tiny(layers=4, tie_word_embeddings=True, **common)),
         "hybrid": mc.StateSpace(tiny_state("sasa", **common)),
-        "mamba2": mc.Mamba2(
-            mc.Mamba2Config(300, 8, 4, 4, num_heads=2, head_dim=8, n_groups=1, tie_word_embeddings=False)
-        ),
     }
     paths = {}
     for number, (name, model) in enumerate(made.items()):
@@ -81,90 +74,60 @@ def run(ranks: Ranks, world: int, values: dict[str, Any], output: Path, pipeline
     return files(output)
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "adapter": {},
-    "spaco, dropout, accumulation": {"method": "spaco", "budget": 2, "dropout": 0.2, "accumulate": 3, "batch_size": 2},
-    "all parameters": {"rank": 0, "weight_decay": 0.1, "clip": 0.01},
-    "all parameters, bfloat16": {"rank": 0, "dtype": "bfloat16", "recompute": True},
-    "bfloat16 sums": {
-        "dtype": "bfloat16",
-        "cache_grad_dtype": "bfloat16",
-        "fill_size": 16,
-        "recompute": True,
-    },
-    "offload": {"offload": True, "dropout": 0.1},
-    "4 bits": {"load_in_4bit": True, "dtype": "bfloat16"},
-    "partial context": {"partial_context": "window", "window": 4, "sinks": 2, "full_layers": [1]},
-    "tied": {"model": "tied", "dropout": 0.1},
-    "hybrid": {"model": "hybrid", "targets": ["q_proj", "a_proj"]},
-    "an adapter on some ranks only": {"model": "hybrid", "targets": ["q_proj"], "dropout": 0.1},
-    "mamba2 in bfloat16": {"model": "mamba2", "dtype": "bfloat16"},
-}
+OPTIONS: dict[str, tuple[int, dict[str, Any]]] = {  # on how many ranks
+    "spaco, dropout, accumulation, partial context": (3, {
+        "method": "spaco", "budget": 2, "dropout": 0.2, "accumulate": 3, "batch_size": 2, "partial_context": "window",
+        "window": 4, "sinks": 2, "full_layers": [1],
+    }),
+    "all parameters, bfloat16": (2, {
+        "rank": 0, "dtype": "bfloat16", "recompute": True, "weight_decay": 0.1, "clip": 0.01,
+    }),
+    "tied": (4, {"model": "tied", "fill_size": 16, "cache_grad_dtype": "bfloat16"}),
+    "an adapter on some ranks of a hybrid": (3, {"model": "hybrid", "targets": ["q_proj"], "dropout": 0.1}),
+    "4 bits, offload": (2, {"load_in_4bit": True, "dtype": "bfloat16", "offload": True}),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_several_ranks_write_what_one_process_writes(
     ranks: Ranks, models: dict[str, Path], values: dict[str, Any], tmp_path: Path, name: str
 ) -> None:
-    values |= OPTIONS[name]
+    world, options = OPTIONS[name]
+    values |= options
     values["model"] = str(models.get(values["model"], values["model"]))
     expected = run(ranks, 1, values, tmp_path / "one")
     assert {"checkpoint.safetensors", "metrics.jsonl", "loss_by_position.json"} < set(expected)
-    world = 2 + list(OPTIONS).index(name) % 3
     assert run(ranks, world, values, tmp_path / str(world)) == expected
 
 
-@examples(5)
-@given(st.data())
-def test_whatever_the_options(
-    ranks: Ranks, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, text: Path, data: st.DataObject
-) -> None:
-    method = data.draw(st.sampled_from(["seco", "spaco"]))
-    values = {
-        "model": str(models[data.draw(st.sampled_from(["llama", "tied", "hybrid", "mamba2"]))]), "data": [str(text)],
-        "device": "cpu", "steps": 2, "eval_documents": 1, "method": method, "rank": data.draw(st.integers(1, 3)),
-        "seq_len": data.draw(st.integers(9, 40)), "chunk_size": (size := data.draw(st.integers(3, 12))),
-        "fill_size": data.draw(st.none() | st.integers(size, 30)), "batch_size": data.draw(st.integers(1, 2)),
-        "accumulate": data.draw(st.integers(1, 2)), "dropout": data.draw(st.sampled_from([0.0, 0.3])),
-        "recompute": data.draw(st.booleans()), "offload": data.draw(st.booleans()),
-        "dtype": data.draw(st.sampled_from(["float32", "bfloat16", "float64"])),
-        "clip": data.draw(st.sampled_from([0.0, 0.01, 1.0])), "seed": data.draw(st.integers(0, 2**31)),
-    }  # fmt: skip
-    if method == "spaco":
-        values |= {"budget": 2, "sampler": data.draw(st.sampled_from(["bernoulli", "fixed", "paper"]))}
-    directory = tmp_path_factory.mktemp("runs")
-    expected = run(ranks, 1, values, directory / "one")
-    assert run(ranks, data.draw(st.integers(2, 3)), values, directory / "several") == expected
-
-
-@pytest.mark.parametrize("pipeline", [1, 2])
-def test_copies_take_the_batches_in_turn(ranks: Ranks, values: dict[str, Any], tmp_path: Path, pipeline: int) -> None:
+def test_copies_take_the_batches_in_turn(ranks: Ranks, values: dict[str, Any], tmp_path: Path) -> None:
     """Three batches for two copies: one of them has nothing to do at the end of a step. The sum has another order."""
     values |= {"accumulate": 3, "dtype": "float64", "dropout": 0.2, "method": "spaco", "budget": 3, "clip": 0.1}
     expected = run(ranks, 1, values, tmp_path / "one")
-    found = run(ranks, 2 * pipeline, values, tmp_path / "copies", pipeline)
-    for got, one in zip(found["metrics.jsonl"], expected["metrics.jsonl"], strict=True):
-        # A step of AdamW is a quotient of gradients: rounding stays rounding, with room for three steps of it.
-        assert got == pytest.approx(one, rel=1e-10)
+    found = run(ranks, 4, values, tmp_path / "copies", pipeline=2)
+    assert_close(found["metrics.jsonl"], expected["metrics.jsonl"])
     assert found["metrics.jsonl"][0]["loss"] == expected["metrics.jsonl"][0]["loss"]
 
 
-@pytest.mark.parametrize("interrupt", [None, 2])
+def assert_close(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
+    """A step of AdamW is a quotient of gradients: rounding stays rounding, with room for three steps of it."""
+    for got, one in zip(found, expected, strict=True):
+        assert got == pytest.approx(one, rel=1e-10)
+
+
 def test_a_weight_on_two_ranks_counts_once(
-    ranks: Ranks, models: dict[str, Path], values: dict[str, Any], tmp_path: Path, interrupt: int | None
+    ranks: Ranks, models: dict[str, Path], values: dict[str, Any], tmp_path: Path
 ) -> None:
     """An embedding that is also the head, and learns: in the norm, in the files, and after a resume."""
     values |= {"model": str(models["tied"]), "rank": 0, "dtype": "float64", "clip": 0.1, "lr": 0.01}
     expected = run(ranks, 1, values, tmp_path / "one")
-    told = values | {"output": str(tmp_path / "several"), "pipeline": 2}
-    ranks.ask(2, tasks.train_here, 2, told, False, interrupt)
-    if interrupt is not None:
-        ranks.ask(2, tasks.train_here, 2, {"output": told["output"], "pipeline": 2}, True)
+    told = {"output": str(tmp_path / "several"), "pipeline": 2}
+    ranks.ask(2, tasks.train_here, 2, values | told, False, 2)
+    ranks.ask(2, tasks.train_here, 2, told, True)
     found = files(tmp_path / "several")
     for name in ("checkpoint.safetensors", "model/model.safetensors"):
         assert found[name].keys() == expected[name].keys()
-    for got, one in zip(found["metrics.jsonl"], expected["metrics.jsonl"], strict=True):
-        assert got == pytest.approx(one, rel=1e-10)
+    assert_close(found["metrics.jsonl"], expected["metrics.jsonl"])
     after = [[span["loss"] for span in each["loss_by_position.json"]["after"]] for each in (found, expected)]
     assert after[0] == pytest.approx(after[1], rel=1e-10)
 
@@ -174,8 +137,7 @@ def test_as_many_batches_as_copies_by_default(ranks: Ranks, values: dict[str, An
     assert [line["tokens"] for line in found["metrics.jsonl"]] == [80, 80, 80]
 
 
-@pytest.mark.parametrize("worlds", [(2, 1), (1, 3), (4, 2)])
-@pytest.mark.parametrize("model", ["llama", "tied"])
+@pytest.mark.parametrize(("worlds", "model"), [((2, 1), "llama"), ((1, 3), "tied"), ((4, 2), "llama")])
 def test_a_run_goes_on_with_another_number_of_ranks(
     ranks: Ranks, models: dict[str, Path], values: dict[str, Any], tmp_path: Path, worlds: tuple[int, int], model: str
 ) -> None:
@@ -204,12 +166,9 @@ def test_a_rank_reads_its_own_tensors_alone(
     values |= {"model": str(models[model]), "pipeline": 3}
     embedding = "model.embed_tokens.weight"
     head = embedding if model == "tied" else "lm_head.weight"
-    read = [set(names) for names, _ in ranks.ask(3, tasks.read_here, 3, values)]
-    assert [{n for n in names if ".layers." not in n} for names in read] == [
-        {embedding},
-        set(),
-        {"model.norm.weight", head},
-    ]
+    read = ranks.ask(3, tasks.read_here, 3, values)
+    ends = [{name for name in names if ".layers." not in name} for names in read]
+    assert ends == [{embedding}, set(), {"model.norm.weight", head}]
     numbers = [sorted({name.split(".")[2] for name in names if ".layers." in name}) for names in read]
     assert sorted(number for each in numbers for number in each) == ["0", "1", "2", "3"]
 
@@ -218,12 +177,15 @@ def test_a_rank_reads_its_own_tensors_alone(
     ("world", "changes", "words"),
     [
         (2, {"pipeline": None}, "torchrun has started 2 processes: say with --pipeline"),
-        (3, {"pipeline": 2}, "--pipeline is 2, but must divide the 3 processes"),
-        (1, {"pipeline": 4}, "--pipeline 4 needs 4 processes: torchrun --nproc-per-node 4 -m minichunk train"),
+        (3, {"pipeline": 2}, "--pipeline is 2, but must divide the number of processes, 3"),
+        (
+            1,
+            {"pipeline": 4},
+            "--pipeline is 4, but must divide the number of processes, 1: start torchrun --nproc-per-node 4",
+        ),
         (2, {"pipeline": 2, "method": "full"}, "--method full has no pipeline"),
         (2, {"pipeline": 1, "accumulate": 1}, "--accumulate is 1, but 2 copies of the model need a batch each"),
         (3, {"pipeline": 3, "model": "shallow"}, "the model has 2 layers, too few for 3 ranks"),
-        (2, {"pipeline": 0}, "--pipeline is 0, but must be at least 1"),
         (2, {"pipeline": 2, "lr": 1e30, "steps": 20}, "try a lower --lr"),
     ],
 )
@@ -240,16 +202,14 @@ def test_mistakes(
 def test_the_variables_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")  # as in a cluster that says so to every job
     assert started() == (0, 1, 0, 1)
-    said = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "x"}
-    for name, value in said.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(mc.InputError, match=r"MASTER_PORT is missing, though RANK is there: start with torchrun"):
-        started()
-    monkeypatch.setenv("MASTER_PORT", "1")
-    assert started() == (1, 2, 0, 1)
-    monkeypatch.setenv("WORLD_SIZE", "two")
-    with pytest.raises(mc.InputError, match="WORLD_SIZE is 'two', but must be a number"):
-        started()
+    with tasks.under_torchrun(1, 2):
+        assert started() == (1, 2, 1, 2)
+        del os.environ["MASTER_PORT"]
+        with pytest.raises(mc.InputError, match="MASTER_PORT is missing, though RANK is there: start with torchrun"):
+            started()
+        os.environ["WORLD_SIZE"] = "two"
+        with pytest.raises(mc.InputError, match="WORLD_SIZE is 'two', but must be a number"):
+            started()
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +230,7 @@ def torchrun(arguments: list[str], directory: Path) -> subprocess.CompletedProce
     )  # fmt: skip
 
 
-def options_of(values: dict[str, Any]) -> list[str]:
+def words_of(values: dict[str, Any]) -> list[str]:
     words = []
     for name, value in values.items():
         words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
@@ -278,28 +238,28 @@ def options_of(values: dict[str, Any]) -> list[str]:
 
 
 def test_the_command(values: dict[str, Any], tmp_path: Path) -> None:
-    """As a user gives it; and a mistake that all processes make is said once."""
-    command = ["-m", "minichunk", "train", "--pipeline", "2"]
-    done = torchrun([*command, *options_of(values)], tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "ranks   over 2 ranks with 2, 2 layers" in done.stdout
+    """As torchrun starts it, to its end; then a mistake that all processes make, which is said once."""
+    command = ["train", "--pipeline", "2"]
+    first, last = [*command, *words_of(values)], [*command, "--resume", "--output", "runs/2"]
+    (tmp_path / "both.py").write_text(
+        f"from minichunk.command.main import main\nassert main({first}) == 0\nmain({last})\n"
+    )
+    done = torchrun(["both.py"], tmp_path)
+    assert "ranks   over 2 ranks with 2, 2 layers" in done.stdout, done.stderr
     assert done.stdout.count("peak memory") == 1
     assert (tmp_path / "runs/1/adapter/adapter_model.safetensors").is_file()
-    done = torchrun([*command, "--resume", "--output", "runs/2"], tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("minichunk: --resume: runs/2 holds no run (run.json is missing)") == 1
 
 
-def test_the_script_in_the_readme(tmp_path: Path) -> None:
+def test_the_script_of_the_tutorial(ranks: Ranks) -> None:
     """Both ranks print the same two losses."""
-    readme = Path(mc.__file__).parents[1] / "README.md"
-    (script,) = [code for code in readme.read_text().split("```python\n") if "init_process_group" in code]
+    page = Path(mc.__file__).parents[1] / "tutorials" / "10_seco_on_several_gpus.md"
+    (script,) = [code for code in page.read_text().split("```python\n") if "PipelineStage.load" in code]
     code = script.partition("```")[0].replace('"minichunk/assets', f'"{Path(mc.__file__).parent}/assets')
-    (tmp_path / "several.py").write_text(code.replace("2048", "128").replace("range(3)", "range(2)"))
-    done = torchrun(["several.py"], tmp_path)
-    assert done.returncode == 0, done.stderr
-    said = sorted(re.findall(r"loss ([\d.]+?\d{4})", done.stdout))  # they may write into one line
-    assert len(said) == 4 and said[0::2] == said[1::2] and said[0] != said[2]
+    code = code.replace("2048", "128").replace("range(3)", "range(2)")
+    said = [re.findall(r"rank \d: (loss [\d.]+)\n", text) for text in ranks.ask(2, tasks.run_script, code)]
+    assert said[0] == said[1] and len(said[0]) == 2 and said[0][0] != said[0][1]
 
 
 LOST = """
@@ -318,7 +278,7 @@ sys.exit(main())
 
 def test_a_rank_that_is_killed_ends_all_with_one_line(values: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "lost.py").write_text(LOST)
-    done = torchrun(["lost.py", "train", "--pipeline", "2", *options_of(values | {"steps": 5})], tmp_path)
+    done = torchrun(["lost.py", "train", "--pipeline", "2", *words_of(values | {"steps": 5})], tmp_path)
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("minichunk: ")]
     assert len(lines) == 1

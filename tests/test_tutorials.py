@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -33,17 +32,11 @@ def test_a_tutorial_prints_what_its_rendering_says(path: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_a_tutorial_prints_no_claim_that_does_not_hold(path: Path) -> None:
-    printed = re.findall(r"^```text\n(.*?)^```", path.with_suffix(".md").read_text(), re.DOTALL | re.MULTILINE)
+    page = path.with_suffix(".md").read_text()
+    printed = re.findall(r"^```text\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
     assert printed
     assert not any(re.search(r"\bFalse\b", text) for text in printed)
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
-def test_a_tutorial_is_short_and_ends_with_exercises(path: Path) -> None:
-    text = path.read_text()
-    assert 100 <= len(text.splitlines()) <= 250
-    assert "\n# ## Exercises\n" in text
-    assert "PLACEHOLDER" not in text
+    assert "PLACEHOLDER" not in page
 
 
 @pytest.mark.parametrize("path", [*SOURCES, TUTORIALS / "jax.md"], ids=lambda path: path.stem)
@@ -67,7 +60,7 @@ def test_the_page_to_begin_with_is_named_at_the_beginning(name: str) -> None:
 @pytest.mark.parametrize("path", sorted(TUTORIALS.glob("**/*.md")), ids=lambda path: path.stem)
 def test_every_file_that_is_named_exists(path: Path) -> None:
     files = [str(file) for folder in (TUTORIALS, TUTORIALS.parent / "minichunk") for file in folder.rglob("*.py")]
-    for name in re.findall(r"`([\w/]+\.py)`", path.read_text()):
+    for name in {*re.findall(r"`([\w/]+\.py)`", path.read_text())} - {"several.py"}:  # which the reader is to make
         assert any(file.endswith(f"/{name}") for file in files), name
 
 
@@ -85,10 +78,7 @@ def test_the_seventh_port_is_at_most_60_lines() -> None:
 
 
 def test_without_the_model_the_sixth_says_how_to_get_it(tmp_path: Path) -> None:
-    path = tmp_path / "tutorials" / "06_a_real_model.py"
-    path.parent.mkdir()
-    shutil.copy(TUTORIALS / path.name, path)
-    rendered = load_render().render(path, tmp_path)
-    assert rendered.endswith(
-        "*The model is not here. Get it with `minichunk get smollm2 smollm2`, then run this again.*\n"
-    )
+    found = load_render().cells((TUTORIALS / "06_a_real_model.py").read_text())
+    (cell,) = [code for is_text, code, _ in found if not is_text and "raise SystemExit" in code]
+    with pytest.raises(SystemExit, match=r"Get it with `python tutorials/get_smollm2.py smollm2`"):
+        exec(cell, {"RESULTS": tmp_path / "none.json", "SMOLLM2": tmp_path / "none"})

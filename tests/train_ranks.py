@@ -1,19 +1,21 @@
 """What the processes of `minichunk train` under torchrun do, as tasks of the pool in ranks.py."""
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from typing import Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
-import torch
+import torch.distributed as dist
 
 from minichunk.errors import InputError
+from minichunk.files import checkpoint
+from minichunk.pipeline.links import Links
 from minichunk.pipeline.start import started
-from minichunk.training import loop, results
+from minichunk.training import loop, report
+from minichunk.training.load import load_to_train
 from minichunk.training.loop import NonFiniteLoss
 from minichunk.training.options import TrainOptions, options_of
 from minichunk.training.train import Interrupted, train
@@ -40,7 +42,7 @@ def train_here(
             signal.raise_signal(signal.SIGINT)
         return step(trainer)
 
-    plot = patch.object(results, "plot_run", lambda *_: True)  # drawing takes longer than training
+    plot = patch.object(report, "plot_run", lambda *_: True)  # drawing takes longer than training
     with under_torchrun(rank, world), patch.object(loop.Trainer, "run_step", run_step), plot:
         try:
             train(options_of(TrainOptions, {**values, "resume": resume}), lines.append)
@@ -49,32 +51,24 @@ def train_here(
     return lines, ""
 
 
-def read_here(rank: int, world: int, values: dict[str, Any]) -> tuple[list[str], int]:
-    """The names of the tensors that this process reads of a checkpoint, and how many parameters it has in the end."""
-    from minichunk.files import checkpoint
-    from minichunk.pipeline.links import Links
-    from minichunk.training.job import load_model
-
-    names: list[str] = []
-    opened = checkpoint.open_tensors
-
-    class Seen:
-        def __init__(self, file: Any) -> None:
-            self.file = file
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.file, name)
-
-        def get_tensor(self, name: str) -> torch.Tensor:
-            names.append(name)
-            tensor: torch.Tensor = self.file.get_tensor(name)
-            return tensor
+def read_here(rank: int, world: int, values: dict[str, Any]) -> set[str]:
+    """The names of the tensors that this process reads of a checkpoint."""
+    files, opened = list[Mock](), checkpoint.open_tensors
 
     @contextmanager
-    def seen(*arguments: Any) -> Iterator[Any]:
+    def seen(*arguments: Any) -> Iterator[Mock]:
         with opened(*arguments) as file:
-            yield Seen(file)
+            files.append(Mock(wraps=file))
+            yield files[-1]
 
     with under_torchrun(rank, world), patch.object(checkpoint, "open_tensors", seen):
-        stage, _ = load_model(options_of(TrainOptions, values).resolved(), Links())
-    return names, len(list(stage.named_parameters()))
+        load_to_train(options_of(TrainOptions, values).resolved(), Links())
+    return {call.args[0] for file in files for call in file.get_tensor.call_args_list}
+
+
+def run_script(rank: int, code: str) -> str:
+    """What it prints, in the process group that is there already."""
+    printed, nothing = StringIO(), lambda *_: None
+    with patch.multiple(dist, init_process_group=nothing, destroy_process_group=nothing), redirect_stdout(printed):
+        exec(code, {})
+    return printed.getvalue()

@@ -42,10 +42,10 @@
 
 # %%
 import torch
+from concatenating import Concatenating
 
 import minichunk as mc
 from minichunk.chunks import cut
-from minichunk.costs.baselines import Concatenating
 from minichunk.loss import summed_loss
 from minichunk.seco import flat
 
@@ -216,6 +216,8 @@ for name in ("model.layers.0.self_attn.v_proj.weight", "model.layers.1.self_attn
 
 # %%
 def seco_by_hand(num_chunks):
+    global memory
+    memory = Concatenating(model).new_memory(batch=2, capacity=11, receiving=chunks[:-1])  # a new one for every walk
     with torch.no_grad():
         for j in range(num_chunks - 1):  # fill
             memory.write([chunks[j]], f(j)[1])
@@ -244,7 +246,7 @@ for size in (1, 2, 3, 4, 5, 7, 11):
 # 1. Walk from the first chunk to the last instead. Which relays are then missing? Predict which parameters stay exact.
 # 2. How many chains (paths through memories) lead from $J_2$ to $\Theta$? And from $J_j$? Then why is one backward pass
 #    per chunk enough?
-# 3. SeCO runs every chunk but the last forward twice, and yet `minichunk bench --preset cpu` finds it no slower than
-#    full on a CPU. PyTorch's causal kernel for the CPU computes the whole square of scores and then masks half of it.
+# 3. SeCO runs every chunk but the last forward twice, and yet it is [no slower](costs.md) than full on a CPU.
+#    PyTorch's causal kernel for the CPU computes the whole square of scores and then masks half of it.
 #    Who pays for that, and how much less with chunks? What do you expect on a GPU, whose kernel skips that half?
 # 4. Write the relay and the loop yourself: `tutorials/exercises/`, exercises 4 and 5.

@@ -12,7 +12,7 @@ import torch
 import minichunk as mc
 from minichunk.costs.count import CountBytes
 from minichunk.costs.forecast import forecast
-from minichunk.costs.setting import METHODS, Setting
+from minichunk.costs.setting import Setting
 
 torch.manual_seed(0)
 config = mc.LlamaConfig(
@@ -160,8 +160,7 @@ for name, points in lines.items():
 # %%
 slopes = {}
 for name, step in methods.items():
-    a, b = (max(timeline(step, n)) for n in (512, 1024))
-    slopes[name] = (b - a) / 512
+    slopes[name] = (max(lines[name]) - max(timeline(step, T // 2))) / (T // 2)
 print("method     bytes per token   in units of the cache")
 for name, slope in slopes.items():
     print(f"{name:10} {slope:15,.0f}   {slope / cache:8.1f}")
@@ -184,34 +183,73 @@ print(f"here: full grows {ratio:.0f} times as fast as SeCO, recompute {slopes['r
 # %% [markdown]
 # ## A real one, without owning it
 #
-# `minichunk plan` does this for any model, with the real code on tensors that have shapes but no memory. An 8B
-# Llama in bfloat16 with LoRA, chunks of 512, sums of the cache's gradients in bfloat16:
+# `minichunk plan` does this for any model, with the real code on tensors that have shapes but no memory. An 8B Llama in
+# bfloat16 with LoRA of rank 8, chunks of 512, layers recomputed, sums of the cache's gradients in bfloat16:
+#
+# ![Peak memory against length for an 8B Llama with LoRA](figures/memory.png)
+#
+# Two of the lines, within 24 GiB of which 1 is reserved:
 
 # %%
-setting = {"model": "llama-3-8b", "cache_grad_dtype": torch.bfloat16}
-forecasts = {m: forecast(Setting(method=m, **setting)) for m in METHODS}
-figure, axes = plt.subplots(figsize=(7, 3.8))
-lengths = range(2048, 65537, 512)
-for name, line in forecasts.items():
-    axes.plot(lengths, [line.at(n).peak / 2**30 for n in lengths], label=name)
-axes.axhline(23, color="gray", ls="--", label="24 GiB, 1 of them reserved")
-axes.set(xlabel="tokens", ylabel="GiB", ylim=(14, 48), title="An 8B Llama with LoRA: six ways to take a step")
-axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
-axes.grid(alpha=0.3)
-plt.show()
-for name, line in forecasts.items():
-    print(f"{name:22} longest within 23 GiB: {line.longest(23 * 2**30, 512):6,} tokens")
+for method in ("full-recompute-tiled", "seco"):
+    line = forecast(Setting(model="llama-3-8b", method=method, cache_grad_dtype="bfloat16"))
+    more = (line.at(20480).peak - line.at(10240).peak) / 10240
+    print(f"{method:20}   {more / 1024:4.0f} KiB per token   longest: {line.longest(23 * 2**30):6,} tokens")
 
 # %% [markdown]
-# SpaCO needs gradients only for the chunks that it keeps (8 here), so its slope is one cache instead of two.
-#
 # A fair word on the others: minichunk's `full` is the oracle and makes the logits of all tokens, in float32. Of
-# `full-recompute`'s slope here (2.4 MiB per token), 1.7 MiB are logits. `full-recompute-tiled` has a tiled loss and
-# grows by 628 KiB: 256 KiB are the layers' inputs, the rest one layer's activations. At 4:1 the layers' inputs are as
-# many bytes as SeCO's keys, values and their gradients; what SeCO saves against it is that layer. And
-# `full-recompute-offload` lets the layers' inputs wait in host memory: 372 KiB. Tile the loss first, whatever else you
-# do, and take SeCO where the length is still too much. (SpaCO is counted with as many chunks as its coins keep at most
-# in 99.9 % of the steps.)
+# `full-recompute`'s slope (2.4 MiB per token), 1.7 MiB are logits. `full-recompute-tiled` has a tiled loss and grows by
+# 628 KiB: 256 KiB are the layers' inputs, the rest one layer's activations. At 4:1 the layers' inputs are as many bytes
+# as SeCO's keys, values and their gradients; what SeCO saves against it is that layer. And `full-recompute-offload` lets
+# the layers' inputs wait in host memory: 372 KiB. Tile the loss first, whatever else you do, and take SeCO where the
+# length is still too much. SpaCO needs gradients only for the chunks that it keeps, so its slope is one cache instead of
+# two. (It draws coins, and is counted with as many chunks as 99.9 % of the steps do not exceed.)
+#
+# ## More room
+#
+# - **Sums in bfloat16** (`--cache-grad-dtype bfloat16`) take half of what sums in float32 do: SeCO has 31,232 tokens
+#   instead of 20,992.
+# - **Host memory** (`--offload`): keys, values and their gradients live there (pinned, on CUDA) and pass through two
+#   blocks on the device, whose memory then does not grow with the length at all. `minichunk plan --offload
+#   --cache-grad-dtype bfloat16` forecasts 262,656 tokens with 64 GiB of host memory, at a peak of 15.54 GiB on the
+#   device. Each chunk moves the whole cache over the bus: take larger chunks and, for the fill, `--fill-size 4096`. The
+#   same code runs on the CPU, where it is tested to be exact; its streams have not run on a GPU yet.
+# - **4 bits** for the frozen base (`--load-in-4bit`, NF4 by bitsandbytes): with LoRA of rank 32 on all seven linear
+#   layers, its optimizer state included, `minichunk plan --load-in-4bit --rank 32 --targets q_proj k_proj v_proj o_proj
+#   gate_proj up_proj down_proj --cache-grad-dtype bfloat16` forecasts 64,000 tokens with SeCO and 118,784 with SpaCO;
+#   with `--offload`, SeCO has 262,656 tokens at a peak of 7.50 GiB.
+# - **Several GPUs**: [tutorial 10](10_seco_on_several_gpus.md). **Windows**: [tutorial
+#   9](09_one_idea_three_memories.md). **Other models**: the table of the [recipe](recipe_8b.md).
+#
+# Is a forecast right? It is [tested](../tests/test_plan.py) to be the peak of real steps of small models on the CPU; no
+# GPU has confirmed it yet. At its real size, a random llama-3-8b in bfloat16 (16 GB), LoRA of rank 8 on q and v, chunks
+# of 128, layers recomputed, one step of SeCO on two CPU cores (`minichunk.costs.measure` at commit `cbb3a04`; 423 s for
+# 512 tokens):
+#
+# | tokens | forecast, without the optimizer's state | counted while it ran | process, at most |
+# |---:|---:|---:|---:|
+# | 512 | 16,428,026,496 bytes | 16,428,026,508 bytes | 17.03 GiB |
+# | 1,024 | 16,629,361,280 bytes | 16,629,361,292 bytes | 17.25 GiB |
+#
+# These cores multiply no bfloat16, so the products were computed in float32 and rounded; those float32 copies and the
+# libraries are what the process has more.
+#
+# ## Other ways
+#
+# | | gradient | memory that grows with the length | costs |
+# |---|---|---|---|
+# | SeCO | exact | cache and its gradients | a second forward pass, with recompute the linear layers a third time ([counted](costs.md#operations)); chunks one after the other |
+# | SpaCO | unbiased estimate | cache | noise; a forward pass and the kept part of SeCO's rebuilds |
+# | layer checkpointing (`full --recompute`) | exact | one hidden state per layer, one layer's activations, and the logits | a second forward pass |
+# | the same with a tiled loss, and with the layers' inputs in host memory | exact | one hidden state per layer, on the device or on the host, and one layer's activations | a second forward pass, and the bus |
+# | tiled MLP and loss | exact | attention's and the layers' activations stay | nearly nothing |
+# | sequence parallelism (ring attention, Ulysses) | exact | the same in all, divided by the number of GPUs | many GPUs, fast links |
+# | SeCO and SpaCO, the layers on several GPUs | as of SeCO, SpaCO | cache and its gradients, divided by the number of GPUs | waiting at both ends of the walk; little traffic |
+# | FSDP around SeCO | exact | the same as SeCO | every layer's weights over the links about three times per chunk |
+# | truncated backpropagation (detached cache) | biased: never learns what to write for later chunks | cache | nothing |
+#
+# The forward pass that SeCO repeats is made up for on the CPU: a chunked pass skips masked scores that PyTorch's kernel
+# computes.
 #
 # ## Exercises
 #

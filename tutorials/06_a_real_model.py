@@ -11,7 +11,7 @@
 #
 # ```sh
 # pip install -e '.[get,plot]'
-# minichunk get smollm2 smollm2
+# python tutorials/get_smollm2.py smollm2
 # ```
 
 # %%
@@ -89,11 +89,18 @@ def experiment(directory, lengths, steps, chunk_size, lr, documents, width, new_
 
 
 # %% [markdown]
-# First in small, on the model that ships with minichunk: from 256 tokens to 512, with chunks of 64.
+# First in small, on the model that ships with minichunk: from 256 tokens to 512, with chunks of 128.
 
 # %%
 small = experiment(
-    ASSETS / "austen-llama", lengths=[384, 512], steps=8, chunk_size=64, lr=4e-3, documents=4, width=128, new_tokens=8
+    ASSETS / "austen-llama",
+    lengths=[384, 512],
+    steps=4,
+    chunk_size=128,
+    lr=1.2e-2,
+    documents=2,
+    width=128,
+    new_tokens=4,
 )
 beyond = {key: sum(loss for start, _, loss in small[key] if start >= 256) / 2 for key in ("before", "after")}
 print(f"the small model's loss beyond its context fell by {beyond['before'] - beyond['after']:.1f} nats per token")
@@ -105,7 +112,9 @@ assert beyond["before"] - beyond["after"] > 0.3
 # %%
 if not RESULTS.exists():
     if not SMOLLM2.exists():
-        raise SystemExit("*The model is not here. Get it with `minichunk get smollm2 smollm2`, then run this again.*")
+        raise SystemExit(
+            "*The model is not here. Get it with `python tutorials/get_smollm2.py smollm2`, then run this again.*"
+        )
     full_run = experiment(
         SMOLLM2, lengths=[9216, 10240], steps=4, chunk_size=512, lr=1e-3, documents=2, width=512, new_tokens=80
     )

@@ -241,6 +241,73 @@ assert all(loss < 1 for steps, loss in fetching if steps >= 300)
 # *above* that looks for that: below the last third are four layers, below the middle third, the paper's choice, two, and
 # here both are enough. One model, one seed of each curve: measure on your own, with a task that needs the far past.
 #
+# ## On a real model
+#
+# ```sh
+# minichunk train --model DIR --data book.txt --partial-context window --window 1024 --sinks 64 --chunk-size 2048
+# minichunk plan --model llama-3-8b --partial-context window --chunk-size 2048
+# ```
+#
+# As in `mc.partial_context(model, mc.Window(1024, sinks=64))`, the middle third of the layers stays full unless
+# `--full-layers` says otherwise; LoRA and a 4-bit base go with it. The adapter and the checkpoint say what they are:
+# `evaluate` and `generate` follow them, and PEFT refuses the adapter of a converted base. Windows without sinks are saved
+# as Ministral or Qwen, which stock transformers compute alike; what they would ignore silently is saved under a
+# `model_type` that they refuse. Checkpoints that have windows already (Mistral, Ministral, Qwen2, Qwen3, Gemma 3) need
+# none of this: they are read as their `config.json` says.
+#
+# What it saves in Llama-3-8B at 131,072 tokens, in bfloat16 (window: the last 1,024 and the first 64; strided: blocks of
+# 64, the last 16 and every 16th), beside what LongGen measured at 128K tokens with models of its own; the gradients of
+# what is in reach, of a chunk or two at a time, come on top (`minichunk.costs.hybrids` at commit `cbb3a04`):
+#
+# | | full | window | strided | LongGen |
+# |---|---:|---:|---:|---:|
+# | GiB of keys and values, inference | 16.00 | 6.08 (-62%) | 6.70 (-58%) | -62% |
+# | GiB with gradients, training, chunks of 512 | 31.88 | 21.92 (-31%) | 23.16 (-27%) |  |
+# | GiB with gradients, training, chunks of 2,048 | 31.50 | 16.74 (-47%) | 17.96 (-43%) |  |
+# | GiB with gradients, training, chunks of 8,192 | 30.00 | 12.43 (-59%) | 13.59 (-55%) |  |
+# | 10^15 operations of a SeCO step | 27.82 | 15.39 (1.81) | 16.15 (1.72) | 1.55 |
+# | 10^15 operations of the prefill | 6.33 | 3.57 (1.78) | 3.74 (1.70) | 1.67 |
+# | 10^9 operations of a token | 83.74 | 41.14 (2.04) | 43.79 (1.91) |  |
+# | gigabytes read for a token | 32.20 | 21.55 (1.49) | 22.21 (1.45) | 1.41 |
+#
+# Operations are no times; a token that is decoded waits for the bytes that it reads, weights and cache.
+#
+# The longest context, with LoRA of rank 8, by the forecast of `minichunk plan --cache-grad-dtype bfloat16
+# --partial-context window` (or `strided`); the last two rows with `--memory 80GiB --chunk-size 2048`, the last one with
+# sums in float32:
+#
+# | | full | window | strided |
+# |---|---:|---:|---:|
+# | SeCO, 24 GiB, chunks of 512 | 31,232 | 44,544 | 41,984 |
+# | SpaCO, 24 GiB, chunks of 512 | 53,760 | 137,216 | 121,856 |
+# | SeCO, 80 GiB, chunks of 2,048 | 256,000 | 479,232 | 446,464 |
+# | SeCO, 80 GiB, chunks of 2,048, sums in float32 | 169,984 | 354,304 | 327,680 |
+#
+# And times. Attention's share is larger in a small model than in a large one. This is a 47M-parameter Llama (hidden 576,
+# 12 layers), chunks of 512, the same patterns; CPU seconds of one thread of an EPYC that was busy with other work too, all
+# in turn, the fastest of one or two repeats ([all samples](figures/bench-partial.json); `minichunk bench --preset partial`
+# at commit `cbb3a04`). A step is the sum of its chunks, by straight lines between the measured ones:
+#
+# ![Time of a chunk by position, and how many times as fast whole steps are](figures/bench-partial.png)
+#
+# | | full | window | strided |
+# |---|---:|---:|---:|
+# | SeCO step 4,096 | 38.1 s | 1.14 | 1.15 |
+# | SeCO step 16,384 | 366 s | 1.78 | 1.73 |
+# | SeCO step 32,768 | 1,295 s | 2.20 | 2.05 |
+# | SeCO step 131,072 * | 18,042 s | 2.75 | 2.37 |
+# | prefill 4,096 | 9.2 s | 1.18 | 1.19 |
+# | prefill 16,384 | 81.3 s | 1.76 | 1.67 |
+# | prefill 32,768 | 274 s | 2.07 | 1.90 |
+# | prefill 131,072 * | 3,719 s | 2.47 | 2.21 |
+# | decoding a token after 4,096 | 41 ms | 1.21 | 1.14 |
+# | decoding a token after 16,384 | 82 ms | 1.62 | 1.39 |
+# | decoding a token after 32,768 | 115 ms | 1.83 | 1.65 |
+# | decoding a token after 131,072 * | 369 ms | 2.29 | 2.00 |
+#
+# The numbers under window and strided say how many times as fast they are. \* lies beyond 32,768 tokens: not measured,
+# but on a straight line through what was.
+#
 # ## Exercises
 #
 # 1. Leave out the line with `through.zero_()`. What do you expect of the state's square?

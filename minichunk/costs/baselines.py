@@ -1,94 +1,17 @@
-"""What minichunk is measured against: the textbook way to do SeCO, checkpointing as other trainers have it, and
-transformers' Llama.
-
-Nothing else uses them.
-"""
+"""What minichunk is measured against: checkpointing as other trainers have it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..batch import Batch
-from ..chunks import Chunk, cut
 from ..loss import summed_loss
-from ..memory.layer_memory import LayerMemories, MemoryUse
-from ..memory.pattern import Pattern
-from ..models.llama import Llama
 from ..models.stack import Stack
 from ..protocol import Options
-from ..samplers import Weight
-from ..spaco import spaco
-
-
-class ConcatenatingLayer:
-    """Keys and values as a list of one leaf per chunk, concatenated whenever they are needed; a LayerMemory."""
-
-    def __init__(self, pattern: Pattern) -> None:
-        self.pattern = pattern
-        self.chunks: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def past(self, chunks: Sequence[Chunk], save: bool) -> ConcatenatingPast:
-        pairs = [pair for start, pair in sorted(self.chunks.items()) if start < chunks[0].start]
-        return ConcatenatingPast(pairs, self.pattern)
-
-    def write(self, chunks: Sequence[Chunk], written: tuple[Tensor, ...]) -> None:
-        keys, values = written  # (B, G, C, D)
-        self.chunks[chunks[0].start] = (keys.detach().requires_grad_(), values.detach().requires_grad_())
-
-    def hand_over(self, chunk: Chunk) -> tuple[Tensor, ...]:
-        return tuple(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self.chunks[chunk.start])
-
-    def tensors(self) -> MemoryUse:
-        leaves = [leaf for pair in self.chunks.values() for leaf in pair]
-        return MemoryUse(leaves, [leaf.grad for leaf in leaves if leaf.grad is not None])
-
-
-class ConcatenatingPast:
-    """What a chunk sees of it."""
-
-    def __init__(self, pairs: list[tuple[Tensor, Tensor]], pattern: Pattern) -> None:
-        self.pairs, self.pattern = pairs, pattern
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        start = sum(keys.shape[2] for keys, _ in self.pairs)
-        k = torch.cat([*(keys for keys, _ in self.pairs), k], dim=2)
-        v = torch.cat([*(values for _, values in self.pairs), v], dim=2)
-        mask = self.pattern.mask(k.shape[2], start, q.device)
-        if start == 0 and mask is None:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        if mask is None:
-            positions = torch.arange(k.shape[2], device=q.device)
-            mask = positions <= positions[start:, None]  # bottom-right causal
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-
-
-class Concatenating:
-    """A model whose memory is the textbook's, made with autograd's own means."""
-
-    def __init__(self, model: Stack) -> None:
-        self.model = model
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.model, name)
-
-    def new_memory(self, batch: int, capacity: int, receiving: Sequence[Chunk] = (), *_: Any) -> LayerMemories:
-        layers: Any = self.model.layers
-        return LayerMemories([ConcatenatingLayer(layer.self_attn.pattern) for layer in layers], receiving)
-
-
-def concatenating(
-    model: Stack, input_ids: Tensor, labels: Tensor, chunk_size: int, entries: Sequence[Weight | None] | None = None
-) -> Tensor:
-    """SeCO (or SpaCO with the given entries) as one would first write it: `torch.cat` of the past in every layer."""
-    every = [Weight(1.0, 1.0)] * len(cut(input_ids.shape[1], chunk_size))
-    textbook: Any = Concatenating(model)
-    return spaco(textbook, input_ids, labels, chunk_size, sampler=lambda *_: entries or every)
 
 
 def host_like(x: Tensor) -> Tensor:
@@ -129,16 +52,3 @@ def tiled_full(
     loss = summed_loss(hidden, model.lm_head.weight, batch.targets) / batch.num_targets
     loss.backward()
     return loss.detach()
-
-
-def transformers_llama(model: Llama) -> Any:
-    """transformers' Llama with the same weights and gradient checkpointing, as its users would run it."""
-    from transformers import AutoConfig, AutoModelForCausalLM  # type: ignore[import-not-found,unused-ignore]
-
-    config = AutoConfig.for_model(**model.config.to_dict())
-    weight = model.model.norm.weight
-    with torch.device(weight.device):
-        theirs = AutoModelForCausalLM.from_config(config, dtype=weight.dtype, attn_implementation="sdpa")
-    theirs.load_state_dict(model.state_dict())
-    theirs.gradient_checkpointing_enable()
-    return theirs.train()

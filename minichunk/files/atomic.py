@@ -1,4 +1,7 @@
-"""Writing a file so that it is either whole or absent, and reading safetensors with errors in words."""
+"""Writing a file so that it is either whole or absent, and reading safetensors with errors in words.
+
+The library of safetensors is imported where it is used: a model with random weights needs PyTorch alone.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
 from ..errors import InputError
@@ -50,6 +52,8 @@ def write_json(path: str | Path, value: object) -> None:
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file."""
+    from safetensors.torch import save_file
+
     with replacing(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
 
@@ -73,6 +77,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
 @contextmanager
 def open_tensors(path: str | Path, device: str = "cpu") -> Iterator[Any]:
     """Open a safetensors file to read tensor by tensor. Raises InputError if it is missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+
     if not Path(path).is_file():
         raise InputError(f"{path} is missing")
     try:
@@ -92,3 +98,33 @@ def make_directory(directory: str | Path) -> Path:
             raise InputError(f"{directory} or a folder above it is a file, but must be a directory") from None
         raise InputError(f"cannot make the directory {directory}: {error.strerror}") from None
     return directory
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on the device; None where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu" and Path("/proc/meminfo").exists():
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
+    return None
+
+
+def check_room(what: str, needed: float, device: torch.device, advice: str) -> None:
+    """Raise InputError unless `needed` bytes are free on the device: before anything is read, not half-way.
+
+    advice: what to do about it, for the message.
+    """
+    free = free_memory(device)
+    if free is not None and needed > free:
+        where = f"{what} needs {human_bytes(needed)} on {device}, but only {human_bytes(free)} are free there"
+        raise InputError(f"{where}: {advice}")
+
+
+def human_bytes(count: float) -> str:
+    """Bytes in words: '1.5 GiB'."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if count >= 100 else f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

@@ -15,7 +15,7 @@ from ..errors import InputError
 from .atomic import read_json
 
 Message = dict[str, str]
-Part = tuple[str, bool]  # a text, and whether it is to be learnt
+Segment = tuple[str, bool]  # a text, and whether it is to be learnt
 _MARK = "\ue000 the assistant's words \ue000"  # of a private character, which no text has
 
 
@@ -49,8 +49,8 @@ class ChatTemplate:
         except Exception as error:  # the template is a program, which may fail like any other
             raise InputError(f"{self.name}: the chat template fails on these messages: {error}") from None
 
-    def parts(self, messages: Sequence[Message]) -> list[Part]:
-        """The conversation up to the assistant's last turn, in parts; what the assistant wrote is to be learnt.
+    def segments(self, messages: Sequence[Message]) -> list[Segment]:
+        """The conversation up to the assistant's last turn, in segments; what the assistant wrote is to be learnt.
 
         Its turns go from where the template lets it begin to write up to the end of the turn, the token
         that says so included. Their texts, put together, are `render(messages)`.
@@ -59,13 +59,13 @@ class ChatTemplate:
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         messages = messages[: turns[-1] + 1] if turns else messages
         text = self.render(messages)
-        parts: list[Part] = []
+        segments: list[Segment] = []
         done = 0
         for i in turns:
             start, stop = self._span(messages, i, text, done)
-            parts += [(text[done:start], False), (text[start:stop], True)]
+            segments += [(text[done:start], False), (text[start:stop], True)]
             done = stop
-        return [*parts, (text[done:], False)]
+        return [*segments, (text[done:], False)]
 
     def _span(self, messages: Sequence[Message], i: int, text: str, done: int) -> tuple[int, int]:
         """Where in `text` the assistant's message i begins and ends; earlier turns end at `done`.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..batch import IGNORE, shift
 from ..errors import InputError
-from .chat import ChatTemplate, Message, Part
+from .chat import ChatTemplate, Segment
 
 FORMS = "must be an object with the string 'text', with 'prompt' and 'completion', or with 'messages'"
 
@@ -68,10 +68,10 @@ def read_documents(
     documents = []
     for path in map(Path, paths):
         for name, record in _records(path):
-            parts, is_chat = _parts(name, record, chat)
+            segments, is_chat = _segments(name, record, chat)
             ids: list[int] = []
             labels: list[int] = []
-            for i, (text, is_target) in enumerate(parts):
+            for i, (text, is_target) in enumerate(segments):
                 new = tokenizer.encode(text, add_special_tokens=i == 0 and not is_chat).ids
                 if i == 1 and not is_chat and eos_token_id is not None:
                     new = [*new, eos_token_id]
@@ -110,8 +110,8 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield name, record
 
 
-def _parts(name: str, record: dict[str, Any], chat: ChatTemplate | None) -> tuple[list[Part], bool]:
-    """A record's parts, and whether a template wrote them. Raises InputError."""
+def _segments(name: str, record: dict[str, Any], chat: ChatTemplate | None) -> tuple[list[Segment], bool]:
+    """A record's segments, and whether a template wrote them. Raises InputError."""
 
     def check(text: object, what: str) -> str:
         if not isinstance(text, str):
@@ -119,13 +119,6 @@ def _parts(name: str, record: dict[str, Any], chat: ChatTemplate | None) -> tupl
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise InputError(f"{name}: {what!r} has half of a surrogate pair, which is not text: mend or drop it")
         return text
-
-    def render(messages: list[Message]) -> tuple[list[Part], bool]:
-        assert chat is not None
-        try:
-            return chat.parts(messages), True
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from None
 
     if "text" in record:
         return [(check(record["text"], "text"), True)], False
@@ -138,11 +131,15 @@ def _parts(name: str, record: dict[str, Any], chat: ChatTemplate | None) -> tupl
             raise InputError(f"{name}: none of the messages has the role 'assistant': there is nothing to learn")
         if chat is None:
             raise InputError(f"{name}: 'messages' need a chat template, and the model's directory has none")
-        return render(messages)
-    prompt, completion = (check(record.get(field), field) for field in ("prompt", "completion"))
-    if chat is not None:
-        return render([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}])
-    return [(prompt, False), (completion, True)], False
+    else:
+        prompt, completion = (check(record.get(field), field) for field in ("prompt", "completion"))
+        if chat is None:
+            return [(prompt, False), (completion, True)], False
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    try:
+        return chat.segments(messages), True
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
 
 
 def cut_documents(documents: Sequence[Document], seq_len: int) -> tuple[list[Document], str]:

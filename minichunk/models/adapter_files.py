@@ -1,24 +1,40 @@
-"""A model's LoRA adapter saved and loaded, as files that PEFT reads and writes too."""
+"""A model's LoRA adapter saved and loaded, as the two files that PEFT reads and writes too.
+
+An adapter that was trained on a base made to see a part of its past is none that PEFT could use: on the base as it is
+stored, it would be part of another function. Its `peft_type` is therefore one that PEFT refuses.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError
-from ..files.peft import LoraConfig, read_adapter, write_adapter
-from .lora import adapters, add_lora, linear_layers
+from ..files.atomic import make_directory, open_tensors, read_json, write_json, write_tensors
+from .lora import Lora, adapters, add_lora, linear_layers
 from .partial import apply_saved
-from .pretrained import Pretrained
 from .quantize import Linear4bit
 from .stack import Stack
 
+_CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."  # PEFT's wrapping of the base model's names
+_PARTIAL_CONTEXT = "PARTIAL_CONTEXT_LORA"
+# What adapter_config.json may say beyond rank, alpha, dropout and targets without changing what an
+# adapter computes; whatever else is set to something is a variant of LoRA that we do not have.
+_NEUTRAL = {
+    "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules",
+    "inference_mode", "revision", "auto_mapping", "peft_version", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "megatron_config", "qalora_group_size", "megatron_core", "runtime_config", "ensure_weight_tying",
+}  # fmt: skip
+_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {"init_lora_weights": (True, False, "gaussian"), "bias": ("none",)}
+
 
 def save_adapter(
-    model: Pretrained,
+    model: Stack,
     directory: str | Path,
     base_model: str | Path = "",
     whole: Callable[[dict[str, Tensor]], dict[str, Tensor] | None] = lambda tensors: tensors,
@@ -32,56 +48,96 @@ def save_adapter(
     """
     if model.lora is None:
         raise InputError("the model has no adapter to save: call add_lora(model) first")
-    here = {}
-    for name, layer in adapters(model).items():
-        here[f"{name}.lora_A.weight"] = layer.lora_A.weight.detach()
-        here[f"{name}.lora_B.weight"] = layer.lora_B.weight.detach()
-    if (tensors := whole(here)) is not None:
-        targets = sorted({name.split(".")[-3] for name in tensors})
-        rank, alpha, dropout = model.lora
-        config = LoraConfig(rank, alpha, dropout, model.partial)
-        write_adapter(directory, config, targets, tensors, str(base_model))
+    tensors = whole({name: x.detach() for name, x in _weights(model).items()})
+    if tensors is None:
+        return
+    config = {
+        "peft_type": "LORA" if model.partial is None else _PARTIAL_CONTEXT,
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base_model),
+        "r": model.lora.rank,
+        "lora_alpha": model.lora.alpha,
+        "lora_dropout": model.lora.dropout,
+        "target_modules": sorted({name.split(".")[-3] for name in tensors}),
+        "inference_mode": True,
+        "bias": "none",
+    }
+    if model.partial is not None:
+        config["partial_context"] = model.partial
+    directory = make_directory(directory)
+    write_tensors(directory / _TENSORS, {_PREFIX + name: x for name, x in tensors.items()}, {"format": "pt"})
+    write_json(directory / _CONFIG, config)
 
 
-def load_adapter(model: Pretrained, directory: str | Path) -> None:
+def load_adapter(model: Stack, directory: str | Path) -> None:
     """Read an adapter that `save_adapter` or PEFT wrote, adding it to the model if it has none.
 
     If it was trained on a base that `partial_context` had changed, the model is changed so too.
     Raises InputError, naming the file, for a damaged one, one of another model, and for variants of
     LoRA that are not supported.
     """
-    (rank, alpha, dropout, partial), path, tensors = read_adapter(directory)
-    names = {name.removesuffix(f".lora_{x}.weight") for name in tensors for x in "AB"}
-    targets = sorted({name.rpartition(".")[2] for name in names} & set(linear_layers(model)))
-    if not targets:
-        raise InputError(f"{path} has no LoRA weights of {', '.join(linear_layers(model))}")
-    _check_shapes(model, targets, rank, tensors, path)
+    config_path, path = Path(directory) / _CONFIG, Path(directory) / _TENSORS
+    lora, partial = _read_config(config_path)
+    pickled = path.with_name("adapter_model.bin")
+    if pickled.is_file() and not path.is_file():
+        raise InputError(
+            f"{pickled} is pickled, and unpickling runs whatever code the file holds; convert it where you trust it: "
+            "load it with PEFT and save_pretrained(NEW_DIR)"
+        )
+    with open_tensors(path) as file:
+        tensors = {name.removeprefix(_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    known = linear_layers(model)
+    named = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in tensors}
+    if not named & {*known}:
+        raise InputError(f"{path} has no LoRA weights of {', '.join(known)}")
+    _check_shapes(model, named & {*known}, lora.rank, tensors, path)
     if partial is not None:
         try:
             apply_saved(model, partial)
         except InputError as error:
-            raise InputError(f"{path.parent / 'adapter_config.json'}: {error}") from None
+            raise InputError(f"{config_path}: {error}") from None
     if not adapters(model):
-        add_lora(model, rank, alpha, targets, dropout)
-    assert model.lora is not None
-    model.lora = model.lora._replace(alpha=alpha)
+        add_lora(model, lora.rank, lora.alpha, sorted(named & {*known}), lora.dropout)
+    model.lora = model.lora._replace(alpha=lora.alpha)
+    for layer in adapters(model).values():
+        layer.scale = lora.alpha / lora.rank
     with torch.no_grad():
-        for name, layer in adapters(model).items():
-            layer.scale = alpha / rank
-            layer.lora_A.weight.copy_(tensors[f"{name}.lora_A.weight"])
-            layer.lora_B.weight.copy_(tensors[f"{name}.lora_B.weight"])
+        for name, parameter in _weights(model).items():
+            parameter.copy_(tensors[name])
 
 
-def _check_shapes(model: Stack, targets: list[str], rank: int, tensors: dict[str, torch.Tensor], path: Path) -> None:
+def _weights(model: Stack) -> dict[str, Tensor]:
+    return {f"{name}.{x}.weight": getattr(layer, x).weight
+            for name, layer in adapters(model).items() for x in ("lora_A", "lora_B")}  # fmt: skip
+
+
+def _read_config(path: Path) -> tuple[Lora, Any]:
+    """Rank, alpha and dropout, and what the base was made, see models/partial.py (None: as it is stored)."""
+    config = read_json(path)
+    partial = config.pop("partial_context", None)
+    if config.get("peft_type") != (wanted := "LORA" if partial is None else _PARTIAL_CONTEXT):
+        raise InputError(f"{path}: peft_type is {config.get('peft_type')!r}, but must be {wanted!r}")
+    for field, value in config.items():
+        if field not in _NEUTRAL and value and value not in _NEUTRAL_VALUES.get(field, ()):
+            raise InputError(f"{path}: {field} = {value!r} is not supported; train the adapter without it")
+    rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout") or 0.0
+    if not isinstance(rank, int) or rank < 1:
+        raise InputError(f"{path}: r is {rank!r}, but must be a whole number of at least 1")
+    if not isinstance(alpha, int | float) or not alpha > 0:
+        raise InputError(f"{path}: lora_alpha is {alpha!r}, but must be a number above 0")
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise InputError(f"{path}: lora_dropout is {dropout!r}, but must be a number from 0 up to, not including, 1")
+    return Lora(rank, alpha, dropout), partial
+
+
+def _check_shapes(model: Stack, targets: set[str], rank: int, tensors: dict[str, Tensor], path: Path) -> None:
     """Raise InputError unless the tensors are those of the model's adapter, or of one it would get."""
-    expected: dict[str, list[int]] = {}
-    present = adapters(model)
-    for name, module in model.named_modules():
-        if name in present or (not present and name.rpartition(".")[2] in targets):
-            assert isinstance(module, torch.nn.Linear | Linear4bit)
-            own = present[name].lora_A.out_features if present else rank
-            expected[f"{name}.lora_A.weight"] = [own, module.in_features]
-            expected[f"{name}.lora_B.weight"] = [module.out_features, own]
+    expected = {name: list(x.shape) for name, x in _weights(model).items()}
+    if not expected:
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear | Linear4bit) and name.rpartition(".")[2] in targets:
+                expected[f"{name}.lora_A.weight"] = [rank, module.in_features]
+                expected[f"{name}.lora_B.weight"] = [module.out_features, rank]
     if expected.keys() != tensors.keys():
         odd = sorted(expected.keys() ^ tensors.keys())[0]
         raise InputError(f"{path} {'lacks' if odd in expected else 'has'} {odd}, unlike the model's adapter")

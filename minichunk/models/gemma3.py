@@ -6,22 +6,88 @@ Parameter names are Hugging Face's.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import InputError
 from ..memory.attention import Past
 from ..memory.layer_memory import wide
-from ..memory.pattern import FULL, Pattern
-from .decoder import Decoder, RMSNorm
-from .gemma3_config import Gemma3Config
-from .llama import MLP, Attention, Layer
-from .rope import Rope, rope_tables
+from ..memory.window import FULL, Pattern
+from .config import FULL_ATTENTION, SLIDING_ATTENTION, LlamaConfig, Number, Size, names, number, size
+from .llama import MLP, Attention, Layer, Rope, rope_tables
+from .stack import Decoder
+
+_DEFAULTS = {  # transformers'
+    "head_dim": 256, "sliding_window": 4096, "max_position_embeddings": 131072, "query_pre_attn_scalar": 256,
+    "tie_word_embeddings": True,
+}  # fmt: skip
 
 
-class Norm(RMSNorm):
+@dataclass(frozen=True)
+class Gemma3Config(LlamaConfig):
+    """A LlamaConfig with two fields more.
+
+    rope_local_base_freq: rope_theta of the layers that see a window. query_pre_attn_scalar: the scores are divided by
+    its root, not by that of head_dim.
+    """
+
+    name = "gemma3_text"
+    only: ClassVar = {
+        "hidden_activation": ("gelu_pytorch_tanh",),
+        "attn_logit_softcapping": (None,),
+        "final_logit_softcapping": (None,),
+        "attention_dropout": (0.0, None),
+        "use_bidirectional_attention": (False, None),
+        "rope_scaling": (None,),
+    }
+    not_written: ClassVar[tuple[str, ...]] = ("attention_out_bias", "mlp_bias", "qk_norm", "pattern")
+
+    qk_norm: bool = True
+    model_type: str = "gemma3_text"
+    rope_local_base_freq: Number = 10000.0
+    query_pre_attn_scalar: Size = 256
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> Self:
+        """From a parsed `config.json`. Raises InputError, naming the field, for what this model does not compute."""
+        c = _DEFAULTS | config
+        bias = c.get("attention_bias", False)
+        c |= {"qk_norm": True, "attention_bias": bias, "attention_out_bias": bias, "mlp_bias": False, "pattern": None}
+        c["rope_theta"] = _theta(c, FULL_ATTENTION, "rope_theta", 1e6)
+        c["rope_local_base_freq"] = _theta(c, SLIDING_ATTENTION, "rope_local_base_freq", 1e4)
+        every = c.get("sliding_window_pattern") or 6  # by which older files say it
+        num_layers = size("num_hidden_layers", c.get("num_hidden_layers"))
+        implied = tuple(SLIDING_ATTENTION if (i + 1) % every else FULL_ATTENTION for i in range(num_layers))
+        c["layer_types"] = names("layer_types", c.get("layer_types")) or implied
+        return super(LlamaConfig, cls).from_dict(c)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `config.json` that transformers 4 and 5 and `from_dict` read back to the same model."""
+        return {
+            "architectures": ["Gemma3ForCausalLM"],
+            **{name: values[0] for name, values in self.only.items()},
+            **super(LlamaConfig, self).to_dict(),
+            "rope_scaling": None,
+            "layer_types": list(self.layer_types) or [FULL_ATTENTION] * self.num_hidden_layers,
+            "pad_token_id": None,  # absent, it is 0, and that token's embedding learns nothing
+        }
+
+
+def _theta(c: dict[str, Any], kind: str, older: str, default: float) -> float:
+    """rope_theta of layers of a kind: in `rope_parameters` (transformers 5), or in a field of its own."""
+    rope = (c.get("rope_parameters") or {}).get(kind)
+    if rope is None:
+        return number(older, c.get(older, default))
+    if rope.get("rope_type", "default") != "default":
+        raise InputError(f"config: rope_parameters.{kind}.rope_type is {rope['rope_type']!r}, but must be 'default'")
+    return number(f"rope_parameters.{kind}.rope_theta", rope.get("rope_theta", default))
+
+
+class Norm(nn.RMSNorm):
     """Scales by `factor` times one more than its weight, in float32 or wider."""
 
     def __init__(self, size: int, eps: float, factor: float = 1.0) -> None:

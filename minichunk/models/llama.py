@@ -6,17 +6,50 @@ E hidden size, V vocabulary. Parameter names are Hugging Face's.
 
 from __future__ import annotations
 
+import math
+from functools import partial
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..memory.attention import Past
 from ..memory.cache import LayerCache
 from ..memory.layer_memory import LayerMemory, MemorySpec, wide
-from ..memory.offload import DeviceBlocks, OffloadedLayer
-from ..memory.pattern import FULL, Pattern
+from ..memory.offload import DeviceBlocks, HostStore, OffloadedLayer
+from ..memory.window import FULL, DeviceStore, Pattern, WindowCache
 from .config import LlamaConfig
-from .decoder import Decoder, RMSNorm
-from .rope import Rope, rope_tables, rotate
+from .stack import Decoder
+
+Rope = tuple[Tensor, Tensor]  # cos and sin of the angles, (T, D/2) each
+
+
+def rope_tables(config: LlamaConfig, start: int, stop: int, like: Tensor) -> Rope:
+    """cos and sin of the rotation angles at positions `start` to `stop`: two (T, D/2).
+
+    Angles and results are float32 numbers, found in Hugging Face's order, whatever the model's dtype. Power, sine and
+    cosine are float64's, rounded: float32's differ in the last bit from machine to machine, and far into a text that
+    is an angle.
+    """
+    D = config.head_dim
+    exponents = torch.arange(0, D, 2, dtype=torch.float32, device=like.device) / D
+    frequencies = 1.0 / (config.rope_theta ** exponents.double()).float()  # (D/2)
+    if config.rope_scaling is not None:
+        rule = config.rope_scaling
+        turns = rule.original_max_position_embeddings * frequencies / (2 * math.pi)
+        keep = (turns - rule.low_freq_factor) / (rule.high_freq_factor - rule.low_freq_factor)
+        keep = keep.clamp(0, 1)  # 1: as trained, 0: slowed down by the whole factor
+        frequencies = keep * frequencies + (1 - keep) * frequencies / rule.factor
+    positions = torch.arange(start, stop, dtype=torch.float32, device=like.device)
+    angles = torch.outer(positions, frequencies).double()  # (T, D/2)
+    return angles.cos().float().to(like.dtype), angles.sin().float().to(like.dtype)
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """RoPE in Hugging Face's layout: dimension i is paired with i + D/2."""
+    cos, sin = rope
+    first, second = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class Attention(nn.Module):
@@ -33,8 +66,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(E, G * D, bias=config.attention_bias)
         self.o_proj = nn.Linear(H * D, E, bias=config.attention_out_bias)
         if config.qk_norm:
-            self.q_norm = RMSNorm(D, config.rms_norm_eps)
-            self.k_norm = RMSNorm(D, config.rms_norm_eps)
+            self.q_norm, self.k_norm = (nn.RMSNorm(D, config.rms_norm_eps) for _ in range(2))
         self.qk_norm = config.qk_norm
 
     def heads(self, x: Tensor) -> Tensor:
@@ -79,8 +111,8 @@ class Layer(nn.Module):
         super().__init__()
         self.self_attn = Attention(config, pattern)
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, past: Past | None, rope: Rope) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         y, written = self.self_attn(self.input_layernorm(x), past, rope)
@@ -93,13 +125,17 @@ class Layer(nn.Module):
 
     def new_memory(self, spec: MemorySpec) -> LayerMemory:
         """For keys and values, as far as the pattern needs them, and the gradients that are sent back to them."""
-        B, G, D, receiving = spec.batch, self.self_attn.groups, self.self_attn.head_dim, spec.receiving
-        pattern = self.self_attn.pattern
+        B, G, D, pattern = spec.batch, self.self_attn.groups, self.self_attn.head_dim, self.self_attn.pattern
         grad_dtype = spec.options.cache_grad_dtype or wide(spec.like)
         if spec.options.offload:
             blocks = spec.common(DeviceBlocks, lambda: DeviceBlocks((2, B, G, D), spec.like, grad_dtype))
-            return OffloadedLayer(blocks, spec.capacity, receiving, pattern)
-        return LayerCache((B, G, spec.capacity, D), receiving, spec.like, grad_dtype, pattern)
+            if pattern == FULL:
+                return OffloadedLayer(blocks, spec.capacity, spec.receiving)
+            return WindowCache(lambda rows: HostStore(blocks, rows), pattern, spec.capacity, spec.receiving)
+        if pattern == FULL:
+            return LayerCache((B, G, spec.capacity, D), spec.receiving, spec.like, grad_dtype)
+        new_store = partial(DeviceStore, (B, G, D), like=spec.like, grad_dtype=grad_dtype)
+        return WindowCache(new_store, pattern, spec.capacity, spec.receiving)
 
 
 class Llama(Decoder):

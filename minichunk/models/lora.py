@@ -2,18 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import blake2b
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..chunks import Chunk
 from ..errors import InputError
-from .dropout import DropoutMasks
-from .elsewhere import Elsewhere
 from .quantize import Linear4bit, is_in_4bit
 from .stack import Stack
+
+
+class DropoutMasks:
+    """Which masks the model's dropouts draw now; one object, shared by all of a model's adapters.
+
+    A rebuild must draw the masks that the fill drew, or its gradient is another function's. So
+    on top of a cache a mask depends on nothing but the step's seed, the module and the chunk.
+    """
+
+    def __init__(self) -> None:
+        self.seed: int | None = None
+        self.chunks: Sequence[Chunk] = ()
+
+    @contextmanager
+    def of(self, seed: int | None, chunks: Sequence[Chunk]) -> Iterator[None]:
+        """Within the block: the masks of `chunks`, one after the other. No seed, or outside: ordinary dropout."""
+        previous = self.seed, self.chunks
+        self.seed, self.chunks = seed, chunks
+        try:
+            yield
+        finally:
+            self.seed, self.chunks = previous
+
+    def draw(self, x: Tensor, module: str, rate: float) -> Tensor:
+        """A mask for x (B, T, ·): 0 with probability `rate`, else 1 / (1 - rate)."""
+        if self.seed is None:
+            return F.dropout(torch.ones_like(x), rate)
+        parts = []
+        for start, stop in self.chunks:
+            digest = blake2b(f"{self.seed} {module} {start}".encode(), digest_size=7).digest()
+            generator = torch.Generator(x.device).manual_seed(int.from_bytes(digest, "big"))
+            mask = torch.empty(x.shape[0], stop - start, x.shape[2], dtype=torch.float32, device=x.device)
+            parts.append(mask.bernoulli_(1 - rate, generator=generator).div_(1 - rate))
+        return torch.cat(parts, dim=1).to(x.dtype)
+
+
+class Placeholder(nn.Module):
+    """Of a module that another rank has; returns its input.
+
+    linear: the linear layers inside of it, (inputs, outputs) by name.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        found = ((name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear))
+        self.linear = {name: (layer.in_features, layer.out_features) for name, layer in found if name}
+
+    def forward(self, x: object) -> object:
+        return x
 
 
 class Lora(NamedTuple):
@@ -83,7 +133,7 @@ def linear_layers(model: Stack) -> list[str]:
     """Names that an adapter can be put at: those of the linear layers, each once, without the LM head."""
     names = dict[str, None]()
     for name, module in model.named_modules():
-        inside = module.linear if isinstance(module, Elsewhere) else ()
+        inside = module.linear if isinstance(module, Placeholder) else ()
         linear = [name] if isinstance(module, nn.Linear | Linear4bit) else inside
         names |= dict.fromkeys(full.rpartition(".")[2] for full in linear)
     return [name for name in names if name not in ("lm_head", "lora_A", "lora_B", "base")]
@@ -107,10 +157,8 @@ def add_lora(
     known = linear_layers(model)
     if targets is None:
         targets = [name for name in ("q_proj", "v_proj") if name in known] or known
-    if isinstance(targets, str):
-        targets = [targets]
-    wrong = [name for name in targets if name not in known]
-    if wrong or not targets:
+    targets = [targets] if isinstance(targets, str) else targets
+    if not targets or not {*targets} <= {*known}:
         raise InputError(f"LoRA targets are {list(targets)}, but must be some of {', '.join(known)}")
     if rank < 1 or not alpha > 0 or not 0 <= dropout < 1:
         raise InputError(
@@ -122,14 +170,12 @@ def add_lora(
     masks = DropoutMasks()
     like = next(stored(module) for module in model.modules() if isinstance(module, nn.Linear | Linear4bit))
     for name, module in list(model.named_modules()):
-        parent_name, _, child = name.rpartition(".")
-        if isinstance(module, Elsewhere):  # the same random numbers whoever has which layers
-            for sizes in [sizes for inside, sizes in module.linear.items() if inside.rpartition(".")[2] in targets]:
-                low_rank(*sizes, rank, like)
-        elif child in targets:
-            assert isinstance(module, nn.Linear | Linear4bit)
-            layer = LoraLinear(module, name, rank, alpha, dropout, masks)
-            setattr(model.get_submodule(parent_name), child, layer)
+        if isinstance(module, Placeholder):  # the same random numbers whoever has which layers
+            for inside, sizes in module.linear.items():
+                if inside.rpartition(".")[2] in targets:
+                    low_rank(*sizes, rank, like)
+        elif isinstance(module, nn.Linear | Linear4bit) and name.rpartition(".")[2] in targets:
+            model.set_submodule(name, LoraLinear(module, name, rank, alpha, dropout, masks))
     model.lora = Lora(rank, alpha, dropout)
     if dropout > 0:
         model.masks = masks
@@ -147,10 +193,9 @@ def merge_lora(model: Stack) -> None:
             "load_in_4bit, load the adapter into that and merge it there"
         )
     for name, layer in adapters(model).items():
-        parent_name, _, child = name.rpartition(".")
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         plain.weight = nn.Parameter(layer.merged())
         plain.bias = layer.bias
-        setattr(model.get_submodule(parent_name), child, plain)
+        model.set_submodule(name, plain)
     model.lora = model.masks = None
     model.requires_grad_(True)

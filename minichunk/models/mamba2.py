@@ -10,21 +10,90 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import InputError
 from ..memory.layer_memory import MemorySpec, wide
 from ..memory.state import Before, Handed, LayerState, scan_chunks
-from .decoder import RMSNorm
-from .mamba2_config import Mamba2Config
-from .pretrained import Pretrained
+from .config import Config, EndTokens, Flag, Number, Size
+from .stack import Decoder, Stack
 
 
-class StreamNorm(RMSNorm):
+def time_step_limit(name: str, value: Any) -> tuple[float, float]:
+    """Two numbers. JSON has no infinity, which transformers 5 spells {"__float__": "Infinity"}. Raises InputError."""
+    try:
+        low, high = (float(limit["__float__"] if isinstance(limit, dict) else limit) for limit in value)
+    except (TypeError, ValueError, KeyError):
+        raise InputError(f"config: {name} is {value!r}, but must be a list of two numbers") from None
+    if not 0 <= low <= high:
+        raise InputError(f"config: {name} is {[low, high]}, but must be [least, greatest], both from 0 on")
+    return low, high
+
+
+@dataclass(frozen=True)
+class Mamba2Config(Config):
+    """Shape and constants of a Mamba2; its config.json has the same fields, and transformers' defaults.
+
+    time_step_limit: the least and the greatest time step. max_position_embeddings: the length that it was trained at,
+    a field of ours: a state has no bound. From `initializer_range` on: how random weights are drawn.
+    """
+
+    name = "mamba2"
+    only: ClassVar = {"hidden_act": ("silu", "swish"), "rms_norm": (True,)}  # each mixer ends with a gated norm
+    beside: ClassVar = {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2", "hidden_act": "silu"}
+
+    vocab_size: Size
+    hidden_size: Size
+    state_size: Size
+    num_hidden_layers: Size
+    num_heads: Size
+    head_dim: Size
+    n_groups: Size = 8
+    expand: Size = 2
+    conv_kernel: Size = 4
+    max_position_embeddings: Size = 2048
+    layer_norm_epsilon: Number = 1e-5
+    time_step_limit: Annotated[tuple[float, float], time_step_limit] = (0.0, float("inf"))
+    use_bias: Flag = False
+    use_conv_bias: Flag = True
+    residual_in_fp32: Flag = True
+    tie_word_embeddings: Flag = False
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 0
+    eos_token_id: EndTokens = 2
+    initializer_range: Number = 0.1
+    time_step_min: Number = 0.001
+    time_step_max: Number = 0.1
+    time_step_floor: Number = 1e-4
+    rescale_prenorm_residual: Flag = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_heads * self.head_dim != self.inner_size:
+            raise InputError(
+                f"config: num_heads ({self.num_heads}) times head_dim ({self.head_dim}) must be expand "
+                f"({self.expand}) times hidden_size ({self.hidden_size})"
+            )
+        if self.num_heads % self.n_groups:
+            raise InputError(f"config: num_heads ({self.num_heads}) must be a multiple of n_groups ({self.n_groups})")
+        if self.time_step_min > self.time_step_max:
+            raise InputError(
+                f"config: time_step_min ({self.time_step_min}) must not be above time_step_max ({self.time_step_max})"
+            )
+
+    @property
+    def inner_size(self) -> int:
+        """Of a mixer: that of all heads."""
+        return self.expand * self.hidden_size
+
+
+class StreamNorm(nn.RMSNorm):
     """RMSNorm of the residual stream, which may be wider than the weights: the result has their dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -150,7 +219,7 @@ class Backbone(nn.Module):
         self.norm_f = StreamNorm(config.hidden_size, config.layer_norm_epsilon)
 
 
-class Mamba2(Pretrained):
+class Mamba2(Decoder):
     """A Mamba-2 with the weights' names of Hugging Face's `Mamba2ForCausalLM`.
 
     `Mamba2(config)` has random weights; `Mamba2.from_pretrained(directory)` has trained ones.
@@ -160,24 +229,13 @@ class Mamba2(Pretrained):
     config_class = Mamba2Config
 
     def __init__(self, config: Mamba2Config) -> None:
-        super().__init__()
+        Stack.__init__(self)
         self.config = config
         self.backbone = Backbone(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
-                nn.init.normal_(parameter, std=config.initializer_range)
-            elif name.endswith(".bias"):
-                nn.init.zeros_(parameter)
+        self.finish(config.initializer_range)
         for module in self.modules():
             if isinstance(module, Mixer):
                 module.draw(config)
-        self.tie_weights()
-
-    def tie_weights(self) -> None:
-        """Let embedding and LM head be one parameter, where the config says so."""
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.backbone.embeddings.weight
 
     @property
     def embedding(self) -> nn.Embedding:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from itertools import groupby
 from typing import Any
 
 from ..errors import InputError
-from ..files.config_json import FULL, PARTIAL, SLIDING, check_pattern
-from ..memory.pattern import FULL as ALL
-from ..memory.pattern import Pattern, Strided, Window
-from .config import LlamaConfig, pattern_of
+from ..memory.window import FULL, Pattern, Strided, Window
+from .config import FULL_ATTENTION, PARTIAL_ATTENTION, SLIDING_ATTENTION, LlamaConfig
 from .llama import Llama
-from .pretrained import Pretrained
+from .load import pattern_of, read_model_config
+from .stack import Stack
 
 
-def partial_context(model: Pretrained, pattern: Pattern, full_layers: Sequence[int] | None = None) -> None:
+def partial_context(model: Stack, pattern: Pattern, full_layers: Sequence[int] | None = None) -> None:
     """Let the queries of all layers but `full_layers` see only what `pattern` says: in place, to be trained after.
 
     The weights stay as they are, an adapter or a 4-bit base too, but the model computes another function, for which it
@@ -33,14 +31,8 @@ def partial_context(model: Pretrained, pattern: Pattern, full_layers: Sequence[i
         raise InputError(f"partial_context needs a model of the Llama family, not {type(model).__name__}")
     model.config = partial_config(model.config, pattern, full_layers)
     model.partial = {"pattern": asdict(pattern), "full_layers": full_layers_of(model.config)}
-    set_patterns(model, model.config)
-
-
-def set_patterns(model: Llama, config: LlamaConfig) -> None:
-    """Let the layers' queries see what the config says, whatever the model's own does."""
-    layers: Any = model.layers
-    for layer, seen in zip(layers, config.patterns(), strict=True):
-        layer.self_attn.pattern = seen
+    for layer, seen in zip(model.layers, model.config.patterns(), strict=True):
+        layer.self_attn.pattern = seen  # type: ignore[union-attr]
 
 
 def partial_config(config: Any, pattern: Pattern, full_layers: Sequence[int] | None = None) -> LlamaConfig:
@@ -53,7 +45,8 @@ def partial_config(config: Any, pattern: Pattern, full_layers: Sequence[int] | N
         raise InputError(f"a {config.model_type} has states: only a model of full attention can see a part of its past")
     if not isinstance(pattern, Window | Strided):
         raise InputError(f"the pattern is {pattern!r}, but must be a Window or a Strided")
-    if any(one != ALL for one in config.patterns()):
+    pattern_of(asdict(pattern))  # checks its numbers
+    if any(one != FULL for one in config.patterns()):
         raise InputError(
             f"layers of this model see a part of their past already ({describe(config)}): "
             "partial context is for a model of full attention"
@@ -69,19 +62,19 @@ def partial_config(config: Any, pattern: Pattern, full_layers: Sequence[int] | N
         raise InputError(f"full layers: {named} all {L} of the model; none would be left to see a part of its past")
 
     def kinds(other: str) -> tuple[str, ...]:
-        return tuple(FULL if i in full else other for i in range(L))
+        return tuple(FULL_ATTENTION if i in full else other for i in range(L))
 
-    ours = replace(config, pattern=pattern, layer_types=kinds(PARTIAL))
+    ours = replace(config, pattern=pattern, layer_types=kinds(PARTIAL_ATTENTION))
     if isinstance(pattern, Strided) or pattern.sinks:
         return ours
     model_type = "ministral" if config.model_type in ("llama", "mistral") else config.model_type
-    stock = replace(config, model_type=model_type, sliding_window=pattern.window, layer_types=kinds(SLIDING))
-    return stock if LlamaConfig.from_dict(stock.to_dict()) == stock else ours
+    stock = replace(config, model_type=model_type, sliding_window=pattern.window, layer_types=kinds(SLIDING_ATTENTION))
+    return stock if read_model_config(stock.to_dict()) == stock else ours
 
 
 def full_layers_of(config: LlamaConfig) -> list[int]:
     """The layers that see all of the past."""
-    return [i for i, pattern in enumerate(config.patterns()) if pattern == ALL]
+    return [i for i, pattern in enumerate(config.patterns()) if pattern == FULL]
 
 
 def describe(config: Any) -> str:
@@ -89,10 +82,18 @@ def describe(config: Any) -> str:
     patterns = config.patterns() if isinstance(config, LlamaConfig) else []
     parts = []
     for pattern in dict.fromkeys(patterns):
-        layers = [i for i, one in enumerate(patterns) if one == pattern]
-        who = f"layers {_ranges(layers)} see" if len(layers) > 1 else f"layer {layers[0]} sees"
+        layers = _ranges([i for i, one in enumerate(patterns) if one == pattern])
+        who = f"layer {layers} sees" if layers.isdecimal() else f"layers {layers} see"
         parts.append(f"{who} {_words(pattern)}")
-    return ", ".join(parts) if {*patterns} - {ALL} else ""
+    return ", ".join(parts) if {*patterns} - {FULL} else ""
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] as 0-2, 5."""
+    runs: list[list[int]] = []
+    for i in numbers:
+        runs = [*runs[:-1], [runs[-1][0], i]] if runs and runs[-1][-1] == i - 1 else [*runs, [i]]
+    return ", ".join("-".join(map(str, run)) for run in runs)
 
 
 def _words(pattern: Pattern) -> str:
@@ -103,25 +104,17 @@ def _words(pattern: Pattern) -> str:
     return f"the last {pattern.window:,} positions" + (f" and the first {pattern.sinks:,}" if pattern.sinks else "")
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] as 0-2 and 5."""
-    runs = [[i for _, i in run] for _, run in groupby(enumerate(numbers), lambda at: at[1] - at[0])]
-    words = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
-    return " and ".join([*([", ".join(words[:-1])] if words[:-1] else []), words[-1]])
-
-
-def apply_saved(model: Pretrained, saved: Any) -> None:
+def apply_saved(model: Stack, saved: Any) -> None:
     """Make of the model what had the attribute `partial`, unless it is that already. Raises InputError."""
     if not isinstance(saved, dict) or saved.keys() != {"pattern", "full_layers"}:
         raise InputError(f"partial_context is {saved!r}, but must have pattern and full_layers")
-    check_pattern(saved["pattern"])
     pattern, full_layers = pattern_of(saved["pattern"]), saved["full_layers"]
     if not isinstance(full_layers, list) or not all(isinstance(i, int) for i in full_layers):
         raise InputError(f"partial_context: full_layers is {full_layers!r}, but must be a list of layer numbers")
     config = model.config
     if not (
         isinstance(config, LlamaConfig)
-        and {*config.patterns()} - {ALL} == {pattern}
+        and {*config.patterns()} - {FULL} == {pattern}
         and full_layers_of(config) == sorted(full_layers)
     ):
         partial_context(model, pattern, full_layers)

@@ -82,12 +82,8 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def quantize(model: nn.Module) -> None:
-    """Store a model's linear layers in 4 bits.
-
-    For measurements: from_pretrained does it while it loads.
-    """
+    """Store a model's linear layers in 4 bits. For measurements: from_pretrained does it while it loads."""
     check_bitsandbytes()
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and is_stored_in_4bit(name):
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, Linear4bit(module.weight, module.bias))
+            model.set_submodule(name, Linear4bit(module.weight, module.bias))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -10,19 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ..chunks import Chunk
 from ..errors import InputError
-from ..files.atomic import make_directory, read_json, write_json, write_tensors
+from ..files.atomic import read_json
 from ..protocol import DEFAULTS, Options
-from .auto import class_of, read_model_config
 from .config import LlamaConfig
+from .load import class_of, read_model_config
 from .lora import add_lora
-from .mamba2_config import Mamba2Config
-from .pretrained import Pretrained
+from .mamba2 import Mamba2Config
 from .quantize import quantize
-from .ssm_config import StateSpaceConfig
+from .ssm import StateSpaceConfig
+from .stack import Stack
 
 _FIELDS = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -73,15 +71,13 @@ def random_model(
     targets: Sequence[str] | None = None,
     device: str = "cpu",
     load_in_4bit: bool = False,
-    num_layers: int | None = None,
-) -> Pretrained:
+) -> Stack:
     """A model of this shape with random weights, and LoRA of `rank` unless that is 0. Raises InputError.
 
-    shaped: a config, or a name for `shape`.
-    targets: of LoRA, see `add_lora`. num_layers: how many it has (None: all of the shape's), if they are alike.
+    shaped: a config, or a name for `shape`. targets: of LoRA, see `add_lora`.
     """
     config = shape(shaped) if isinstance(shaped, str) else shaped
-    model = _random(config if num_layers is None else with_layers(config, num_layers), dtype, device)
+    model = _random(config, dtype, device)
     if load_in_4bit:
         quantize(model)
     if rank:
@@ -89,7 +85,7 @@ def random_model(
     return model
 
 
-def _random(config: Any, dtype: torch.dtype, device: str) -> Pretrained:
+def _random(config: Any, dtype: torch.dtype, device: str) -> Stack:
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # so that no wider copy of the weights is ever made
     try:
@@ -102,12 +98,6 @@ def _random(config: Any, dtype: torch.dtype, device: str) -> Pretrained:
 def alike(config: Any) -> bool:
     """Whether all layers are of one kind."""
     return len(set(getattr(config, "layer_types", ()))) <= 1
-
-
-def with_layers(config: Any, num_layers: int) -> Any:
-    """The same shape with another number of layers, which are alike."""
-    kinds = {"layer_types": config.layer_types[:1] * num_layers} if getattr(config, "layer_types", ()) else {}
-    return replace(config, num_hidden_layers=num_layers, **kinds)
 
 
 def memory_bytes(
@@ -132,41 +122,10 @@ def layer_memory_bytes(
 
 
 @lru_cache(maxsize=8)
-def _without_memory(config: Any, dtype: torch.dtype) -> tuple[int, Pretrained]:
+def _without_memory(config: Any, dtype: torch.dtype) -> tuple[int, Stack]:
     """A model on meta tensors, and how many times its layers stand for the config's."""
-    one = alike(config)
-    model = _random(with_layers(config, 1) if one else config, dtype, "meta")
-    return config.num_hidden_layers if one else 1, model
-
-
-def write_random_checkpoint(name: str, directory: str | Path, shard_bytes: int = 5 * 10**9) -> list[Path]:
-    """Write a checkpoint of this shape with random bfloat16 weights, in shards as Hugging Face's are.
-
-    Holds one shard in memory. Returns the shards' paths. Raises InputError.
-    """
-    config, directory = shape(name), make_directory(directory)
-    with torch.device("meta"):
-        shapes = {n: p.shape for n, p in class_of(config)(config).named_parameters()}
-    shards: list[list[str]] = [[]]
-    room = shard_bytes
-    for tensor_name, size in shapes.items():
-        if shards[-1] and 2 * size.numel() > room:
-            shards, room = [*shards, []], shard_bytes
-        shards[-1].append(tensor_name)
-        room -= 2 * size.numel()
-    paths = [directory / f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    generator = torch.Generator().manual_seed(0)
-    for path, names in zip(tqdm(paths, desc="write", unit="shard", disable=len(paths) < 4), shards, strict=True):
-        tensors = {}
-        for tensor_name in names:
-            tensor = torch.empty(shapes[tensor_name], dtype=torch.bfloat16)
-            tensors[tensor_name] = tensor.fill_(1) if tensor.ndim == 1 else tensor.normal_(0, 0.02, generator=generator)
-        write_tensors(path, tensors, {"format": "pt"})
-    weight_map = {n: path.name for path, names in zip(paths, shards, strict=True) for n in names}
-    write_json(directory / "model.safetensors.index.json", {"weight_map": weight_map})
-    write_json(directory / "config.json", {**config.to_dict(), "torch_dtype": "bfloat16"})
-    return paths
-
-
-if __name__ == "__main__":  # python -m minichunk.models.shapes llama-3-8b DIR
-    print(*write_random_checkpoint(sys.argv[1], sys.argv[2]), sep="\n")
+    times = config.num_hidden_layers if alike(config) else 1
+    if times > 1:
+        kinds = {"layer_types": config.layer_types[:1]} if getattr(config, "layer_types", ()) else {}
+        config = replace(config, num_hidden_layers=1, **kinds)
+    return times, _random(config, dtype, "meta")

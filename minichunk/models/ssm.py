@@ -5,18 +5,73 @@ Shapes: B batch, T tokens of this call, P hidden size, N state size.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import InputError
 from ..memory.layer_memory import MemorySpec, wide
 from ..memory.state import Before, Handed, LayerState, scan_chunks
-from .decoder import Decoder, RMSNorm
-from .llama import Layer
-from .rope import Rope, rope_tables
-from .ssm_config import StateSpaceConfig
+from .config import FULL_ATTENTION, Config, EndTokens, Flag, LlamaConfig, Names, Number, Size, check_layer_types
+from .llama import Layer, Rope, rope_tables
+from .stack import Decoder
+
+
+@dataclass(frozen=True)
+class StateSpaceConfig(Config):
+    """Shape and constants of a StateSpace; its config.json has the same fields.
+
+    layer_types: "state" or "full_attention" for each layer; empty: all "state". The fields from `intermediate_size` on
+    are those of a LlamaConfig, for its attention layers; without one they stay None.
+    max_position_embeddings: the length that it was trained at. A state has no bound; rotations, further on, are new.
+    """
+
+    name = "state_space"
+    beside: ClassVar = {"model_type": "state_space"}
+
+    vocab_size: Size
+    hidden_size: Size
+    state_size: Size
+    num_hidden_layers: Size
+    layer_types: Names = ()
+    max_position_embeddings: Size = 2048
+    rms_norm_eps: Number = 1e-6
+    tie_word_embeddings: Flag = False
+    eos_token_id: EndTokens = None
+    intermediate_size: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    rope_theta: Number = 10000.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.layer_types:
+            object.__setattr__(self, "layer_types", ("state",) * self.num_hidden_layers)
+        check_layer_types(self.layer_types, ("state", FULL_ATTENTION), self.num_hidden_layers)
+        for name in ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+            if FULL_ATTENTION in self.layer_types and getattr(self, name) is None:
+                raise InputError(f"config: {name} is missing, which the attention layers need")
+        _ = self.attention  # checks its fields
+
+    @property
+    def attention(self) -> LlamaConfig | None:
+        """The attention layers', if there are any."""
+        if FULL_ATTENTION not in self.layer_types:
+            return None
+        shared = {field.name for field in fields(LlamaConfig)} & {field.name for field in fields(self)}
+        return LlamaConfig(**{name: getattr(self, name) for name in shared - {"layer_types"}})
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> Self:
+        """From a parsed `config.json`. Raises InputError, naming the field."""
+        known = {"model_type", "torch_dtype", "dtype", *(field.name for field in fields(cls))}
+        if config.get("model_type") == cls.name and (unknown := config.keys() - known):
+            raise InputError(f"config: the field {min(unknown)} is not one of a {cls.name} model")
+        return super().from_dict(config)
 
 
 class StateLayer(nn.Module):
@@ -28,7 +83,7 @@ class StateLayer(nn.Module):
     def __init__(self, config: StateSpaceConfig) -> None:
         super().__init__()
         P, self.state_size = config.hidden_size, config.state_size
-        self.norm = RMSNorm(P, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(P, config.rms_norm_eps)
         self.a_proj, self.b_proj, self.c_proj = (nn.Linear(P, self.state_size) for _ in range(3))
 
     @torch.no_grad()
@@ -64,14 +119,6 @@ class StateLayer(nn.Module):
         return u.new_zeros(u.shape[0], u.shape[2], self.state_size, dtype=wide(u))
 
 
-def make_layer(config: StateSpaceConfig, kind: str) -> nn.Module:
-    """A layer of one of the kinds of `layer_types`."""
-    if kind == "state":
-        return StateLayer(config)
-    assert config.attention is not None
-    return Layer(config.attention)
-
-
 class StateSpace(Decoder):
     """State-space layers, and attention layers where the config's `layer_types` has them.
 
@@ -82,7 +129,11 @@ class StateSpace(Decoder):
     config_class = StateSpaceConfig
 
     def __init__(self, config: StateSpaceConfig) -> None:
-        super().__init__(config, (make_layer(config, kind) for kind in config.layer_types))
+        layers = (
+            Layer(config.attention) if config.attention and kind == FULL_ATTENTION else StateLayer(config)
+            for kind in config.layer_types
+        )
+        super().__init__(config, layers)
         for layer in self.layers:
             if isinstance(layer, StateLayer):
                 layer.spread_gates()

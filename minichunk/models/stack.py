@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,6 @@ from ..chunks import Chunk, cut, span
 from ..loss import token_losses
 from ..memory.layer_memory import LayerMemories, MemorySpec
 from ..protocol import DEFAULTS, Options, Written
-from .dropout import DropoutMasks
 
 
 class Stack(nn.Module):
@@ -26,23 +26,35 @@ class Stack(nn.Module):
 
     config: Any  # with `to_dict` and `from_dict`, in the terms of config.json
     lm_head: nn.Linear
+    config_class: Any  # of `config`
     lora: Any = None  # what `add_lora` was told, if there is an adapter
-    masks: DropoutMasks | None = None  # of the dropouts, if there are any
+    masks: Any = None  # lora.py's DropoutMasks, if there are dropouts
+    partial: Any = None  # what `partial_context` changed since the checkpoint was loaded
+
+    if TYPE_CHECKING:  # load.py sets these two: a model needs no files
+
+        @classmethod
+        def from_pretrained(cls, directory: str | Path, *options: Any, **named: Any) -> Self: ...
+        def save_pretrained(self, directory: str | Path, *options: Any) -> None: ...
+
+    model: Any  # all but the LM head, with Hugging Face's names for the Llama
 
     @property
     def embedding(self) -> nn.Embedding:
-        raise NotImplementedError
+        return self.model.embed_tokens
 
     @property
     def layers(self) -> nn.ModuleList:
-        raise NotImplementedError
+        return self.model.layers
 
     @property
     def norm(self) -> nn.Module:
-        raise NotImplementedError
+        return self.model.norm
 
     def tie_weights(self) -> None:
-        """Make one parameter of those that the config says are one."""
+        """Let embedding and LM head be one parameter, where the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.embedding.weight
 
     @property
     def like(self) -> Tensor:
@@ -89,11 +101,11 @@ class Stack(nn.Module):
             if options.recompute:
                 # On top of a memory dropout draws its masks from seeds: no generator's state to replay.
                 x, wrote = checkpoint(
-                    self._layer, layer, x, past, shared, chunks, options,
+                    self._layer, layer, chunks, options, x, past, *shared,
                     use_reentrant=False, preserve_rng_state=memory is None,
                 )  # fmt: skip
             else:
-                x, wrote = self._layer(layer, x, past, shared, chunks, options)
+                x, wrote = self._layer(layer, chunks, options, x, past, *shared)
             written.append(wrote)
         return self.norm(x), written
 
@@ -106,11 +118,10 @@ class Stack(nn.Module):
         *layers, last = list(self.layers)
         written = []
         for layer, layer_memory in zip(layers, memory.layers[:-1], strict=True):
-            x, wrote = self._layer(layer, x, layer_memory.past(chunks, save=False), shared, chunks, options)
+            x, wrote = self._layer(layer, chunks, options, x, layer_memory.past(chunks, save=False), *shared)
             written.append(wrote)
         past = memory.layers[-1].past(chunks, save=False)
-        fill: Any = last.fill
-        return [*written, self._layer(fill, x, past, shared, chunks, options)]
+        return [*written, self._layer(last.fill, chunks, options, x, past, *shared)]
 
     @torch.no_grad()
     def run_chunks(
@@ -138,22 +149,47 @@ class Stack(nn.Module):
         x = self.embedding(input_ids)  # (B, T, E)
         return x, self.shared(x, chunks[0].start if chunks else 0)
 
-    def _layer(
-        self,
-        layer: Callable[..., Any],
-        x: Tensor,
-        past: Any,
-        shared: tuple[Any, ...],
-        chunks: Sequence[Chunk],
-        options: Options,
-    ) -> Any:
+    def _layer(self, layer: Any, chunks: Sequence[Chunk], options: Options, *inputs: Any) -> Any:
         """One layer; its dropouts draw the masks of these chunks, also when recompute runs it again."""
         if self.masks is None:
-            return layer(x, past, *shared)
+            return layer(*inputs)
         with self.masks.of(options.dropout_seed, chunks):
-            return layer(x, past, *shared)
+            return layer(*inputs)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits (B, T, V) of a whole sequence, without a memory."""
         hidden, _ = self.run(input_ids)
         return self.lm_head(hidden)
+
+
+class Body(nn.Module):
+    """Everything but the LM head, with the Llama's names."""
+
+    def __init__(self, config: Any, layers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(layers)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Decoder(Stack):
+    """A Stack in Hugging Face's layout, with random weights: a body, for the Llama called `model`, and an LM head.
+
+    config: with vocab_size, hidden_size, rms_norm_eps and tie_word_embeddings.
+    """
+
+    def __init__(self, config: Any, layers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Body(config, layers)
+        self.finish(0.02)
+
+    def finish(self, std: float) -> None:
+        """Add the LM head, draw all matrices with this deviation, and tie what the config says is one."""
+        self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=std)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+        self.tie_weights()

@@ -4,15 +4,13 @@ Each direction is a process group of its own. Within one group, NCCL runs what t
 in which each of them issues it. Here a rank hands the next chunk up before it takes a gradient, while the rank above,
 which has fewer chunks in flight, hands that gradient down before it takes the chunk: each would wait for the other.
 
-With more processes than a pipeline needs there are copies of it, at work on other documents: adjacent processes are one
-pipeline, and those with the same layers a group, in which the gradients of the copies are added up.
+With more processes than a pipeline needs there are copies of the pipeline, which work on other documents. Adjacent
+processes are one pipeline. Processes with the same layers are a group too, which adds up the gradients of the copies.
 """
-
-from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -23,7 +21,7 @@ from torch import Tensor
 
 from ..errors import InputError
 
-MOST_ON_THE_WAY = 2  # sends that nobody has taken yet: or the fill would pile up at a slow rank
+MOST_ON_THE_WAY = 2  # messages that nobody has taken yet: without a limit the fill would pile up before a slow rank
 T = TypeVar("T")
 
 
@@ -35,7 +33,7 @@ class Links:
     """Of the process that is `rank` of the `ranks` of a pipeline, `copy` of `copies`; made on all of them at a time.
 
     ranks: processes that share the layers; None: all of the default process group, so that there is one copy.
-    timeout: for every single message; None: PyTorch's own.
+    timeout: for every message within a pipeline or between copies; None: PyTorch's own.
     Raises InputError without a process group, and for ranks that do not divide the number of processes.
     """
 
@@ -46,50 +44,51 @@ class Links:
                 "torch.distributed.init_process_group() in it first"
             )
         world = dist.get_world_size()
-        self.ranks = check_ranks(world if ranks is None else ranks, world)
-        self.copy, self.rank = divmod(dist.get_rank(), self.ranks)
-        self.copies = world // self.ranks
-        self.is_first, self.is_last = self.rank == 0, self.rank == self.ranks - 1
-        pipelines = [range(start, start + self.ranks) for start in range(0, world, self.ranks)]
-        alike = [range(rank, world, self.ranks) for rank in range(self.ranks)]
-        self.up, self.down = (_groups(pipelines, timeout)[self.copy] for _ in range(2))
-        self.copies_of_me = _groups(alike, timeout)[self.rank]
-        self.world = dist.new_group(timeout=timeout)
+        self.ranks = ranks = world if ranks is None else ranks
+        if ranks < 1 or world % ranks:
+            raise InputError(
+                f"a pipeline of {ranks} ranks needs {ranks} processes, or a multiple of it for copies, but there "
+                f"{'is' if world == 1 else 'are'} {world}: torchrun --nproc-per-node says how many"
+            )
+        self.copy, self.rank = divmod(dist.get_rank(), ranks)
+        self.copies = world // ranks
+        self.is_first, self.is_last = self.rank == 0, self.rank == ranks - 1
+        pipelines = [list(range(first, first + ranks)) for first in range(0, world, ranks)]
+        ends = [sorted({pipeline[0], pipeline[-1]}) for pipeline in pipelines]
+        alike = [list(processes) for processes in zip(*pipelines, strict=True)]
+        self.up, self.down, self.ends, self.copies_of_me = (
+            dist.new_subgroups_by_enumeration(processes, timeout)[0]
+            for processes in (pipelines, pipelines, ends, alike)
+        )
         self.on_the_way = deque[tuple[Any, Tensor, int]]()
 
-    def take_up(self, x: Tensor) -> Tensor:
-        """Fill x with the hidden state that comes from the rank before."""
-        return self._take(x, self.rank - 1, self.up)
+    def take(self, x: Tensor, source: int) -> Tensor:
+        """Fill x with what the rank `source` hands to this one."""
+        with self._hears(source):
+            dist.recv(x, self._process(source), self.up if source < self.rank else self.down)
+        return x
 
-    def hand_up(self, x: Tensor) -> None:
-        """A hidden state for the next rank."""
-        self._hand(x, self.rank + 1, self.up)
+    def hand(self, x: Tensor, to: int) -> None:
+        """Send x to the rank `to`. Waits only if too many messages have not been taken yet."""
+        x = x.detach().contiguous()
+        with self._hears(to):
+            work = dist.isend(x, self._process(to), self.up if to > self.rank else self.down)
+        self.on_the_way.append((work, x, to))
+        self.flush(MOST_ON_THE_WAY)
 
-    def take_down(self, x: Tensor) -> Tensor:
-        """Fill x with the gradient that comes back from the next rank."""
-        return self._take(x, self.rank + 1, self.down)
-
-    def hand_down(self, x: Tensor) -> None:
-        """A gradient for the rank before."""
-        self._hand(x, self.rank - 1, self.down)
-
-    def flush(self) -> None:
-        """Until all that was handed over has been taken."""
-        while self.on_the_way:
-            self._wait()
+    def flush(self, left: int = 0) -> None:
+        """Wait until at most that many of the messages handed over have not been taken yet."""
+        while len(self.on_the_way) > left:
+            work, _, to = self.on_the_way.popleft()
+            with self._hears(to):
+                work.wait()
 
     def everyones(self, mine: T, of_all: bool = False) -> list[T]:
         """What each rank says, a picklable object, in the order of the ranks; `of_all` copies, one after the other."""
         said: list[Any] = [None] * self.ranks * (self.copies if of_all else 1)
-        with self._hears("the other ranks"):
-            dist.all_gather_object(said, mine, self.world if of_all else self.up)
+        with self._hears():
+            dist.all_gather_object(said, mine, None if of_all else self.up)
         return said
-
-    def from_last(self, x: Tensor) -> Tensor:
-        """Fill x with that of the last rank."""
-        with self._hears("the other ranks"):
-            dist.broadcast(x, self._process(self.ranks - 1), self.up)
-        return x
 
     def to_first(self, mine: dict[str, Tensor]) -> dict[str, Tensor] | None:
         """On the first rank the tensors of all ranks of this pipeline, by name, on the CPU; None on the others."""
@@ -97,87 +96,36 @@ class Links:
         found = {name: x.detach().cpu() for name, x in mine.items()}
         if not self.is_first:
             for x in found.values():
-                self._hand(x, 0, self.down)
+                self.hand(x, 0)
             self.flush()
             return None
         for rank, theirs in enumerate(of_all[1:], 1):
             for name, (shape, dtype) in theirs.items():
-                found[name] = self._take(torch.empty(shape, dtype=dtype), rank, self.down)
+                found[name] = self.take(torch.empty(shape, dtype=dtype), rank)
         return found
 
-    def add_copies(self, x: Tensor) -> None:
-        """Add to x those of the same rank in all other copies, in place."""
-        if self.copies > 1:
-            with self._hears("the other copies"):
-                dist.all_reduce(x, group=self.copies_of_me)
+    def add(self, x: Tensor, group: Any = None) -> None:
+        """Add to x those of all other processes of the group, in place.
 
-    def add_all(self, x: Tensor) -> None:
-        """Add to x those of all processes, in place."""
-        with self._hears("the other ranks"):
-            dist.all_reduce(x, group=self.world)
-
-    def swap_ends(self, x: Tensor) -> Tensor:
-        """On the first and the last rank: the other's x."""
-        other = torch.empty_like(x)
-        if self.is_first:
-            self._hand(x, self.ranks - 1, self.up)
-            self._take(other, self.ranks - 1, self.down)
-        else:  # in the order of the first rank, or under NCCL each would wait for the other
-            self._take(other, 0, self.up)
-            self._hand(x, 0, self.down)
-        self.flush()
-        return other
-
-    def _take(self, x: Tensor, source: int, group: Any) -> Tensor:
-        with self._hears(f"rank {self._process(source)}"):
-            self._receive(x, self._process(source), group)
-        return x
-
-    def _hand(self, x: Tensor, to: int, group: Any) -> None:
-        x = x.detach().contiguous()
-        with self._hears(f"rank {self._process(to)}"):
-            work = self._send(x, self._process(to), group)
-        self.on_the_way.append((work, x, to))
-        if len(self.on_the_way) > MOST_ON_THE_WAY:
-            self._wait()
-
-    def _receive(self, x: Tensor, source: int, group: Any) -> None:
-        dist.recv(x, source, group)
-
-    def _send(self, x: Tensor, to: int, group: Any) -> Any:
-        return dist.isend(x, to, group)
-
-    def _wait(self) -> None:
-        work, _, to = self.on_the_way.popleft()
-        with self._hears(f"rank {self._process(to)}"):
-            work.wait()
+        group: `ends` (the first and the last rank of a pipeline), `copies_of_me`, `up` (all ranks of the pipeline), or
+            None (all processes).
+        """
+        with self._hears():
+            dist.all_reduce(x, group=group)
 
     def _process(self, rank: int) -> int:
         """Which process is that rank of this pipeline."""
         return self.copy * self.ranks + rank
 
     @contextmanager
-    def _hears(self, other: str) -> Iterator[None]:
+    def _hears(self, rank: int | None = None) -> Iterator[None]:
+        """PyTorch's errors become RankLost, which names the rank of this pipeline; None: any other process."""
         try:
             yield
         except RuntimeError as error:
-            said = re.sub(r"^\[[^]]*\]\s*", "", str(error).strip())  # where in PyTorch's own code
+            said = re.sub(r"^\[[^]]*\]\s*", "", str(error).strip())  # without the place in PyTorch's own code
             reason = re.split(r"\. |\n", said)[0] or type(error).__name__
+            other = "the other ranks" if rank is None else f"rank {self._process(rank)}"
             raise RankLost(
                 f"rank {dist.get_rank()} hears nothing from {other}, which ended or did not answer in time ({reason})"
             ) from error
-
-
-def check_ranks(ranks: int, processes: int) -> int:
-    """`ranks`. Raises InputError unless so many processes are whole pipelines of them."""
-    if ranks < 1 or processes % ranks:
-        raise InputError(
-            f"a pipeline of {ranks} ranks needs {ranks} processes, or a multiple of it for copies, but there "
-            f"{'is' if processes == 1 else 'are'} {processes}: torchrun --nproc-per-node says how many"
-        )
-    return ranks
-
-
-def _groups(of: Sequence[range], timeout: timedelta | None) -> list[Any]:
-    """A process group for each of these; every process has to ask for all of them."""
-    return [dist.new_group(list(processes), timeout=timeout) for processes in of]

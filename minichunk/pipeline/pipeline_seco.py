@@ -1,36 +1,37 @@
 """SeCO and SpaCO over several ranks, each of which has a block of the layers (Algorithms 1 and 2).
 
-Every rank goes through the same loop over the same chunks; of a chunk only its hidden state goes up to the next rank,
-and the gradient of that comes down again. What the chunk writes, and what later chunks send back to that, stays with
+Every rank goes through the same loop over the same chunks. Of a chunk only its hidden state goes up to the next rank,
+and only the gradient of that comes down again. What the chunk writes, and what later chunks send back to it, stays on
 the rank that has the layer: the ranks share no memory.
 
-There is one more thing than in seco.py: a chunk has to wait. Between its rebuild (line 5) and its turn (lines 6, 7)
-the ranks above work on it, and this rank rebuilds the chunks before it, as many as there are ranks from here on.
-`received` is asked only when the turn comes, for only then have all later chunks sent back their part: the turns go
-from the last chunk to the first, as in seco.py, and every sum has the same terms in the same order. (The schedule is
-known as 1F1B; PipeDream, arXiv 1806.03377.) seco.py says the same without the waiting, and so remains as it is.
+One thing is added to seco.py: a chunk waits. Between its rebuild (line 5) and its backward pass (lines 6 and 7) the
+ranks above work on it. Meanwhile this rank rebuilds the chunks before it, until as many chunks wait as there are ranks
+above. A chunk asks for its relay only when its turn has come, because all later chunks have sent back their part by
+then. Turns go from the last chunk to the first, as in seco.py, so every sum has the same terms in the same order.
+(The schedule is known as 1F1B; PipeDream, arXiv 1806.03377.)
 """
 
-from __future__ import annotations
-
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..batch import Batch, check_tokens, make_batch, widen_gradients
-from ..chunks import Chunk, check_fill_size, cut, groups, span
+from ..chunks import Chunk, check_fill_size, cut, span
+from ..errors import InputError
 from ..loss import summed_loss
 from ..memory.layer_memory import LayerMemories, wide
 from ..protocol import Options, Written
 from ..samplers import Weight
-from ..seco import flat
+from ..seco import fill, flat, new_memory
 from ..spaco import QUARTER, Sampler, check_weights
 from .stage import PipelineStage
-from .together import Weights, add_up, agree, set_aside
+
+Weights = Sequence[Weight | None]
 
 
 def pipeline_seco(
@@ -51,8 +52,11 @@ def pipeline_seco(
     that is both embedding and LM head gets its whole gradient on the first and on the last rank.
     Raises InputError also if ranks do not agree on the batch, and RankLost if one of them ends or does not answer.
     """
-    options = Options(fill_size, recompute, cache_grad_dtype, offload)
-    return _step(stage, input_ids, labels, chunk_size, num_targets, options, lambda k: [Weight(1.0, 1.0)] * k)
+    return pipeline_spaco(
+        stage, input_ids, labels, chunk_size, sampler=lambda num_chunks, _: [Weight(1.0, 1.0)] * num_chunks,
+        fill_size=fill_size, num_targets=num_targets, recompute=recompute, cache_grad_dtype=cache_grad_dtype,
+        offload=offload,
+    )  # fmt: skip
 
 
 def pipeline_spaco(
@@ -70,68 +74,54 @@ def pipeline_spaco(
     offload: bool = False,
 ) -> Tensor:
     """`spaco` of a model whose layers are on several ranks; see pipeline_seco. The first rank draws for all of them."""
+    check_fill_size(fill_size, chunk_size)
+    check_tokens(input_ids, labels, num_targets, stage.vocab_size)
+    widen_gradients(stage)
+    batch, chunks, links = make_batch(input_ids, labels, num_targets), cut(input_ids.shape[1], chunk_size), stage.links
     options = Options(fill_size, recompute, cache_grad_dtype, offload)
+    drawn = check_weights(sampler(len(chunks), generator), len(chunks)) if links.is_first else []
+    weights, options, below_learns = agree(stage, input_ids, chunks, options, drawn)
+    kept = [(chunk, weight) for chunk, weight in zip(chunks, weights, strict=True) if weight is not None]
+    if not kept:
+        return torch.zeros((), dtype=wide(stage.like), device=input_ids.device)
+    model: Any = stage  # no LM head is asked for
+    memory: Any = new_memory(model, input_ids, [chunk for chunk, _ in kept], options)
+    fill(model, input_ids, [chunk for chunk in chunks if chunk < kept[-1][0]], memory, options)  # lines 1-3
+    with tied_weight_summed(stage):
+        total = walk_back(stage, batch, memory, kept, options, below_learns)
+        links.flush()
+        del memory  # before room is needed for a tied weight's sum
+    links.add(total, links.up)  # 0 before the last rank
+    return total
 
-    def draw(num_chunks: int) -> Weights:
-        return check_weights(sampler(num_chunks, generator), num_chunks)
 
-    return _step(stage, input_ids, labels, chunk_size, num_targets, options, draw)
+def agree(
+    stage: PipelineStage, input_ids: Tensor, chunks: Sequence[Chunk], options: Options, drawn: Weights
+) -> tuple[Weights, Options, bool]:
+    """The first rank's draw and its seed of the dropouts, for all; and whether anything learns on the ranks before.
+
+    Raises InputError unless all ranks are about to do the same, and some parameter learns.
+    """
+    step = f"a batch of shape {list(input_ids.shape)}, chunks of {chunks[0].stop} and {options}"
+    learns = any(parameter.requires_grad for parameter in stage.parameters())
+    said = stage.links.everyones((step, drawn, stage.dropout_seed(), learns))
+    steps, draws, seeds, learning = zip(*said, strict=True)
+    for rank, other in enumerate(steps):
+        if other != steps[0]:
+            raise InputError(f"rank {rank} was called with {other}, but rank 0 with {steps[0]}; all must do the same")
+    if not any(learning):
+        raise InputError("no parameter of the model requires a gradient: nothing to train")
+    return draws[0], replace(options, dropout_seed=seeds[0]), any(learning[: stage.links.rank])
 
 
-class Waiting(NamedTuple):
-    """A chunk that has been rebuilt and waits for its turn: its input and output (B, C, E), and what it wrote."""
+class Rebuilt(NamedTuple):
+    """A chunk that waits for its turn: its input and output (B, C, E), with the graph between, and what it wrote."""
 
     chunk: Chunk
     weight: Weight
     x: Tensor
     y: Tensor
     written: Written
-
-
-def _step(
-    stage: PipelineStage,
-    input_ids: Tensor,
-    labels: Tensor,
-    chunk_size: int,
-    num_targets: float | None,
-    options: Options,
-    draw: Callable[[int], Weights],
-) -> Tensor:
-    check_fill_size(options.fill_size, chunk_size)
-    check_tokens(input_ids, labels, num_targets, stage.vocab_size)
-    widen_gradients(stage)
-    batch, chunks, links = make_batch(input_ids, labels, num_targets), cut(input_ids.shape[1], chunk_size), stage.links
-    weights, options, below_learns = agree(stage, input_ids, chunks, options, draw)
-    kept = [(chunk, weight) for chunk, weight in zip(chunks, weights, strict=True) if weight is not None]
-    total = torch.zeros((), dtype=wide(stage.like), device=input_ids.device)
-    if not kept:
-        return total
-    before = set_aside(stage)
-    last = kept[-1][0]
-    memory = stage.new_memory(input_ids.shape[0], last.start, [chunk for chunk, _ in kept[:-1]], options)
-    for group in groups([chunk for chunk in chunks if chunk < last], options.fill_size):  # lines 1-3
-        memory.write(group, fill(stage, batch, memory, group, options))
-    total = total + walk_back(stage, batch, memory, kept, options, below_learns)
-    links.flush()
-    del memory  # another copy of a tied weight's gradient is to come
-    add_up(stage, before)
-    return links.from_last(total)
-
-
-def fill(
-    stage: PipelineStage, batch: Batch, memory: LayerMemories, chunks: Sequence[Chunk], options: Options
-) -> Written:
-    """Run these chunks without gradients and hand them on; on the last rank only as far as the memory needs it.
-
-    Returns what they write.
-    """
-    x = stage.take(batch.input_ids[:, span(chunks)])
-    if stage.links.is_last:
-        return stage.fill(x, memory, chunks, options)
-    with torch.no_grad():
-        y, written = stage.run(x, memory, chunks, replace(options, recompute=False))
-    stage.links.hand_up(y)
-    return written
 
 
 def walk_back(
@@ -141,39 +131,57 @@ def walk_back(
     kept: Sequence[tuple[Chunk, Weight]],
     options: Options,
     below_learns: bool,
-) -> Tensor | float:
-    """Lines 4-7; below_learns: whether anything learns on the ranks before. Returns the loss, on the last rank."""
-    links, waiting = stage.links, deque[Waiting]()
-    total: Tensor | float = 0.0
+) -> Tensor:
+    """Lines 4-7. Returns the loss on the last rank, 0 on others. below_learns: whether a rank before learns."""
+    links, waiting = stage.links, deque[Rebuilt]()
+    total = torch.zeros((), dtype=wide(stage.like), device=batch.input_ids.device)
     for chunk, weight in reversed(kept):  # line 4
         x = stage.take(batch.input_ids[:, span([chunk])]).requires_grad_(below_learns)
         y, written = stage.run(x, memory, [chunk], options)  # line 5
         if not links.is_last:
-            links.hand_up(y)
-        waiting.append(Waiting(chunk, weight, x, y, written))
+            links.hand(y, links.rank + 1)
+        waiting.append(Rebuilt(chunk, weight, x, y, written))
         del x, y, written  # or they would live on beside the next chunk's
         if len(waiting) == links.ranks - links.rank:
-            total = total + _backward(stage, batch, memory, waiting.popleft())
+            total += _backward(stage, batch, memory, waiting.popleft())
     while waiting:
-        total = total + _backward(stage, batch, memory, waiting.popleft())
+        total += _backward(stage, batch, memory, waiting.popleft())
     return total
 
 
-def _backward(stage: PipelineStage, batch: Batch, memory: LayerMemories, chunk: Waiting) -> Tensor | float:
-    """Lines 6 and 7, when a chunk's turn has come; returns its share of the loss, on the last rank."""
-    end, grad, weight = chunk.y, None, chunk.weight
-    if stage.links.is_last:
-        targets = batch.targets[:, span([chunk.chunk])]
-        loss = summed_loss(chunk.y, stage.model.lm_head.weight, targets) / batch.num_targets
+def _backward(stage: PipelineStage, batch: Batch, memory: LayerMemories, rebuilt: Rebuilt) -> Tensor | float:
+    """Lines 6 and 7, when a chunk's turn has come. Returns its share of the loss on the last rank, 0 on others."""
+    chunk, weight, x, end, written = rebuilt
+    links, grad = stage.links, None
+    if links.is_last:
+        loss = summed_loss(end, stage.model.lm_head.weight, batch.targets[:, span([chunk])]) / batch.num_targets
         end = weight.loss * loss
     elif end.requires_grad:
-        grad = stage.links.take_down(torch.empty_like(end))
+        grad = links.take(torch.empty_like(end), links.rank + 1)
     if end.requires_grad:  # or nothing from the embedding up to here learns
-        made, sent = flat(chunk.written), flat(memory.hand_over(chunk.chunk))  # line 6
+        made, sent = flat(written), flat(memory.hand_over(chunk))
         if weight.relay != 1.0:  # or it would be a copy
             sent = [weight.relay * g for g in sent]
         relayed = [(m, g) for m, g in zip(made, sent, strict=True) if m.requires_grad] if sent else []
-        torch.autograd.backward([end, *(m for m, _ in relayed)], [grad, *(g for _, g in relayed)])  # line 7
-    if chunk.x.grad is not None:
-        stage.links.hand_down(chunk.x.grad)
-    return end.detach() if stage.links.is_last else 0.0
+        torch.autograd.backward([end, *(m for m, _ in relayed)], [grad, *(g for _, g in relayed)])  # lines 6, 7
+    if x.grad is not None:
+        links.hand(x.grad, links.rank - 1)
+    return end.detach() if links.is_last else 0.0
+
+
+@contextmanager
+def tied_weight_summed(stage: PipelineStage) -> Iterator[None]:
+    """A weight that is embedding and LM head gets, on both ranks that have it, the sum of what they find in the block.
+
+    Within the block its gradient is this step's alone; that of earlier steps is added at the end.
+    """
+    weight = stage.tied_weight
+    if weight is None:
+        yield
+        return
+    earlier, weight.grad = weight.grad, None
+    yield
+    if weight.grad is not None:
+        stage.links.add(weight.grad, stage.links.ends)
+        if earlier is not None:
+            weight.grad += earlier

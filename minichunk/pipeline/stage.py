@@ -1,27 +1,25 @@
 """A rank's part of a model: some adjacent layers; with the first ones the embedding, with the last norm and LM head."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
-from datetime import timedelta
+from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from ..batch import widen_gradients
-from ..chunks import cut, span
+from ..chunks import Chunk, cut, span
 from ..errors import InputError
 from ..loss import token_losses
-from ..memory.layer_memory import wide
-from ..models.auto import load_model
-from ..models.decoder import RMSNorm
-from ..models.dropout import DropoutMasks
-from ..models.elsewhere import Elsewhere
+from ..memory.layer_memory import LayerMemories, wide
+from ..models.load import load_model
+from ..models.lora import Placeholder
 from ..models.stack import Stack
+from ..protocol import DEFAULTS, Options, Written
 from .links import Links
-from .split_layers import check_counts, deal, layer_costs
+from .split_layers import check_counts, split_layers
 
 
 class PipelineStage(Stack):
@@ -31,43 +29,35 @@ class PipelineStage(Stack):
     drawn at random. The model may be on the CPU; `stage.to(device)` then moves what is left. `PipelineStage.load` reads
     a checkpoint without what other ranks have.
 
-    counts: how many layers each rank gets; None: `deal(layer_costs(model), ranks)`, by the bytes of their weights, the
-        embedding's and the LM head's included.
-    timeout: after which a rank that does not answer is given up, with RankLost; None: PyTorch's own.
+    counts: how many layers each rank gets; None: `split_layers(model, ranks)`.
     links: between the ranks; None: all processes are one pipeline. `Links(2)` makes pipelines of two, each of which
-        works on documents of its own; `stage.add_copies()` then adds up their gradients.
+        works on documents of its own; `stage.add_copies()` then adds up their gradients. With `Links(timeout=…)` a rank
+        that does not answer in that time is given up, with RankLost.
     Raises InputError without a process group, for fewer layers than ranks, and for counts that do not add up.
     """
 
-    def __init__(
-        self,
-        model: Stack,
-        counts: Sequence[int] | None = None,
-        timeout: timedelta | None = None,
-        links: Links | None = None,
-    ) -> None:
+    def __init__(self, model: Stack, counts: Sequence[int] | None = None, links: Links | None = None) -> None:
         super().__init__()
-        self.links = links = links or Links(timeout=timeout)
-        layers = list(model.layers)
-        if len(layers) < links.ranks:
-            raise InputError(f"the model has {len(layers)} layers, too few for {links.ranks} ranks: start fewer")
+        self.links = links = links or Links()
         if counts is None:
-            counts = deal(layer_costs(model), links.ranks)
-        check_counts(counts, len(layers), links.ranks)
-        self.held = slice(sum(counts[: links.rank]), sum(counts[: links.rank + 1]))
+            counts = split_layers(model, links.ranks)
+        check_counts(counts, len(model.layers), links.ranks)
+        start, stop = sum(counts[: links.rank]), sum(counts[: links.rank + 1])
+        self.layer_range = slice(start, stop)
         self.vocab_size, self.hidden_size = model.lm_head.weight.shape
         self.is_tied = links.ranks > 1 and model.lm_head.weight is model.embedding.weight
         head = next(name for name, parameter in model.named_parameters() if parameter is model.lm_head.weight)
-        _take_out(
-            model,
-            [layer for i, layer in enumerate(layers) if not self.held.start <= i < self.held.stop]
-            + ([] if links.is_first else [model.embedding])
-            + ([] if links.is_last else [model.norm, model.lm_head]),
-        )
+        ends = ([] if links.is_first else [model.embedding]) + ([] if links.is_last else [model.norm, model.lm_head])
+        _take_out(model, [*model.layers[:start], *model.layers[stop:], *ends])
         self.model = model
         # Of a parameter that the first rank has too, its name there by the name here.
         twice = model.lm_head.weight if self.is_tied and links.is_last else None
         self.twice = {name: head for name, parameter in model.named_parameters() if parameter is twice}
+
+    config: Any = property(attrgetter("model.config"))
+    masks: Any = property(attrgetter("model.masks"))
+    embedding: Any = property(attrgetter("model.embedding"))  # after the first rank, and the norm before the last:
+    norm: Any = property(attrgetter("model.norm"))  # a Placeholder, which returns the hidden states that it is given
 
     @classmethod
     def load(
@@ -78,9 +68,9 @@ class PipelineStage(Stack):
         load_in_4bit: bool = False,
         counts: Sequence[int] | None = None,
         links: Links | None = None,
-    ) -> PipelineStage:
+    ) -> Self:
         """A rank's part of a checkpoint, of which it reads its own tensors alone; otherwise as `load_model`."""
-        stages: list[PipelineStage] = []
+        stages: list[Self] = []
         load_model(directory, dtype, device, load_in_4bit, lambda model: stages.append(cls(model, counts, links=links)))
         return stages[0]
 
@@ -89,31 +79,13 @@ class PipelineStage(Stack):
         return self.model.named_parameters(*args, **keywords)
 
     @property
-    def config(self) -> Any:
-        return self.model.config
-
-    @property
-    def masks(self) -> DropoutMasks | None:  # type: ignore[override]
-        return self.model.masks
-
-    @property
-    def embedding(self) -> nn.Embedding:
-        """Of a rank after the first, which is given hidden states: it lets them through."""
-        return self.model.embedding
-
-    @property
     def layers(self) -> nn.ModuleList:
-        return self.model.layers[self.held]
-
-    @property
-    def norm(self) -> nn.Module:
-        """Of a rank before the last: it lets hidden states through."""
-        return self.model.norm
+        return self.model.layers[self.layer_range]
 
     @property
     def like(self) -> Tensor:
         """A norm's weight: no adapter is put there, and it is not stored in 4 bits."""
-        return next(module.weight for module in self.layers.modules() if isinstance(module, RMSNorm))
+        return next(module.weight for module in self.layers.modules() if isinstance(module, nn.RMSNorm))
 
     @property
     def stream_dtype(self) -> torch.dtype:
@@ -123,11 +95,10 @@ class PipelineStage(Stack):
     @property
     def tied_weight(self) -> nn.Parameter | None:
         """The parameter that the first and the last rank both have, where embedding and LM head are one."""
-        links = self.links
-        if not self.is_tied or not (links.is_first or links.is_last):
+        if not self.is_tied or not (self.links.is_first or self.links.is_last):
             return None
-        weight: Any = (self.model.embedding if links.is_first else self.model.lm_head).weight
-        return weight
+        module: Any = self.model.embedding if self.links.is_first else self.model.lm_head
+        return module.weight
 
     @property
     def lm_head(self) -> nn.Linear:  # type: ignore[override]
@@ -144,7 +115,19 @@ class PipelineStage(Stack):
         if self.links.is_first:
             return input_ids
         shape, dtype = (*input_ids.shape, self.hidden_size), self.stream_dtype
-        return self.links.take_up(torch.empty(shape, dtype=dtype, device=self.like.device))
+        return self.links.take(torch.empty(shape, dtype=dtype, device=self.like.device), self.links.rank - 1)
+
+    @torch.no_grad()
+    def fill(
+        self, input_ids: Tensor, memory: LayerMemories, chunks: Sequence[Chunk], options: Options = DEFAULTS
+    ) -> Written:
+        """See Stack; what the rank before made of the tokens is taken, and what this one made of them is handed on."""
+        x = self.take(input_ids)
+        if self.links.is_last:
+            return super().fill(x, memory, chunks, options)
+        y, written = self.run(x, memory, chunks, replace(options, recompute=False))
+        self.links.hand(y, self.links.rank + 1)
+        return written
 
     @torch.no_grad()
     def chunk_losses(self, input_ids: Tensor, targets: Tensor, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
@@ -157,18 +140,20 @@ class PipelineStage(Stack):
             if self.links.is_last:
                 yield rows, token_losses(y, self.model.lm_head.weight, targets[:, rows])
             else:
-                self.links.hand_up(y)
+                self.links.hand(y, self.links.rank + 1)
         self.links.flush()
 
     def add_copies(self) -> None:
         """Add up the gradients of all copies of the pipeline: called on all processes, once all have done their part
         of an optimizer step. Where a copy has done nothing, it adds nothing."""
+        if self.links.copies == 1:
+            return
         widen_gradients(self)
         for parameter in self.parameters():
-            if parameter.requires_grad and self.links.copies > 1:
+            if parameter.requires_grad:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter, dtype=wide(parameter))
-                self.links.add_copies(parameter.grad)
+                self.links.add(parameter.grad, self.links.copies_of_me)
 
 
 def _take_out(model: nn.Module, modules: Sequence[nn.Module]) -> None:
@@ -176,4 +161,4 @@ def _take_out(model: nn.Module, modules: Sequence[nn.Module]) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if any(child is module for module in modules):
-                setattr(parent, name, Elsewhere(child))
+                setattr(parent, name, Placeholder(child))

@@ -8,6 +8,7 @@ tests/golden/README.md describes the files.
 from __future__ import annotations
 
 import re
+from dataclasses import MISSING, dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..files.atomic import open_tensors
+from ..training.options import check_options, option
 from .mistakes import Difference, likely_mistakes
 
 FORMAT = "minichunk golden 2"  # in a golden file's metadata
@@ -186,10 +188,44 @@ def compare(mine: dict[str, Tensor], golden: Golden, precision: str | None = Non
     return Verdict(True, counted + (f"; {len(left)} that can be left out are not there" if left else ""))
 
 
-def run_compare(mine: Path, golden: Path, precision: str | None = None) -> bool:
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Compare a port's tensors with a golden file's, up to the first difference, and say what it usually means.
+
+    Your port reads a golden file (they lie in tests/golden, and its README.md describes them), begins
+    with its weights and input_ids, runs SeCO and SpaCO as the file's metadata says, and writes what it
+    has computed into a safetensors file of its own, by the golden file's names. From NumPy, JAX,
+    PyTorch, ...:
+
+      from safetensors.numpy import save_file
+      save_file({"seco.chunk.0.layer.0.keys": keys, ...}, "mine.safetensors")
+
+      minichunk compare mine.safetensors --golden tests/golden/plain.safetensors
+
+    Begin with a few tensors and add more: what is there is compared in the order in which a port is
+    built (the forward pass chunk after chunk, the losses, then back from the last chunk), and what
+    comes next is named. What lies within a layer (hidden, attention, residual, logits), rope and full
+    may be left out for good.
+
+    A tensor is equal if it is off by no more than rounding can do, relative to its norm: about 1e-14 in
+    float64 and 1e-5 in float32. In bfloat16 only calm.safetensors shows more than rounding.
+
+    Exit status 0: all is there and equal. 1: something differs or is missing. 2: a file cannot be used.
+    """
+
+    mine: str = option(MISSING, "safetensors file that your port has written", positional=True)
+    golden: str = option(MISSING, "the golden file that it has read", metavar="FILE")
+    precision: str | None = option(
+        None, "what your port computes in", choices=tuple(PRECISIONS), absent="the coarsest dtype in MINE"
+    )
+
+
+def run_compare(options: CompareOptions) -> bool:
     """Print the verdict; returns whether all is there and equal. Raises InputError."""
-    expected = read_golden(golden)
-    with open_tensors(mine) as file:
-        verdict = compare({name: file.get_tensor(name) for name in file.keys()}, expected, precision)  # noqa: SIM118
+    check_options(options)
+    expected = read_golden(options.golden)
+    with open_tensors(options.mine) as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    verdict = compare(found, expected, options.precision)
     print(verdict.words)
     return verdict.equal

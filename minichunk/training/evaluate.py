@@ -1,7 +1,5 @@
 """Loss by position: how well a model predicts, near the start of a document and far into it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,11 +9,11 @@ from tqdm import tqdm
 
 from ..batch import IGNORE, shift
 from ..files.chat import load_chat_template
-from ..files.documents import Document, check_vocabulary, collate, cut_documents, read_documents
+from ..files.documents import Document, collate
 from ..files.shipped import MEASURED_ON, SHIPPED_MODEL, novel
 from ..models.partial import describe
 from ..models.stack import Stack
-from .load import load_as_told
+from .load import load_as_told, read_pieces
 from .options import ReadOptions, check_options, option
 from .ranks import Ranks
 
@@ -89,10 +87,12 @@ class EvaluateOptions(ReadOptions):
     DIR and FILE are as `minichunk train` takes them: of a JSONL line, what would be learnt is measured.
     """
 
-    data: tuple[str, ...] = option((), "text or JSONL files", metavar="FILE", absent="a shipped novel")
-    seq_len: int = option(2048, "tokens per piece", metavar="N", least=2)
-    documents: int = option(8, "pieces, the longest", metavar="N", least=1)
-    chunk_size: int = option(512, "tokens per forward pass: costs memory, changes no result", metavar="C", least=1)
+    data: tuple[str, ...] = option(
+        (), "text or JSONL files", metavar="FILE", absent="a shipped novel", group="measurement"
+    )
+    seq_len: int = option(2048, "tokens per piece", least=2)
+    documents: int = option(8, "pieces, the longest", least=1)
+    chunk_size: int = option(512, "tokens per forward pass: costs memory, changes no result", least=1)
 
 
 def evaluate_files(options: EvaluateOptions) -> None:
@@ -100,9 +100,7 @@ def evaluate_files(options: EvaluateOptions) -> None:
     check_options(options)
     chat = load_chat_template(options.model or SHIPPED_MODEL)
     model, tokenizer = load_as_told(options)
-    found = read_documents(options.data or [novel(MEASURED_ON)], tokenizer, model.config.first_eos(), chat)
-    check_vocabulary(found, model.config.vocab_size)
-    pieces, line = cut_documents(found, options.seq_len)
+    pieces, line = read_pieces(options.data or [novel(MEASURED_ON)], model, tokenizer, chat, options.seq_len)
     pieces = sorted(pieces, key=len, reverse=True)[: options.documents]
     spans = spans_for(model.config.max_position_embeddings, len(pieces[0]))
     with tqdm(total=len(pieces), desc="evaluate", unit="document", leave=False) as bar:

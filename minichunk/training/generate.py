@@ -1,21 +1,19 @@
 """Writing text with the same cache as training: fill it with the prompt, then a token at a time."""
 
-from __future__ import annotations
-
 from dataclasses import MISSING, dataclass
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..models.pretrained import Pretrained
+from ..models.stack import Stack
 from .load import load_as_told
 from .options import ReadOptions, check_options, option
 
 
 @torch.no_grad()
 def generate(
-    model: Pretrained,
+    model: Stack,
     input_ids: Tensor,
     max_new_tokens: int,
     *,
@@ -82,13 +80,11 @@ class GenerateOptions(ReadOptions):
     DIR is a Hugging Face checkpoint; one that was trained with --rank 0 is in runs/N/model.
     """
 
-    prompt: str = option(MISSING, "the text to continue, in quotes", positional=True)
-    max_new_tokens: int = option(128, "write up to N", metavar="N", least=1)
-    temperature: float = option(0.8, "0: always the likeliest token; higher: more varied", metavar="X", least=0)
-    top_p: float = option(
-        0.95, "among the likeliest tokens that together have this chance", metavar="X", above=0, most=1
-    )
-    seed: int = option(0, "another one, another text", metavar="N", least=0, below=2**32)
+    prompt: str = option(MISSING, "the text to continue, in quotes", positional=True, group="text")
+    max_new_tokens: int = option(128, "write up to N", least=1)
+    temperature: float = option(0.8, "0: always the likeliest token; higher: more varied", least=0)
+    top_p: float = option(0.95, "among the likeliest tokens that together have this chance", above=0, most=1)
+    seed: int = option(0, "another one, another text", least=0, below=2**32)
 
 
 def continue_text(options: GenerateOptions) -> str:

@@ -1,6 +1,4 @@
-"""The training loop: batches, gradient, optimizer; with nothing to remember but tensors and a step."""
-
-from __future__ import annotations
+"""The training loop: batches, gradient, optimizer. Its state is tensors and a step number, so a resume is exact."""
 
 import math
 import os
@@ -15,11 +13,13 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..files.documents import Document, collate, step_documents
-from ..models.pretrained import Pretrained
+from ..models.stack import Stack
 from .ranks import Ranks
 
+# Knuth's multiplier: 2^32 divided by the golden ratio. The products of small numbers with it are far apart in 32 bits.
+GOLDEN_RATIO_HASH = 2_654_435_769
 # Adds the gradient of the mean loss of (model, input_ids, labels), given num_targets and a generator.
-Gradient = Callable[[Pretrained, Tensor, Tensor, int, torch.Generator], Tensor]
+Gradient = Callable[[Stack, Tensor, Tensor, int, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,14 @@ class Trainer:
         Raises NonFiniteLoss before anything is changed.
         """
         began = time.perf_counter()
-        batches = list(self._batches())
-        num_targets = sum(document.num_targets() for batch in batches for document in batch)
+        per_step, size = self.batch_size * self.accumulate, self.batch_size
+        chosen = step_documents(self.documents, per_step, self.step, self.seed)
+        batches = [chosen[start : start + size] for start in range(0, per_step, size)]
+        num_targets = sum(document.num_targets() for document in chosen)
         losses = []
         for number, batch in self.ranks.mine(batches):
-            # PyTorch's generator on the CPU takes 32 bits of a seed: those of another batch have to differ in these.
-            seed = self.seed * 1_000_003 + self.step + number * 2_654_435_769
+            # PyTorch's generator on the CPU takes the low 32 bits of a seed, in which each batch has to differ.
+            seed = self.seed * 1_000_003 + self.step + number * GOLDEN_RATIO_HASH
             torch.manual_seed(seed)  # dropout
             generator = torch.Generator().manual_seed(seed)  # the sampler
             input_ids, labels = collate(batch, self.device)
@@ -119,20 +121,8 @@ class Trainer:
         lr = self.schedule.lr_at(self.step)
         self._update(lr)
         self.step += 1
-        tokens = sum(len(document) for batch in batches for document in batch)
-        return {
-            "step": self.step,
-            "loss": loss,
-            "grad_norm": norm,
-            "lr": lr,
-            "tokens": tokens,
-            "seconds": time.perf_counter() - began,
-        }
-
-    def _batches(self) -> Iterator[list[Document]]:
-        chosen = step_documents(self.documents, self.batch_size * self.accumulate, self.step, self.seed)
-        for start in range(0, len(chosen), self.batch_size):
-            yield chosen[start : start + self.batch_size]
+        done = {"step": self.step, "loss": loss, "grad_norm": norm, "lr": lr, "tokens": sum(map(len, chosen))}
+        return {**done, "seconds": time.perf_counter() - began}
 
     def _collect_gradients(self) -> float:
         """Move the gradients to the masters, clip them, and return their norm before clipping."""

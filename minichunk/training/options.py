@@ -4,8 +4,6 @@
 command/options.py makes a parser of the dataclass. Its docstring is what `--help` says first.
 """
 
-from __future__ import annotations
-
 import math
 import operator
 from collections.abc import Callable, Collection, Mapping
@@ -17,7 +15,7 @@ import torch
 from ..chunks import Chunk, cut
 from ..errors import InputError
 from ..files.shipped import SHIPPED_MODEL
-from ..memory.pattern import Pattern, Strided, Window
+from ..memory.window import Pattern, Strided, Window
 from ..pipeline.start import started
 from ..samplers import Bernoulli, FixedBudget, PaperBudget, most_kept
 from ..spaco import Sampler
@@ -26,37 +24,27 @@ T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 METHODS = ("seco", "spaco", "full")
 SAMPLERS = ("bernoulli", "fixed", "paper")
+KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
+WINDOW, STRIDED = ("partial_context", ("window",)), ("partial_context", ("strided",))  # what options belong to
 BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "least": ("at least", operator.ge), "above": ("above", operator.gt), "most": ("at most", operator.le),
     "below": ("below", operator.lt),
 }  # fmt: skip
-KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def option(
-    default: Any,
-    help: str,
-    *,
-    group: str = "",
-    metavar: str = "",
-    absent: str = "",
-    choices: Collection[str] = (),
-    least: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    most: float | None = None,
-    belongs: tuple[str, tuple[str, ...]] | None = None,
-    positional: bool = False,
-    none: bool = False,
-) -> Any:
+    default: Any, help: str, *, group: str = "", metavar: str = "", absent: str = "", choices: Collection[str] = (),
+    least: float | None = None, above: float | None = None, most: float | None = None, below: float | None = None,
+    belongs: tuple[str, tuple[str, ...]] | None = None, positional: bool = False, none: bool = False,
+) -> Any:  # fmt: skip
     """A field of a dataclass of options. Its annotation says what is read: int, float, str, bool, a tuple of them.
 
     default: `MISSING` if it has to be given. absent: the default in words, where it is chosen for the case.
-    least, above, below, most: bounds of every number. belongs: to which values of another option; () for any but None.
+    group: its title in the help, of the options after it too. least, above, most, below: bounds of every number.
+    belongs: another option, and which values it must have for this one; (): any but None.
     positional: without `--`. none: a tuple may be empty. A flag that is on by default is turned off by `--no-…`.
     """
-    metadata = {name: value for name, value in locals().items() if name != "default"}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata={name: value for name, value in locals().items() if name != "default"})
 
 
 def changed(options: type, name: str, **changes: Any) -> Any:
@@ -67,10 +55,9 @@ def changed(options: type, name: str, **changes: Any) -> Any:
 
 def form(annotation: Any) -> tuple[type, bool]:
     """What a value, or each of several, must be; and whether there are several."""
-    (kind,) = [part for part in get_args(annotation) or (annotation,) if part is not type(None) and part is not ...]
-    if isinstance(kind, type) and get_origin(annotation) is not tuple:
-        return kind, False
-    return (get_args(kind) or get_args(annotation))[0], True
+    kinds = [part for part in get_args(annotation) or (annotation,) if part not in (type(None), ...)]
+    several = get_origin(annotation) is tuple or get_origin(kinds[0]) is tuple
+    return (get_args(kinds[0]) or kinds)[0], several
 
 
 def flag(name: str) -> str:
@@ -84,30 +71,31 @@ def check_options(options: Any) -> None:
     for each in fields(options):
         value, rule = getattr(options, each.name), each.metadata
         name = each.name if rule["positional"] else flag(each.name)
-        kind, several = form(annotations[each.name])
         if value is None and each.default is None:
             continue
+        kind, several = form(annotations[each.name])
         if several != isinstance(value, tuple):
-            raise InputError(f"{name} is {value!r}, but must be {'several values' if several else 'one value'}")
+            raise InputError(f"{name} is {value!r}, but must be {'a tuple' if several else 'one value'}")
         for one in value if several else (value,):
-            _check_value(name, one, kind, rule)
+            if must := _must(one, kind, rule):
+                raise InputError(f"{name} is {one!r}, but must be {must}")
         if rule["belongs"] and value != each.default:
             owner, allowed = rule["belongs"]
             if getattr(options, owner) is None or (allowed and getattr(options, owner) not in allowed):
-                raise InputError(f"{name} belongs to {' '.join([flag(owner), ' or '.join(allowed)]).strip()}")
+                raise InputError(f"{name} belongs to {flag(owner)} {' or '.join(allowed)}".strip())
 
 
-def _check_value(name: str, value: Any, kind: type, rule: Mapping[str, Any]) -> None:
-    right = isinstance(value, int | float if kind is float else kind) and isinstance(value, bool) == (kind is bool)
-    if not right:
-        raise InputError(f"{name} is {value!r}, but must be {KINDS.get(kind, 'a ' + kind.__name__)}")
-    if rule["choices"] and value not in rule["choices"]:
-        raise InputError(f"{name} is {value!r}, but must be one of {', '.join(rule['choices'])}")
-    bounds = {word: rule[key] for key, (word, _) in BOUNDS.items() if rule[key] is not None}
-    held = [compare(value, rule[key]) for key, (_, compare) in BOUNDS.items() if rule[key] is not None]
-    if not all(held) or (kind is float and not math.isfinite(value)):
-        words = " and ".join(f"{word} {bound}" for word, bound in bounds.items())
-        raise InputError(f"{name} is {value}, but must be {words or 'a finite number'}")
+def _must(value: Any, kind: type, rule: Mapping[str, Any]) -> str:
+    """What the value must be and is not; empty if it is all right."""
+    allowed: Any = (int, float) if kind is float else kind
+    if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
+        return KINDS.get(kind, f"a {kind.__name__}")
+    if rule["choices"]:
+        return "" if value in rule["choices"] else f"one of {', '.join(rule['choices'])}"
+    bounds = [(words, rule[key], holds) for key, (words, holds) in BOUNDS.items() if rule[key] is not None]
+    if all(holds(value, bound) for _, bound, holds in bounds) and (kind is not float or math.isfinite(value)):
+        return ""
+    return " and ".join(f"{words} {bound}" for words, bound, _ in bounds) or "a finite number"
 
 
 def options_of(options: type[T], values: Mapping[str, Any]) -> T:
@@ -137,108 +125,77 @@ def known(value: T | None) -> T:
     return value
 
 
+# fmt: off
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """Which model, in which numbers, and where."""
 
-    model: str | None = option(
-        None, "checkpoint directory", group="model and data", metavar="DIR", absent="the shipped small Llama"
-    )
-    dtype: str | None = option(
-        None, "of the model", group="model and data", choices=tuple(DTYPES), absent="bfloat16 on CUDA, else float32"
-    )
-    device: str | None = option(None, "cpu, cuda or cuda:N", group="model and data", absent="cuda where there is one")
+    model: str | None = option(None, "checkpoint directory", absent="the shipped small Llama", metavar="DIR",
+                               group="model and data")
+    dtype: str | None = option(None, "of the model", choices=tuple(DTYPES), absent="bfloat16 on CUDA, else float32")
+    device: str | None = option(None, "cpu, cuda or cuda:N", absent="cuda where there is one")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions(ModelOptions):
     """Which trained model."""
 
-    adapter: str | None = option(
-        None, "adapter of this model, runs/N/adapter", group="model and data", metavar="DIR", absent="none"
-    )
-    load_in_4bit: bool = option(False, "store the base in 4 bits (bitsandbytes)", group="model and data")
+    adapter: str | None = option(None, "adapter of this model, runs/N/adapter", absent="none", metavar="DIR")
+    load_in_4bit: bool = option(False, "store the base in 4 bits (bitsandbytes)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepOptions:
     """What one step of a training does: `minichunk train` takes it, `minichunk plan` forecasts its memory."""
 
-    GROUPS: ClassVar[Mapping[str, str]] = {
-        "a part of the past": """\
+    GROUPS: ClassVar[Mapping[str, str]] = {"a part of the past": """\
 Make a hybrid of a model of full attention (LongGen, arXiv 2410.01485): the middle third of its layers
 keeps seeing all of the past, the others see a part of it, which costs less, in training and when text
 is written. That is another function, and the training has to teach it to the model. What is written
 says so: `evaluate` and `generate` take it from the adapter or the checkpoint. Take chunks of at least
-two windows: most of a chunk then needs nothing of what lies before it."""
-    }
+two windows: most of a chunk then needs nothing of what lies before it."""}
 
-    method: str = option(
-        "seco", "seco: exact, one chunk in memory; spaco: estimates; full: ordinary backpropagation", group="method",
-        choices=METHODS,
-    )  # fmt: skip
-    seq_len: int = option(2048, "tokens per document piece", group="method", metavar="N", least=2)
-    chunk_size: int = option(256, "tokens per chunk", group="method", metavar="C", least=1)
-    fill_size: int | None = option(
-        None, "tokens per forward pass of the fill", group="method", metavar="N", absent="C", least=1
-    )
-    budget: int | None = option(
-        None, "spaco: chunks kept per document, with bernoulli on average", group="method", metavar="t",
-        absent="a quarter", least=1,
-    )  # fmt: skip
-    sampler: str = option("bernoulli", "spaco: bernoulli (unbiased), fixed or paper", group="method", choices=SAMPLERS)
-    recompute: bool | None = option(
-        None, "run each layer again in its backward, to save memory", group="method",
-        absent="for models of a billion parameters or more",
-    )  # fmt: skip
-    cache_grad_dtype: str | None = option(
-        None, "of the gradients summed for the cache", group="method", choices=tuple(DTYPES),
-        absent="float32, or wider with a wider model",
-    )  # fmt: skip
-    offload: bool = option(False, "keep the cache and its gradients in host memory", group="method")
+    method: str = option("seco", "seco: exact, one chunk in memory; spaco: estimates; full: ordinary backpropagation",
+                         choices=METHODS, group="method")
+    seq_len: int = option(2048, "tokens per document piece", least=2)
+    chunk_size: int = option(256, "tokens per chunk", least=1)
+    fill_size: int | None = option(None, "tokens per forward pass of the fill", least=1, absent="the chunk size")
+    budget: int | None = option(None, "spaco: chunks kept per document, with bernoulli on average", least=1,
+                                absent="a quarter")
+    sampler: str = option("bernoulli", "spaco: bernoulli (unbiased), fixed or paper", choices=SAMPLERS)
+    recompute: bool | None = option(None, "run each layer again in its backward, to save memory",
+                                    absent="for models of a billion parameters or more")
+    cache_grad_dtype: str | None = option(None, "of the gradients summed for the cache", choices=tuple(DTYPES),
+                                          absent="float32, or wider with a wider model")
+    offload: bool = option(False, "keep the cache and its gradients in host memory")
     partial_context: str | None = option(
         None, "window: the last positions and the very first, the sinks; strided: in blocks, the last ones and some of "
-        "those before", group="a part of the past", choices=("window", "strided"), absent="none",
-    )  # fmt: skip
-    window: int = option(
-        1024, "window: the last N positions, the own included", group="a part of the past", metavar="N", least=1,
-        belongs=("partial_context", ("window",)),
-    )  # fmt: skip
-    sinks: int = option(
-        64, "window: and the first N, 0 for none", group="a part of the past", metavar="N", least=0,
-        belongs=("partial_context", ("window",)),
-    )  # fmt: skip
-    block: int = option(
-        64, "strided: positions in a block", group="a part of the past", metavar="N", least=1,
-        belongs=("partial_context", ("strided",)),
-    )  # fmt: skip
-    local: int = option(
-        16, "strided: the last N blocks, the own included", group="a part of the past", metavar="N", least=1,
-        belongs=("partial_context", ("strided",)),
-    )  # fmt: skip
-    stride: int = option(
-        16, "strided: and every Nth block, the first one included", group="a part of the past", metavar="N", least=1,
-        belongs=("partial_context", ("strided",)),
-    )  # fmt: skip
+        "those before", choices=("window", "strided"), absent="none", group="a part of the past")
+    window: int = option(1024, "window: the last N positions, the own included", least=1, belongs=WINDOW)
+    sinks: int = option(64, "window: and the first N, 0 for none", least=0, belongs=WINDOW)
+    block: int = option(64, "strided: positions in a block", least=1, belongs=STRIDED)
+    local: int = option(16, "strided: the last N blocks, the own included", least=1, belongs=STRIDED)
+    stride: int = option(16, "strided: and every Nth block, the first one included", least=1, belongs=STRIDED)
     full_layers: tuple[int, ...] | None = option(
-        None, "layers that keep seeing all of the past, counted from 0; no number: none", group="a part of the past",
-        metavar="N", absent="the middle third", none=True, belongs=("partial_context", ()),
-    )  # fmt: skip
-    rank: int = option(8, "of the adapter; 0 trains all parameters", group="LoRA", metavar="R", least=0)
-    targets: tuple[str, ...] | None = option(
-        None, "layers with an adapter", group="LoRA", metavar="NAME", absent="all linear ones"
-    )
-    load_in_4bit: bool = option(False, "store the frozen base in 4 bits (bitsandbytes)", group="LoRA")
+        None, "layers that keep seeing all of the past, counted from 0; no number: none", absent="the middle third",
+        none=True, belongs=("partial_context", ()))
+    rank: int = option(8, "of the adapter; 0 trains all parameters", least=0, group="LoRA")
+    targets: tuple[str, ...] | None = option(None, "layers with an adapter", absent="all linear ones", metavar="NAME")
+    load_in_4bit: bool = option(False, "store the frozen base in 4 bits (bitsandbytes)")
 
     def check(self) -> None:
         """Raise InputError for a value that cannot be, or that does not go with the others."""
         check_options(self)
         if self.fill_size is not None and self.fill_size < self.chunk_size:
-            raise InputError(
-                f"--fill-size is {self.fill_size}, but must be at least {self.chunk_size}, the --chunk-size"
-            )
+            raise InputError(f"--fill-size is {self.fill_size}, but must be at least {self.chunk_size}, a chunk")
         if self.load_in_4bit and self.rank == 0:
             raise InputError("--load-in-4bit freezes the base: it needs an adapter, --rank of at least 1")
+
+    def keywords(self) -> dict[str, Any]:
+        """How a step is computed, as keywords of `seco` and fields of `Options`."""
+        sums = DTYPES[self.cache_grad_dtype] if self.cache_grad_dtype else None
+        how = {"fill_size": self.fill_size, "recompute": bool(self.recompute), "offload": self.offload}
+        return {**how, "cache_grad_dtype": sums}
 
     def pattern(self) -> Pattern | None:
         """What the layers of `--partial-context` see; None without it."""
@@ -267,76 +224,55 @@ class TrainOptions(StepOptions, ModelOptions):
     """
 
     GROUPS: ClassVar[Mapping[str, str]] = {
-        "model and data": "",
-        "method": "",
-        **StepOptions.GROUPS,
-        "training": "",
-        "LoRA": "",
-        "several GPUs": "started by torchrun --nproc-per-node P -m minichunk train …",
-        "run": "",
+        **StepOptions.GROUPS, "several GPUs": "started by torchrun --nproc-per-node P -m minichunk train …"
     }
 
-    data: tuple[str, ...] = option(
-        (), "text or JSONL files", group="model and data", metavar="FILE", absent="the shipped novel"
-    )
-    val_data: tuple[str, ...] = option(
-        (), "held-out files", group="model and data", metavar="FILE", absent="a part of the data"
-    )
-    val_fraction: float = option(
-        0.1, "part of the data held out", group="model and data", metavar="X", least=0, below=1
-    )
-    eval_documents: int = option(8, "held-out documents to measure", group="model and data", metavar="N", least=0)
-    chat_template: bool = option(
-        True, "join prompt and completion as they are, even if the model has a template", group="model and data"
-    )
-    cap: float | None = option(
-        None, "spaco with paper: the most the relay factor may be", group="method", metavar="X", absent="none",
-        above=0, belongs=("sampler", ("paper",)),
-    )  # fmt: skip
-    steps: int = option(60, "optimizer steps", group="training", metavar="N", least=1)
-    batch_size: int = option(1, "pieces at a time", group="training", metavar="B", least=1)
-    accumulate: int | None = option(
-        None, "batches per step, on all copies of the model together", group="training", metavar="N",
-        absent="one for each copy", least=1,
-    )  # fmt: skip
-    lr: float | None = option(
-        None, "peak learning rate", group="training", metavar="X", above=0,
-        absent="3e-4 with LoRA, 2e-5 without, 4e-3 for the shipped model",
-    )  # fmt: skip
-    warmup: int | None = option(
-        None, "steps of linear warm-up", group="training", metavar="N", absent="a tenth", least=0
-    )
-    weight_decay: float = option(0.0, "of AdamW", group="training", metavar="X", least=0)
-    clip: float = option(1.0, "most that the gradient norm may be, 0: any", group="training", metavar="X", least=0)
-    alpha: float = option(16.0, "the update is alpha / rank · B A", group="LoRA", metavar="X", above=0)
-    dropout: float = option(0.0, "on the adapter's input", group="LoRA", metavar="X", least=0, below=1)
+    data: tuple[str, ...] = option((), "text or JSONL files", absent="the shipped novel", metavar="FILE",
+                                   group="model and data")
+    val_data: tuple[str, ...] = option((), "held-out files", absent="a part of the data", metavar="FILE")
+    val_fraction: float = option(0.1, "part of the data held out", least=0, below=1)
+    eval_documents: int = option(8, "held-out documents to measure", least=0)
+    chat_template: bool = option(True, "join prompt and completion as they are, even if the model has a template")
+    cap: float | None = option(None, "spaco with paper: the most the relay factor may be", above=0, absent="none",
+                               belongs=("sampler", ("paper",)), group="method")
+    steps: int = option(60, "optimizer steps", least=1, group="training")
+    batch_size: int = option(1, "pieces at a time", least=1)
+    accumulate: int | None = option(None, "batches per step, on all copies of the model together", least=1,
+                                    absent="one for each copy")
+    lr: float | None = option(None, "peak learning rate", above=0,
+                              absent="3e-4 with LoRA, 2e-5 without, 4e-3 for the shipped model")
+    warmup: int | None = option(None, "steps of linear warm-up", least=0, absent="a tenth")
+    weight_decay: float = option(0.0, "of AdamW", least=0)
+    clip: float = option(1.0, "most that the gradient norm may be, 0: any", least=0)
+    alpha: float = option(16.0, "the update is alpha / rank · B A", above=0, group="LoRA")
+    dropout: float = option(0.0, "on the adapter's input", least=0, below=1)
     pipeline: int | None = option(
         None, "let N processes share the layers; P / N copies of them work on other documents (also with --resume: any "
-        "N)", group="several GPUs", metavar="N", least=1,
-    )  # fmt: skip
+        "N)", least=1, group="several GPUs")
     timeout: float = option(
         7200.0, "seconds after which a process that does not answer is given up; one that ends is noticed at once",
-        group="several GPUs", metavar="S", above=0,
-    )  # fmt: skip
-    seed: int = option(0, "of adapter, order, dropout and sampler", group="run", metavar="N", least=0, below=2**32)
-    deterministic: bool = option(False, "the same bits in every run on CUDA too, if slower", group="run")
-    save_every: int = option(20, "steps between checkpoints", group="run", metavar="N", least=1)
-    output: str | None = option(None, "where to write", group="run", metavar="DIR", absent="the next free runs/N")
-    resume: bool = option(False, "continue the run in --output, by default the newest", group="run")
+        above=0)
+    seed: int = option(0, "of adapter, order, dropout and sampler", least=0, below=2**32, group="run")
+    deterministic: bool = option(False, "the same bits in every run on CUDA too, if slower")
+    save_every: int = option(20, "steps between checkpoints", least=1)
+    output: str | None = option(None, "where to write", absent="the next free runs/N", metavar="DIR")
+    resume: bool = option(False, "continue the run in --output, by default the newest")
+    # fmt: on
 
-    def resolved(self) -> TrainOptions:
+    def resolved(self) -> "TrainOptions":
         """Check every value and fill in those that are None. Raises InputError."""
         self.check()
-        device = check_device(self.device)
+        device, (pipeline, copies) = check_device(self.device), self._processes()
         num_chunks = len(cut(self.seq_len, self.chunk_size))
-        pipeline, copies = self._processes()
+        # The shipped model, of 3 million parameters, takes larger steps.
+        lr = 2e-5 if self.rank == 0 else 4e-3 if self.model is None else 3e-4
         return replace(
             self,
             model=self.model or str(SHIPPED_MODEL),
             device=device,
             dtype=self.dtype or default_dtype(device),
-            lr=self.lr if self.lr is not None else self._default_lr(),
-            warmup=self.warmup if self.warmup is not None else self.steps // 10,
+            lr=self.lr or lr,
+            warmup=self.steps // 10 if self.warmup is None else self.warmup,
             pipeline=pipeline,
             accumulate=self.accumulate or copies,
             budget=self.budget or (max(1, num_chunks // 4) if self.method == "spaco" else None),
@@ -366,13 +302,9 @@ class TrainOptions(StepOptions, ModelOptions):
                 f"({world}: all of them; 1: each has all layers, and documents of its own)"
             )
         ranks = self.pipeline or 1
-        if world == 1 and ranks > 1:
-            raise InputError(
-                f"--pipeline {ranks} needs {ranks} processes: torchrun --nproc-per-node {ranks} -m minichunk train "
-                f"--pipeline {ranks} …"
-            )
         if world % ranks:
-            raise InputError(f"--pipeline is {ranks}, but must divide the {world} processes that torchrun has started")
+            start = f"torchrun --nproc-per-node {ranks} -m minichunk train --pipeline {ranks} …"
+            raise InputError(f"--pipeline is {ranks}, but must divide the number of processes, {world}: start {start}")
         if self.method == "full" and ranks > 1:
             raise InputError("--method full has no pipeline: take seco or spaco, or --pipeline 1")
         if self.accumulate is not None and self.accumulate < world // ranks:
@@ -381,11 +313,6 @@ class TrainOptions(StepOptions, ModelOptions):
                 f"step: at least {world // ranks} of them, or fewer processes"
             )
         return ranks, world // ranks
-
-    def _default_lr(self) -> float:
-        if self.rank == 0:
-            return 2e-5
-        return 4e-3 if self.model is None else 3e-4  # a model of 3 million parameters takes larger steps
 
     def most_kept(self) -> list[Chunk]:
         """The most chunks of a piece that a step backpropagates: as many, at the end of it."""

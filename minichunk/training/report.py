@@ -1,17 +1,22 @@
-"""What a training run shows at its end: the table of losses by position, and the plot."""
-
-from __future__ import annotations
+"""What a run shows and leaves behind at its end: the losses by position, a plot, and the adapter or the model."""
 
 import resource
+import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from ..files.figures import new_figure, save_figure
+from ..files.atomic import replacing, write_json
+from ..models.adapter_files import save_adapter
 from .evaluate import Span
+from .options import TrainOptions, known
+from .ranks import Ranks
+from .run_directory import Run
 
 
 def peak_memory(device: torch.device) -> int:
@@ -29,12 +34,57 @@ def loss_table(before: Sequence[Span], after: Sequence[Span], context: int) -> s
         where = "inside the old context" if old.stop <= context else "beyond it"
         change = f"{new.loss - old.loss:+.3f}"
         rows.append((f"{old.start:,} to {old.stop:,}", where, f"{old.loss:.3f}", f"{new.loss:.3f}", change))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        cells = [row[0].ljust(widths[0]), row[1].ljust(widths[1]), *(row[i].rjust(widths[i]) for i in (2, 3, 4))]
-        lines.append("  ".join(cells))
+        words, numbers = zip(row[:2], widths[:2], strict=True), zip(row[2:], widths[2:], strict=True)
+        lines.append("  ".join([*(cell.ljust(n) for cell, n in words), *(cell.rjust(n) for cell, n in numbers)]))
     return "\n".join(lines)
+
+
+def write_results(
+    ranks: Ranks, run: Run, options: TrainOptions, before: Sequence[Span], after: Sequence[Span]
+) -> list[Path]:
+    """Write them, called on all processes; returns the paths on the first one, which alone writes."""
+    model = ranks.model
+    context = model.config.max_position_embeddings
+    if options.rank:
+        save_adapter(model, run.adapter, known(options.model), ranks.whole)
+    else:
+        model.config = replace(model.config, max_position_embeddings=max(context, options.seq_len))
+        model.save_pretrained(run.model, ranks.whole)
+    if not ranks.is_first:
+        return []
+    if not options.rank:
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+            if (path := Path(known(options.model)) / name).is_file():
+                shutil.copy(path, run.model)
+    written = [run.metrics, *sorted((run.adapter if options.rank else run.model).iterdir())]
+    losses, plot = run.directory / "loss_by_position.json", run.directory / "loss.png"
+    write_json(losses, {"before": [asdict(s) for s in before], "after": [asdict(s) for s in after], "context": context})
+    if plot_run(plot, run.read_metrics(), before, after, context):
+        written.append(plot)
+    else:
+        tqdm.write("no loss plot: pip install 'minichunk[plot]' adds matplotlib")
+    return [*written, losses]
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib Figure of so many inches, which needs no screen; None if matplotlib is not installed."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write it as a PNG, whole or not at all."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def plot_run(
@@ -50,18 +100,10 @@ def plot_run(
     for spans, label, color in ((before, "before", "tab:gray"), (after, "after", "tab:orange")):
         middles = [(span.start + span.stop) / 2 for span in spans]
         by_position.plot(middles, [span.loss for span in spans], "o-", label=label, color=color)
-    if spans_beyond := [span for span in before if span.stop > context]:
-        by_position.axvspan(context, spans_beyond[-1].stop, alpha=0.1, color="tab:blue", label="beyond the old context")
-    by_position.set(xlabel="position", ylabel="held-out loss (nats per token)", title=_finding(before, after, context))
+    if beyond := [span for span in before if span.stop > context]:
+        by_position.axvspan(context, beyond[-1].stop, alpha=0.1, color="tab:blue", label="beyond the old context")
+    title = f"Farthest loss: {before[-1].loss:.2f} before, {after[-1].loss:.2f} after" if before else "No held-out text"
+    by_position.set(xlabel="position", ylabel="held-out loss (nats per token)", title=title)
     by_position.legend()
     save_figure(figure, path)
     return True
-
-
-def _finding(before: Sequence[Span], after: Sequence[Span], context: int) -> str:
-    """A title that says what came out, at the farthest positions."""
-    if not before:
-        return "No held-out text"
-    verb = "fell" if after[-1].loss < before[-1].loss else "did not fall"
-    where = "beyond the old context" if before[-1].stop > context else "at the far end"
-    return f"Loss {where} {verb}: {before[-1].loss:.2f} to {after[-1].loss:.2f}"

@@ -1,13 +1,14 @@
 """A run's directory: its options, its metrics, and the checkpoint that a resume continues from."""
 
-from __future__ import annotations
-
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
 from ..files.atomic import make_directory, open_tensors, read_json, write_json, write_tensors, write_text
+from .evaluate import Span
 from .loop import Trainer
 from .options import TrainOptions, check_options, options_of
 
@@ -27,7 +28,7 @@ class Run:
         self.adapter, self.model = self.directory / "adapter", self.directory / "model"
 
     @classmethod
-    def new(cls, directory: str | Path | None) -> Run:
+    def new(cls, directory: str | Path | None) -> "Run":
         """A fresh run: in `directory`, or in the first free one of runs/1, runs/2, … Raises InputError."""
         if directory is None:
             number = 1
@@ -41,7 +42,7 @@ class Run:
         return run
 
     @classmethod
-    def existing(cls, directory: str | Path | None) -> Run:
+    def existing(cls, directory: str | Path | None) -> "Run":
         """The run in `directory`, or the newest one in runs/. Raises InputError if there is none."""
         if directory is None:
             found = [path for path in Path("runs").glob("*/run.json") if path.parent.name.isdigit()]
@@ -53,15 +54,16 @@ class Run:
             raise InputError(f"--resume: {directory} holds no run (run.json is missing)")
         return run
 
-    def write_info(self, options: TrainOptions, before: list[dict[str, Any]]) -> None:
-        write_json(self.info, {"options": options.to_dict(), "loss_by_position_before": before})
+    def write_info(self, options: TrainOptions, before: Sequence[Span]) -> None:
+        spans = [asdict(span) for span in before]
+        write_json(self.info, {"options": options.to_dict(), "loss_by_position_before": spans})
 
-    def read_info(self) -> tuple[TrainOptions, list[dict[str, Any]]]:
+    def read_info(self) -> tuple[TrainOptions, list[Span]]:
         info = read_json(self.info)
         try:
             stored = options_of(TrainOptions, info["options"])
             check_options(stored)
-            return stored, info["loss_by_position_before"]
+            return stored, [Span(**span) for span in info["loss_by_position_before"]]
         except (KeyError, TypeError, AttributeError, InputError) as error:
             raise InputError(f"{self.info} is not of this version of minichunk: {error}") from None
 

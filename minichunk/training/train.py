@@ -1,32 +1,28 @@
 """`minichunk train`: everything around the training loop, from options to files."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ..chunks import cut
-from ..files.documents import Document
-from ..files.room import human_bytes
+from ..files.atomic import human_bytes
 from ..models.partial import describe
 from ..pipeline.links import Links, RankLost
 from ..pipeline.start import linked, local_device, started
 from .evaluate import Span, loss_by_position, spans_for
-from .interrupt import interrupt_flag
-from .job import load_data, load_model, make_gradient
-from .load import check_host_room
+from .load import check_host_room, load_data, load_to_train, make_gradient
 from .loop import NonFiniteLoss, Schedule, Trainer, deterministic_kernels
-from .options import DTYPES, TrainOptions, known
+from .options import TrainOptions, known
 from .ranks import Ranks
-from .report import loss_table, peak_memory
-from .results import write_results
+from .report import loss_table, peak_memory, write_results
 from .run_directory import Run
 
+Say = Callable[[str], object]
 LARGE = 10**9  # parameters from which on a chunk's activations are recomputed unless told otherwise
 
 
@@ -34,7 +30,7 @@ class Interrupted(Exception):
     """Ctrl-C: the run is saved, and the message says how to go on."""
 
 
-def train(options: TrainOptions, say: Callable[[str], object] = print) -> Path:
+def train(options: TrainOptions, say: Say = print) -> Path:
     """Run the training that `options` describe; with `resume` continue the one in `options.output`.
 
     Under torchrun, called on all processes; the first one speaks and writes. Of a run that is continued, only
@@ -44,41 +40,28 @@ def train(options: TrainOptions, say: Callable[[str], object] = print) -> Path:
     options, the model or the data, NonFiniteLoss, and Interrupted after saving on Ctrl-C; RankLost if another process
     ends or does not answer.
     """
-    before: list[Span] | None = None
-    resume = options.resume
-    if resume:
+    resumed, before = None, list[Span]()
+    if options.resume:
         options.check_resume()
-        run = Run.existing(options.output)
-        stored_options, stored = run.read_info()
-        options = replace(stored_options, pipeline=options.pipeline, timeout=options.timeout).resolved()
-        before = [Span(**span) for span in stored]
-    else:
-        options = options.resolved()
-    ranks, device = known(options.pipeline), local_device(known(options.device))
-    with (
-        deterministic_kernels(options.deterministic),
-        linked(ranks, device, timedelta(seconds=options.timeout)) as links,
-    ):
-        return _train(options, run if resume else None, before, links, say)
+        resumed = Run.existing(options.output)
+        stored, before = resumed.read_info()
+        options = replace(stored, pipeline=options.pipeline, timeout=options.timeout)
+    options = options.resolved()
+    ranks, device, timeout = known(options.pipeline), local_device(known(options.device)), options.timeout
+    with deterministic_kernels(options.deterministic), linked(ranks, device, timedelta(seconds=timeout)) as links:
+        return _train(options, resumed, before, links, say)
 
 
-def _train(
-    options: TrainOptions,
-    resumed: Run | None,
-    before: list[Span] | None,
-    links: Links | None,
-    say: Callable[[str], object],
-) -> Path:
-    model, tokenizer = load_model(options, links)
+def _train(options: TrainOptions, resumed: Run | None, before: list[Span], links: Links | None, say: Say) -> Path:
+    model, tokenizer = load_to_train(options, links)
     ranks = Ranks(model)
     say = say if ranks.is_first else lambda line: None
     if options.offload:
-        check_host_room(model, options.batch_size, options.most_kept(), DTYPES.get(options.cache_grad_dtype or ""))
+        check_host_room(model, options.batch_size, options.most_kept(), options.keywords()["cache_grad_dtype"])
     training, validation, line = load_data(options, model, tokenizer)
     run = resumed or Run(ranks.everyones(Run.new(options.output).directory if ranks.is_first else Path())[0])
     total, trainable = ranks.count_parameters()
-    large = total >= LARGE
-    recompute = large if options.recompute is None else options.recompute
+    recompute = total >= LARGE if options.recompute is None else options.recompute
     options = replace(options, output=str(run.directory), recompute=recompute)
     say(f"model   {options.model}: {total:,} parameters, {trainable:,} of them trained, {options.dtype}")
     if seen := describe(model.config):
@@ -89,24 +72,26 @@ def _train(
     num_chunks = 1 if options.method == "full" else len(cut(options.seq_len, options.chunk_size))
     say(f"method  {options.method}, {options.seq_len:,} tokens in {num_chunks} chunk{'s' if num_chunks > 1 else ''}")
 
-    evaluate = partial(_evaluate, ranks, validation, options)
-    if before is None:
+    context = model.config.max_position_embeddings
+    spans = spans_for(context, max((len(document) for document in validation), default=0))
+
+    def evaluate(title: str) -> list[Span]:
+        if not validation:
+            return []
+        mine = len(ranks.mine(validation))
+        with tqdm(total=mine, desc=title, unit="document", leave=False, disable=not ranks.is_first) as bar:
+            return loss_by_position(ranks.part, validation, options.chunk_size, spans, bar.update)
+
+    if not resumed:
         before = evaluate("loss by position before")
         if ranks.is_first:
-            run.write_info(options, [asdict(span) for span in before])
-    trainer = Trainer(
-        model,
-        training,
-        make_gradient(options),
-        Schedule(options.steps, known(options.lr), known(options.warmup), options.weight_decay, options.clip),
-        options.batch_size,
-        known(options.accumulate),
-        options.seed,
-    )
+            run.write_info(options, before)
+    schedule = Schedule(options.steps, known(options.lr), known(options.warmup), options.weight_decay, options.clip)
+    gradient, batches = make_gradient(options), known(options.accumulate)
+    trainer = Trainer(model, training, gradient, schedule, options.batch_size, batches, options.seed)
     if resumed:
         run.restore(trainer)
         say(f"resume  {run.directory} after step {trainer.step} of {options.steps}")
-    context = model.config.max_position_embeddings
     try:
         _run_steps(trainer, run, options)
         try:
@@ -125,15 +110,6 @@ def _train(
     say(f"\npeak memory  {human_bytes(max(peaks))}{of_ranks}")
     say("written      " + "\n             ".join(str(path) for path in written))
     return run.directory
-
-
-def _evaluate(ranks: Ranks, documents: Sequence[Document], options: TrainOptions, title: str) -> list[Span]:
-    if not documents:
-        return []
-    spans = spans_for(ranks.model.config.max_position_embeddings, max(len(document) for document in documents))
-    mine = len(ranks.mine(documents))
-    with tqdm(total=mine, desc=title, unit="document", leave=False, disable=not ranks.is_first) as bar:
-        return loss_by_position(ranks.part, documents, options.chunk_size, spans, bar.update)
 
 
 def _run_steps(trainer: Trainer, run: Run, options: TrainOptions) -> None:
@@ -158,6 +134,30 @@ def _run_steps(trainer: Trainer, run: Run, options: TrainOptions) -> None:
                 run.save(trainer)
             if stops:
                 raise Interrupted(_how_to_resume(trainer, run))
+
+
+@contextmanager
+def interrupt_flag(speaks: bool = True) -> Iterator[list[int]]:
+    """A list that is empty until Ctrl-C: the step at work ends first. A second Ctrl-C stops at once.
+
+    speaks: says so; of several processes, all of which are told, one does.
+    """
+    flag: list[int] = []
+
+    def on_interrupt(number: int, _: object) -> None:
+        if speaks:
+            tqdm.write("Ctrl-C: finishing this step, then saving (press it again to stop at once)")
+        flag.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = signal.getsignal(signal.SIGINT)
+    with suppress(ValueError):  # not in the main thread: there is no Ctrl-C to catch
+        signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield flag
+    finally:
+        with suppress(ValueError):
+            signal.signal(signal.SIGINT, previous)
 
 
 def _last_good(run: Run) -> str:

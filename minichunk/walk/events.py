@@ -14,14 +14,14 @@ that of all numbers of one tensor. `kind` says what has just happened, in this o
 | `loss`     | it has its loss                        | `chunk`, `loss`, times its factor         | `factor`    |
 | `relay`    | it has what later chunks sent to it    | `chunk`, `received`, not times its factor | `factor`    |
 | `backward` | the backward pass has left a layer     | `chunk`, `layer`, `sent`                  | `held`      |
-| `done`     | its graph is gone                      | `chunk`                                   | see below   |
+| `done`     | its backward pass is over              | `chunk`                                   | see below   |
 | `end`      | the step is over                       | `loss`                                    | see below   |
 
 `begin`: perhaps also the numbers `tokens`, `batch` and `parameters`, `recompute` (true, false), the names `model` and
-`torch`, `text`, what each chunk says, and `ranks`, see below. `entries`: for each chunk null, or [loss factor, relay
-factor]. `rates`: for each chunk the chance of its own coin, where factors of 1/chance make the estimate unbiased.
-`remembers`: for each layer "keys and values" or "state". `done` and `end`: perhaps `gradient_norm`, of all parameters
-so far, and `done` the `loss` so far.
+`torch`, and `text`, what each chunk says. `entries`: for each chunk null, or [loss factor, relay factor]. `rates`: for
+each chunk the chance of its own coin, where factors of 1/chance make the estimate unbiased. `remembers`: for each layer
+"keys and values" or "state". `done` and `end`: perhaps `gradient_norm`, of all parameters so far, and `done` the `loss`
+so far.
 
 `method`: "full", "seco", "spaco" or a name of your own. `chunks` of `begin`: [start, stop) of each. `layers`: how many.
 `written`, `received`: for each layer the norms of its tensors (keys, values; a state, its decay); [] where there is
@@ -31,19 +31,12 @@ just now, also to chunks that will never take it (SpaCO's skipped ones). `held`:
 Any event may have `step`, its number; `bytes`, an object of what is alive now: `weights`, `gradients` (the
 parameters'), `memory` (keys and values, states), `memory_gradients` (sent back to them) and `activations` (all else);
 `peak`, the most that was alive at once since the event before.
-
-Where several processes take the step, each with some of the layers, an event may have the `rank` that it is of; `time`,
-when it happened, in seconds, by the machine's clock or from the beginning of the step; and `took`, how long: of `fill`
-and `rebuild` the forward pass, of `done` the backward pass. `written`, `received` and `shapes` have [] for layers of
-other ranks, `remembers` has null. `ranks` of `begin`: of each rank, [its first layer, the one behind its last]; in the
-log of one rank, whose `begin` has a `rank`, null for the others.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +59,6 @@ NEEDS: dict[str, dict[str, type]] = {
     "end": {"loss": float},
 }
 BYTES = ("weights", "gradients", "memory", "memory_gradients", "activations")
-PLACE = ("chunk", "layer", "chunks")  # what must be equal for two events to be of the same thing
-COMPARED = ("entries", "written", "loss", "factor", "received", "sent", "held", "gradient_norm")
 
 
 def write_events(path: str | Path, events: Iterable[Event]) -> None:
@@ -116,17 +107,11 @@ def check_event(event: Any, begin: Event | None) -> None:
     if begin is None:
         if event["format"] != FORMAT:
             raise InputError(f"the format is {event['format']!r}, but must be {FORMAT!r}")
-        if not event["chunks"] or not all(_is_span(chunk) for chunk in event["chunks"]) or event["layers"] < 1:
+        spans = [isinstance(chunk, list) and [type(x) for x in chunk] == [int, int] for chunk in event["chunks"]]
+        if not spans or not all(spans) or event["layers"] < 1:
             raise InputError("'chunks' must be a list of [start, stop] and 'layers' at least 1")
         return
-    _check_places(event, len(begin["chunks"]), begin["layers"])
-
-
-def _is_span(chunk: Any) -> bool:
-    return isinstance(chunk, list) and len(chunk) == 2 and all(isinstance(x, int) for x in chunk)
-
-
-def _check_places(event: Event, num_chunks: int, num_layers: int) -> None:
+    num_chunks, num_layers = len(begin["chunks"]), begin["layers"]
     sent = [*event.get("sent", []), *event.get("held", [])]
     if not all(isinstance(row, list) and row and isinstance(row[0], int) for row in sent):
         raise InputError("'sent' and 'held' must be lists of [chunk, norm, …]")
@@ -138,42 +123,3 @@ def _check_places(event: Event, num_chunks: int, num_layers: int) -> None:
     for name, length in (("entries", num_chunks), ("written", num_layers), ("received", num_layers)):
         if name in event and len(event[name]) not in (length, 0 if name == "received" else length):
             raise InputError(f"'{name}' has {len(event[name])} entries, but must have {length}")
-
-
-def compare(a: Sequence[Event], b: Sequence[Event], tolerance: float = 1e-4) -> str | None:
-    """The first event in which two logs differ, in words; None if there is none.
-
-    Kinds that one of the logs has not are left out, and so are fields; bytes are each implementation's own.
-    tolerance: relative, of norms and losses.
-    """
-    common = {event["kind"] for event in a} & {event["kind"] for event in b}
-    ours, theirs = ([(i, e) for i, e in enumerate(log) if e["kind"] in common] for log in (a, b))
-    for (i, one), (j, other) in zip(ours, theirs, strict=False):
-        name = f"event {i}, {_title(one)}"
-        if one["kind"] != other["kind"] or any(one.get(x) != other.get(x) for x in PLACE):
-            return f"{name}: in the other log event {j} is {_title(other)}"
-        for field in COMPARED:
-            if field in one and field in other:
-                for where, x, y in _differences(one[field], other[field], tolerance):
-                    return f"{name}: {field}{where} is {x}, in the other log {y}"
-    if len(ours) != len(theirs):
-        longer, at = (ours, len(theirs)) if len(ours) > len(theirs) else (theirs, len(ours))
-        return f"one log ends where the other has event {longer[at][0]}, {_title(longer[at][1])}"
-    return None
-
-
-def _title(event: Event) -> str:
-    places = [f"{name} {event[name]}" for name in PLACE if name in event and event["kind"] != "begin"]
-    return " ".join([event["kind"], *(["of"] if places else []), ", ".join(places)]).strip()
-
-
-def _differences(x: Any, y: Any, tolerance: float, where: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Where two values differ: indices, and both."""
-    if isinstance(x, list) and isinstance(y, list) and len(x) == len(y):
-        for i, (one, other) in enumerate(zip(x, y, strict=True)):
-            yield from _differences(one, other, tolerance, f"{where}[{i}]")
-    elif isinstance(x, int | float) and isinstance(y, int | float):
-        if not math.isclose(x, y, rel_tol=tolerance):  # also where one is NaN
-            yield where, x, y
-    elif x != y:
-        yield where, x, y

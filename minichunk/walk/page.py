@@ -1,19 +1,48 @@
-"""The page: one HTML file with everything in it, made of logs."""
+"""The page: one HTML file with everything in it, made of logs; and `minichunk walk`, which takes the steps for it."""
 
 from __future__ import annotations
 
+import ast
+import inspect
 import json
-from collections.abc import Sequence
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
+
+from ..chunks import cut, span
 from ..errors import InputError
-from ..files.atomic import write_text
-from .events import Event
-from .listing import LISTINGS, listing
+from ..files.atomic import make_directory, write_text
+from ..files.chat import load_chat_template
+from ..files.documents import check_vocabulary, cut_documents, read_documents
+from ..files.shipped import EXTENDED_ON, SHIPPED_MODEL, novel
+from ..full import full
+from ..models.config import LlamaConfig
+from ..models.llama import Llama
+from ..models.lora import add_lora
+from ..samplers import Bernoulli
+from ..seco import seco
+from ..spaco import spaco
+from ..training.load import load_as_told
+from ..training.options import ModelOptions, StepOptions, changed, check_options, option
+from .events import Event, read_events, write_events
+from .trace import trace
 
 FILES = Path(__file__).parent / "page"
-SCRIPTS = ("state.js", "words.js", "grid.js", "memory.js", "panels.js", "controls.js")
+SCRIPTS = ("state.js", "words.js", "drawing.js", "controls.js")
 MOST = 1_000_000  # bytes
+METHODS = ("seco", "spaco", "full", "full-recompute")
+MOST_CHUNKS = 32  # narrower columns cannot be read
+ALGORITHMS: dict[str, Callable[..., Any]] = {"seco": seco, "spaco": spaco, "full": full}
+SMALL = {
+    "model_type": "llama", "vocab_size": 8, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+}  # fmt: skip
 
 
 def make_page(logs: Sequence[Sequence[Event]], names: Sequence[str | None] | None = None) -> str:
@@ -23,13 +52,12 @@ def make_page(logs: Sequence[Sequence[Event]], names: Sequence[str | None] | Non
     megabyte or more.
     """
     runs = [{"name": name, "events": log} for name, log in zip(names or [None] * len(logs), logs, strict=True)]
-    known = sorted({"seco", *(log[0]["method"] for log in logs)} & LISTINGS.keys())
+    known = sorted({"seco", *(log[0]["method"] for log in logs)} & ALGORITHMS.keys())
     data = json.dumps({"runs": runs, "code": {method: listing(method) for method in known}}, separators=(",", ":"))
-    script = "\n".join((FILES / name).read_text(encoding="utf-8") for name in SCRIPTS)
     page = (FILES / "page.html").read_text(encoding="utf-8")
     for place, content in (
         ("/*CSS*/", (FILES / "page.css").read_text(encoding="utf-8")),
-        ("/*JS*/", f'"use strict";\n(() => {{\n{script}}})();'),
+        ("/*JS*/", "\n".join((FILES / name).read_text(encoding="utf-8") for name in SCRIPTS)),
         ("/*DATA*/", data.replace("<", "\\u003c")),  # no text of a user's ends the script
     ):
         page = page.replace(place, content, 1)
@@ -41,16 +69,145 @@ def make_page(logs: Sequence[Sequence[Event]], names: Sequence[str | None] | Non
     return page
 
 
-def write_page(path: str | Path, logs: Sequence[Sequence[Event]], names: Sequence[str | None] | None = None) -> None:
-    """Write the page, whole or not at all. Raises InputError."""
-    page = make_page(logs, names)
-    try:
-        write_text(path, page)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
-
-
 def logs_of(page: str) -> list[list[Event]]:
     """The logs that a page was made of."""
     start = page.index('id="data">') + len('id="data">')
     return [run["events"] for run in json.loads(page[start : page.index("</script>", start)])["runs"]]
+
+
+def listing(method: str) -> dict[str, Any]:
+    """What the page shows of an algorithm's code.
+
+    functions: name, file, number of the first line, and lines behind the docstring, of each. where: for each kind of
+    event, the lines that are at work, as [function, line], the outermost first. Both are seen in a small real step:
+    at each event, by the frames of the functions that run.
+    """
+    functions: list[Callable[..., Any]] = []
+    where: dict[str, list[list[int]]] = {}
+
+    def look(event: Event) -> None:
+        where[event["kind"]] = []
+        for frame, number in reversed(list(traceback.walk_stack(sys._getframe()))):
+            if frame.f_globals["__name__"] in {algorithm.__module__ for algorithm in ALGORITHMS.values()}:
+                function = frame.f_globals[frame.f_code.co_name]
+                if function not in functions:
+                    functions.append(function)
+                where[event["kind"]].append([functions.index(function), number - body(function)[0]])
+
+    with torch.random.fork_rng(devices=[]):
+        model, ids = Llama(LlamaConfig.from_dict(SMALL)), torch.zeros(1, 4, dtype=torch.int64)
+    sampler = {"sampler": Bernoulli(1.0)} if method == "spaco" else {}
+    trace(ALGORITHMS[method], model, ids, ids, *([] if method == "full" else [2]), on_event=look, **sampler)
+    shown = [(f.__name__, f"{f.__module__.split('.', 1)[1]}.py", *body(f)) for f in functions]
+    return {
+        "functions": [dict(zip(("name", "file", "first", "lines"), each, strict=True)) for each in shown],
+        "where": where,
+    }
+
+
+def body(function: Callable[..., Any]) -> tuple[int, list[str]]:
+    """The number of the first line behind a function's docstring, and the lines from there on, moved to the left."""
+    lines, first = inspect.getsourcelines(function)
+    (tree,) = ast.parse("".join(lines)).body
+    assert isinstance(tree, ast.FunctionDef)
+    start = tree.body[ast.get_docstring(tree) is not None].lineno - 1
+    return first + start, textwrap.dedent("".join(lines[start:])).splitlines()
+
+
+@dataclass(frozen=True, kw_only=True)
+class WalkOptions(ModelOptions):
+    """Watch one training step in a browser.
+
+    Takes one real step by each method, writes down what happens, event by event, and makes one HTML file
+    of it that needs nothing else: the code with the current line, the chunks and layers, the memory, the
+    numbers. With no argument: the small Llama that ships with the package, on the first page of a novel.
+
+      minichunk walk
+      minichunk walk --model DIR --data notes.txt --seq-len 1024 --chunk-size 256
+      minichunk walk --log logs                     # also write the logs, one JSON object a line
+      minichunk walk --events mine.jsonl            # look at the log of another implementation
+
+    `python -c "import minichunk.walk.events as e; help(e)"` describes the log.
+    """
+
+    data: tuple[str, ...] | None = option(
+        None, "text or JSONL files", group="model and data", metavar="FILE", absent="a shipped novel"
+    )
+    seq_len: int = option(512, "tokens", group="the step", metavar="N", least=2)
+    chunk_size: tuple[int, ...] = option(
+        (128, 64, 256), "tokens per chunk, one or more to choose from", group="the step", metavar="C", least=1
+    )
+    method: tuple[str, ...] = option(METHODS, "of these", group="the step", choices=METHODS)
+    budget: int | None = changed(StepOptions, "budget", group="the step", absent="half of them")
+    rank: int = option(0, "of LoRA; 0 trains all", group="the step", metavar="R", least=0)
+    recompute: bool = option(False, "keep layers' inputs within a chunk, run the rest again", group="the step")
+    seed: int = option(17, "of SpaCO's coins", group="the step", metavar="N", least=0)
+    output: str = option("walk.html", "where to write the page", metavar="FILE")
+    log: str | None = option(None, "write the log of each method and chunk size there too", group="logs", metavar="DIR")
+    events: tuple[str, ...] | None = option(
+        None, "take no step: make the page of these logs", group="logs", metavar="FILE"
+    )
+
+
+def run_walk(options: WalkOptions) -> None:
+    """Write the page of a step, or of the logs `--events`. Raises InputError."""
+    paths = options.events
+    logs = [read_events(path) for path in paths] if paths else record(options)
+    if options.log is not None:
+        folder = make_directory(options.log)
+        for log in logs:
+            write_events(folder / f"{title(log)}.jsonl", log)
+    page = make_page(logs, [Path(path).stem for path in paths] if paths else None)
+    try:
+        write_text(options.output, page)
+    except OSError as error:
+        raise InputError(f"{options.output} cannot be written: {error.strerror}") from None
+    print(f"written  {options.output}  (open it in a browser)")
+
+
+def title(log: Sequence[Event]) -> str:
+    """A log's method, and the size of its chunks."""
+    begin = log[0]
+    name = begin["method"] + ("-recompute" if begin.get("recompute") else "")
+    return name if begin["method"] == "full" else f"{name}-{begin['chunks'][0][1] - begin['chunks'][0][0]}"
+
+
+def record(options: WalkOptions) -> list[list[Event]]:
+    """The logs of one step by each method, and by each chunk size. Raises InputError.
+
+    The parameters' gradients are there from the beginning, as in all but the first step of a training.
+    """
+    check_options(options)
+    model, tokenizer = load_as_told(options)
+    directory, sizes = options.model or SHIPPED_MODEL, options.chunk_size
+    documents = read_documents(
+        options.data or [novel(EXTENDED_ON)], tokenizer, model.config.first_eos(), load_chat_template(directory)
+    )
+    check_vocabulary(documents, model.config.vocab_size)
+    text = cut_documents(documents, options.seq_len)[0][0]
+    if (most := len(cut(len(text), min(sizes)))) > MOST_CHUNKS:
+        raise InputError(
+            f"--chunk-size {min(sizes)} cuts {len(text):,} tokens into {most} chunks, but the page has room for "
+            f"{MOST_CHUNKS}"
+        )
+    if options.rank:
+        add_lora(model, options.rank, 2 * options.rank)
+    ids, labels = (x[None].clone().to(model.lm_head.weight.device) for x in (text.input_ids, text.labels))
+    logs = []
+    for method in options.method:
+        for size in [len(text)] if method.startswith("full") else sizes:
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+            torch.manual_seed(options.seed)
+            chunks = cut(len(text), size)
+            keywords: dict[str, Any] = {"chunk_size": size, "recompute": options.recompute}
+            if method.startswith("full"):
+                keywords = {"recompute": method == "full-recompute"}
+            elif method == "spaco":
+                keywords["sampler"] = Bernoulli(min(1.0, (options.budget or len(chunks) / 2) / len(chunks)))
+                keywords["generator"] = torch.Generator().manual_seed(options.seed)
+            events = trace(ALGORITHMS[method.removesuffix("-recompute")], model, ids, labels, **keywords)
+            events[0]["text"] = [tokenizer.decode(text.input_ids[span([chunk])].tolist()) for chunk in chunks]
+            events[0]["model"] = Path(directory).resolve().name
+            logs.append(events)
+    return logs

@@ -1,204 +1,256 @@
-"""Who writes the events of a step down."""
+"""The recorder of a step: it stands between an algorithm and its model, and writes down what one asks of the other.
+
+It passes on every question as it is, so it is the functions of seco.py, spaco.py and full.py themselves that are
+watched, and they compute what they compute alone, bit for bit. This is where it listens, and what it writes down there:
+
+- the sampler: `draw`; `model.new_memory`: `memory`; `memory.write`: `fill`
+- `model.run`: `rebuild`, or `forward` where the whole text is run
+- the loss function: `loss`; `memory.hand_over`: `relay`
+- the gradient of a layer's input: `backward`, with what the layer has sent to its memory
+- `torch.autograd.backward`, when it returns: `done`
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..chunks import Chunk
-from ..memory.layer_memory import wide
+from ..costs.count import CountBytes
+from ..memory.attention import Past
+from ..memory.layer_memory import LayerMemories, LayerMemory, wide
 from ..memory.state import LayerState
-from ..protocol import Memory, Written
+from ..protocol import DEFAULTS, Memory, Options, Written
 from ..samplers import Bernoulli, Weight
+from ..seco import rebuild
 from .events import FORMAT, Event
-from .meter import Meter
-from .watch import WatchedModel, watched_layers
 
-T = TypeVar("T")
-Sums = dict[tuple[int, int], list[Tensor]]
+SECO = sys.modules[rebuild.__module__]  # the file: `minichunk.seco` is the function
+Sums = dict[tuple[int, int], list[Tensor]]  # by layer and chunk
 
 
-class Recorder:
-    """Writes the events down; a `watch.Observer`."""
+class Watched:
+    """Another object, of which some methods are replaced by these; all else is its own."""
 
-    first_layer = 0  # of those that are here
+    def __init__(self, watched: Any, **methods: Callable[..., Any]) -> None:
+        self._watched = watched
+        self.__dict__.update(methods)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._watched, name)
+
+
+class Recorder(CountBytes):
+    """Writes the events of one step into `events`, with the bytes that are alive, without those of its own numbers.
+
+    model: see trace.py. chunks: of the step. on_event: called with each event. batch: tensors that are there before.
+    """
 
     def __init__(
         self, model: Any, chunks: Sequence[Chunk], on_event: Callable[[Event], object], *batch: Tensor
     ) -> None:
-        self.model = model
+        super().__init__()
+        self.model, self.chunks, self.on_event = model, list(chunks), on_event
         self.events: list[Event] = []
-        self.chunks, self.on_event = list(chunks), on_event
-        self.meter = Meter(model, *batch)
-        self.counted = self.meter.parameters  # in the norm of their gradients
+        self.parameters: list[nn.Parameter] = list(model.parameters())
+        self.weights: list[Tensor] = [*self.parameters, *model.buffers()]
         self.memory: Memory | None = None
-        self.factors: list[tuple[float, float]] = [(1.0, 1.0)] * len(chunks)
-        self.running: int | None = None  # the chunk whose graph is alive
-        self.now: Sums = {}  # what has been sent back, by layer and chunk, since the last event
-        self.sums: Sums = {}  # before that
+        self.factors: list[tuple[float, float]] = [(1.0, 1.0)] * len(chunks)  # on loss and relay
+        self.running = 0  # the chunk whose graph is alive
+        self.now: Sums = {}  # what the running chunk has sent back, until its layer is left
+        self.sums: Sums = {}  # what has been sent back before
         self.loss = 0.0
+        self._paused = False
+        self.add(*self.weights, *batch, *self._gradients())
+        self.lasting()
 
     @contextmanager
     def watching(self, given: dict[str, Any]) -> Iterator[None]:
         """Within the block the step is watched; given: the function's arguments, the model the first of them."""
+        given[next(iter(given))] = Watched(self.model, new_memory=self.new_memory, run=self.run)
         if "sampler" in given:
-            given["sampler"] = self.watched_sampler(given["sampler"])
-        given[next(iter(given))] = WatchedModel(self.model, self, self.first_layer)
-        backward = self.watched_backward(torch.autograd.backward)
-        layers = watched_layers(list(self.model.layers), self.left_layer, self.first_layer)
-        with self.meter, layers, patch.object(torch.autograd, "backward", backward):
-            yield
+            given["sampler"] = partial(self.draw, given["sampler"])
+        hooks = [layer.register_forward_pre_hook(partial(self.enter, i)) for i, layer in enumerate(self.model.layers)]
+        try:
+            with (
+                self,
+                patch.object(SECO, "summed_loss", partial(self.take_loss, SECO.summed_loss)),
+                patch.object(F, "cross_entropy", partial(self.take_loss, F.cross_entropy)),  # of full.py
+                patch.object(torch.autograd, "backward", partial(self.backward, torch.autograd.backward)),
+            ):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
-    def write(self, kind: str, **fields: Any) -> Event:
-        """Write an event down, with the bytes that are alive."""
-        held = self.memory.tensors().bytes() if self.memory is not None and hasattr(self.memory, "tensors") else (0, 0)
-        sizes, peak = self.meter.read(held)
-        event = {"step": len(self.events), "kind": kind, **fields, "bytes": sizes, "peak": peak}
+    def write(self, kind: str, **fields: Any) -> None:
+        """Write an event down, with the bytes that are alive, and the most that were since the event before."""
+        self.settle()
+        tensors = getattr(self.memory, "tensors", None)
+        remembered, sent = tensors().bytes() if tensors is not None else (0, 0)
+        sizes = {
+            "weights": storage_bytes(self.weights), "gradients": storage_bytes(self._gradients()),
+            "memory": remembered, "memory_gradients": sent,
+        }  # fmt: skip
+        sizes["activations"] = self.live - sum(sizes.values())
+        event = {"step": len(self.events), "kind": kind, **fields, "bytes": sizes, "peak": max(self.peak, self.live)}
+        self.peak = self.live
         self.events.append(event)
         self.on_event(event)
-        return event
 
-    def begin(self, method: str, input_ids: Tensor, recompute: bool | str) -> None:
+    def begin(self, method: str, input_ids: Tensor, recompute: bool) -> None:
         self.write(
-            "begin", format=FORMAT, method=method, chunks=[list(chunk) for chunk in self.chunks], **self.layers(),
-            batch=input_ids.shape[0], tokens=input_ids.shape[1], recompute=bool(recompute),
-            parameters=sum(p.numel() for p in self.counted), torch=torch.__version__,
+            "begin", format=FORMAT, method=method, chunks=[list(chunk) for chunk in self.chunks],
+            layers=len(self.model.layers), batch=input_ids.shape[0], tokens=input_ids.shape[1], recompute=recompute,
+            parameters=sum(p.numel() for p in self.parameters), torch=torch.__version__,
         )  # fmt: skip
 
-    def layers(self) -> dict[str, Any]:
-        """How many there are."""
-        return {"layers": len(self.model.layers)}
-
     def end(self, loss: Tensor) -> None:
-        self._finish_chunk()
         self.memory = None
         self.sums.clear()
         self.write("end", loss=float(loss), gradient_norm=self._gradient_norm())
 
-    # What the algorithm does, in its own order.
+    # What the algorithm asks, in its own order.
 
-    def watched_sampler(self, sampler: Callable[..., Any]) -> Callable[..., Any]:
-        def draw(num_chunks: int, generator: torch.Generator | None) -> Any:
-            entries = sampler(num_chunks, generator)
-            rates = {"rates": list(sampler.rates(num_chunks))} if isinstance(sampler, Bernoulli) else {}
-            self.drew(entries, **rates)
-            return entries
-
-        return draw
-
-    def drew(self, entries: Sequence[Weight | None], **rates: list[float]) -> None:
+    def draw(self, sampler: Callable[..., Any], num_chunks: int, generator: torch.Generator | None) -> Any:
+        entries: Sequence[Weight | None] = sampler(num_chunks, generator)
+        rates = {"rates": list(sampler.rates(num_chunks))} if isinstance(sampler, Bernoulli) else {}
         self.write("draw", entries=[weight and [float(x) for x in weight] for weight in entries], **rates)
         self.factors = [weight or (0.0, 0.0) for weight in entries]
+        return entries
 
-    def made_memory(self, memory: Memory) -> None:
-        self.memory = memory
-        layers = getattr(memory, "layers", ())
-        names = ["state" if isinstance(layer, LayerState) else "keys and values" for layer in layers]
-        self.write("memory", remembers=self.of_all(names, None))
+    def new_memory(
+        self, batch: int, capacity: int, receiving: Sequence[Chunk] = (), options: Options = DEFAULTS
+    ) -> Watched:
+        self.memory = memory = self.model.new_memory(batch, capacity, receiving, options)
+        layers = memory.layers if isinstance(memory, LayerMemories) else []
+        self.write("memory", remembers=["state" if isinstance(x, LayerState) else "keys and values" for x in layers])
+        watched: Any = [Watched(x, past=partial(self.past, i, x)) for i, x in enumerate(layers)]
+        return Watched(memory, layers=watched, write=self.fill, hand_over=self.relay)
 
-    @contextmanager
-    def at_work(self) -> Iterator[None]:
-        self._finish_chunk()
-        yield
-
-    def filled(self, chunks: Sequence[Chunk], written: Written) -> None:
+    def fill(self, chunks: Sequence[Chunk], written: Written) -> None:
+        assert self.memory is not None
+        self.memory.write(chunks, written)
         self.write("fill", chunks=[self.chunks.index(chunk) for chunk in chunks], **self._written(written))
 
-    def ran(self, chunks: Sequence[Chunk], written: Written) -> None:
-        if not torch.is_grad_enabled():
-            return
-        self.running = self.chunks.index(chunks[0]) if chunks else 0
-        if chunks:
+    def run(
+        self, input_ids: Tensor, memory: Any = None, chunks: Sequence[Chunk] = (), options: Options = DEFAULTS
+    ) -> tuple[Tensor, Written]:
+        hidden, written = self.model.run(input_ids, memory, chunks, options)
+        if torch.is_grad_enabled() and chunks:
+            self.running = self.chunks.index(chunks[0])
             self.write("rebuild", chunk=self.running, **self._written(written))
-        else:
+        elif torch.is_grad_enabled():
             self.write("forward", chunk=0)
+        return hidden, written
 
-    def asked_for_gradients(self, chunk: Chunk) -> None:
-        self._write_loss()
+    def take_loss(self, function: Callable[..., Tensor], *arguments: Any, **keywords: Any) -> Tensor:
+        loss = function(*arguments, **keywords)
+        self.write("loss", chunk=self.running, loss=0.0, factor=self.factors[self.running][0])  # see `backward`
+        return loss
 
-    def received(self, chunk: Chunk, received: Written) -> None:
-        running = self.chunks.index(chunk)
-        self.write("relay", chunk=running, received=received and self._norms(received), factor=self.factors[running][1])
+    def relay(self, chunk: Chunk) -> Written:
+        assert self.memory is not None
+        received, factor = self.memory.hand_over(chunk), self.factors[self.running][1]
+        self.write("relay", chunk=self.running, received=[self._norms(layer) for layer in received], factor=factor)
+        return received
 
-    def watched_backward(self, backward: Callable[..., None]) -> Callable[..., None]:
-        def watched(tensors: Any, *arguments: Any, **keywords: Any) -> None:
-            if self.running is not None:
-                if self.events[-1]["kind"] in ("rebuild", "forward"):
-                    self._write_loss()
-                self._loss_is(tensors if isinstance(tensors, Tensor) else tensors[0])
-            backward(tensors, *arguments, **keywords)
+    def backward(self, function: Callable[..., None], tensors: Any, *arguments: Any, **keywords: Any) -> None:
+        loss = float((tensors if isinstance(tensors, Tensor) else tensors[0]).detach())  # times its factor
+        next(event for event in reversed(self.events) if event["kind"] == "loss")["loss"] = loss
+        self.loss += loss
+        function(tensors, *arguments, **keywords)
+        for layer in sorted({layer for layer, _ in self.now}, reverse=True):
+            self.leave(layer)  # nothing below it learns, so that its input has no gradient
+        self.write("done", chunk=self.running, loss=self.loss, gradient_norm=self._gradient_norm())
 
-        return watched
+    # What layers do in the backward pass.
 
-    def _write_loss(self) -> None:
-        self.write("loss", chunk=self.running, loss=0.0, factor=self.factors[self.running or 0][0])
+    def enter(self, layer: int, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        """A layer is run: ask its input to tell when it has its gradient, for then the layer is left."""
+        in_backward = torch._C._current_graph_task_id() != -1  # recompute runs the layer again
+        if isinstance(inputs[0], Tensor) and inputs[0].requires_grad and not in_backward:
+            inputs[0].register_hook(lambda _: self.leave(layer))
 
-    def _loss_is(self, loss: Tensor) -> None:
-        event = next(event for event in reversed(self.events) if event["kind"] == "loss")
-        event["loss"] = float(loss.detach())
-        self.loss += event["loss"]
-
-    def sent(self, layer: int, start: int, stop: int, gradients: Sequence[Tensor]) -> None:
-        """Part of what a layer sends back, see watch.Sent: sorted by the chunks that it is for."""
-        with self.meter.paused():
-            for i, chunk in enumerate(self.chunks):
-                low, high = max(start, chunk.start), min(stop, chunk.stop)
-                if start == stop == chunk.stop:
-                    self._add(self.now, (layer, i), [g.detach() for g in gradients])
-                elif low < high:
-                    length = chunk.stop - chunk.start
-                    rows = [g.detach()[:, :, low - start : high - start] for g in gradients]
-                    placed = [F.pad(g, (0, 0, low - chunk.start, length + chunk.start - high)) for g in rows]
-                    self._add(self.now, (layer, i), placed)
-
-    @staticmethod
-    def _add(sums: Sums, key: tuple[int, int], tensors: Sequence[Tensor]) -> None:
-        before = sums.get(key, [torch.zeros((), device=x.device) for x in tensors])
-        sums[key] = [x + y.to(wide(y)) for x, y in zip(before, tensors, strict=True)]
-
-    def left_layer(self, layer: int) -> None:
-        """The backward pass of the running chunk has left a layer."""
-        with self.meter.paused():
-            sent = {i: tensors for (at, i), tensors in sorted(self.now.items()) if at == layer}
-            for i, tensors in sent.items():
-                self._add(self.sums, (layer, i), tensors)
-                del self.now[layer, i]
-            rows = [[i, *self._norm_list(tensors)] for i, tensors in sent.items()]
-            held = [[i, *self._norm_list(self.sums[layer, i])] for i in sent]
+    def leave(self, layer: int) -> None:
+        sent = {i: self.now.pop((layer, i)) for (at, i) in sorted(self.now) if at == layer}
+        for i, tensors in sent.items():
+            self.add_up(self.sums, (layer, i), tensors)
+        rows = [[i, *self._norms(tensors)] for i, tensors in sent.items()]
+        held = [[i, *self._norms(self.sums[layer, i])] for i in sent]
         self.write("backward", chunk=self.running, layer=layer, sent=rows, held=held)
 
-    def _finish_chunk(self) -> None:
-        """Its graph is gone. A layer that nothing below it learns from is left without a word: what it sent is here."""
-        if self.running is None:
-            return
-        for layer in sorted({layer for layer, _ in self.now}, reverse=True):
-            self.left_layer(layer)
-        self.write("done", chunk=self.running, loss=self.loss, gradient_norm=self._gradient_norm())
-        self.running = None
+    def past(self, number: int, layer: LayerMemory, chunks: Sequence[Chunk], save: bool) -> Any:
+        """What a layer sees of its memory, which tells what is sent back to it: attention adds gradients to the
+        memory, for others autograd adds them up in leaves."""
+        seen = layer.past(chunks, save)
+        if isinstance(seen, Past):
+            seen.memory = Watched(seen.memory, add_grads=partial(self.send, number, layer))
+            return seen
+        before = next((i for i, chunk in enumerate(self.chunks) if chunk.stop == chunks[0].start), 0)
+        for leaf in tree_leaves(seen):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(lambda gradient: self.add_up(self.now, (number, before), [gradient]))
+        return seen
+
+    def send(self, number: int, layer: Any, first: int, *gradients: Tensor) -> None:
+        """Attention adds a gradient (B, G, n, D) for each tensor that was written: sort them by chunks."""
+        layer.add_grads(first, *gradients)
+        with self.paused():
+            for i, (start, stop) in enumerate(self.chunks):
+                low, high = max(first, start), min(first + gradients[0].shape[2], stop)
+                if low < high:
+                    rows, around = slice(low - first, high - first), (0, 0, low - start, stop - high)
+                    self.add_up(self.now, (number, i), [F.pad(g[:, :, rows], around) for g in gradients])
 
     # Numbers.
 
-    def _norm_list(self, tensors: Sequence[Tensor]) -> list[float]:
-        with self.meter.paused():
+    def add_up(self, sums: Sums, key: tuple[int, int], tensors: Sequence[Tensor]) -> None:
+        """Add tensors to the sums of this layer and chunk, in float32 or wider."""
+        with self.paused():
+            before = sums.get(key, [torch.zeros((), device=x.device) for x in tensors])
+            sums[key] = [x + y.to(wide(y)) for x, y in zip(before, tensors, strict=True)]
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within the block no bytes are counted, and autograd sees nothing."""
+        before, self._paused = self._paused, True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._paused = before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._paused:
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters if p.grad is not None]
+
+    def _norms(self, tensors: Sequence[Tensor]) -> list[float]:
+        with self.paused():
             return [float(torch.linalg.vector_norm(x.detach(), dtype=torch.float64)) for x in tensors]
 
-    def _norms(self, written: Written) -> list[list[float]]:
-        return self.of_all([self._norm_list(layer) for layer in written], [])
-
     def _written(self, written: Written) -> dict[str, Any]:
-        shapes = self.of_all([[list(x.shape) for x in layer] for layer in written], [])
-        return {"written": self._norms(written), "shapes": shapes}
-
-    def of_all(self, rows: Sequence[T], nothing: T) -> list[T]:
-        """One for each layer of the model, where these are of the layers that are here."""
-        return list(rows)
+        shapes = [[list(x.shape) for x in layer] for layer in written]
+        return {"written": [self._norms(layer) for layer in written], "shapes": shapes}
 
     def _gradient_norm(self) -> float:
-        return math.hypot(*self._norm_list([p.grad for p in self.counted if p.grad is not None]))
+        return math.hypot(*self._norms(self._gradients()))
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Of their storages, each once."""
+    return sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}.values())

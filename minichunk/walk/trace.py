@@ -8,11 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..batch import check_batch, check_tokens
+from ..batch import check_batch
 from ..chunks import cut
-from ..pipeline.pipeline_seco import pipeline_seco, pipeline_spaco
+from ..errors import InputError
+from ..full import full
+from ..seco import seco
+from ..spaco import spaco
 from .events import Event
-from .rank import RankRecorder
 from .recorder import Recorder
 
 
@@ -30,25 +32,21 @@ def trace(
     The function is run as it is and adds to `.grad` what it adds alone, bit for bit; events.py describes the log. The
     arguments after `labels` are the function's own.
 
-    With `pipeline_seco` or `pipeline_spaco` the log is that of this rank; merge.py makes one of those of all ranks.
-
-    model: a `protocol.Model` with its `layers`, as all of ours are; for a pipeline, this rank's `PipelineStage`.
+    model: a `protocol.Model` with its `layers`, as all of ours are.
+    input_ids, labels: int64 (B, T).
     on_event: called with each event as it happens, within the function; a loss is written into its event only when
         the backward pass begins.
     Slower than the step alone, and for one at a time: it puts itself in the place of `torch.autograd.backward`.
-    Raises InputError as the function does.
+    Raises InputError for another function, and as the function does.
     """
-    is_pipeline = function in (pipeline_seco, pipeline_spaco)
-    if is_pipeline:
-        check_tokens(input_ids, labels, None, model.vocab_size)
-    else:
-        check_batch(model, input_ids, labels, None)
+    if function not in (seco, spaco, full):
+        raise InputError(f"trace watches seco, spaco or full, but was given {getattr(function, '__name__', function)}")
+    check_batch(model, input_ids, labels, None)
     bound = inspect.signature(function).bind(model, input_ids, labels, *arguments, **keywords)
     bound.apply_defaults()
     given, tokens = bound.arguments, input_ids.shape[1]
-    chunks = cut(tokens, given.get("chunk_size", tokens))
-    recorder = (RankRecorder if is_pipeline else Recorder)(model, chunks, on_event, input_ids, labels)
-    recorder.begin(function.__name__, input_ids, given.get("recompute", False))
+    recorder = Recorder(model, cut(tokens, given.get("chunk_size", tokens)), on_event, input_ids, labels)
+    recorder.begin(function.__name__, input_ids, bool(given["recompute"]))
     with recorder.watching(given):
         loss = function(*bound.args, **bound.kwargs)
     recorder.end(loss)

