@@ -124,7 +124,7 @@ def _check_bernoulli(module: ModuleType) -> None:
     draws = _check_draws("It", lambda generator: module.bernoulli(rates, generator), len(rates))
     _check_counts(draws, rates, rates[0] * rates[1])
     for i, rate in enumerate(rates):
-        for entry in [entries[i] for entries in draws if entries[i]]:
+        for entry in {entries[i] for entries in draws if entries[i]}:
             _check_factors(entry, (1 / rate, 1 / rate), {NOTHING: (1.0, 1.0), PRINTED: (1.0, 1 / rate)})
 
 
@@ -141,7 +141,7 @@ def _check_fixed_budget(module: ModuleType) -> None:
         )
         _check_counts(draws, [t / k] * k, t * (t - 1) / (k * (k - 1)))
         loss, relay = k / t, (k - 1) / (t - 1)
-        for entry in [entry for entries in draws for entry in entries if entry]:
+        for entry in {entry for entries in draws for entry in entries if entry}:
             _check_factors(entry, (loss, relay), {
                 "The relay factor is k / t, as published. Given that one chunk of a chain is kept, t - 1 of the other "
                 "k - 1 are: with which probability is the next one among them?": (loss, loss),
