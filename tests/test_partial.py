@@ -225,9 +225,8 @@ def test_peft_refuses_the_adapter_of_a_hybrid(tmp_path: Path) -> None:
             load(str(tmp_path / "adapter"))
 
 
-@pytest.mark.parametrize("pattern", [mc.Window(5), mc.Window(5, 2)])
-def test_the_adapter_of_a_stored_hybrid_is_an_ordinary_one(pattern: Pattern, tmp_path: Path) -> None:
-    hybrid(pattern).save_pretrained(tmp_path / "base")
+def test_the_adapter_of_a_stored_hybrid_is_an_ordinary_one(tmp_path: Path) -> None:
+    hybrid(mc.Window(5, 2)).save_pretrained(tmp_path / "base")
     model = with_adapter(mc.Llama.from_pretrained(tmp_path / "base"))
     mc.save_adapter(model, tmp_path / "adapter", tmp_path / "base")
     assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["peft_type"] == "LORA"
@@ -335,33 +334,21 @@ def test_what_was_trained_is_what_is_evaluated(
     named = ["--model", used[0], *([] if whole else ["--adapter", used[1] or ""])]
     assert main(["generate", "It is", *named, "--max-new-tokens", "9", "--device", "cpu"]) == 0
     assert capsys.readouterr().out.startswith("It is")
+    assert main(["evaluate", *named, "--data", command[4], "--seq-len", "40", "--device", "cpu"]) == 0
+    assert told in capsys.readouterr().out
     assert main(["train", "--resume", "--output", "run"]) == 0
     assert told in capsys.readouterr().out
-
-
-def test_evaluate_says_what_is_measured(command: list[str], text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*command, *WINDOW]) == 0
-    capsys.readouterr()
-    named = ["--model", command[2], "--data", str(text), "--seq-len", "40", "--device", "cpu"]
-    for adapter, said in ((["--adapter", "run/adapter"], True), ([], False)):
-        assert main(["evaluate", *named, *adapter]) == 0
-        assert ("layer 0 sees the last 4 positions and the first 2" in capsys.readouterr().out) == said
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (["--partial-context", "sparse"], "--partial-context is 'sparse', but must be one of window, strided"),
         ([], "--full-layers belongs to --partial-context"),
         (["--window", "4"], "--window belongs to --partial-context window"),
         ([*WINDOW, "--block", "4"], "--block belongs to --partial-context strided"),
         (["--partial-context", "strided", "--sinks", "4"], "--sinks belongs to --partial-context window"),
-        ([*WINDOW, "--window", "0"], "--window is 0, but must be at least 1"),
-        ([*WINDOW, "--sinks", "-1"], "--sinks is -1, but must be at least 0"),
-        (["--partial-context", "strided", "--stride", "0"], "--stride is 0"),
         ([*WINDOW, "--full-layers", "2"], "there is no layer 2; this model has 0 to 1"),
         ([*WINDOW, "--full-layers", "0", "1"], "these are all 2"),
-        ([*WINDOW, "--full-layers", "x"], "invalid int value: 'x'"),
     ],
 )
 def test_mistakes_are_named_before_training(

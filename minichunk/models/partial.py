@@ -8,9 +8,9 @@ from typing import Any
 
 from ..errors import InputError
 from ..memory.window import FULL, Pattern, Strided, Window
-from .config import FULL_ATTENTION, PARTIAL_ATTENTION, SLIDING_ATTENTION, LlamaConfig, pattern_of
+from .config import FULL_ATTENTION, PARTIAL_ATTENTION, SLIDING_ATTENTION, LlamaConfig
 from .llama import Llama
-from .load import read_model_config
+from .load import pattern_of, read_model_config
 from .stack import Stack
 
 
@@ -31,14 +31,8 @@ def partial_context(model: Stack, pattern: Pattern, full_layers: Sequence[int] |
         raise InputError(f"partial_context needs a model of the Llama family, not {type(model).__name__}")
     model.config = partial_config(model.config, pattern, full_layers)
     model.partial = {"pattern": asdict(pattern), "full_layers": full_layers_of(model.config)}
-    set_patterns(model, model.config)
-
-
-def set_patterns(model: Llama, config: LlamaConfig) -> None:
-    """Let the layers' queries see what the config says, whatever the model's own does."""
-    layers: Any = model.layers
-    for layer, seen in zip(layers, config.patterns(), strict=True):
-        layer.self_attn.pattern = seen
+    for layer, seen in zip(model.layers, model.config.patterns(), strict=True):
+        layer.self_attn.pattern = seen  # type: ignore[union-attr]
 
 
 def partial_config(config: Any, pattern: Pattern, full_layers: Sequence[int] | None = None) -> LlamaConfig:
@@ -51,6 +45,7 @@ def partial_config(config: Any, pattern: Pattern, full_layers: Sequence[int] | N
         raise InputError(f"a {config.model_type} has states: only a model of full attention can see a part of its past")
     if not isinstance(pattern, Window | Strided):
         raise InputError(f"the pattern is {pattern!r}, but must be a Window or a Strided")
+    pattern_of(asdict(pattern))  # checks its numbers
     if any(one != FULL for one in config.patterns()):
         raise InputError(
             f"layers of this model see a part of their past already ({describe(config)}): "

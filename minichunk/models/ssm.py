@@ -17,7 +17,7 @@ from ..memory.layer_memory import MemorySpec, wide
 from ..memory.state import Before, Handed, LayerState, scan_chunks
 from .config import FULL_ATTENTION, Config, EndTokens, Flag, LlamaConfig, Names, Number, Size, check_layer_types
 from .llama import Layer, Rope, rope_tables
-from .stack import Decoder, RMSNorm
+from .stack import Decoder
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class StateLayer(nn.Module):
     def __init__(self, config: StateSpaceConfig) -> None:
         super().__init__()
         P, self.state_size = config.hidden_size, config.state_size
-        self.norm = RMSNorm(P, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(P, config.rms_norm_eps)
         self.a_proj, self.b_proj, self.c_proj = (nn.Linear(P, self.state_size) for _ in range(3))
 
     @torch.no_grad()
@@ -119,11 +119,6 @@ class StateLayer(nn.Module):
         return u.new_zeros(u.shape[0], u.shape[2], self.state_size, dtype=wide(u))
 
 
-def make_layer(config: StateSpaceConfig, kind: str) -> nn.Module:
-    """A layer of one of the kinds of `layer_types`."""
-    return StateLayer(config) if config.attention is None or kind == "state" else Layer(config.attention)
-
-
 class StateSpace(Decoder):
     """State-space layers, and attention layers where the config's `layer_types` has them.
 
@@ -134,7 +129,11 @@ class StateSpace(Decoder):
     config_class = StateSpaceConfig
 
     def __init__(self, config: StateSpaceConfig) -> None:
-        super().__init__(config, (make_layer(config, kind) for kind in config.layer_types))
+        layers = (
+            Layer(config.attention) if config.attention and kind == FULL_ATTENTION else StateLayer(config)
+            for kind in config.layer_types
+        )
+        super().__init__(config, layers)
         for layer in self.layers:
             if isinstance(layer, StateLayer):
                 layer.spread_gates()

@@ -16,7 +16,7 @@ from ..loss import token_losses
 from ..memory.layer_memory import LayerMemories, wide
 from ..models.load import load_model
 from ..models.lora import Placeholder
-from ..models.stack import RMSNorm, Stack
+from ..models.stack import Stack
 from ..protocol import DEFAULTS, Options, Written
 from .links import Links
 from .split_layers import check_counts, split_layers
@@ -85,7 +85,7 @@ class PipelineStage(Stack):
     @property
     def like(self) -> Tensor:
         """A norm's weight: no adapter is put there, and it is not stored in 4 bits."""
-        return next(module.weight for module in self.layers.modules() if isinstance(module, RMSNorm))
+        return next(module.weight for module in self.layers.modules() if isinstance(module, nn.RMSNorm))
 
     @property
     def stream_dtype(self) -> torch.dtype:
