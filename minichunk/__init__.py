@@ -15,21 +15,20 @@ from .spaco import spaco
 
 __version__ = "0.1.0"
 _LATER = {
-    "memory.pattern": ("Strided", "Window"),
+    "memory.window": ("Strided", "Window"),
     "models.adapter_files": ("load_adapter", "save_adapter"),
-    "models.gemma3": ("Gemma3Config",),
-    # These come from load.py, which gives them `from_pretrained` and `from_dict`.
-    "models.load": ("Gemma3", "Llama", "LlamaConfig", "Mamba2", "StateSpace", "load_model"),
+    "models.load": (  # which gives them `from_pretrained` and `from_dict`
+        "Gemma3", "Gemma3Config", "Llama", "LlamaConfig", "Mamba2", "Mamba2Config", "StateSpace", "StateSpaceConfig",
+        "load_model",
+    ),
     "models.lora": ("add_lora", "merge_lora"),
-    "models.mamba2": ("Mamba2Config",),
     "models.partial": ("partial_context",),
-    "models.ssm": ("StateSpaceConfig",),
     "pipeline.links": ("Links", "RankLost"),
     "pipeline.stage": ("PipelineStage",),
     "pipeline.pipeline_seco": ("pipeline_seco", "pipeline_spaco"),
     "training.generate": ("generate",),
     "walk.trace": ("trace",),
-}
+}  # fmt: skip
 _MODULE_OF = {name: module for module, names in _LATER.items() for name in names}
 __all__ = [
     "Bernoulli", "FixedBudget", "InputError", "PaperBudget", "Weight", "full", "seco", "spaco", *_MODULE_OF,

@@ -12,7 +12,7 @@ from torch import Tensor
 import minichunk as mc
 from minichunk.batch import IGNORE, shift
 from minichunk.chunks import Chunk
-from minichunk.memory.pattern import Pattern, Strided
+from minichunk.memory.window import Pattern, Strided
 from minichunk.models.llama import rope_tables, rotate
 from minichunk.models.ssm import StateLayer
 

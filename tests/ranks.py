@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 import minichunk as mc
 from minichunk.costs.count import CountBytes
+from minichunk.costs.peak import optimizer_states
 from minichunk.costs.setting import Setting
-from minichunk.costs.step import optimizer_states
 from minichunk.models.shapes import random_model
 from minichunk.pipeline.links import RankLost
 from minichunk.pipeline.stage import PipelineStage
@@ -256,16 +256,16 @@ def lose_one_in_the_walk(rank: int, lost: int, hangs: bool, case: Case) -> None:
     case.run(mc.pipeline_seco, stage)
 
 
-def counted(rank: int, setting: Setting, tokens: int) -> int:
+def counted(rank: int, setting: Setting, counts: Sequence[int], tokens: int) -> int:
     """Peak bytes on this rank of a whole real step of what is forecast, with the optimizer's state."""
-    assert setting.share is not None
-    model = random_model(setting.config(), setting.dtype, setting.rank, setting.targets)
-    stage = PipelineStage(model, setting.share.counts, mc.Links(timeout=TIMEOUT))
+    model = random_model(setting.config(), setting.torch_dtype, setting.rank, setting.targets)
+    stage = PipelineStage(model, counts, mc.Links(timeout=TIMEOUT))
     num_chunks = -(-tokens // setting.chunk_size)
     kept = setting.kept(num_chunks)
     entries = [None] * (num_chunks - kept) + [mc.Weight(1.0, 2.0)] * kept
-    keywords: dict[str, Any] = {"recompute": setting.recompute, "cache_grad_dtype": setting.cache_grad_dtype}
-    keywords |= {"offload": setting.offload, "fill_size": setting.fill_size}
+    options = setting.options()
+    keywords: dict[str, Any] = {"recompute": options.recompute, "cache_grad_dtype": options.cache_grad_dtype}
+    keywords |= {"offload": options.offload, "fill_size": options.fill_size}
     gc.collect()
     with CountBytes() as count:
         count.add(*stage.parameters(), *stage.buffers())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from math import log
 from types import SimpleNamespace
@@ -11,23 +12,48 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minichunk.chunks import Chunk
 from minichunk.costs.count import CountBytes
 from minichunk.memory import kernels
-from minichunk.memory.attention import attend
-from minichunk.memory.cache import LayerCache
+from minichunk.memory.attention import Past
 from minichunk.memory.kernels import FlashCPU, FlashCUDA, Kernel, Plain, kernel_for, pick_kernel
-from minichunk.memory.pattern import FULL, Pattern, Strided, Window
+from minichunk.memory.window import FULL, Pattern, Strided, Window
 
 from .gradients import Tensors, distance, visible
 from .rounding import Exact, measure
-from .strategies import blocks_of, examples, strided, windows
+from .strategies import blocks_of, cache_of, examples, strided, windows
 
-KERNELS = [Plain(), FlashCPU()]
+
+class Unmasked(Plain):
+    """The plain kernel given all queries at once, as FlashCUDA is."""
+
+    takes_many = True
+
+
+@dataclass(frozen=True)
+class NoEmptyKeys(Kernel):
+    """A kernel that is never called without keys: PyTorch's CPU kernel then divides by 0, and the process is gone."""
+
+    kernel: Kernel
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block", self.kernel.block)
+        object.__setattr__(self, "takes_many", self.kernel.takes_many)
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *mask: Any, **named: Any) -> Any:
+        assert min(q.shape[2], k.shape[2], v.shape[2]) > 0
+        return self.kernel.forward(q, k, v, *mask, **named)
+
+    def backward(self, grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        assert min(q.shape[2], k.shape[2]) > 0
+        return self.kernel.backward(grad, q, k, *rest, **named)
+
+
+KERNELS = {"plain": Plain(), "plain, all queries": Unmasked(), "flash-cpu": FlashCPU()}
 NAMES = ["output", "dq", "dk", "dv", "dk of the past", "dv of the past"]
 
 
@@ -38,6 +64,12 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Patter
     T = k.shape[2]
     scores = (q @ k.mT / D**0.5).masked_fill(~visible(pattern, T)[T - C :], -torch.inf)
     return (scores - scores.logsumexp(-1, keepdim=True)).exp() @ v
+
+
+def attend_alone(x: torch.Tensor) -> torch.Tensor:
+    """A chunk without a past."""
+    past: Past = cache_of(FULL, (*x.shape[:2], 0, x.shape[3]), [], x).past([Chunk(0, x.shape[2])], save=False)
+    return past.attend(x, x, x)
 
 
 def run(
@@ -65,11 +97,13 @@ def run(
 
     # A cache with more room than is used, and a second chunk behind this one.
     filled = [Chunk(0, past)] if past else []
-    memory = LayerCache((B, G, past + C + 3, D), [*filled, Chunk(past, past + C)], q.detach(), torch.float64, pattern)
-    memory.keys.fill_(torch.nan)
-    memory.values.fill_(torch.nan)
+    receiving = [*filled, Chunk(past, past + C)]
+    memory = cache_of(pattern, (B, G, past + C + 3, D), receiving, q.detach())
+    for x in memory.tensors().remembered:
+        x.fill_(torch.nan)
+    memory.kernel = NoEmptyKeys(kernel)
     memory.write([Chunk(0, past)], (k_past.detach(), v_past.detach()))
-    out = attend(q, k, v, memory, past, kernel)
+    out = memory.past([Chunk(past, past + C)], save=False).attend(q, k, v)
     own = torch.autograd.grad(out, (q, k, v), grad)
 
     wide = [x.detach().double().requires_grad_() for x in (q, k, v, k_past, v_past)]
@@ -84,27 +118,7 @@ def run(
     return got, measure(expected)
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=["plain", "flash-cpu"])
-@examples(60)
-@given(
-    B=st.integers(1, 2),
-    G=st.integers(1, 3),
-    per_group=st.integers(1, 3),
-    C=st.integers(1, 9),
-    past=st.integers(0, 40),
-    D=st.integers(1, 9),
-    transposed=st.booleans(),
-    block=st.integers(1, 6) | st.just(64),
-)
-def test_attention_over_the_cache(
-    kernel: Kernel, B: int, G: int, per_group: int, C: int, past: int, D: int, transposed: bool, block: int
-) -> None:
-    with blocks_of(block):
-        got, exact = run(kernel, B, G * per_group, G, C, past, D, torch.float64, transposed)
-    exact.check(got)
-
-
-@pytest.mark.parametrize("kernel", KERNELS, ids=["plain", "flash-cpu"])
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 @examples(100)
 @given(
     B=st.integers(1, 2),
@@ -115,9 +129,10 @@ def test_attention_over_the_cache(
     D=st.integers(1, 9),
     transposed=st.booleans(),
     block=st.integers(1, 6) | st.just(64),
-    pattern=windows(24, 12) | strided(),
+    pattern=st.just(FULL) | windows(24, 12) | strided(),
 )
-def test_attention_to_a_part_of_the_past(
+@example(B=1, G=1, per_group=1, C=1, past=2, D=4, transposed=False, block=64, pattern=Strided(2, 1, 2))
+def test_attention_over_the_cache(
     kernel: Kernel,
     B: int,
     G: int,
@@ -127,11 +142,11 @@ def test_attention_to_a_part_of_the_past(
     D: int,
     transposed: bool,
     block: int,
-    pattern: Any,
+    pattern: Pattern,
 ) -> None:
     """Chunks before, across and behind the place from which on something is left out; pinned ones in the chunk too.
 
-    Blocks of the past, and tiles of queries, are of a size.
+    Blocks of the past, and the queries that a kernel is given at once, are of one size.
     """
     with blocks_of(block):
         got, exact = run(kernel, B, G * per_group, G, C, past, D, torch.float64, transposed, pattern)
@@ -140,23 +155,21 @@ def test_attention_to_a_part_of_the_past(
 
 @examples(50)
 @given(start=st.integers(0, 30), length=st.integers(1, 30), pattern=windows(20, 10) | strided())
-def test_parts_are_the_rule(start: int, length: int, pattern: Pattern) -> None:
-    """Together they see what the rule says, and nothing twice; what a tile reaches is within the pattern's reach."""
+def test_runs_are_the_rule(start: int, length: int, pattern: Pattern) -> None:
+    """Together they see what the rule says, and nothing twice, and no further back than the pattern's reach."""
     stop = start + length
     seen = torch.zeros(length, stop, dtype=torch.int64)
     at = start
-    for part in pattern.parts(start, stop):
-        assert part.start == at
-        pinned = [j for low, high in pattern.pinned(0, stop) for j in range(low, high)]
-        assert [pattern.pinned_before(j) for j in range(stop + 1)] == [
-            sum(p < j for p in pinned) for j in range(stop + 1)
-        ]
-        for i in range(part.start, part.stop):
-            low = i - (i - part.start) % part.length - part.reach
-            assert part.start - low <= pattern.reach or part.start < low
-            seen[i - start, max(low, i - part.window + 1) : i + 1] += 1
-            seen[i - start, pinned[: part.pinned]] += 1
-        at = part.stop
+    for run in pattern.runs(start, stop):
+        assert run.start == at
+        pinned = {j for span in pattern.pinned(0, run.start) for j in range(*span)}
+        assert pinned >= {*range(run.low, run.start - pattern.reach)}
+        for i in range(run.start, run.stop):
+            first = run.low if run.window is None else max(run.low, i - run.window + 1)
+            seen[i - start, first : i + 1] += 1
+            for low, high in pattern.pinned(0, run.low):
+                seen[i - start, low:high] += 1
+        at = run.stop
     assert at == stop
     expected = visible(pattern, stop)[start:]
     assert torch.equal(seen, expected.long())
@@ -165,7 +178,7 @@ def test_parts_are_the_rule(start: int, length: int, pattern: Pattern) -> None:
     assert torch.equal(mask, expected)
 
 
-@pytest.mark.parametrize("kernel", KERNELS, ids=["plain", "flash-cpu"])
+@pytest.mark.parametrize("kernel", KERNELS.values(), ids=KERNELS)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("pattern", [FULL, Window(40, 5), Strided(4, 5, 3)])
 def test_lower_precision(kernel: Kernel, dtype: torch.dtype, bound: float, pattern: Pattern) -> None:
@@ -188,8 +201,7 @@ def test_heads_of_which_the_numbers_are_not_side_by_side() -> None:
     """A concatenation may choose such strides (seen with a head size of 2); the kernels assume otherwise."""
     x = torch.randn(1, 2, 2, 4, dtype=torch.float64).transpose(2, 3)  # (B, H, D, C) in memory
     assert x.stride(-1) != 1
-    memory = LayerCache((1, 2, 0, 2), [], x, torch.float64)
-    measure(lambda: {"output": reference(x, x, x)}).check({"output": attend(x, x, x, memory, 0, FlashCPU())})
+    measure(lambda: {"output": reference(x, x, x)}).check({"output": attend_alone(x)})
 
 
 @pytest.mark.parametrize(
@@ -212,7 +224,7 @@ def test_the_kernel_made_for_a_device_and_dtype(
 ) -> None:
     kernel = kernel_for(device, dtype, head_dim, capability)
     assert isinstance(kernel, expected)
-    assert (kernel.piece is None) == (expected is not Plain)  # its scores may not grow with the past
+    assert (kernel.block is None) == (expected is not Plain)  # its scores may not grow with the past
 
 
 def test_what_has_no_numbers_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,8 +321,7 @@ def test_an_operator_that_has_changed_is_not_used(
         with pytest.warns(RuntimeWarning, match=f"FlashCPU does not .* {re.escape(torch.__version__)} .*{told}"):
             assert isinstance(pick_kernel(q), Plain)
         assert isinstance(pick_kernel(q), Plain)  # and is not said again
-        memory = LayerCache((1, 2, 0, 8), [], q, torch.float32)
-        torch.testing.assert_close(attend(q, q, q, memory, 0), reference(q, q, q), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(attend_alone(q), reference(q, q, q), rtol=1e-5, atol=1e-6)
     assert isinstance(pick_kernel(q), FlashCPU)
 
 
@@ -354,18 +365,18 @@ def test_cuda_kernel_calls_fit_the_operators(monkeypatch: pytest.MonkeyPatch) ->
     with FakeTensorMode(allow_non_fake_inputs=True):
         q = torch.zeros(2, 6, 16, 64, dtype=torch.bfloat16)
         k = torch.zeros(2, 2, 48, 64, dtype=torch.bfloat16)
-        out, lse = kernel.forward(q, k, k, window=None)
+        out, lse = kernel.forward(q, k, k)
         assert out.shape == q.shape
         assert lse.shape == (2, 6, 16)
-        grads = kernel.backward(out, q, k, k, out, lse, window=None)
+        grads = kernel.backward(out, q, k, k, out, lse)
         assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
         for window, keys, sides in ((16, q[:, :2], {}), (33, k, {"window_size_left": 32, "window_size_right": 0})):
-            out, lse = kernel.forward(q, keys, keys, window)
+            out, lse = kernel.forward(q, keys, keys, True, window)
             assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
             assert (given[8], given[-1]) == (True, sides)  # causal
-            grads = kernel.backward(out, q, keys, keys, out, lse, window)
+            grads = kernel.backward(out, q, keys, keys, out, lse, True, window)
             assert [g.shape for g in grads] == [q.shape, keys.shape, keys.shape]
             assert (given[11], given[-1]) == (True, sides)
-        kernel.backward(out, q, k, k, out, lse.mT.contiguous().mT, window=None)
+        kernel.backward(out, q, k, k, out, lse.mT.contiguous().mT)
     assert given[5].is_contiguous()  # the kernel reads lse row after row, whatever its strides
     assert (given[12].dtype, given[12].shape) == (torch.uint64, (2,))  # seed and offset

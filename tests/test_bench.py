@@ -8,20 +8,17 @@ from pathlib import Path
 import pytest
 
 from minichunk.command.main import main
-from minichunk.costs.bench import METHODS, Case, Row, bench, describe_machine, measure, table
+from minichunk.costs.bench import METHODS, BenchOptions, Case, Row, bench, describe_machine, measure, table
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, about its checkpointing
 @pytest.mark.parametrize("method", METHODS)
 def test_all_methods_compute_the_same_loss(model_directory: Path, method: str) -> None:
     """With every chunk kept SpaCO is SeCO; all have the same weights and tokens."""
-    if method == "transformers":
-        pytest.importorskip("transformers")
-    case = Case(method, 32, str(model_directory), chunk_size=8, budget=4)
-    seconds, peak, loss = measure(case)
+    options = BenchOptions(model=str(model_directory), chunk_size=8, budget=4)
+    seconds, peak, loss = measure(Case(method, 32, options))
     assert seconds > 0
     assert peak > 2**20
-    assert loss == pytest.approx(measure(Case("full", 32, str(model_directory)))[2], rel=1e-5)
+    assert loss == pytest.approx(measure(Case("full", 32, options))[2], rel=1e-5)
 
 
 def test_the_command(model_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,23 +34,23 @@ def test_the_command(model_directory: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_the_table_has_medians_ratios_and_failures() -> None:
+    options = BenchOptions()
     rows = [
-        Row(Case("full", 1024), [2.0], [2**30]),
-        Row(Case("seco", 1024), [3.0, 1.0, 1.5], [2**29]),
-        Row(Case("full", 2048), [], [], "out of memory"),
-        Row(Case("seco", 2048), [4.0], [2**29]),
+        Row(Case("full", 1024, options), [2.0], [2**30]),
+        Row(Case("seco", 1024, options), [3.0, 1.0, 1.5], [2**29]),
+        Row(Case("full", 2048, options), error="out of memory"),
+        Row(Case("seco", 2048, options), [4.0], [2**29]),
     ]
     assert table(rows).splitlines()[2:] == [
         "| 1,024 | full | 2.00 | 1.00 | 1.00 GiB | 1.00 |",
         "| 1,024 | seco | 1.50 (1.00 to 3.00) | 0.75 | 512 MiB | 0.50 |",
-        "| 2,048 | full | out of memory | | | |",
+        "| 2,048 | full | out of memory |  |  |  |",
         "| 2,048 | seco | 4.00 |  | 512 MiB |  |",
     ]
 
 
-def test_a_case_that_fails_says_why_and_the_others_go_on() -> None:
-    """What its process raises comes back; a process that is ended from outside has taken too much memory."""
-    (row,) = bench([Case("seco", 16, "nowhere")], 2, quiet=True)
+def test_a_case_that_fails_says_why() -> None:
+    (row,) = bench([Case("seco", 16, BenchOptions(model="nowhere"))], 2, quiet=True)
     assert row.error is not None and "'nowhere' is neither a directory" in row.error
 
 

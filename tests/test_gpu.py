@@ -9,18 +9,16 @@ import torch
 
 import minichunk as mc
 from minichunk.chunks import Chunk
+from minichunk.costs.peak import step_memory
 from minichunk.costs.setting import Setting
-from minichunk.costs.step import step_memory
 from minichunk.memory import offload
-from minichunk.memory.attention import attend
-from minichunk.memory.cache import LayerCache
 from minichunk.memory.kernels import FlashCUDA, Plain, usable
-from minichunk.memory.pattern import FULL, Pattern, Strided, Window
+from minichunk.memory.window import FULL, Pattern, Strided, Window
 from minichunk.models.llama import Llama
 from minichunk.models.shapes import random_model
 
 from .fake_cuda import delayed
-from .strategies import tiny
+from .strategies import cache_of, tiny
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,11 +36,12 @@ def test_cuda_kernel_equals_the_plain_one(past: int, pattern: Pattern) -> None:
     results = []
     for kernel in (FlashCUDA(), Plain()):
         filled = Chunk(0, past)
-        memory = LayerCache((2, 2, past, 64), [filled] if past else [], q, torch.float32, pattern)
+        memory = cache_of(pattern, (2, 2, past, 64), [filled] if past else [], q, grad_dtype=torch.float32)
+        memory.kernel = kernel
         keys = torch.linspace(-1, 1, past, device="cuda")[:, None].expand(2, 2, past, 64)
         memory.write([filled], (keys, keys))
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = attend(*inputs, memory, past, kernel)
+        out = memory.past([Chunk(past, past + 64)], save=False).attend(*inputs)
         own = torch.autograd.grad(out, inputs, grad)
         results.append([out.detach(), *own, *(memory.hand_over(filled) if past else ())])
     for got, expected in zip(*results, strict=True):
@@ -150,10 +149,10 @@ def test_the_second_device_while_the_first_is_current(lane: str, monkeypatch: py
 @pytest.mark.parametrize("method", ["seco", "spaco"])
 @pytest.mark.parametrize(("recompute", "offload"), [(True, False), (False, False), (True, True)])
 def test_peak_memory_is_the_forecast(method: str, recompute: bool, offload: bool) -> None:
-    setting = Setting("llama-3.2-1b", method, 512, budget=3, rank=8, recompute=recompute, offload=offload)
+    setting = Setting(model="llama-3.2-1b", method=method, budget=3, recompute=recompute, offload=offload)
     tokens = 8192
     entries = [None] * (tokens // 512 - 3) + [mc.Weight(1.0, 1.0)] * 3
-    model = random_model(setting.model, setting.dtype, setting.rank, device="cuda")
+    model = random_model(setting.model, setting.torch_dtype, setting.rank, device="cuda")
     ids = torch.zeros(1, tokens, dtype=torch.int64, device="cuda")
     arguments: dict[str, Any] = {"chunk_size": 512, "recompute": recompute, "offload": offload}
     if method == "spaco":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -199,8 +199,7 @@ def test_a_tail_does_not_keep_its_chunk_in_memory() -> None:
     assert all(x.untyped_storage().nbytes() == x.nbytes for x in written[0][2::4])
 
 
-@pytest.mark.parametrize("limit", [(0.0, math.inf), (0.1, 0.3)])
-@pytest.mark.parametrize("chunk_size", [1, 3, 100])
+@pytest.mark.parametrize(("limit", "chunk_size"), [((0.0, math.inf), 1), ((0.0, math.inf), 3), ((0.1, 0.3), 100)])
 def test_generate_equals_transformers(limit: tuple[float, float], chunk_size: int) -> None:
     model = build(tiny(time_step_limit=limit), seed=5)
     prompt = torch.randint(VOCAB, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -227,10 +226,9 @@ def test_transformers_checkpoint_loads(tied: bool, tmp_path: Path) -> None:
     assert (loaded.lm_head.weight is loaded.backbone.embeddings.weight) == tied
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_transformers_loads_ours(tied: bool, tmp_path: Path) -> None:
+def test_transformers_loads_ours(tmp_path: Path) -> None:
     config = tiny(
-        tie_word_embeddings=tied, use_conv_bias=False, residual_in_fp32=False, time_step_limit=(0.1, math.inf),
+        tie_word_embeddings=True, use_conv_bias=False, residual_in_fp32=False, time_step_limit=(0.1, math.inf),
         max_position_embeddings=77, pad_token_id=None, bos_token_id=5, eos_token_id=(3, 4), conv_kernel=3,
     )  # fmt: skip
     model = build(config)
@@ -347,7 +345,3 @@ def test_a_wrong_config_is_refused(change: dict[str, Any], words: str) -> None:
     assert mc.Mamba2Config.from_dict(CONFIG) == tiny()
     with pytest.raises(mc.InputError, match=words):
         mc.Mamba2Config.from_dict(CONFIG | change)
-
-
-def test_first_eos() -> None:
-    assert [replace(tiny(), eos_token_id=ends).first_eos() for ends in (None, 3, (4, 5))] == [None, 3, 4]

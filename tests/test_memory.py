@@ -16,7 +16,7 @@ from minichunk.chunks import cut
 from minichunk.costs.baselines import Concatenating, concatenating
 from minichunk.memory.cache import LayerCache
 from minichunk.memory.layer_memory import LayerMemories
-from minichunk.memory.pattern import Pattern
+from minichunk.memory.window import Pattern
 from minichunk.protocol import Options
 from minichunk.seco import fill, new_memory, rebuild
 
@@ -111,10 +111,8 @@ def test_no_gradient_is_sent_to_a_past_that_needs_none() -> None:
             torch.nn.init.ones_(parameter)
     ids = torch.randint(23, (1, 12))
     layers: list[int] = []
-    original = LayerCache.add_pinned_grads
-    with mock.patch.object(
-        LayerCache, "add_pinned_grads", lambda self, *a: layers.append(id(self)) or original(self, *a)
-    ):
+    original = LayerCache.add_grads
+    with mock.patch.object(LayerCache, "add_grads", lambda self, *a: layers.append(id(self)) or original(self, *a)):
         mc.seco(model, ids, ids, 4)
     assert len(set(layers)) == 1  # the second layer's
 

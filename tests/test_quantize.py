@@ -50,12 +50,12 @@ def with_adapter(model: mc.Llama, targets: tuple[str, ...]) -> mc.Llama:
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), PROJECTIONS])
-@pytest.mark.parametrize("method", ["full", "seco", "recompute", "offload"])
+@pytest.mark.parametrize("method", ["full", "seco", "recompute and offload"])
 def test_gradients_equal_those_beside_the_unpacked_base(directory: Path, targets: tuple[str, ...], method: str) -> None:
     expected = with_adapter(unpacked(directory), targets).double()
     exact = exactly(expected, lambda: mc.full(expected, IDS, IDS))
     model = with_adapter(mc.Llama.from_pretrained(directory, load_in_4bit=True), targets)
-    keywords = {"recompute": method == "recompute", "offload": method == "offload"}
+    keywords = dict.fromkeys(("recompute", "offload"), method == "recompute and offload")
     run = mc.full if method == "full" else partial(mc.seco, chunk_size=16, **keywords)
     exact.check(outcome(model, lambda: run(model, IDS, IDS)))  # float32, against float64
 
@@ -119,8 +119,7 @@ def test_a_wrong_adapter_is_refused_beside_4_bits_too(directory: Path, tmp_path:
         mc.load_adapter(model, tmp_path)
 
 
-@pytest.mark.parametrize("trained", [[], ["--load-in-4bit"]])
-@pytest.mark.parametrize("used", [[], ["--load-in-4bit"]])
+@pytest.mark.parametrize(("trained", "used"), [([], ["--load-in-4bit"]), (["--load-in-4bit"], [])])
 def test_train_then_evaluate_then_generate(
     model_directory: Path,
     text: Path,
@@ -153,8 +152,6 @@ def test_refusals(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_8b_in_4_bits_on_24_gib() -> None:
     """The adapter of the comparison: rank 32 on all linear layers; 1 GiB reserve, sums in bfloat16."""
-    common = {"rank": 32, "targets": PROJECTIONS, "load_in_4bit": True, "cache_grad_dtype": torch.bfloat16}
+    common = {"rank": 32, "targets": PROJECTIONS, "load_in_4bit": True, "cache_grad_dtype": "bfloat16"}
     available = 23 * 2**30
-    assert forecast(Setting(**common)).longest(available, 512) >= 60_000
-    assert forecast(Setting(method="spaco", sampler="fixed", **common)).longest(available, 512) >= 115_000
-    assert forecast(Setting(offload=True, **common)).longest(available, 512, host=64 * 2**30) >= 250_000
+    assert forecast(Setting(**common)).longest(available) >= 60_000

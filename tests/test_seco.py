@@ -210,7 +210,7 @@ def top_left_mask(patch: pytest.MonkeyPatch) -> None:
     """What `is_causal=True` means with fewer queries than keys: query i sees the keys up to i, not start + i."""
 
     def attend(self: Past, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        for _, past_k, past_v in self.memory.pinned(self.start, max(1, self.start)):
+        for _, past_k, past_v in self.memory.blocks(self.start, None):
             k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
@@ -225,8 +225,8 @@ def shuffled_dropout(patch: pytest.MonkeyPatch) -> None:
 
 def every_block_is_the_first(patch: pytest.MonkeyPatch) -> None:
     """Gradients of all blocks of the past go to the first one's positions."""
-    original = LayerCache.pinned
-    patch.setattr(LayerCache, "pinned", lambda *a: ((0, *piece[1:]) for piece in original(*a)))
+    original = LayerCache.blocks
+    patch.setattr(LayerCache, "blocks", lambda *a: ((0, *piece[1:]) for piece in original(*a)))
 
 
 MISTAKES = [

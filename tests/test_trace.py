@@ -21,7 +21,7 @@ from minichunk.chunks import cut, span
 from minichunk.command.main import main
 from minichunk.costs.baselines import Concatenating
 from minichunk.costs.count import CountBytes
-from minichunk.memory.pattern import Pattern
+from minichunk.memory.window import Pattern
 from minichunk.protocol import Options
 from minichunk.seco import fill, new_memory, rebuild
 from minichunk.walk import events as described

@@ -1,83 +1,217 @@
-"""Layers that see a window of the past: what they read and send, and mistakes that must be seen."""
+"""Layers that see a part of the past: what they remember, read and send, and mistakes that must be seen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 import minichunk as mc
-from minichunk.chunks import cut
+from minichunk.chunks import Chunk, cut
 from minichunk.costs.baselines import Concatenating
-from minichunk.memory import attention, band, kernels
-from minichunk.memory.attention import Past
-from minichunk.memory.cache import LayerCache
-from minichunk.memory.offload import OffloadedLayer
-from minichunk.memory.pattern import Pattern, Strided, Window
-from minichunk.models.shapes import alike, with_layers
+from minichunk.memory import kernels
+from minichunk.memory.window import FULL, DeviceStore, Pattern, Strided, Window, WindowCache, WindowPast
+from minichunk.models.partial import partial_config
+from minichunk.models.shapes import memory_bytes, shape
+from minichunk.protocol import Options
 
 from .gradients import Tensors, distance, oracle
 from .rounding import exactly, measure, outcome
-from .strategies import blocks_of, build, give_pattern, tiny
+from .strategies import blocks_of, build, cache_of, examples, give_pattern, strided, tiny, windows
 
 KINDS = ("sliding_attention", "full_attention", "sliding_attention")
 IDS = torch.randint(23, (2, 20), generator=torch.Generator().manual_seed(0))
+GIB = 2**30
 
 
 def windowed(sinks: int = 2, window: int = 5) -> mc.Llama:
-    return hybrid(Window(window, sinks))
-
-
-def hybrid(pattern: Pattern) -> mc.Llama:
     model = build(tiny(3, sliding_window=5, layer_types=KINDS), seed=2)
-    give_pattern(model, pattern)
+    give_pattern(model, Window(window, sinks))
     return model
 
 
+def layer_of(pattern: Pattern, capacity: int, receiving: Sequence[Chunk], offload: bool) -> Any:
+    layer = cache_of(pattern, (1, 1, capacity, 1), receiving, torch.zeros(1, dtype=torch.float64), offload)
+    for x in layer.tensors().remembered:
+        x.fill_(torch.nan)
+    return layer
+
+
+def positions(length: int, start: int = 0) -> torch.Tensor:
+    """Keys that tell where they are, (1, 1, n, 1)."""
+    return torch.arange(start, start + length, dtype=torch.float64)[None, None, :, None]
+
+
+def seen_spans(pattern: Pattern, start: int, stop: int) -> list[list[tuple[int, int]]]:
+    """What the queries of a chunk ask of the past: the band before it, and the pinned positions before that."""
+    runs = list(pattern.runs(start, stop))
+    bands = [(run.low, start) for run in runs[:1] if run.low < start]
+    return [bands, pattern.pinned(0, min(start, runs[-1].low))]
+
+
+@examples(100)
+@given(
+    pattern=windows(12, 5) | strided(),
+    length=st.integers(1, 60),
+    chunk_size=st.integers(1, 20),
+    fill=st.integers(1, 3),
+    coins=st.lists(st.booleans(), min_size=60, max_size=60),
+    offload=st.booleans(),
+)
+def test_every_chunk_finds_what_it_sees(
+    pattern: Pattern, length: int, chunk_size: int, fill: int, coins: list[bool], offload: bool
+) -> None:
+    """While the memory is filled, in passes of several chunks, and when kept chunks are rebuilt, last to first."""
+    chunks = cut(length, chunk_size)
+    kept = [chunk for chunk, coin in zip(chunks, coins, strict=False) if coin] or chunks[-1:]
+    with blocks_of(4):
+        layer = layer_of(pattern, kept[-1].start, kept[:-1], offload)
+
+        def check_reads(start: int, stop: int) -> None:
+            for spans in seen_spans(pattern, start, stop):
+                expected = [float(j) for span in spans for j in range(*span)]
+                assert not spans or layer.read(spans)[0].flatten().tolist() == expected
+
+        before = [chunk for chunk in chunks if chunk < kept[-1]]
+        for i in range(0, len(before), fill):
+            group = before[i : i + fill]
+            start, stop = group[0].start, group[-1].stop
+            check_reads(start, stop)
+            layer.write(group, (positions(stop - start, start),) * 2)
+        for chunk in reversed(kept):
+            check_reads(*chunk)
+
+
+@examples(60)
+@given(
+    pattern=windows(12, 5) | strided() | st.just(FULL),
+    chunk_size=st.integers(1, 20),
+    count=st.integers(1, 9),
+    offload=st.booleans(),
+)
+def test_what_is_sent_is_handed_over(pattern: Pattern, chunk_size: int, count: int, offload: bool) -> None:
+    """Ones sent to all that chunks see of the past come to as many as there are chunks that see a position."""
+    chunks = cut(chunk_size * count, chunk_size)
+    with blocks_of(4):
+        layer = layer_of(pattern, chunks[-1].start, chunks[:-1], offload)
+        sent = torch.zeros(chunks[-1].stop)
+        for chunk in reversed(chunks):
+            if chunk != chunks[-1]:
+                for grads in layer.hand_over(chunk):
+                    assert torch.equal(grads[0, 0, :, 0], sent[chunk.start : chunk.stop].double())
+            whole = [[(0, chunk.start)]] if chunk.start else []
+            for spans in whole if pattern == FULL else seen_spans(pattern, *chunk):
+                for start, stop in spans:
+                    layer.add_grads(start, *(torch.ones(1, 1, stop - start, 1, dtype=torch.float64),) * 2)
+                    sent[start:stop] += 1
+
+
+@pytest.mark.parametrize(("chunk_size", "most", "rows"), [(4, 2, 4), (8, 1, 5)])
+def test_gradients_come_late_and_go_when_they_are_handed_over(chunk_size: int, most: int, rows: int) -> None:
+    """There are never more than those of the chunks that a reach of 5 touches, and of its positions in them."""
+    model = build(tiny(3, sliding_window=6, layer_types=("sliding_attention",) * 3), seed=2)
+    give_pattern(model, Window(6, 2))
+    ids = torch.randint(23, (1, 40), generator=torch.Generator().manual_seed(0))
+    alive: list[int] = []
+    layers: set[WindowCache] = set()
+    original = WindowCache.add_grads
+
+    def spy(self: WindowCache, *arguments: Any) -> None:
+        original(self, *arguments)
+        layers.add(self)
+        parts = [part for chunk, parts in self.sums.items() for part in parts if part[2] is not None]
+        late = [(start, stop) for start, stop, _ in parts if start >= 2]  # the first two are the sinks
+        alive.append(len(late))
+        assert all(stop - start <= rows for start, stop in late)
+
+    with mock.patch.object(WindowCache, "add_grads", spy):
+        mc.seco(model, ids, ids, chunk_size)
+    assert max(alive) == most
+    assert len(layers) == 3
+    assert not any(layer.sums for layer in layers)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "remembered", "trained"),
+    [
+        (FULL, 16.0, {512: 31.875, 2048: 31.5, 8192: 30.0}),
+        (Window(1024, 64), 6.08, {512: 21.92, 2048: 16.74, 8192: 12.43}),
+        (Strided(64, 16, 16), 6.70, {512: 22.54, 2048: 17.66, 8192: 13.53}),
+    ],
+)
+def test_an_8b_llama_of_128k_tokens(pattern: Pattern, remembered: float, trained: dict[int, float]) -> None:
+    """GiB of keys and values in inference; and with gradients, in bfloat16, in training, by the chunk."""
+    config, T = shape("llama-3-8b"), 131072
+    config = config if pattern == FULL else partial_config(config, pattern)
+    in_bfloat16 = Options(cache_grad_dtype=torch.bfloat16)
+    assert memory_bytes(config, torch.bfloat16, [Chunk(T, T)])[0] / GIB == pytest.approx(remembered, abs=0.01)
+    for chunk_size, expected in trained.items():
+        found = memory_bytes(config, torch.bfloat16, cut(T, chunk_size), in_bfloat16)
+        assert sum(found) / GIB == pytest.approx(expected, abs=0.01)
+        offloaded = memory_bytes(config, torch.bfloat16, cut(T, chunk_size), Options(None, False, torch.bfloat16, True))
+        assert offloaded[0] == found[0]  # the host has no more either
+
+
+def test_no_more_rows_than_positions_and_pinned_ones() -> None:
+    """Chunks shorter than the reach ask for all of the past: it is there once, and the last ones not once more."""
+    kept = cut(64, 4)[:-1]
+    assert layer_of(Window(20, 3), 60, kept, False).store.keys.shape[2] == 60
+    assert layer_of(Window(20, 3), 60, [], False).store.keys.shape[2] == 3 + 19
+
+
 def a_window_too_wide(patch: pytest.MonkeyPatch) -> None:
-    original = Window.parts
-    patch.setattr(Window, "parts", lambda self, *a: original(replace(self, window=self.window and self.window + 1), *a))
+    original = Window.runs
+    patch.setattr(Window, "runs", lambda self, *a: original(replace(self, window=self.window and self.window + 1), *a))
 
 
-def a_band_off_by_one(patch: pytest.MonkeyPatch) -> None:
-    original = kernels.hidden
-    patch.setattr(kernels, "hidden", lambda *a: original(*a).roll(1, -1))
+def a_mask_off_by_one(patch: pytest.MonkeyPatch) -> None:
+    original = kernels.visible
+    patch.setattr(kernels, "visible", lambda *a: original(*a).roll(1, -1))
 
 
-def nothing_sent_to_the_reach(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(LayerCache, "add_near_grads", lambda *_: None)
+def nothing_sent_to_the_past(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(WindowCache, "add_grads", lambda *_: None)
 
 
 def sinks_forgotten(patch: pytest.MonkeyPatch) -> None:
-    original = Window.parts
-    patch.setattr(Window, "parts", lambda *a: (p._replace(pinned=0 if p.reach else p.pinned) for p in original(*a)))
+    patch.setattr(WindowPast, "pinned", lambda *_: [])
 
 
 def sinks_in_the_past_only(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Past, "own_pinned", lambda *_: None)
+    original = WindowPast.pinned
+    patch.setattr(WindowPast, "pinned", lambda past, runs: (x for x in original(past, runs) if x[1][0][0] < past.start))
+
+
+def sinks_seen_by_all_queries(patch: pytest.MonkeyPatch) -> None:
+    """Also by those at the chunk's start that have them in their band."""
+    original = WindowPast.pinned
+    patch.setattr(WindowPast, "pinned", lambda *a: ((0, spans) for _, spans in original(*a)))
 
 
 def tiles_that_do_not_overlap(patch: pytest.MonkeyPatch) -> None:
-    """Each tile's gradients of the keys replace those of the one before, where both have some."""
+    """The gradients that come to a chunk's sums replace those that came before."""
 
-    def add(self: band.Tiles, x: torch.Tensor, total: torch.Tensor) -> None:
-        for n, tile in enumerate([x] if self.number == 1 else x.unflatten(1, total.shape[:2])):
-            total[:, :, self.low + n * self.length :][:, :, : tile.shape[2]] = tile
+    def add(self: DeviceStore, sums: Any, row: int, *grads: torch.Tensor) -> None:
+        for total, grad in zip(sums, grads, strict=True):
+            total[:, :, row : row + grad.shape[2]] = grad
 
-    patch.setattr(band.Tiles, "add", add)
+    patch.setattr(DeviceStore, "add", add)
 
 
 def a_window_of_all(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(kernels, "is_causal", lambda q, k, window: window is not None and k.shape[2] == q.shape[2])
+    patch.setattr(kernels, "is_causal", lambda q, k, causal, window: causal and k.shape[2] == q.shape[2])
 
 
 MISTAKES = [
-    a_window_too_wide, a_band_off_by_one, nothing_sent_to_the_reach, sinks_forgotten,
-    sinks_in_the_past_only, tiles_that_do_not_overlap, a_window_of_all,
+    a_window_too_wide, a_mask_off_by_one, nothing_sent_to_the_past, sinks_forgotten, sinks_in_the_past_only,
+    sinks_seen_by_all_queries, tiles_that_do_not_overlap, a_window_of_all,
 ]  # fmt: skip
 
 
@@ -99,57 +233,6 @@ def test_negative_controls(break_it: Callable[[pytest.MonkeyPatch], None] | None
             exact.check(got)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_a_reach_that_begins_within_a_block_of_host_memory(recompute: bool) -> None:
-    model = windowed()
-    exact = exactly(model, lambda: mc.full(model, IDS, IDS))
-    with blocks_of(3):
-        exact.check(outcome(model, lambda: mc.seco(model, IDS, IDS, 4, offload=True, recompute=recompute)))
-
-
-PATTERNS = [(Window(5, 2), (0, 1, 12, 13, 14, 15)), (Strided(2, 2, 3), (0, 1, 6, 7, 12, 13, 14, 15))]
-
-
-@pytest.mark.parametrize("offload", [False, True])
-@pytest.mark.parametrize(("pattern", "expected"), PATTERNS)
-def test_a_layer_reads_its_reach_and_what_is_pinned(
-    pattern: Pattern, expected: tuple[int, ...], offload: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And sends gradients there, and nowhere else: the query at 16 sees the most of the past."""
-    model, kind = hybrid(pattern), OffloadedLayer if offload else LayerCache
-    asked: dict[int, set[int]] = {}
-    sent: dict[int, set[int]] = {}
-    memory = model.new_memory(2, 16, cut(16, 8), mc.protocol.Options(offload=offload))
-    for _ in model.run_chunks(IDS[:, :16], memory, 8):
-        pass
-
-    def spy(name: str, found: dict[int, set[int]]) -> None:
-        original = getattr(kind, name)
-
-        def call(self: Any, at: int, *rest: Any) -> Any:
-            pinned = [j for stretch in self.pattern.pinned(0, 16) for j in range(*stretch)]
-            positions = {
-                "pinned": lambda: pinned[:at], "near": lambda: range(at, rest[0]),
-                "add_pinned_grads": lambda: pinned[at : at + rest[0].shape[2]],
-                "add_near_grads": lambda: range(at, at + rest[0].shape[2]),
-            }[name]()  # fmt: skip
-            found.setdefault(id(self), set()).update(positions)
-            return original(self, at, *rest)
-
-        monkeypatch.setattr(kind, name, call)
-
-    for name in ("pinned", "near"):
-        spy(name, asked)
-    for name in ("add_pinned_grads", "add_near_grads"):
-        spy(name, sent)
-    with blocks_of(3) if not offload else blocks_of(band.TILE):
-        hidden, _ = model.run(IDS[:, 16:], memory, [mc.chunks.Chunk(16, 20)])
-        hidden.sum().backward()
-    for i, layer in enumerate(memory.layers):
-        positions = set(range(16)) if KINDS[i] == "full_attention" else set(expected)
-        assert asked[id(layer)] == sent[id(layer)] == positions
-
-
 def test_the_baseline_that_concatenates_knows_windows() -> None:
     model = windowed()
     exact = exactly(model, lambda: mc.full(model, IDS, IDS))
@@ -162,25 +245,15 @@ def test_many_queries_in_tiles_of_their_real_size(pattern: Pattern) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, h, 700, 8, dtype=torch.float64, generator=generator) for h in (4, 2, 2))
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    memory = LayerCache((1, 2, 0, 8), [], q.detach(), torch.float64, pattern)
+    past = cache_of(pattern, (1, 2, 0, 8), [], q.detach()).past([Chunk(0, 700)], save=False)
 
     def tensors(out: torch.Tensor) -> Tensors:
-        return dict(
-            zip(("out", "dq", "dk", "dv"), [out, *torch.autograd.grad(out.square().sum(), leaves)], strict=True)
-        )
+        grads = torch.autograd.grad(out.square().sum(), leaves)
+        return dict(zip(("out", "dq", "dk", "dv"), [out, *grads], strict=True))
 
     mask = pattern.mask(700)
     exact = measure(lambda: tensors(F.scaled_dot_product_attention(*leaves, attn_mask=mask, enable_gqa=True)))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(band, "KEYS", 600)
-        exact.check(tensors(attention.attend(*leaves, memory, 0)))
-
-
-def test_layers_that_all_have_the_window_are_alike() -> None:
-    mixed = tiny(3, sliding_window=5, layer_types=KINDS)
-    same = replace(mixed, layer_types=KINDS[:1] * 3)
-    assert (alike(mixed), alike(same), alike(tiny(3))) == (False, True, True)
-    assert mc.Llama(with_layers(same, 1)).layers[0].self_attn.pattern == Window(5)
+    exact.check(tensors(past.attend(*leaves)))
 
 
 def test_a_llama_with_windows_is_not_saved(tmp_path: Any) -> None:

@@ -192,9 +192,9 @@ print(f"here: full grows {ratio:.0f} times as fast as SeCO, recompute {slopes['r
 
 # %%
 for method in ("full-recompute-tiled", "seco"):
-    line = forecast(Setting("llama-3-8b", method, cache_grad_dtype=torch.bfloat16))
+    line = forecast(Setting(model="llama-3-8b", method=method, cache_grad_dtype="bfloat16"))
     more = (line.at(20480).peak - line.at(10240).peak) / 10240
-    print(f"{method:20}   {more / 1024:4.0f} KiB per token   longest: {line.longest(23 * 2**30, 512):6,} tokens")
+    print(f"{method:20}   {more / 1024:4.0f} KiB per token   longest: {line.longest(23 * 2**30):6,} tokens")
 
 # %% [markdown]
 # A fair word on the others: minichunk's `full` is the oracle and makes the logits of all tokens, in float32. Of

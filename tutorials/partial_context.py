@@ -98,12 +98,12 @@ def main(which: str, *words: str) -> None:
     run, known = {"job": (job, JOB), "repeat": (repeat, REPEAT)}[which]
     seeds = [int(word) for word in words if word.isdigit()] or SEEDS
     path = RESULTS / f"partial_context_{which}.json"
-    kept = json.loads(path.read_text())["runs"] if path.exists() else []
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
     for seed in seeds:
         for case in [word for word in words if not word.isdigit()] or known:
             for found in run(case, seed):
-                kept = [one for one in kept if (one["case"], one["seed"]) != (case, seed)] + [found]
-                told = {"command": f"python tutorials/partial_context.py {which}", "runs": kept}
+                runs = [one for one in runs if (one["case"], one["seed"]) != (case, seed)] + [found]
+                told = {"command": f"python tutorials/partial_context.py {which}", "runs": runs}
                 path.write_text(json.dumps(told) + "\n")
                 print({**found, "curve": found["curve"][-1]} if "curve" in found else found, flush=True)
 

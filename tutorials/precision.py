@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from minichunk.chunks import Chunk
 from minichunk.files.documents import load_tokenizer, read_documents
 from minichunk.files.shipped import novel
 from minichunk.full import full
-from minichunk.memory.attention import BLOCK, attend
+from minichunk.memory.attention import BLOCK
 from minichunk.memory.cache import LayerCache
 from minichunk.models.llama import Llama
 from minichunk.models.lora import linear_layers
@@ -81,7 +82,7 @@ def attention_errors(pasts: Sequence[int] = PASTS) -> list[tuple[int, int, list[
             memory.keys.copy_(draw(1, past))
             memory.values.copy_(draw(1, past))
             inputs = (q.requires_grad_(), k.requires_grad_(), v.requires_grad_())
-            out = attend(*inputs, memory, past)
+            out = memory.past([Chunk(past, past + 64)], save=False).attend(*inputs)
             results.append([out.detach(), *torch.autograd.grad(out, inputs, grad)])
         errors = [float((got - exact).norm() / exact.norm()) for got, exact in zip(*results, strict=True)]
         rows.append((past, -(-past // BLOCK), errors))

@@ -10,7 +10,6 @@ from pathlib import Path
 import matplotlib as mpl
 
 mpl.use("agg")
-import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import FancyBboxPatch
@@ -79,15 +78,15 @@ def draw_seco() -> None:
 def draw_memory() -> None:
     """Peak memory of a training step of an 8B Llama against the length, by forecast."""
     figure, axes = plt.subplots(figsize=(7, 4.2))
-    lengths = [512 * n for n in range(4, 129)]
+    lengths = [512 * n for n in range(7, 129)]  # from a length that is counted
     for method, sums, label in (
         ("full", None, "full"),
         ("full-recompute", None, "full, layers checkpointed"),
         ("full-recompute-tiled", None, "the same, loss in tiles"),
         ("full-recompute-offload", None, "the same, layers' inputs\nin host memory"),
-        ("seco", torch.float32, "SeCO, sums in float32"),
-        ("seco", torch.bfloat16, "SeCO, sums in bfloat16"),
-        ("spaco", torch.bfloat16, "SpaCO, 8 chunks kept,\nsums in bfloat16"),
+        ("seco", "float32", "SeCO, sums in float32"),
+        ("seco", "bfloat16", "SeCO, sums in bfloat16"),
+        ("spaco", "bfloat16", "SpaCO, 8 chunks kept,\nsums in bfloat16"),
     ):
         line = forecast(Setting(method=method, cache_grad_dtype=sums))
         axes.plot(lengths, [line.at(tokens).peak / 2**30 for tokens in lengths], label=label, lw=2)
@@ -105,11 +104,11 @@ def draw_state_memory() -> None:
     figure, axes = plt.subplots(figsize=(8, 4.2))
     lengths = [4096 * n for n in range(1, 65)]
     rows = {
-        "full": Setting("state-space-1.27b", "full", rank=0),
-        "full, layers recomputed": Setting("state-space-1.27b", "full-recompute", rank=0),
-        "SeCO, chunks of 1,024": Setting("state-space-1.27b", "seco", 1024, rank=0),
-        "SeCO, chunks of 4,096": Setting("state-space-1.27b", "seco", 4096, rank=0),
-        "SpaCO, 8 chunks of 4,096": Setting("state-space-1.27b", "spaco", 4096, rank=0),
+        "full": Setting(model="state-space-1.27b", method="full", rank=0),
+        "full, layers recomputed": Setting(model="state-space-1.27b", method="full-recompute", rank=0),
+        "SeCO, chunks of 1,024": Setting(model="state-space-1.27b", method="seco", chunk_size=1024, rank=0),
+        "SeCO, chunks of 4,096": Setting(model="state-space-1.27b", method="seco", chunk_size=4096, rank=0),
+        "SpaCO, 8 chunks of 4,096": Setting(model="state-space-1.27b", method="spaco", chunk_size=4096, rank=0),
     }
     backpropagation = forecast(rows["full, layers recomputed"]).at(35_000).peak
     print("| | 35,000 tokens | 100,000 | 1,000,000 | the longest where backpropagation has 35,000 |")
@@ -118,7 +117,7 @@ def draw_state_memory() -> None:
         line = forecast(setting)
         axes.plot(lengths, [line.at(tokens).peak / 2**30 for tokens in lengths], label=label, lw=2)
         cells = [f"{line.at(tokens).peak / 2**30:,.0f} GiB" for tokens in (35_000, 100_000, 1_000_000)]
-        longest = line.longest(backpropagation, setting.chunk_size)
+        longest = line.longest(backpropagation)
         print(f"| {label} | {' | '.join(cells)} | {f'{longest:,}' if longest < 10**9 else 'over a billion'} |")
     axes.set(xlabel="tokens", ylabel="GiB", ylim=(0, 400), xlim=(0, lengths[-1]))
     axes.set_title("A state-space model of 1.27 billion parameters, all trained: what a training step needs")

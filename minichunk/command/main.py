@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from ..costs.bench import BenchOptions, run_bench
+from ..costs.plan import PlanOptions, run_plan
 from ..errors import InputError
 from ..pipeline.links import RankLost
 from ..pipeline.start import is_one_of_several, speaks_first
@@ -18,7 +20,6 @@ from ..training.loop import NonFiniteLoss
 from ..training.options import TrainOptions, options_of
 from ..training.train import Interrupted, train
 from ..walk.page import WalkOptions, run_walk
-from .arguments import add_others
 from .options import Parser, add_command
 
 # A command's options, and what it does; False is a port that differs.
@@ -26,6 +27,8 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "train": (TrainOptions, train),
     "evaluate": (EvaluateOptions, evaluate_files),
     "generate": (GenerateOptions, lambda options: print(continue_text(options))),
+    "plan": (PlanOptions, run_plan),
+    "bench": (BenchOptions, run_bench),
     "compare": (CompareOptions, run_compare),
     "walk": (WalkOptions, run_walk),
 }
@@ -38,26 +41,14 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (options, _) in COMMANDS.items():
         add_command(commands, name, options)
-    add_others(commands)
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Carry out one parsed command; returns the exit status."""
     values = vars(arguments)
-    command = values.pop("command")
-    if command in COMMANDS:
-        options, carry_out = COMMANDS[command]
-        return int(carry_out(options_of(options, values)) is False)
-    if command == "bench":
-        from ..costs.bench import run_bench
-
-        run_bench(**values)
-    elif command == "plan":
-        from ..costs.plan import run_plan
-
-        run_plan(**values)
-    return 0
+    options, carry_out = COMMANDS[values.pop("command")]
+    return int(carry_out(options_of(options, values)) is False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

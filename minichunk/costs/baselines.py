@@ -1,8 +1,4 @@
-"""What minichunk is measured against: the textbook way to do SeCO, checkpointing as other trainers have it, and
-transformers' Llama.
-
-Nothing else uses them.
-"""
+"""What minichunk is measured against: checkpointing as other trainers have it, and the textbook way to do SeCO."""
 
 from __future__ import annotations
 
@@ -15,15 +11,52 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..batch import Batch
-from ..chunks import Chunk, cut
+from ..chunks import Chunk
 from ..loss import summed_loss
 from ..memory.layer_memory import LayerMemories, MemoryUse
-from ..memory.pattern import Pattern
-from ..models.llama import Llama
+from ..memory.window import Pattern
 from ..models.stack import Stack
 from ..protocol import Options
-from ..samplers import Weight
-from ..spaco import spaco
+
+
+def host_like(x: Tensor) -> Tensor:
+    """Room for x in host memory, pinned where x is on a GPU."""
+    return torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=x.is_cuda)
+
+
+class HostInputs(torch.autograd.graph.saved_tensors_hooks):
+    """Within the block, what is saved for the backward pass and has this shape waits in host memory.
+
+    shape: of the layers' inputs, (B, T, E). room: makes a tensor in host memory like another one.
+    """
+
+    def __init__(self, shape: tuple[int, ...], room: Callable[[Tensor], Tensor] = host_like) -> None:
+        def pack(x: Tensor) -> tuple[torch.device | None, Tensor]:
+            if x.shape != shape or not x.is_floating_point():
+                return None, x
+            return x.device, room(x).copy_(x, non_blocking=True)
+
+        def unpack(packed: tuple[torch.device | None, Tensor]) -> Tensor:
+            device, x = packed
+            return x if device is None else x.to(device, non_blocking=True, copy=True)
+
+        super().__init__(pack, unpack)
+
+
+def tiled_full(
+    model: Stack, batch: Batch, *, offload: bool = False, room: Callable[[Tensor], Tensor] = host_like
+) -> Tensor:
+    """Gradient checkpointing with the loss in tiles: what long texts are trained with today, without chunks.
+
+    As `full(..., recompute=True)`, but the logits never exist at once. offload: the layers' inputs wait in host
+    memory, as with transformers' `gradient_checkpointing_kwargs={"offload": True}`; room: as in HostInputs.
+    """
+    shape = (*batch.input_ids.shape, model.lm_head.weight.shape[1])
+    with HostInputs(shape, room) if offload else nullcontext():
+        hidden, _ = model.run(batch.input_ids, options=Options(recompute=True))
+    loss = summed_loss(hidden, model.lm_head.weight, batch.targets) / batch.num_targets
+    loss.backward()
+    return loss.detach()
 
 
 class ConcatenatingLayer:
@@ -69,7 +102,10 @@ class ConcatenatingPast:
 
 
 class Concatenating:
-    """A model whose memory is the textbook's, made with autograd's own means."""
+    """A model whose memory is the textbook's, as one would first write it: `torch.cat` of the past in every layer.
+
+    It takes the place of the model in `seco` and `spaco`, and gives the same gradients.
+    """
 
     def __init__(self, model: Stack) -> None:
         self.model = model
@@ -80,65 +116,3 @@ class Concatenating:
     def new_memory(self, batch: int, capacity: int, receiving: Sequence[Chunk] = (), *_: Any) -> LayerMemories:
         layers: Any = self.model.layers
         return LayerMemories([ConcatenatingLayer(layer.self_attn.pattern) for layer in layers], receiving)
-
-
-def concatenating(
-    model: Stack, input_ids: Tensor, labels: Tensor, chunk_size: int, entries: Sequence[Weight | None] | None = None
-) -> Tensor:
-    """SeCO (or SpaCO with the given entries) as one would first write it: `torch.cat` of the past in every layer."""
-    every = [Weight(1.0, 1.0)] * len(cut(input_ids.shape[1], chunk_size))
-    textbook: Any = Concatenating(model)
-    return spaco(textbook, input_ids, labels, chunk_size, sampler=lambda *_: entries or every)
-
-
-def host_like(x: Tensor) -> Tensor:
-    """Room for x in host memory, pinned where x is on a GPU."""
-    return torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=x.is_cuda)
-
-
-class HostInputs(torch.autograd.graph.saved_tensors_hooks):
-    """Within the block, what is saved for the backward pass and has this shape waits in host memory.
-
-    shape: of the layers' inputs, (B, T, E). room: makes a tensor in host memory like another one.
-    """
-
-    def __init__(self, shape: tuple[int, ...], room: Callable[[Tensor], Tensor] = host_like) -> None:
-        def pack(x: Tensor) -> tuple[torch.device | None, Tensor]:
-            if x.shape != shape or not x.is_floating_point():
-                return None, x
-            return x.device, room(x).copy_(x, non_blocking=True)
-
-        def unpack(packed: tuple[torch.device | None, Tensor]) -> Tensor:
-            device, x = packed
-            return x if device is None else x.to(device, non_blocking=True, copy=True)
-
-        super().__init__(pack, unpack)
-
-
-def tiled_full(
-    model: Stack, batch: Batch, *, offload: bool = False, room: Callable[[Tensor], Tensor] = host_like
-) -> Tensor:
-    """Gradient checkpointing with the loss in tiles: what long texts are trained with today, without chunks.
-
-    As `full(..., recompute=True)`, but the logits never exist at once. offload: the layers' inputs wait in host
-    memory, as with transformers' `gradient_checkpointing_kwargs={"offload": True}`; room: as in HostInputs.
-    """
-    shape = (*batch.input_ids.shape, model.lm_head.weight.shape[1])
-    with HostInputs(shape, room) if offload else nullcontext():
-        hidden, _ = model.run(batch.input_ids, options=Options(recompute=True))
-    loss = summed_loss(hidden, model.lm_head.weight, batch.targets) / batch.num_targets
-    loss.backward()
-    return loss.detach()
-
-
-def transformers_llama(model: Llama) -> Any:
-    """transformers' Llama with the same weights and gradient checkpointing, as its users would run it."""
-    from transformers import AutoConfig, AutoModelForCausalLM  # type: ignore[import-not-found,unused-ignore]
-
-    config = AutoConfig.for_model(**model.config.to_dict())
-    weight = model.model.norm.weight
-    with torch.device(weight.device):
-        theirs = AutoModelForCausalLM.from_config(config, dtype=weight.dtype, attn_implementation="sdpa")
-    theirs.load_state_dict(model.state_dict())
-    theirs.gradient_checkpointing_enable()
-    return theirs.train()

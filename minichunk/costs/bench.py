@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from json import dumps
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -29,35 +28,62 @@ from ..models.shapes import random_model, shape
 from ..samplers import FixedBudget
 from ..seco import seco
 from ..spaco import spaco
-from ..training.checks import check_choice, check_device, check_least
-from ..training.options import DTYPES, default_dtype
+from ..training.options import DTYPES, StepOptions, changed, check_device, check_options, default_dtype, option
 from ..training.report import new_figure, peak_memory, save_figure
-from .baselines import concatenating, tiled_full, transformers_llama
+from .baselines import tiled_full
+from .setting import Setting
 
-WHOLE = ("full", "full-recompute", "full-recompute-tiled", "full-recompute-offload", "transformers")
 KINDS = ("", "-recompute", "-offload", "-recompute-offload")
 CHUNKED = tuple(f"{method}{kind}" for method in ("seco", "spaco") for kind in KINDS)
-METHODS = (*WHOLE, *CHUNKED, "seco-concatenating")
+METHODS = ("full", "full-recompute", "full-recompute-tiled", "full-recompute-offload", *CHUNKED)
 SHOWN = ("full", "full-recompute", "full-recompute-offload", "seco", "spaco")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """Measure what each method costs.
+
+    Time and peak memory of one training step by each method at each length, and both relative to the
+    first method. Weights and tokens are random; every measurement is a process of its own, and all are
+    made once before any is repeated.
+
+    full-recompute is gradient checkpointing; -tiled with the loss in tiles; -offload also with the
+    layers' inputs in host memory. Of seco and spaco, see --recompute and --offload of train.
+
+      minichunk bench
+      minichunk bench --methods full-recompute seco seco-recompute --seq-len 4096 16384 --plot bench.png
+      minichunk bench --device cuda --model llama-3-8b --rank 8 --methods full-recompute-offload seco-recompute
+    """
+
+    methods: tuple[str, ...] = option(SHOWN, f"of {', '.join(METHODS)}", metavar="M", choices=METHODS)
+    seq_len: tuple[int, ...] = option((1024, 2048, 4096), "tokens", metavar="N", least=2)
+    model: str = changed(Setting, "model", default="llama-47m")
+    chunk_size: int = changed(Setting, "chunk_size", group="")
+    fill_size: int | None = changed(Setting, "fill_size", group="")
+    budget: int | None = changed(StepOptions, "budget", group="", help="spaco: chunks kept")
+    rank: int = changed(Setting, "rank", default=0, group="")
+    dtype: str | None = changed(Setting, "dtype", default=None, absent="bfloat16 on CUDA, else float32")
+    device: str = option("cpu", "cpu, cuda or cuda:N")
+    repeats: int = option(2, "measurements of each", metavar="N", least=1)
+    plot: str | None = option(None, "draw time and memory against the length, as a PNG", metavar="FILE")
+    json: bool = option(False, "print all samples as one JSON object")
+
+    def cases(self) -> list[Case]:
+        """What is measured. Raises InputError."""
+        check_options(self)
+        check_fill_size(self.fill_size, self.chunk_size)
+        shape(self.model)
+        told = replace(self, device=check_device(self.device), dtype=self.dtype or default_dtype(self.device))
+        return [Case(method, tokens, told) for tokens in self.seq_len for method in self.methods]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A training step that is measured: of a model with random weights, on one random text of `seq_len` tokens.
-
-    model: as for `shape`. budget: chunks that SpaCO keeps. rank: of LoRA; 0 trains all parameters.
-    """
+    """A training step: of a model with random weights, on one random text of `seq_len` tokens."""
 
     method: str
     seq_len: int
-    model: str = "llama-47m"
-    chunk_size: int = 512
-    fill_size: int | None = None
-    budget: int = 1
-    rank: int = 0
-    device: str = "cpu"
-    dtype: str = "float32"
-    seed: int = 0
+    options: BenchOptions
 
 
 @dataclass
@@ -65,79 +91,56 @@ class Row:
     """The samples of a case, one for each repeat; or why there are none."""
 
     case: Case
-    seconds: list[float]
-    peak_bytes: list[int]
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: list[int] = field(default_factory=list)
     error: str | None = None
 
-    def against(self, first: Row, name: str) -> float | None:
-        """The median relative to that of another row; None if one of the two has failed."""
-        if self.error or first.error:
-            return None
-        return statistics.median(getattr(self, name)) / statistics.median(getattr(first, name))
 
-
-def measure(case: Case) -> tuple[float, int, float]:
+def measure(case: Case, seed: int = 0) -> tuple[float, int, float]:
     """Run the step after a short warm-up; returns its seconds, the peak memory in bytes, and the loss.
 
-    The memory is that of the device's allocator on CUDA, else that of this process.
+    The memory is that of the device's allocator on CUDA, else that of this process. seed: of SpaCO's draw.
     """
-    device = torch.device(case.device)
+    options, device = case.options, torch.device(case.options.device)
     torch.manual_seed(0)
-    model = random_model(case.model, DTYPES[case.dtype], case.rank, device=case.device)
-    step = step_of(case, model)
-    ids = torch.randint(shape(case.model).vocab_size, (1, case.seq_len), generator=torch.Generator().manual_seed(0))
+    dtype = DTYPES[options.dtype or default_dtype(options.device)]
+    model = random_model(options.model, dtype, options.rank, device=options.device)
+    step = step_of(case, model, seed)
+    ids = torch.randint(shape(options.model).vocab_size, (1, case.seq_len), generator=torch.Generator().manual_seed(0))
     ids = ids.to(device)
-    step(ids[:, : min(case.seq_len, 2 * min(case.chunk_size, 64))])
+    step(ids[:, : min(case.seq_len, 2 * min(options.chunk_size, 64))])
     model.zero_grad(set_to_none=True)
-    _synchronize(device)
-    began = time.perf_counter()
+    began = _now(device)
     loss = step(ids)
-    _synchronize(device)
-    return time.perf_counter() - began, peak_memory(device), float(loss)
+    return _now(device) - began, peak_memory(device), float(loss)
 
 
-def step_of(case: Case, model: Any) -> Callable[[Tensor], Tensor]:
+def step_of(case: Case, model: Any, seed: int) -> Callable[[Tensor], Tensor]:
     """A function of token ids (1, T) that adds to the gradients by the method of this case, and returns the loss."""
     name, _, suffix = case.method.partition("-")
-    size = case.chunk_size
-    if case.method == "full-recompute-tiled":
-        return lambda ids: tiled_full(model, prepare(model, ids, ids, None))
-    if case.method == "full-recompute-offload":
-        return lambda ids: tiled_full(model, prepare(model, ids, ids, None), offload=True)
+    recompute, tiled, offload = (word in suffix for word in ("recompute", "tiled", "offload"))
+    size = case.options.chunk_size
+    if name == "full" and (tiled or offload):
+        return lambda ids: tiled_full(model, prepare(model, ids, ids, None), offload=offload)
     if name == "full":
-        return lambda ids: full(model, ids, ids, recompute=bool(suffix))
-    if case.method == "transformers":
-        return _step_of_transformers(model)
-    if case.method == "seco-concatenating":
-        return lambda ids: concatenating(model, ids, ids, size)
-    options: dict[str, Any] = {"recompute": "recompute" in suffix, "offload": "offload" in suffix}
-    options["fill_size"] = case.fill_size
+        return lambda ids: full(model, ids, ids, recompute=recompute)
+    keywords: dict[str, Any] = {"fill_size": case.options.fill_size, "recompute": recompute, "offload": offload}
     if name == "seco":
-        return lambda ids: seco(model, ids, ids, size, **options)
+        return lambda ids: seco(model, ids, ids, size, **keywords)
+    sampler = FixedBudget(case.options.budget or max(1, len(cut(case.seq_len, size)) // 4))
 
-    def spaco_step(ids: Tensor) -> Tensor:
-        coins = torch.Generator().manual_seed(case.seed)
-        return spaco(model, ids, ids, size, sampler=FixedBudget(case.budget), generator=coins, **options)
+    def draw_and_step(ids: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return spaco(model, ids, ids, size, sampler=sampler, generator=generator, **keywords)
 
-    return spaco_step
-
-
-def _step_of_transformers(model: Any) -> Callable[[Tensor], Tensor]:
-    theirs = transformers_llama(model)
-    model.requires_grad_(False).to("meta")  # one copy of the weights is enough
-
-    def step(ids: Tensor) -> Tensor:
-        theirs.zero_grad(set_to_none=True)
-        loss: Tensor = theirs(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        return loss.detach()
-
-    return step
+    return draw_and_step
 
 
-def _synchronize(device: torch.device) -> None:
+def _now(device: torch.device) -> float:
+    """Seconds, when all that was asked of the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def bench(cases: Sequence[Case], repeats: int, quiet: bool = False) -> list[Row]:
@@ -146,7 +149,7 @@ def bench(cases: Sequence[Case], repeats: int, quiet: bool = False) -> list[Row]
     So the memory of one does not count for another. Repeat r draws SpaCO's chunks with seed r. A case that fails is
     not repeated.
     """
-    rows = [Row(case, [], []) for case in cases]
+    rows = [Row(case) for case in cases]
     with tqdm(total=repeats * len(cases), desc="bench", unit="step", leave=False, disable=quiet) as bar:
         for seed in range(repeats):
             for row in rows:
@@ -160,7 +163,7 @@ def bench(cases: Sequence[Case], repeats: int, quiet: bool = False) -> list[Row]
 def _measure_in_process(row: Row, seed: int) -> None:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         try:
-            seconds, peak, _ = process.submit(measure, replace(row.case, seed=seed)).result()
+            seconds, peak, _ = process.submit(measure, row.case, seed).result()
         except (BrokenProcessPool, torch.OutOfMemoryError):  # the kernel ends a process that takes too much
             row.error = "out of memory"
         except Exception as error:
@@ -176,39 +179,35 @@ def table(rows: Sequence[Row]) -> str:
     lines = [f"| tokens | method | seconds | / {first} | peak memory | / {first} |", "|---:|---|---:|---:|---:|---:|"]
     for row in rows:
         beside = next(r for r in rows if r.case.seq_len == row.case.seq_len)
-        begin = f"| {row.case.seq_len:,} | {row.case.method} |"
+        cells = [f"{row.case.seq_len:,}", row.case.method]
         if row.error is not None:
-            lines.append(f"{begin} {row.error} | | | |")
-            continue
-        ratios = [row.against(beside, name) for name in ("seconds", "peak_bytes")]
-        time_ratio, memory_ratio = ("" if ratio is None else f"{ratio:.2f}" for ratio in ratios)
-        seconds, peak = _spread(row.seconds, lambda x: f"{x:.2f}"), _spread(row.peak_bytes, human_bytes)
-        lines.append(f"{begin} {seconds} | {time_ratio} | {peak} | {memory_ratio} |")
+            cells += [row.error, "", "", ""]
+        else:
+            cells += [_spread(row.seconds, lambda x: f"{x:.2f}"), _ratio(row.seconds, beside.seconds)]
+            cells += [_spread(row.peak_bytes, human_bytes), _ratio(row.peak_bytes, beside.peak_bytes)]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def _spread(values: Sequence[float], show: Callable[[float], str]) -> str:
     """Median and range; the median alone where they are shown alike."""
-    low, middle, high = show(min(values)), show(statistics.median(values)), show(max(values))
+    low, middle, high = show(min(values)), show(median(values)), show(max(values))
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
+def _ratio(values: Sequence[float], first: Sequence[float]) -> str:
+    return f"{median(values) / median(first):.2f}" if first else ""
+
+
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw time and peak memory against the length, a line for each method. Raises InputError without matplotlib."""
+    """Draw time and peak memory against the length, a line for each method."""
     figure = new_figure(11, 5)
-    if figure is None:
-        raise InputError("--plot needs matplotlib: pip install matplotlib")
     panels = figure.subplots(1, 2)
-    lines: dict[str, list[Row]] = {}
-    for row in rows:
-        if row.error is None:
-            lines.setdefault(row.case.method, []).append(row)
     lengths = sorted({row.case.seq_len for row in rows})
-    for axes, name, unit, title in zip(
-        panels, ("seconds", "peak_bytes"), (1, 2**30), ("Seconds of a step", "Peak memory, GiB"), strict=True
-    ):
-        for method, points in lines.items():
-            heights = [statistics.median(getattr(row, name)) / unit for row in points]
+    for axes, title in zip(panels, ("Seconds of a step", "Peak memory, GiB"), strict=True):
+        for method in dict.fromkeys(row.case.method for row in rows):
+            points = [row for row in rows if row.case.method == method and row.error is None]
+            heights = [median(r.seconds) if axes is panels[0] else median(r.peak_bytes) / 2**30 for r in points]
             axes.plot([row.case.seq_len for row in points], heights, "o-", label=method)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
@@ -221,58 +220,29 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def describe_machine() -> dict[str, Any]:
-    """What the figures are measured on: processor, threads, versions, GPU."""
-    name = platform.processor()
+    """What the figures are measured on."""
+    found = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), name)
-    found: dict[str, Any] = {"cpu": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    found |= {"python": platform.python_version(), "torch": torch.__version__, "system": platform.system()}
-    if torch.cuda.is_available():
-        found |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda}
-    return found
+        found["cpu"] = next((x.partition(": ")[2] for x in lines if x.startswith("model name")), found["cpu"])
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {**found, "gpu": gpu, "torch": torch.__version__}
 
 
-def run_bench(
-    methods: Sequence[str],
-    seq_len: Sequence[int],
-    model: str,
-    chunk_size: int,
-    fill_size: int | None,
-    budget: int | None,
-    rank: int,
-    device: str,
-    dtype: str | None,
-    repeats: int,
-    plot: Path | None,
-    json: bool,
-) -> None:
+def run_bench(options: BenchOptions) -> None:
     """`minichunk bench`: print the table, or all samples as JSON. Raises InputError."""
-    for method in methods:
-        check_choice("methods", method, METHODS)
-    check_choice("dtype", dtype, DTYPES)
-    check_least({"seq_len": (min(seq_len), 2), "chunk_size": (chunk_size, 1), "budget": (budget, 1), "rank": (rank, 0)})
-    check_least({"repeats": (repeats, 1)})
-    check_fill_size(fill_size, chunk_size)
-    shape(model)
-    device = check_device(device)
-    if plot is not None and new_figure(1, 1) is None:
+    cases = options.cases()
+    if options.plot is not None and new_figure(1, 1) is None:
         raise InputError("--plot needs matplotlib: pip install matplotlib")
-    cases = [
-        Case(method, tokens, model, chunk_size, fill_size, budget or max(1, len(cut(tokens, chunk_size)) // 4), rank,
-             device, dtype or default_dtype(device))
-        for tokens in seq_len for method in methods
-    ]  # fmt: skip
-    rows = bench(cases, repeats, quiet=json)
-    if plot is not None:
-        draw(rows, plot)
-    if json:
-        results = [
-            {"method": row.case.method, "seq_len": row.case.seq_len, "seconds": row.seconds,
-             "peak_bytes": row.peak_bytes, "error": row.error}
-            for row in rows
-        ]  # fmt: skip
-        command = " ".join(["minichunk", *sys.argv[1:]])
-        print(dumps({"command": command, "machine": describe_machine(), "results": results}, indent=2))
-    else:
+    rows = bench(cases, options.repeats, quiet=options.json)
+    if options.plot is not None:
+        draw(rows, Path(options.plot))
+    if not options.json:
         print(table(rows))
+        return
+    results = [
+        {"method": row.case.method, "seq_len": row.case.seq_len, "seconds": row.seconds, "peak_bytes": row.peak_bytes,
+         "error": row.error} for row in rows
+    ]  # fmt: skip
+    command = " ".join(["minichunk", *sys.argv[1:]])
+    print(dumps({"command": command, "machine": describe_machine(), "results": results}, indent=2))

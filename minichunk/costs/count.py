@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
+T = TypeVar("T")
 
 
 class CountBytes(TorchDispatchMode):
@@ -39,13 +41,6 @@ class CountBytes(TorchDispatchMode):
             self.settle()
             self.peak = max(self.peak, self.live + workspace)
 
-    def leave_out(self, *tensors: Tensor) -> None:
-        """Count these tensors' storages no longer: they stand for memory elsewhere."""
-        for tensor in tensors:
-            reference, size = self._storages[tensor.untyped_storage()._cdata]
-            self.live -= size
-            self._storages[tensor.untyped_storage()._cdata] = (reference, 0)
-
     def settle(self) -> None:
         """Stop counting what is gone."""
         expired = torch.UntypedStorage._expired  # what StorageWeakRef.expired asks, without its checks
@@ -55,6 +50,17 @@ class CountBytes(TorchDispatchMode):
     def lasting(self) -> None:
         """All that is counted now will live on: look no more whether it is gone."""
         self._fleeting.clear()
+
+    def elsewhere(self, make: Callable[[], T], tensors: Callable[[T], Sequence[Tensor]]) -> T:
+        """Call make() and return what it makes, without counting the `tensors` of that: they would be on the host."""
+        peak, made = self.peak, make()
+        for tensor in tensors(made):
+            key = tensor.untyped_storage()._cdata
+            reference, size = self._storages[key]
+            self._storages[key] = (reference, 0)
+            self.live -= size
+        self.peak = max(peak, self.live)
+        return made
 
     def _forget(self, key: int) -> None:
         self._fleeting.discard(key)

@@ -1,64 +1,125 @@
-"""How much memory a training step of any length needs: steps counted, and how that grows with the length."""
+"""How much memory a training step of any length needs, on one GPU or on several: a step is counted at a length from
+which on it grows evenly, and what it remembers more of a longer text is computed."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from .setting import CHUNKED, Setting
-from .step import StepBytes, step_memory
+from ..errors import InputError
+from ..models.shapes import alike, random_model
+from ..models.stack import Stack
+from ..pipeline.split_layers import layer_costs, split_costs, split_layers
+from .peak import StepBytes, step_memory
+from .setting import CHUNKED, Setting, Share
 
 BATCH = 2 * torch.int64.itemsize  # bytes per token: input_ids and targets
+SPAN = 1024  # chunks over which the growth is taken: what is remembered of strided blocks grows by whole blocks
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """The memory at any length: what a step of `base` tokens needs, and what a longer one has more.
+    """The memory of a training step by its length; on several GPUs that of the rank that needs most.
 
-    Of a chunked step only the batch and the memory grow: keys and values of all chunks but the last, gradients for
-    all kept chunks but the last, or states. Of the others the activations grow, evenly from `base` tokens on.
-    per_token, host_per_token: that growth in bytes; SpaCO's without what more kept chunks take.
+    For each length the layers are split over the ranks by what they take then. Made by `forecast`.
     """
 
     setting: Setting
-    at_base: StepBytes
-    base: int
-    per_token: float
-    host_per_token: float = 0.0
+    gpus: int = 1
 
     def at(self, tokens: int) -> StepBytes:
-        if tokens < self.base:
-            return step_memory(self.setting, tokens)
-        m = self.at_base
-        if self.setting.method not in CHUNKED:
-            more = tokens - self.base
-            peak, host = m.peak + round(more * self.per_token), m.host + round(more * self.host_per_token)
-            return StepBytes(peak, m.weights, m.adapter_and_optimizer, 0, 0, m.chunk + peak - m.peak, host)
-        cache, grads = self.setting.memory_bytes(tokens)
-        batch = (tokens - self.base) * BATCH
-        if self.setting.offload:
-            return StepBytes(m.peak + batch, m.weights, m.adapter_and_optimizer, 0, 0, m.chunk + batch, cache + grads)
-        fixed = m.weights + m.adapter_and_optimizer + m.chunk + batch
-        return StepBytes(fixed + cache + grads, m.weights, m.adapter_and_optimizer, cache, grads, m.chunk + batch)
+        """What a step of so many tokens takes on the rank that needs most; in host memory, on all ranks together."""
+        found = bytes_of_share(self.setting, tokens, self.largest_share(tokens))
+        if self.gpus > 1 and self.setting.offload:
+            return replace(found, host=int(self.setting.memory_bytes(tokens).sum()))
+        return found
 
-    def longest(self, available: int, chunk_size: int, host: int | None = None) -> int:
-        """Tokens, in whole chunks, that fit into `available` bytes on the device and `host` bytes (None: any number).
+    def counts(self, tokens: int) -> tuple[int, ...]:
+        """How many layers each rank gets."""
+        return tuple(split_layers(_meta_model(self.setting), self.gpus, self._remembered(tokens)))
 
-        0 if even one chunk does not fit.
+    def largest_share(self, tokens: int) -> Share | None:
+        """Of the rank that needs most at this length; None: one process has all layers.
+
+        Of the ranks between the first and the last, a later one has fewer chunks in flight. It can only need most if
+        it has more layers than each of those before it.
         """
-
-        def fits(num_chunks: int) -> bool:
-            found = self.at(num_chunks * chunk_size)
-            return found.peak <= available and (host is None or found.host <= host)
-
-        return most(fits, self.base // chunk_size) * chunk_size
+        if self.gpus == 1:
+            return None
+        counts, last = self.counts(tokens), self.gpus - 1
+        between = [rank for rank in range(1, last) if counts[rank] > max(counts[1:rank], default=0)]
+        ranks = [0, *between, last] if alike(self.setting.config()) else range(self.gpus)
+        shares = [Share(counts, rank) for rank in ranks]
+        return max(shares, key=lambda share: bytes_of_share(self.setting, tokens, share).peak)
 
     def growth(self, tokens: int) -> tuple[float, float]:
-        """What a token more takes at this length, on the device and in host memory."""
-        return self.per_token, self.host_per_token
+        """Bytes that a token more takes from this length on, on the rank that needs most and in host memory."""
+        share, span = self.largest_share(tokens), SPAN * self.setting.chunk_size
+        start = max(tokens, self.setting.even_from(share))
+        device = [bytes_of_share(self.setting, n, share).peak for n in (start, start + span)]
+        host = [self.at(n).host for n in (start, start + span)]
+        return (device[1] - device[0]) / span, (host[1] - host[0]) / span
+
+    def longest(self, available: int, host: int | None = None) -> int:
+        """Tokens, in whole chunks, that fit into `available` bytes on each device and `host` bytes in host memory.
+
+        host: None for any number. Returns 0 if even one chunk does not fit. On several GPUs the search begins near the
+        length that the layers' bytes alone allow, since the ranks of every other split have to be counted.
+        """
+        size = self.setting.chunk_size
+
+        def fits(num_chunks: int) -> bool:
+            found = self.at(num_chunks * size)
+            return found.peak <= available and (host is None or found.host <= host)
+
+        def layers_fit(num_chunks: int) -> bool:
+            each = tuple(layer_costs(_meta_model(self.setting), self._remembered(num_chunks * size)))
+            counts = split_costs(each, self.gpus)
+            largest = max(sum(each[Share(counts, rank).layers]) for rank in range(self.gpus))
+            return largest + BATCH * num_chunks * size <= available
+
+        near = self.setting.even_from() // size if self.gpus == 1 else most(layers_fit, 1)
+        return most(fits, near) * size
+
+    def _remembered(self, tokens: int) -> list[int] | None:
+        """Bytes of each layer's memory on the device; None: it has none there."""
+        return None if self.setting.offload else self.setting.memory_bytes(tokens).sum(1).tolist()
+
+
+def forecast(setting: Setting, gpus: int = 1) -> Forecast:
+    """Raises InputError for a setting that cannot be, and for more GPUs than there are layers."""
+    setting.check()
+    layers = setting.config().num_hidden_layers
+    if gpus > layers:
+        raise InputError(f"--gpus is {gpus}, but {setting.model} has {layers} layers, and each GPU needs one at least")
+    if gpus > 1 and setting.method not in CHUNKED:
+        raise InputError(f"--method is {setting.method!r}, but on several GPUs must be one of {', '.join(CHUNKED)}")
+    return Forecast(setting, gpus)
+
+
+def bytes_of_share(setting: Setting, tokens: int, share: Share | None) -> StepBytes:
+    """What a step takes on one rank, or in one process (None).
+
+    Of a chunked step only the batch and what is remembered grow with the length: keys and values of all chunks but the
+    last, gradients of all kept chunks but the last, or states. Of the others the activations grow.
+    """
+    base = setting.even_from(share)
+    first, more = step_memory(setting, min(tokens, base), share), max(0, tokens - base)
+    if more == 0:
+        return first
+    if setting.method not in CHUNKED:
+        second = step_memory(setting, 2 * base)
+        device, host = (round(more * (getattr(second, n) - getattr(first, n)) / base) for n in ("peak", "host"))
+        return replace(first, peak=first.peak + device, chunk=first.chunk + device, host=first.host + host)
+    cache, grads = setting.memory_bytes(tokens)[share.layers if share else slice(None)].sum(0).tolist()
+    chunk = first.chunk + BATCH * more
+    if setting.offload:
+        return replace(first, peak=first.peak + BATCH * more, chunk=chunk, host=cache + grads)
+    peak = first.weights + first.adapter_and_optimizer + cache + grads + chunk
+    return replace(first, peak=peak, cache=cache, cache_gradients=grads, chunk=chunk)
 
 
 def most(fits: Callable[[int], bool], near: int) -> int:
@@ -78,17 +139,7 @@ def most(fits: Callable[[int], bool], near: int) -> int:
 
 
 @functools.cache
-def forecast(setting: Setting) -> Forecast:
-    """Run the step at lengths beyond which it grows evenly, and say by how much."""
-    setting.check()
-    size = setting.chunk_size
-    if setting.method not in CHUNKED:
-        base, more = 1024, 1024
-        first, second = step_memory(setting, base), step_memory(setting, base + more)
-        per_token, host_per_token = (second.peak - first.peak) / more, (second.host - first.host) / more
-        return Forecast(setting, first, base, per_token, host_per_token)
-    num_chunks = setting.settled() // size + 3 + (setting.share.in_flight if setting.share else 0)
-    at_base = step_memory(setting, num_chunks * size)
-    base = num_chunks * size
-    grows = sum(setting.growth(setting.kept(num_chunks))) / (setting.period() * size)
-    return Forecast(setting, at_base, base, *((BATCH, grows) if setting.offload else (BATCH + grows, 0)))
+def _meta_model(setting: Setting) -> Stack:
+    """What is trained, without numbers."""
+    base = setting.config(), setting.torch_dtype
+    return random_model(*base, setting.rank, setting.targets, "meta", setting.load_in_4bit)

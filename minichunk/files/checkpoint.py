@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,7 @@ _INDEX = "model.safetensors.index.json"
 
 def checkpoint_bytes(directory: Path) -> int:
     """Size of the files that hold the tensors. Raises InputError if there are none."""
-    return _size(_find_tensors(directory))
-
-
-def _size(files: Iterable[Path]) -> int:
-    return sum(path.stat().st_size for path in files if path.is_file())
+    return sum(path.stat().st_size for path in _find_tensors(directory) if path.is_file())
 
 
 def read_checkpoint(
@@ -42,7 +38,7 @@ def read_checkpoint(
     from tqdm import tqdm
 
     names_by_file = _find_tensors(directory)
-    size = _size(names_by_file)
+    size = checkpoint_bytes(directory)
     total, quiet = size * len(here) // max(1, len(shapes)), size < 10**9 or os.environ.get("RANK", "0") != "0"
     bar = tqdm(total=total, desc=f"load {directory.name}", unit="B", unit_scale=True, leave=False, disable=quiet)
     found: set[str] = set()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..batch import IGNORE, shift
 from ..errors import InputError
-from .chat import ChatTemplate, Message, Segment
+from .chat import ChatTemplate, Segment
 
 FORMS = "must be an object with the string 'text', with 'prompt' and 'completion', or with 'messages'"
 
@@ -120,13 +120,6 @@ def _segments(name: str, record: dict[str, Any], chat: ChatTemplate | None) -> t
             raise InputError(f"{name}: {what!r} has half of a surrogate pair, which is not text: mend or drop it")
         return text
 
-    def render(messages: list[Message]) -> tuple[list[Segment], bool]:
-        assert chat is not None
-        try:
-            return chat.segments(messages), True
-        except InputError as error:
-            raise InputError(f"{name}: {error}") from None
-
     if "text" in record:
         return [(check(record["text"], "text"), True)], False
     if "messages" in record:
@@ -138,11 +131,15 @@ def _segments(name: str, record: dict[str, Any], chat: ChatTemplate | None) -> t
             raise InputError(f"{name}: none of the messages has the role 'assistant': there is nothing to learn")
         if chat is None:
             raise InputError(f"{name}: 'messages' need a chat template, and the model's directory has none")
-        return render(messages)
-    prompt, completion = (check(record.get(field), field) for field in ("prompt", "completion"))
-    if chat is not None:
-        return render([{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}])
-    return [(prompt, False), (completion, True)], False
+    else:
+        prompt, completion = (check(record.get(field), field) for field in ("prompt", "completion"))
+        if chat is None:
+            return [(prompt, False), (completion, True)], False
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    try:
+        return chat.segments(messages), True
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
 
 
 def cut_documents(documents: Sequence[Document], seq_len: int) -> tuple[list[Document], str]:

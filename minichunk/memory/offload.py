@@ -1,6 +1,7 @@
-"""The cache in host memory: on the device are two blocks of it, whatever the length.
+"""The cache in host memory: on the device are two blocks of it, whatever the length. This has never run on a GPU.
 
-The algorithm does not change; this is another memory behind the same questions. Keys and values
+The tests check the order of all copies with streams that only take notes (tests/fake_cuda.py), and the numbers on the
+CPU. The algorithm does not change; this is another memory behind the same questions. Keys and values
 come to the device block by block, the next one while the one before is at work, and gradients go
 back behind the computation. On CUDA the host memory is pinned and the copies run on streams of
 their own; on the CPU the same code copies from memory to memory.
@@ -22,8 +23,7 @@ from ..chunks import Chunk
 from .attention import BLOCK, Past
 from .kernels import Kernel
 from .layer_memory import MemoryUse
-from .pattern import FULL, Pattern
-from .places import places
+from .window import DeviceStore
 
 
 def streams_of(like: Tensor) -> torch.device | None:
@@ -89,11 +89,11 @@ class DeviceBlocks:
     The buffers are memory of the main lane: it may have used it for something else before, and uses it
     again as soon as the buffers go. That the other lanes keep between these two rests on two facts:
     - The first arrival comes after a write, in the same lane, and a write follows the main lane.
-    - The last thing that is asked of a layer with gradients is what the first kept chunk has `received`. All that
-      was sent has been sent by then, and the main lane follows the send lane there.
+    - The last thing that is asked of a layer with gradients is to hand over those of the first chunk. All that was
+      sent has been sent by then, and the main lane follows the send lane there.
     """
 
-    def __init__(self, row: tuple[int, ...], like: Tensor, grad_dtype: torch.dtype) -> None:
+    def __init__(self, row: tuple[int, int, int, int], like: Tensor, grad_dtype: torch.dtype) -> None:
         self.row, self.like, self.grad_dtype = row, like, grad_dtype  # row: (2, B, G, D)
         self.arrivals = [Slot((BLOCK, *row), like) for _ in range(2)]
         self.departures = [Slot((BLOCK, *row), like) for _ in range(2)]
@@ -116,52 +116,30 @@ class DeviceBlocks:
         return make((rows, *self.row), dtype=dtype, pin_memory=self.like.is_cuda)
 
 
-class OffloadedLayer:
-    """One layer's keys, values and gradients of the kept chunks, in host memory; a LayerMemory.
+class HostStore(DeviceStore):
+    """Rows in host memory, in blocks, and sums of gradients; see DeviceStore for what is asked of it."""
 
-    capacity: positions. kept: the chunks that will receive a gradient, first to last. Gradients have room from the
-    start, a tensor for each chunk: of its pinned positions, and then of those in reach of the next.
-    """
+    early = True
 
-    kernel: Kernel | None = None
+    def __init__(self, device: DeviceBlocks, rows: int) -> None:
+        self.device, self.heads, self.like = device, device.row[1:], device.like
+        sizes = [min(BLOCK, rows - start) for start in range(0, rows, BLOCK)]
+        self.blocks = [device.host(size, device.like.dtype) for size in sizes]
 
-    def __init__(self, stage: DeviceBlocks, capacity: int, kept: Sequence[Chunk], pattern: Pattern = FULL) -> None:
-        self.stage, self.pattern = stage, pattern
-        self.places = where = places(pattern, capacity, tuple(kept))
-        sizes = [min(BLOCK, where.rows - start) for start in range(0, where.rows, BLOCK)]
-        self.blocks = [stage.host(size, stage.like.dtype) for size in sizes]
-        self.grads, self.pinned_rows = {}, {}
-        for chunk, pinned, near in zip(where.kept, where.pinned_of, where.near_of, strict=True):
-            self.pinned_rows[chunk] = pinned[1] - pinned[0]
-            rows = self.pinned_rows[chunk] + max(0, near[1] - near[0])
-            self.grads[chunk] = stage.host(rows, stage.grad_dtype, zero=True)
-
-    def past(self, chunks: Sequence[Chunk], save: bool) -> Past:
-        return Past(self, chunks[0].start, save, self.kernel)
-
-    def write(self, chunks: Sequence[Chunk], written: tuple[Tensor, ...]) -> None:
-        keys, values = written  # (B, G, C, D)
+    def write(self, row: int, keys: Tensor, values: Tensor) -> None:
         rows = torch.stack((keys, values)).permute(3, 0, 1, 2, 4).contiguous()  # (C, 2, B, G, D)
-        bring, start, stop = self.stage.bring, chunks[0].start, chunks[-1].stop
-        bring.follow(self.stage.main)  # also for the arrivals to come, see DeviceBlocks
+        bring = self.device.bring
+        bring.follow(self.device.main)  # also for the arrivals to come, see DeviceBlocks
         with bring():
-            for to, part in self.places.writes(start, stop):
-                for at, low, high in by_block(part.start, to):
-                    block = self.blocks[low // BLOCK][low % BLOCK :][: high - low]
-                    block.copy_(rows[at : at + high - low], non_blocking=True)
+            for at, low, high in by_block(0, row, len(rows)):
+                block = self.blocks[low // BLOCK][low % BLOCK :][: high - low]
+                block.copy_(rows[at : at + high - low], non_blocking=True)
             bring.hold(rows)
 
-    def pinned(self, count: int, size: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Up to the ends of BLOCKs, whatever `size` is; a piece is gone when the next one is asked for."""
-        return self._pieces(list(by_block(0, slice(0, count))))
-
-    def near(self, start: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """As for `pinned`."""
-        return self._pieces([piece for run in self.places.near(start, stop) for piece in by_block(*run)])
-
-    def _pieces(self, parts: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """The rows (place, start, stop), each within a block, one after the other on the device."""
-        main = self.stage.main
+    def pieces(self, runs: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Up to the ends of blocks, one after the other on the device: the next one comes while one is at work."""
+        main = self.device.main
+        parts = [part for start, stop, row in runs for part in by_block(start, row, stop - start)]
         coming = self._bring(parts[0]) if parts else None
         for i, (at, low, high) in enumerate(parts):
             assert coming is not None
@@ -173,7 +151,7 @@ class OffloadedLayer:
 
     def _bring(self, part: tuple[int, int, int]) -> Slot:
         """Start to copy these rows to the device."""
-        slot, bring, (_, low, high) = self.stage.next_arrival(), self.stage.bring, part
+        slot, bring, (_, low, high) = self.device.next_arrival(), self.device.bring, part
         with bring():
             slot.wait(FREE, bring)
             rows = self.blocks[low // BLOCK][low % BLOCK :][: high - low]
@@ -181,63 +159,77 @@ class OffloadedLayer:
             slot.mark(FILLED, bring)
         return slot
 
-    def add_pinned_grads(self, index: int, key_grads: Tensor, value_grads: Tensor) -> None:
-        stop = index + key_grads.shape[2]
-        for chunk, low, high, row in self.places.by_chunk(self.places.pinned_of, index, stop):
-            sent = slice(low - index, high - index)
-            self._send(self.grads[chunk][row : row + high - low], key_grads[:, :, sent], value_grads[:, :, sent])
+    def new_sums(self, count: int) -> list[Tensor]:
+        return [self.device.host(count, self.device.grad_dtype, zero=True)]
 
-    def add_near_grads(self, position: int, key_grads: Tensor, value_grads: Tensor) -> None:
-        stop = position + key_grads.shape[2]
-        for chunk, low, high, row in self.places.by_chunk(self.places.near_of, position, stop):
-            rows, sent = self.grads[chunk][self.pinned_rows[chunk] + row :], slice(low - position, high - position)
-            self._send(rows[: high - low], key_grads[:, :, sent], value_grads[:, :, sent])
-
-    def _send(self, total: Tensor, key_grads: Tensor, value_grads: Tensor) -> None:
-        """Start to add gradients (B, G, n, D) to rows in host memory."""
-        main, send = self.stage.main, self.stage.send
-        for low in range(0, len(total), BLOCK):  # a chunk may be longer than a block
-            rows, slot = total[low : low + BLOCK], self.stage.next_departure()
-            n, part = len(rows), slice(low, low + len(rows))
+    def add(self, sums: list[Tensor], row: int, key_grads: Tensor, value_grads: Tensor) -> None:
+        """Start to add them."""
+        main, send = self.device.main, self.device.send
+        for low in range(0, key_grads.shape[2], BLOCK):
+            part = slice(low, low + BLOCK)
+            slot, n = self.device.next_departure(), min(BLOCK, key_grads.shape[2] - low)
             slot.wait(FREE, main)
             slot.buffer[:n, 0] = key_grads[:, :, part].permute(2, 0, 1, 3)
             slot.buffer[:n, 1] = value_grads[:, :, part].permute(2, 0, 1, 3)
             slot.mark(FILLED, main)
             with send():
                 slot.wait(FILLED, send)
-                sums = self.stage.sums[:n]
-                sums.copy_(rows, non_blocking=True)
-                sums += slot.buffer[:n]
+                rows, total = sums[0][row + low :][:n], self.device.sums[:n]
+                total.copy_(rows, non_blocking=True)
+                total += slot.buffer[:n]
                 slot.mark(FREE, send)
-                rows.copy_(sums, non_blocking=True)
+                rows.copy_(total, non_blocking=True)
 
-    def hand_over(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        total, main, send = self.grads[chunk], self.stage.main, self.stage.send
+    def take(self, sums: list[Tensor]) -> Any:
+        main, send = self.device.main, self.device.send
         with send():  # after all that was sent before
-            here = total.to(self.stage.like.device, non_blocking=True, copy=True)
+            here = sums[0].to(self.like.device, non_blocking=True, copy=True)
         main.follow(send)  # also before the buffers go, see DeviceBlocks
         main.hold(here)
-        keys, values = self.spread(chunk, here).to(self.stage.like.dtype).permute(1, 2, 3, 0, 4)
-        return keys, values
+        return here.to(self.like.dtype).permute(1, 2, 3, 0, 4).unbind()  # (B, G, n, D) each
 
-    def spread(self, chunk: Chunk, grads: Tensor) -> Tensor:
-        """What a chunk received, (positions, 2, B, G, D), from that of its pinned and of its near positions."""
-        if len(grads) == self.pinned_rows[chunk] == chunk.stop - chunk.start:
-            return grads
-        total = grads.new_zeros((chunk.stop - chunk.start, *grads.shape[1:]))
-        row = 0
-        for low, high in self.pattern.pinned(*chunk):
-            total[low - chunk.start : high - chunk.start] = grads[row : row + high - low]
-            row += high - low
-        total[len(total) - (len(grads) - row) :] += grads[row:]
-        return total
+    def tensors(self) -> list[Tensor]:
+        return self.blocks
+
+
+class OffloadedLayer:
+    """One layer's keys, values and the receiving chunks' gradients, in host memory; as cache.LayerCache.
+
+    Gradients have room from the start, a tensor for each chunk.
+    """
+
+    kernel: Kernel | None = None
+
+    def __init__(self, device: DeviceBlocks, capacity: int, receiving: Sequence[Chunk]) -> None:
+        self.store = HostStore(device, capacity)
+        self.sums = {chunk: self.store.new_sums(chunk.stop - chunk.start) for chunk in receiving}
+
+    def past(self, chunks: Sequence[Chunk], save: bool) -> Past:
+        return Past(self, chunks[0].start, save, self.kernel)
+
+    def write(self, chunks: Sequence[Chunk], written: tuple[Tensor, ...]) -> None:
+        self.store.write(chunks[0].start, *written)
+
+    def blocks(self, stop: int, size: int | None) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """BLOCKs, whatever `size` is; one is gone when the next one is asked for."""
+        return self.store.pieces([(0, stop, 0)])
+
+    def add_grads(self, position: int, key_grads: Tensor, value_grads: Tensor) -> None:
+        for chunk, sums in self.sums.items():
+            low, high = max(chunk.start, position), min(chunk.stop, position + key_grads.shape[2])
+            if low < high:
+                sent = slice(low - position, high - position)
+                self.store.add(sums, low - chunk.start, key_grads[:, :, sent], value_grads[:, :, sent])
+
+    def hand_over(self, chunk: Chunk) -> tuple[Tensor, ...]:
+        return tuple(self.store.take(self.sums[chunk]))
 
     def tensors(self) -> MemoryUse:
-        return MemoryUse(self.blocks, list(self.grads.values()))
+        return MemoryUse(self.store.tensors(), [x for sums in self.sums.values() for x in sums])
 
 
-def by_block(at: int, rows: slice) -> Iterator[tuple[int, int, int]]:
-    """(place, start, stop) of some rows, cut where blocks end; `at`: the place of the first."""
-    for low in range(rows.start // BLOCK * BLOCK, rows.stop, BLOCK):
-        start, stop = max(low, rows.start), min(low + BLOCK, rows.stop)
-        yield at + start - rows.start, start, stop
+def by_block(at: int, row: int, count: int) -> Iterator[tuple[int, int, int]]:
+    """(place, first row, row after the last) of so many rows, cut where blocks end; `at`: the place of the first."""
+    for low in range(row // BLOCK * BLOCK, row + count, BLOCK):
+        start, stop = max(low, row), min(low + BLOCK, row + count)
+        yield at + start - row, start, stop

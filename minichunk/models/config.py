@@ -1,12 +1,12 @@
-"""A model's shape, in Hugging Face's terms: checked fields, read from a config.json and written to one."""
+"""A model's shape, in Hugging Face's terms: checked fields. load.py reads and writes them as config.json."""
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Annotated, Any, ClassVar, Self, get_type_hints
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, get_type_hints
 
 from ..errors import InputError
-from ..memory.pattern import FULL, Pattern, Strided, Window
+from ..memory.window import FULL, Pattern, Strided, Window
 
 
 def size(name: str, value: Any) -> int:
@@ -53,13 +53,6 @@ Names = Annotated[tuple[str, ...], names]
 EndTokens = Annotated[int | tuple[int, ...] | None, end_tokens]
 
 
-def needed(config: dict[str, Any], name: str) -> Any:
-    """A field of a parsed config.json. Raises InputError if it is absent or null."""
-    if config.get(name) is None:
-        raise InputError(f"config: the field {name} is missing")
-    return config[name]
-
-
 def check_layer_types(kinds: tuple[str, ...], known: tuple[str, ...], num_layers: int) -> None:
     """Raise InputError unless there is one of the known kinds for each layer."""
     if len(kinds) != num_layers or not set(kinds) <= set(known):
@@ -71,10 +64,10 @@ def check_layer_types(kinds: tuple[str, ...], known: tuple[str, ...], num_layers
 
 @dataclass(frozen=True)
 class Config:
-    """What configs have in common: each field is checked by its type, and those without a default must be there.
+    """What configs have in common: each field is checked by its type.
 
-    only: fields of a config.json, and the values of them that the model computes. beside: what is written beside the
-    fields. not_written: fields that a config.json lacks.
+    Of the config.json: `only` has more of its fields, and the values of them that the model computes, `beside` what is
+    written beside the fields, and `not_written` the fields that it lacks.
     """
 
     name: ClassVar[str] = ""  # the `model_type`
@@ -87,30 +80,11 @@ class Config:
             for check in getattr(kind, "__metadata__", ()):
                 object.__setattr__(self, name, check(name, getattr(self, name)))
 
-    @classmethod
-    def from_dict(cls, config: dict[str, Any]) -> Self:
-        """From a parsed `config.json`. Raises InputError, naming the field, for what the model does not compute."""
-        if config.get("model_type") != cls.name:
-            raise InputError(f"config: model_type is {config.get('model_type')!r}, but must be {cls.name!r}")
-        return cls.read(config)
+    if TYPE_CHECKING:  # load.py sets these two: a config knows no files
 
-    @classmethod
-    def read(cls, config: dict[str, Any]) -> Self:
-        """From the fields of a parsed `config.json`, whatever its model_type. Raises InputError, naming the field."""
-        for field in fields(cls):
-            if field.default is MISSING:
-                needed(config, field.name)
-        for name, values in {"quantization_config": (None, {}), **cls.only}.items():
-            if config.get(name, values[0]) not in values:
-                wanted = repr(values[0]) if name in cls.only else "absent: load the unquantized checkpoint"
-                raise InputError(f"config: {name} = {config[name]!r} is not supported; it must be {wanted}")
-        return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
-
-    def to_dict(self) -> dict[str, Any]:
-        """The `config.json` that `from_dict` and, for models of theirs, transformers 4 and 5 read back to the same."""
-        values = {name: value for name, value in asdict(self).items() if name not in self.not_written}
-        lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
-        return {**self.beside, **values, **lists}
+        @classmethod
+        def from_dict(cls, config: dict[str, Any]) -> Self: ...
+        def to_dict(self) -> dict[str, Any]: ...
 
     def first_eos(self) -> int | None:
         """The end token that a written text gets, if there is any; a model may know several."""
@@ -139,7 +113,7 @@ class LlamaConfig(Config):
     the bias of q, k and v, `attention_out_bias` that of o, `qk_norm` the RMSNorm on each head's
     queries and keys. `layer_types` says for each layer whether it has full_attention or sliding_attention, to the
     last `sliding_window` positions, the own included; or ours, partial_attention: what `pattern` says, then in the
-    place of windows. Empty: full_attention for all. Its `from_dict` and `to_dict` are in load.py.
+    place of windows. Empty: full_attention for all.
     """
 
     only: ClassVar = {
@@ -189,17 +163,14 @@ class LlamaConfig(Config):
         if self.head_dim % 2:
             raise InputError(f"config: head_dim is {self.head_dim}, but RoPE needs an even number")
         kinds, other = self.layer_types, SLIDING_ATTENTION if self.pattern is None else PARTIAL_ATTENTION
-        if kinds:
+        if kinds or self.pattern is not None or self.sliding_window is not None:
             check_layer_types(kinds, (FULL_ATTENTION, other), self.num_hidden_layers)
-        if self.pattern is not None and other not in kinds:
-            raise InputError(f"config: there is a pattern, but layer_types is {list(kinds)}, without any {other!r}")
         if self.sliding_window is not None or SLIDING_ATTENTION in kinds:
             size("sliding_window", self.sliding_window)
-            if not kinds:
-                raise InputError(
-                    f"config: sliding_window is {self.sliding_window}, but layer_types is empty: it must say which "
-                    "layers have 'sliding_attention'"
-                )
+        if self.pattern is not None:
+            pattern_of(asdict(self.pattern))
+            if other not in kinds:
+                raise InputError(f"config: there is a pattern, but layer_types is {list(kinds)}, without any {other!r}")
 
     def patterns(self) -> list[Pattern]:
         """What the queries of each layer see."""

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..memory.attention import Past
 from ..memory.layer_memory import wide
-from ..memory.pattern import FULL, Pattern
-from .config import FULL_ATTENTION, SLIDING_ATTENTION, LlamaConfig, Number, Size, names, needed, number, size
+from ..memory.window import FULL, Pattern
+from .config import FULL_ATTENTION, SLIDING_ATTENTION, LlamaConfig, Number, Size, names, number, size
 from .llama import MLP, Attention, Layer, Rope, rope_tables
 from .stack import Decoder, RMSNorm
 
@@ -60,7 +60,7 @@ class Gemma3Config(LlamaConfig):
         c["rope_theta"] = _theta(c, FULL_ATTENTION, "rope_theta", 1e6)
         c["rope_local_base_freq"] = _theta(c, SLIDING_ATTENTION, "rope_local_base_freq", 1e4)
         every = c.get("sliding_window_pattern") or 6  # by which older files say it
-        num_layers = size("num_hidden_layers", needed(c, "num_hidden_layers"))
+        num_layers = size("num_hidden_layers", c.get("num_hidden_layers"))
         implied = tuple(SLIDING_ATTENTION if (i + 1) % every else FULL_ATTENTION for i in range(num_layers))
         c["layer_types"] = names("layer_types", c.get("layer_types")) or implied
         return super(LlamaConfig, cls).from_dict(c)

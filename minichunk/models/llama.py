@@ -7,6 +7,7 @@ E hidden size, V vocabulary. Parameter names are Hugging Face's.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from ..memory.attention import Past
 from ..memory.cache import LayerCache
 from ..memory.layer_memory import LayerMemory, MemorySpec, wide
-from ..memory.offload import DeviceBlocks, OffloadedLayer
-from ..memory.pattern import FULL, Pattern
+from ..memory.offload import DeviceBlocks, HostStore, OffloadedLayer
+from ..memory.window import FULL, DeviceStore, Pattern, WindowCache
 from .config import LlamaConfig
 from .stack import Decoder, RMSNorm
 
@@ -125,13 +126,17 @@ class Layer(nn.Module):
 
     def new_memory(self, spec: MemorySpec) -> LayerMemory:
         """For keys and values, as far as the pattern needs them, and the gradients that are sent back to them."""
-        B, G, D, receiving = spec.batch, self.self_attn.groups, self.self_attn.head_dim, spec.receiving
-        pattern = self.self_attn.pattern
+        B, G, D, pattern = spec.batch, self.self_attn.groups, self.self_attn.head_dim, self.self_attn.pattern
         grad_dtype = spec.options.cache_grad_dtype or wide(spec.like)
         if spec.options.offload:
             blocks = spec.common(DeviceBlocks, lambda: DeviceBlocks((2, B, G, D), spec.like, grad_dtype))
-            return OffloadedLayer(blocks, spec.capacity, receiving, pattern)
-        return LayerCache((B, G, spec.capacity, D), receiving, spec.like, grad_dtype, pattern)
+            if pattern == FULL:
+                return OffloadedLayer(blocks, spec.capacity, spec.receiving)
+            return WindowCache(lambda rows: HostStore(blocks, rows), pattern, spec.capacity, spec.receiving)
+        if pattern == FULL:
+            return LayerCache((B, G, spec.capacity, D), spec.receiving, spec.like, grad_dtype)
+        new_store = partial(DeviceStore, (B, G, D), like=spec.like, grad_dtype=grad_dtype)
+        return WindowCache(new_store, pattern, spec.capacity, spec.receiving)
 
 
 class Llama(Decoder):

@@ -1,13 +1,13 @@
 """Models from Hugging Face checkpoint directories, and into them: config.json and safetensors.
 
-A model knows no files. This module gives every model `from_pretrained` and `save_pretrained`, and a LlamaConfig the
-`from_dict` and `to_dict` of its family's several layouts of config.json.
+Models and configs know no files. This module gives models `from_pretrained` and `save_pretrained`, and configs
+`from_dict` and `to_dict`, those of the Llama for its family's several layouts of config.json.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,22 +25,23 @@ from .config import (
     LlamaConfig,
     check_layer_types,
     names,
-    needed,
     number,
     pattern_of,
     size,
 )  # fmt: skip
-from .gemma3 import Gemma3
+from .gemma3 import Gemma3, Gemma3Config
 from .llama import Llama
 from .lora import adapters
-from .mamba2 import Mamba2
+from .mamba2 import Mamba2, Mamba2Config
 from .quantize import Linear4bit, check_bitsandbytes, is_in_4bit, is_stored_in_4bit
-from .ssm import StateSpace
+from .ssm import StateSpace, StateSpaceConfig
 from .stack import Stack
 
 M = TypeVar("M", bound=Stack)
-KINDS: tuple[type[Stack], ...] = (Llama, Gemma3, Mamba2, StateSpace)
-_BY_MODEL_TYPE: dict[Any, type[Stack]] = {"gemma3_text": Gemma3, "mamba2": Mamba2, "state_space": StateSpace}
+C = TypeVar("C", bound=Config)
+OTHERS: dict[str, type[Stack]] = {
+    Gemma3Config.name: Gemma3, Mamba2Config.name: Mamba2, StateSpaceConfig.name: StateSpace,
+}  # fmt: skip
 
 _NO_BIAS = {"attention_bias": False, "attention_out_bias": False, "mlp_bias": False}
 # What each model_type implies, whatever its config.json says.
@@ -51,7 +52,6 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {**_NO_BIAS, "attention_bias": True},
     "qwen3": {"mlp_bias": False, "qk_norm": True},
 }
-_OTHERS = ("gemma3_text", "mamba2", "state_space")  # which have a config of their own
 # Models that no other library computes have this model_type in their config.json, and a `base_model_type`, a `pattern`
 # and layers of `partial_attention`, which transformers refuses even where it is told to overlook the type.
 _PARTIAL_CONTEXT = "partial_context"
@@ -60,12 +60,12 @@ _WINDOW = 4096  # what transformers takes an absent `sliding_window` for
 
 def class_of(config: Any) -> type[Stack]:
     """The model's class of a config object."""
-    return {kind.config_class: kind for kind in KINDS}[type(config)]
+    return OTHERS.get(config.name, Llama)
 
 
 def model_class(config: dict[str, Any]) -> type[Stack]:
     """The class of a parsed config.json; a Llama, which says what it does not know, unless it is another's."""
-    return _BY_MODEL_TYPE.get(str(config.get("model_type")), Llama)
+    return OTHERS.get(str(config.get("model_type")), Llama)
 
 
 def read_model_config(config: dict[str, Any]) -> Any:
@@ -171,6 +171,41 @@ def save(
         write_checkpoint(directory, {**model.config.to_dict(), "torch_dtype": dtype}, tensors)
 
 
+def read_config(cls: type[C], config: dict[str, Any]) -> C:
+    """`from_dict` of a config: the fields of a parsed `config.json`.
+
+    Raises InputError, naming the field, for another model_type and for what the model does not compute.
+    """
+    if config.get("model_type") != cls.name:
+        raise InputError(f"config: model_type is {config.get('model_type')!r}, but must be {cls.name!r}")
+    return _read_fields(cls, config)
+
+
+def _read_fields(cls: type[C], config: dict[str, Any]) -> C:
+    for field in fields(cls):
+        if field.default is MISSING:
+            needed(config, field.name)
+    for name, values in {"quantization_config": (None, {}), **cls.only}.items():
+        if config.get(name, values[0]) not in values:
+            wanted = repr(values[0]) if name in cls.only else "absent: load the unquantized checkpoint"
+            raise InputError(f"config: {name} = {config[name]!r} is not supported; it must be {wanted}")
+    return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
+
+
+def needed(config: dict[str, Any], name: str) -> Any:
+    """A field of a parsed config.json. Raises InputError if it is absent or null."""
+    if config.get(name) is None:
+        raise InputError(f"config: the field {name} is missing")
+    return config[name]
+
+
+def write_config(config: Config) -> dict[str, Any]:
+    """`to_dict` of a config: what `from_dict` and, for models of theirs, transformers 4 and 5 read back to the same."""
+    values = {name: value for name, value in asdict(config).items() if name not in config.not_written}
+    lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
+    return {**config.beside, **values, **lists}
+
+
 def read_llama_config(cls: type[LlamaConfig], config: dict[str, Any]) -> LlamaConfig:
     """`LlamaConfig.from_dict`, of a parsed `config.json`.
 
@@ -182,7 +217,7 @@ def read_llama_config(cls: type[LlamaConfig], config: dict[str, Any]) -> LlamaCo
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         raise InputError(
             f"config: {field} {model_type!r} is not supported; supported are {', '.join(sorted(_FAMILIES))}, and "
-            f"by minichunk.load_model also {', '.join(_OTHERS)}"
+            f"by minichunk.load_model also {', '.join(OTHERS)}"
         )
     c = {**config, "model_type": model_type}
     heads = size("num_attention_heads", needed(c, "num_attention_heads"))
@@ -202,14 +237,14 @@ def read_llama_config(cls: type[LlamaConfig], config: dict[str, Any]) -> LlamaCo
         c["sliding_window"], c["layer_types"] = _read_windows(c)
         c["pattern"] = None
     c["rope_theta"], c["rope_scaling"] = _read_rope(c)
-    return cls.read(c)
+    return _read_fields(cls, c)
 
 
 def write_llama_config(config: LlamaConfig) -> dict[str, Any]:
     """`LlamaConfig.to_dict`, which `from_dict` and, unless there is a pattern, transformers 4 and 5 read back."""
     architecture = f"{config.model_type.capitalize()}ForCausalLM"
     out: dict[str, Any] = {"architectures": [architecture], "model_type": config.model_type, "hidden_act": "silu"}
-    out |= Config.to_dict(config)
+    out |= write_config(config)
     if config.rope_scaling is not None:
         out["rope_scaling"] = {"rope_type": "llama3", **asdict(config.rope_scaling)}
     kinds = {"layer_types": list(config.layer_types)} if config.layer_types else {}
@@ -274,5 +309,7 @@ def _read_rope(c: dict[str, Any]) -> tuple[float, Llama3Rope | None]:
 
 Stack.from_pretrained = classmethod(load)  # type: ignore[assignment,method-assign]
 Stack.save_pretrained = save  # type: ignore[assignment,method-assign]
+Config.from_dict = classmethod(read_config)  # type: ignore[assignment,method-assign]
+Config.to_dict = write_config  # type: ignore[assignment,method-assign]
 LlamaConfig.from_dict = classmethod(read_llama_config)  # type: ignore[assignment,method-assign]
 LlamaConfig.to_dict = write_llama_config  # type: ignore[assignment,method-assign]

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from ..errors import InputError
-from ..memory.pattern import FULL, Pattern, Strided, Window
+from ..memory.window import FULL, Pattern, Strided, Window
 from .config import FULL_ATTENTION, PARTIAL_ATTENTION, SLIDING_ATTENTION, LlamaConfig, pattern_of
 from .llama import Llama
 from .load import read_model_config
@@ -31,14 +31,8 @@ def partial_context(model: Stack, pattern: Pattern, full_layers: Sequence[int] |
         raise InputError(f"partial_context needs a model of the Llama family, not {type(model).__name__}")
     model.config = partial_config(model.config, pattern, full_layers)
     model.partial = {"pattern": asdict(pattern), "full_layers": full_layers_of(model.config)}
-    set_patterns(model, model.config)
-
-
-def set_patterns(model: Llama, config: LlamaConfig) -> None:
-    """Let the layers' queries see what the config says, whatever the model's own does."""
-    layers: Any = model.layers
-    for layer, seen in zip(layers, config.patterns(), strict=True):
-        layer.self_attn.pattern = seen
+    for layer, seen in zip(model.layers, model.config.patterns(), strict=True):
+        layer.self_attn.pattern = seen  # type: ignore[union-attr]
 
 
 def partial_config(config: Any, pattern: Pattern, full_layers: Sequence[int] | None = None) -> LlamaConfig:

@@ -119,11 +119,6 @@ class StateLayer(nn.Module):
         return u.new_zeros(u.shape[0], u.shape[2], self.state_size, dtype=wide(u))
 
 
-def make_layer(config: StateSpaceConfig, kind: str) -> nn.Module:
-    """A layer of one of the kinds of `layer_types`."""
-    return StateLayer(config) if config.attention is None or kind == "state" else Layer(config.attention)
-
-
 class StateSpace(Decoder):
     """State-space layers, and attention layers where the config's `layer_types` has them.
 
@@ -134,7 +129,11 @@ class StateSpace(Decoder):
     config_class = StateSpaceConfig
 
     def __init__(self, config: StateSpaceConfig) -> None:
-        super().__init__(config, (make_layer(config, kind) for kind in config.layer_types))
+        layers = (
+            Layer(config.attention) if config.attention and kind == FULL_ATTENTION else StateLayer(config)
+            for kind in config.layer_types
+        )
+        super().__init__(config, layers)
         for layer in self.layers:
             if isinstance(layer, StateLayer):
                 layer.spread_gates()

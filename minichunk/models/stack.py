@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -38,20 +38,24 @@ class Stack(nn.Module):
         def from_pretrained(cls, directory: str | Path, *options: Any, **named: Any) -> Self: ...
         def save_pretrained(self, directory: str | Path, *options: Any) -> None: ...
 
+    model: Any  # all but the LM head, with Hugging Face's names for the Llama
+
     @property
     def embedding(self) -> nn.Embedding:
-        raise NotImplementedError
+        return self.model.embed_tokens
 
     @property
     def layers(self) -> nn.ModuleList:
-        raise NotImplementedError
+        return self.model.layers
 
     @property
     def norm(self) -> nn.Module:
-        raise NotImplementedError
+        return self.model.norm
 
     def tie_weights(self) -> None:
-        """Make one parameter of those that the config says are one."""
+        """Let embedding and LM head be one parameter, where the config says so."""
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.embedding.weight
 
     @property
     def like(self) -> Tensor:
@@ -98,11 +102,11 @@ class Stack(nn.Module):
             if options.recompute:
                 # On top of a memory dropout draws its masks from seeds: no generator's state to replay.
                 x, wrote = checkpoint(
-                    self._layer, layer, x, past, shared, chunks, options,
+                    self._layer, layer, chunks, options, x, past, *shared,
                     use_reentrant=False, preserve_rng_state=memory is None,
                 )  # fmt: skip
             else:
-                x, wrote = self._layer(layer, x, past, shared, chunks, options)
+                x, wrote = self._layer(layer, chunks, options, x, past, *shared)
             written.append(wrote)
         return self.norm(x), written
 
@@ -115,11 +119,10 @@ class Stack(nn.Module):
         *layers, last = list(self.layers)
         written = []
         for layer, layer_memory in zip(layers, memory.layers[:-1], strict=True):
-            x, wrote = self._layer(layer, x, layer_memory.past(chunks, save=False), shared, chunks, options)
+            x, wrote = self._layer(layer, chunks, options, x, layer_memory.past(chunks, save=False), *shared)
             written.append(wrote)
         past = memory.layers[-1].past(chunks, save=False)
-        fill: Any = last.fill
-        return [*written, self._layer(fill, x, past, shared, chunks, options)]
+        return [*written, self._layer(last.fill, chunks, options, x, past, *shared)]
 
     @torch.no_grad()
     def run_chunks(
@@ -147,20 +150,12 @@ class Stack(nn.Module):
         x = self.embedding(input_ids)  # (B, T, E)
         return x, self.shared(x, chunks[0].start if chunks else 0)
 
-    def _layer(
-        self,
-        layer: Callable[..., Any],
-        x: Tensor,
-        past: Any,
-        shared: tuple[Any, ...],
-        chunks: Sequence[Chunk],
-        options: Options,
-    ) -> Any:
+    def _layer(self, layer: Any, chunks: Sequence[Chunk], options: Options, *inputs: Any) -> Any:
         """One layer; its dropouts draw the masks of these chunks, also when recompute runs it again."""
         if self.masks is None:
-            return layer(x, past, *shared)
+            return layer(*inputs)
         with self.masks.of(options.dropout_seed, chunks):
-            return layer(x, past, *shared)
+            return layer(*inputs)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits (B, T, V) of a whole sequence, without a memory."""
@@ -209,20 +204,3 @@ class Decoder(Stack):
             elif name.endswith(".bias"):
                 nn.init.zeros_(parameter)
         self.tie_weights()
-
-    def tie_weights(self) -> None:
-        """Let embedding and LM head be one parameter, where the config says so."""
-        if self.config.tie_word_embeddings:
-            self.lm_head.weight = self.embedding.weight
-
-    @property
-    def embedding(self) -> nn.Embedding:
-        return self.model.embed_tokens
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        return self.model.layers
-
-    @property
-    def norm(self) -> RMSNorm:
-        return self.model.norm

@@ -15,7 +15,7 @@ import torch
 from ..chunks import Chunk, cut
 from ..errors import InputError
 from ..files.shipped import SHIPPED_MODEL
-from ..memory.pattern import Pattern, Strided, Window
+from ..memory.window import Pattern, Strided, Window
 from ..pipeline.start import started
 from ..samplers import Bernoulli, FixedBudget, PaperBudget, most_kept
 from ..spaco import Sampler

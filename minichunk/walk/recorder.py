@@ -135,7 +135,7 @@ class Recorder(CountBytes):
         self.memory = memory = self.model.new_memory(batch, capacity, receiving, options)
         layers = memory.layers if isinstance(memory, LayerMemories) else []
         self.write("memory", remembers=["state" if isinstance(x, LayerState) else "keys and values" for x in layers])
-        watched: Any = [Watched(x, past=partial(self.past, i, x, capacity)) for i, x in enumerate(layers)]
+        watched: Any = [Watched(x, past=partial(self.past, i, x)) for i, x in enumerate(layers)]
         return Watched(memory, layers=watched, write=self.fill, hand_over=self.relay)
 
     def fill(self, chunks: Sequence[Chunk], written: Written) -> None:
@@ -190,14 +190,12 @@ class Recorder(CountBytes):
         held = [[i, *self._norms(self.sums[layer, i])] for i in sent]
         self.write("backward", chunk=self.running, layer=layer, sent=rows, held=held)
 
-    def past(self, number: int, layer: LayerMemory, capacity: int, chunks: Sequence[Chunk], save: bool) -> Any:
+    def past(self, number: int, layer: LayerMemory, chunks: Sequence[Chunk], save: bool) -> Any:
         """What a layer sees of its memory, which tells what is sent back to it: attention adds gradients to the
         memory, for others autograd adds them up in leaves."""
         seen = layer.past(chunks, save)
         if isinstance(seen, Past):
-            names = [name for name in dir(layer) if name.startswith("add")]
-            adding = {name: partial(self.send, number, layer, name, capacity) for name in names}
-            seen.memory = Watched(seen.memory, **adding)
+            seen.memory = Watched(seen.memory, add_grads=partial(self.send, number, layer))
             return seen
         before = next((i for i, chunk in enumerate(self.chunks) if chunk.stop == chunks[0].start), 0)
         for leaf in tree_leaves(seen):
@@ -205,14 +203,11 @@ class Recorder(CountBytes):
                 leaf.register_hook(lambda gradient: self.add_up(self.now, (number, before), [gradient]))
         return seen
 
-    def send(self, number: int, layer: Any, name: str, capacity: int, first: int, *gradients: Tensor) -> None:
+    def send(self, number: int, layer: Any, first: int, *gradients: Tensor) -> None:
         """Attention adds a gradient (B, G, n, D) for each tensor that was written: sort them by chunks."""
-        getattr(layer, name)(first, *gradients)
+        layer.add_grads(first, *gradients)
         with self.paused():
-            at = torch.arange(capacity)
-            if "pinned" in name:  # `first` counts the positions that are pinned
-                at = torch.cat([at[start:stop] for start, stop in layer.places.pattern.pinned(0, capacity)])
-            at = at[first : first + gradients[0].shape[2]]
+            at = torch.arange(first, first + gradients[0].shape[2])
             for i, (start, stop) in enumerate(self.chunks):
                 rows = (at >= start) & (at < stop)
                 if rows.any():

@@ -21,7 +21,7 @@ from minichunk.batch import IGNORE, prepare, shift
 from minichunk.chunks import cut, span
 from minichunk.files.atomic import write_tensors
 from minichunk.full import full
-from minichunk.memory.pattern import FULL, Window
+from minichunk.memory.window import FULL, Window
 from minichunk.models.config import Llama3Rope, LlamaConfig
 from minichunk.models.llama import Attention, Layer, Llama, rope_tables
 from minichunk.models.lora import DropoutMasks, adapters, add_lora

@@ -1,0 +1,219 @@
+"""What one training step takes at its peak: the real code, run on meta tensors and counted.
+
+Meta tensors have a shape, a dtype and a storage of so many bytes, but no memory and no arithmetic. Not all chunks have
+to be run. Of the fill, those on the longest past are enough. Of the rebuilds, the last chunk sends gradients back, the
+one before it also receives some, and the earlier ones do the same on a shorter past.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..batch import Batch, shift, widen_gradients
+from ..chunks import Chunk, cut, span
+from ..full import backpropagate
+from ..memory.cache import LayerCache
+from ..memory.kernels import kernel_for
+from ..memory.layer_memory import LayerMemories
+from ..memory.offload import OffloadedLayer
+from ..memory.window import FULL, WindowCache
+from ..models.llama import Attention
+from ..models.quantize import Linear4bit, check_bitsandbytes
+from ..models.shapes import random_model
+from ..models.stack import Stack
+from ..pipeline import pipeline_seco as pipeline
+from ..pipeline.links import MOST_ON_THE_WAY, Links
+from ..pipeline.stage import PipelineStage
+from ..samplers import Weight
+from ..seco import fill, rebuild
+from .baselines import tiled_full
+from .count import CountBytes
+from .setting import CHUNKED, Setting, Share
+
+# Bytes of the memory and of the gradients that have room in it from the start, both on the device; and in host memory.
+Remembered = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """Bytes on the device at the peak of one training step, what they consist of, and bytes in host memory."""
+
+    peak: int
+    weights: int
+    adapter_and_optimizer: int
+    cache: int
+    cache_gradients: int
+    chunk: int
+    host: int = 0
+
+
+@functools.cache
+def step_memory(setting: Setting, tokens: int, share: Share | None = None) -> StepBytes:
+    """What a training step of `tokens` tokens takes, on one rank of a pipeline or in one process (None).
+
+    Raises InputError.
+    """
+    setting.check()
+    if setting.load_in_4bit:
+        _first_use_of_bitsandbytes(setting.torch_dtype)
+    with ExitStack() as stack:
+        # Not a function mode: recompute runs layers within the backward pass, where such modes are off.
+        stack.enter_context(patch.object(F, "scaled_dot_product_attention", _flash))
+        count = stack.enter_context(CountBytes())
+        model: Stack = random_model(
+            setting.config(), setting.torch_dtype, setting.rank, setting.targets, "meta", setting.load_in_4bit
+        )
+        step: Any = _chunked_step if setting.method in CHUNKED else _whole_step
+        if share is not None:
+            step = functools.partial(_rank_step, _learns_before(model, share))
+            model = PipelineStage(model, share.counts, links=LinksToNobody(share))
+        states = optimizer_states(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        frozen = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]
+        weights = sum(x.numel() * x.element_size() for x in frozen)
+        adapter = sum(p.numel() * p.element_size() for p in trained) + sum(s.numel() * 4 for s in states)
+        adapter += sum(p.numel() * max(4, p.element_size()) for p in trained)  # their gradients
+        widen_gradients(model)
+        ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
+        batch = Batch(ids, shift(ids), float(tokens))
+        count.settle()
+        count.lasting()
+        count.peak = count.live  # making the model took more, for 4 bits much more; loading it does not
+        cache, grads, host = step(model, batch, setting, count)
+    peak = count.peak
+    return StepBytes(peak, weights, adapter, cache, grads, peak - weights - adapter - cache - grads, host)
+
+
+def _chunked_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes) -> Remembered:
+    """SeCO or SpaCO: what seco.py and spaco.py call."""
+    chunks, kept, options = *_chunks(batch, setting), setting.options()
+    memory, remembered = _new_memory(model, batch, kept, setting, count)
+    group = (setting.fill_size or setting.chunk_size) // setting.chunk_size
+    fill(model, batch.input_ids, chunks[:-1][-group:], memory, options)
+    for chunk in kept[:-3:-1]:
+        loss, written, received = rebuild(model, batch, chunk, memory, options)
+        if setting.method == "spaco":
+            received = [1.0 * g for g in received]
+        torch.autograd.backward([loss, *written], [None, *received])
+        del loss, written, received
+    return remembered
+
+
+def _rank_step(
+    learns_before: bool, stage: PipelineStage, batch: Batch, setting: Setting, count: CountBytes
+) -> Remembered:
+    """One rank of a pipeline: what pipeline_seco.py calls, until the pipeline is full."""
+    chunks, kept, options = *_chunks(batch, setting), setting.options()
+    links = stage.links
+    memory, remembered = _new_memory(stage, batch, kept, setting, count)
+    group = (setting.fill_size or setting.chunk_size) // setting.chunk_size
+    groups = [chunks[:-1][max(0, stop - group) : stop] for stop in range(len(chunks) - 1, 0, -group)]
+    for some in reversed(groups[: MOST_ON_THE_WAY + 1]):  # what they have handed on lives on
+        memory.write(some, stage.fill(batch.input_ids[:, span(some)], memory, some, options))
+    weight = Weight(1.0, 2.0 if setting.method == "spaco" else 1.0)
+    walk = [(chunk, weight) for chunk in kept[-1 - max(links.ranks - links.rank, MOST_ON_THE_WAY) :]]
+    with pipeline.tied_weight_summed(stage):
+        pipeline.walk_back(stage, batch, memory, walk, options, learns_before)
+        links.flush()
+        del memory
+    return remembered
+
+
+def _whole_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes) -> Remembered:
+    """A step without chunks."""
+    for layer in model.modules():
+        if isinstance(layer, Attention):  # or each made a mask of (tokens, tokens), as no trainer of long texts does
+            layer.pattern = FULL
+    if setting.method in ("full", "full-recompute"):
+        backpropagate(model, batch, recompute=setting.method == "full-recompute")
+        return 0, 0, 0
+    host = 0
+
+    def room(x: Tensor) -> Tensor:
+        nonlocal host
+        host += x.numel() * x.element_size()
+        return count.elsewhere(lambda: torch.empty_like(x), lambda made: [made])
+
+    tiled_full(model, batch, offload=setting.method.endswith("offload"), room=room)
+    return 0, 0, host
+
+
+def _chunks(batch: Batch, setting: Setting) -> tuple[list[Chunk], list[Chunk]]:
+    """All of them, and those that are kept: the last ones."""
+    chunks = cut(batch.input_ids.shape[1], setting.chunk_size)
+    return chunks, chunks[-setting.kept(len(chunks)) :]
+
+
+def _new_memory(
+    model: Stack, batch: Batch, kept: Sequence[Chunk], setting: Setting, count: CountBytes
+) -> tuple[LayerMemories, Remembered]:
+    """The memory of a step, and what it takes; with offload it is not on the device, and not counted."""
+    with torch.device("meta"):  # the host's part too
+        memory: LayerMemories = count.elsewhere(
+            lambda: model.new_memory(batch.input_ids.shape[0], kept[-1].start, kept[:-1], setting.options()),
+            lambda made: [x for use in made.tensors() for x in use] if setting.offload else [],
+        )
+    cache, grads = memory.tensors().bytes()  # and not what comes later and goes: that is a chunk's
+    for layer in memory.layers:
+        if isinstance(layer, LayerCache | WindowCache | OffloadedLayer):
+            layer.kernel = kernel_for(setting.device, setting.torch_dtype, model.config.head_dim)
+    return memory, ((0, 0, cache + grads) if setting.offload else (cache, grads, 0))
+
+
+class LinksToNobody(Links):
+    """The links of one rank that is counted without the others: messages are sent and received, and never travel."""
+
+    def __init__(self, share: Share) -> None:
+        self.ranks, self.rank, self.copies, self.copy = len(share.counts), share.rank, 1, 0
+        self.is_first, self.is_last = self.rank == 0, self.rank == self.ranks - 1
+        self.ends = None
+        self.on_the_way = deque()
+
+    def take(self, x: Tensor, source: int) -> Tensor:
+        return x
+
+    def hand(self, x: Tensor, to: int) -> None:
+        self.on_the_way.append((self, x.detach().contiguous(), to))
+        self.flush(MOST_ON_THE_WAY)
+
+    def wait(self) -> None:
+        """A message has been taken."""
+
+    def add(self, x: Tensor, group: Any = None) -> None:
+        """Nothing comes from others."""
+
+
+def _learns_before(model: Stack, share: Share) -> bool:
+    """Whether anything learns on the ranks before this one."""
+    before = [model.embedding, *model.layers[: share.layers.start]] if share.rank else []
+    return any(parameter.requires_grad for module in before for parameter in module.parameters())
+
+
+@functools.cache
+def _first_use_of_bitsandbytes(dtype: torch.dtype) -> None:
+    """Let the library make the table of its levels, which it does once: or the first step would have taken more."""
+    check_bitsandbytes()
+    Linear4bit(torch.empty(64, 64, dtype=dtype, device="meta"), None).weight_as(dtype)
+
+
+def optimizer_states(model: nn.Module) -> list[Tensor]:
+    """AdamW's two moments of every trained parameter, and the float32 copies of those in half precision."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    copies = [torch.zeros_like(p, dtype=torch.float32) for p in trained if p.dtype.itemsize < 4]
+    return copies + [torch.zeros_like(p, dtype=torch.float32) for p in trained for _ in range(2)]
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:
+    """Ordinary causal attention as CPU and CUDA compute it; on meta tensors PyTorch would write out all scores."""
+    out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal=True)[0]
+    return out

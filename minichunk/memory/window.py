@@ -1,0 +1,362 @@
+"""Layers whose queries see a part of the past: the rules, the attention, and the memory. A second path.
+
+A rule about positions says what a query sees. It knows nothing of chunks, so any cut gives the same numbers. It *pins*
+some positions, which all later queries see (the sinks of a window; every so many blocks), and lets a query *reach* back
+over those right before it. What no query to come can see is forgotten.
+
+Attention is again made of two: to a band of positions that ends with the query's own, and to the pinned positions
+before that band. Shapes are those of attention.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..chunks import Chunk
+from .attention import BLOCK, Past, fold, merge
+from .cache import Rows, Span
+from .kernels import Kernel
+from .layer_memory import MemoryUse
+
+TILE = 128  # queries that go to a kernel at once which builds a mask for them
+
+
+class QueryRun(NamedTuple):
+    """Queries that see alike. Each of them sees:
+
+    - the pinned positions before `low`;
+    - from `low` on what comes before it and itself, of that the last `window` (None: all).
+    """
+
+    start: int
+    stop: int
+    low: int
+    window: int | None
+
+
+@dataclass(frozen=True)
+class Window:
+    """Query i sees j <= i with i - j < window, as Hugging Face's sliding_attention, or j < sinks.
+
+    window: at least 1. None: full attention.
+    """
+
+    window: int | None = None
+    sinks: int = 0
+
+    @property
+    def reach(self) -> int:
+        """How many positions before a query at most it sees that are not pinned."""
+        return 0 if self.window is None else self.window - 1
+
+    def pinned(self, start: int, stop: int) -> list[Span]:
+        """The pinned positions in between, each span (start, stop)."""
+        stop = stop if self.window is None else min(stop, self.sinks)
+        return [(start, stop)] if start < stop else []
+
+    def runs(self, start: int, stop: int) -> Iterator[QueryRun]:
+        """What the queries of a chunk see, first to last. Up to window + sinks nothing is left out."""
+        edge = stop if self.window is None else min(stop, self.window + self.sinks)
+        if start < edge:
+            yield QueryRun(start, edge, 0, None)
+        if self.window is not None and edge < stop:
+            first = max(start, edge)
+            yield QueryRun(first, stop, first - self.reach, self.window)
+
+    def mask(self, length: int, start: int = 0, device: torch.device | None = None) -> Tensor | None:
+        """bool (length - start, length): what the positions from `start` see; None: all that came before them."""
+        if self.window is None:
+            return None
+        j = torch.arange(length, device=device)
+        i = j[start:, None]
+        return (j <= i) & ((i - j < self.window) | (j < self.sinks))
+
+
+@dataclass(frozen=True)
+class Strided:
+    """In blocks: query i in block Q sees j <= i in the blocks K with Q - K < local, or K a multiple of stride.
+
+    The blocks of LongGen (arXiv 2410.01485). All numbers are at least 1.
+    """
+
+    block: int = 64
+    local: int = 16
+    stride: int = 16
+
+    @property
+    def reach(self) -> int:
+        """See Window; the last query of a block sees most."""
+        return self.block * self.local - 1
+
+    def pinned(self, start: int, stop: int) -> list[Span]:
+        """See Window."""
+        apart = self.block * self.stride
+        blocks = range(start // apart * apart, stop, apart)
+        spans = [(max(start, low), min(stop, low + self.block)) for low in blocks]
+        return [(low, high) for low, high in spans if low < high]
+
+    def runs(self, start: int, stop: int) -> Iterator[QueryRun]:
+        """See Window; here a run for each block."""
+        while start < stop:
+            block = start // self.block
+            end = min(stop, (block + 1) * self.block)
+            yield QueryRun(start, end, max(0, block - self.local + 1) * self.block, None)
+            start = end
+
+    def mask(self, length: int, start: int = 0, device: torch.device | None = None) -> Tensor:
+        """See Window."""
+        j = torch.arange(length, device=device)
+        i = j[start:, None]
+        Q, K = i // self.block, j // self.block
+        return (j <= i) & ((Q - self.local < K) | (K % self.stride == 0))
+
+
+FULL = Window()
+Pattern = Window | Strided
+
+
+class WindowPast(Past):
+    """`Past` of a layer that sees a part of it."""
+
+    def forward(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """out and lse."""
+        runs, start = self.runs(q, kernel), self.start
+        low, keys, values = self.band(runs[0].low, k, v)
+        parts = []
+        for run in runs:
+            rows, columns = slice(run.start - start, run.stop - start), slice(run.low - low, run.stop - low)
+            of_run = q[:, :, rows], keys[:, :, columns], values[:, :, columns]
+            parts.append(kernel.forward(*of_run, causal=True, window=run.window))
+        out, lse = (torch.cat(pieces, 2) for pieces in zip(*parts, strict=True))
+        out = out.to(lse.dtype)
+        for row, spans in self.pinned(runs):
+            keys, values = self.read(spans, k, v)
+            more = kernel.forward(fold(q[:, :, row:], k.shape[1]), keys, values)
+            of_rows = out[:, :, row:], lse[:, :, row:]
+            more_out, more_lse = (x.reshape(y.shape) for x, y in zip(more, of_rows, strict=True))
+            out[:, :, row:], lse[:, :, row:] = merge(*of_rows, more_out, more_lse)
+        return out.to(q.dtype), lse
+
+    def backward(
+        self, kernel: Kernel, sends_back: bool, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of q, k and v; those of the past go to the memory."""
+        runs, start, wide = self.runs(q, kernel), self.start, lse.dtype
+        low, keys, values = self.band(runs[0].low, k, v)
+        dq, dk, dv = (x.new_zeros(x.shape, dtype=wide) for x in (q, keys, values))  # dk, dv: of the band
+        for run in runs:
+            rows, columns = slice(run.start - start, run.stop - start), slice(run.low - low, run.stop - low)
+            grad_, q_, out_, lse_ = (x[:, :, rows] for x in (grad, q, out, lse))
+            keys_, values_ = keys[:, :, columns], values[:, :, columns]
+            grads = kernel.backward(grad_, q_, keys_, values_, out_, lse_, causal=True, window=run.window)
+            for total, place, part in zip((dq, dk, dv), (rows, columns, columns), grads, strict=True):
+                total[:, :, place] += part
+        before = start - low
+        if before and sends_back:
+            self.memory.add_grads(low, dk[:, :, :before], dv[:, :, :before])
+        dk, dv = dk[:, :, before:], dv[:, :, before:]  # the chunk's own
+        for row, spans in self.pinned(runs):
+            keys, values = self.read(spans, k, v)
+            grad_, q_, out_, lse_ = (fold(x[:, :, row:], k.shape[1]) for x in (grad, q, out, lse))
+            dq_part, *parts = kernel.backward(grad_, q_, keys, values, out_, lse_)
+            dq[:, :, row:] += dq_part.reshape(dq[:, :, row:].shape)
+            at = 0
+            for first, last in spans:
+                dk_part, dv_part = (x[:, :, at : at + last - first] for x in parts)
+                at += last - first
+                if first >= start:
+                    dk[:, :, first - start : last - start] += dk_part
+                    dv[:, :, first - start : last - start] += dv_part
+                elif sends_back:
+                    self.memory.add_grads(first, dk_part, dv_part)
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+    def runs(self, q: Tensor, kernel: Kernel) -> list[QueryRun]:
+        """Of the chunk's queries, no more at a time than the kernel should be given."""
+        found = []
+        for run in self.memory.pattern.runs(self.start, self.start + q.shape[2]):
+            most = run.stop - run.start if kernel.takes_many else TILE
+            for start in range(run.start, run.stop, most):
+                low = run.low if run.window is None else max(run.low, start - run.window + 1)
+                found.append(QueryRun(start, min(start + most, run.stop), low, run.window))
+        return found
+
+    def band(self, low: int, k: Tensor, v: Tensor) -> tuple[int, Tensor, Tensor]:
+        """The positions from `low` to the chunk's end, side by side: (low, keys, values)."""
+        if low >= self.start:
+            return self.start, k, v
+        keys, values = self.memory.read([(low, self.start)])
+        return low, torch.cat((keys, k), 2), torch.cat((values, v), 2)
+
+    def pinned(self, runs: Sequence[QueryRun]) -> Iterator[tuple[int, list[Span]]]:
+        """Pinned positions, at most BLOCK at a time, with the row of the first query of the chunk that sees them."""
+        seen, start = 0, self.start
+        for run in runs:
+            within = self.memory.pattern.pinned
+            spans = [*within(seen, min(start, run.low)), *within(max(seen, start), run.low)]  # past, and own
+            for some in at_most(BLOCK, spans):
+                yield run.start - start, some
+            seen = max(seen, run.low)
+
+    def read(self, spans: Sequence[Span], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, G, n, D) of pinned positions, those of the past first."""
+        past = [span for span in spans if span[0] < self.start]
+        found = [self.memory.read(past)] if past else []
+        for first, last in spans[len(past) :]:
+            here = slice(first - self.start, last - self.start)
+            found.append((k[:, :, here], v[:, :, here]))
+        keys, values = zip(*found, strict=True)
+        return torch.cat(keys, 2), torch.cat(values, 2)
+
+
+def at_most(count: int, spans: Sequence[Span]) -> Iterator[list[Span]]:
+    """The same positions, so many at a time."""
+    some, room = list[Span](), count
+    for start, stop in spans:
+        while start < stop:
+            end = min(stop, start + room)
+            some.append((start, end))
+            start, room = end, room - (end - start)
+            if not room:
+                yield some
+                some, room = [], count
+    if some:
+        yield some
+
+
+class DeviceStore:
+    """Keys and values (B, G, rows, D), and sums of gradients, on the model's device. offload.py has another."""
+
+    early = False  # whether all sums have room from the start
+
+    def __init__(self, heads: tuple[int, int, int], rows: int, like: Tensor, grad_dtype: torch.dtype) -> None:
+        B, G, D = heads
+        self.keys, self.values = like.new_empty(B, G, rows, D), like.new_empty(B, G, rows, D)
+        self.heads, self.like, self.grad_dtype = heads, like, grad_dtype
+
+    def write(self, row: int, keys: Tensor, values: Tensor) -> None:
+        """Put (B, G, n, D) into the rows from that one on."""
+        here = slice(row, row + keys.shape[2])
+        self.keys[:, :, here], self.values[:, :, here] = keys, values
+
+    def pieces(self, runs: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Of runs (start, stop, row of the first), (start, keys, values). A piece is gone when the next one comes."""
+        for start, stop, row in runs:
+            here = slice(row, row + stop - start)
+            yield start, self.keys[:, :, here], self.values[:, :, here]
+
+    def new_sums(self, count: int) -> Any:
+        """Zeros for the gradients of so many positions."""
+        B, G, D = self.heads
+        return [self.keys.new_zeros((B, G, count, D), dtype=self.grad_dtype) for _ in range(2)]
+
+    def add(self, sums: Any, row: int, key_grads: Tensor, value_grads: Tensor) -> None:
+        """Add gradients (B, G, n, D) to the rows from that one on."""
+        for total, grads in zip(sums, (key_grads, value_grads), strict=True):
+            total[:, :, row : row + grads.shape[2]] += grads
+
+    def take(self, sums: Any) -> Any:
+        """What they have come to, on the device: (B, G, n, D) each."""
+        return sums
+
+    def tensors(self) -> list[Tensor]:
+        """Keys and values."""
+        return [self.keys, self.values]
+
+
+class WindowCache:
+    """The keys and values of a layer that sees a part of the past, for up to `capacity` positions; see LayerMemory.
+
+    The next chunk of the fill reads it, and each chunk that is rebuilt, the last of which begins at `capacity`. So it
+    has rows for the pinned positions, for those that a rebuilt chunk reaches, and, in turn, for the last ones that were
+    written, as many as the reach. The rows are in a store that `new_store(rows)` makes.
+
+    receiving: the chunks that later ones send gradients to. Pinned positions receive some from the last chunk on, and
+    have room for them from the start; the others from the next chunk that is rebuilt, and have room from then on.
+    """
+
+    kernel: Kernel | None = None
+
+    def __init__(
+        self, new_store: Callable[[int], DeviceStore], pattern: Pattern, capacity: int, receiving: Sequence[Chunk]
+    ) -> None:
+        self.pattern, reach = pattern, pattern.reach
+        starts = [*(chunk.start for chunk in receiving), capacity]
+        spans = [*pattern.pinned(0, capacity), *((max(0, start - reach), start) for start in starts)]
+        self.rows, self.last = Rows(spans), 0
+        if self.rows.count < capacity:  # the last chunk that is rebuilt finds what it reaches among the last ones
+            self.rows, self.last = Rows(spans[:-1]), min(reach, capacity)
+        self.store = new_store(self.rows.count + self.last)
+        self.sums: dict[Chunk, list[tuple[int, int, Any]]] = {}  # (start, stop, sums); None: no room yet
+        for chunk, following in zip(receiving, starts[1:], strict=True):
+            pinned = pattern.pinned(*chunk)
+            self.sums[chunk] = [(low, high, self.store.new_sums(high - low)) for low, high in pinned]
+            at = max(chunk.start, following - reach)
+            for low, high in [*pinned, (chunk.stop, chunk.stop)]:  # what the next one reaches, and is not pinned
+                if at < low:
+                    self.sums[chunk].append((at, low, self.store.new_sums(low - at) if self.store.early else None))
+                at = max(at, high)
+
+    def past(self, chunks: Sequence[Chunk], save: bool) -> WindowPast:
+        return WindowPast(self, chunks[0].start, save, self.kernel)
+
+    def write(self, chunks: Sequence[Chunk], written: tuple[Tensor, ...]) -> None:
+        start, stop = chunks[0].start, chunks[-1].stop
+        for low, high, row in [*self.rows.of(start, stop), *self._in_turn(max(start, stop - self.last), stop)]:
+            keys, values = (x[:, :, low - start : high - start] for x in written)
+            self.store.write(row, keys, values)
+
+    def _in_turn(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(start, stop, row) of the last positions written."""
+        while self.last and start < stop:
+            at = start % self.last
+            end = min(stop, start + self.last - at)
+            yield start, end, self.rows.count + at
+            start = end
+
+    def read(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
+        """Copies of the keys and values (B, G, n, D) of these positions, one span after the other."""
+        runs, at = list[tuple[int, int, int]](), 0
+        for start, stop in spans:
+            for low, high, row in [*self.rows.of(start, stop), (stop, stop, 0)]:
+                runs += [*self._in_turn(start, low), (low, high, row)]
+                start = high
+        B, G, D = self.store.heads
+        room = (B, G, sum(stop - start for start, stop in spans), D)
+        keys, values = self.store.like.new_empty(room), self.store.like.new_empty(room)
+        for _, *piece in self.store.pieces([run for run in runs if run[0] < run[1]]):
+            here = slice(at, at + piece[0].shape[2])
+            keys[:, :, here], values[:, :, here] = piece
+            at = here.stop
+        return keys, values
+
+    def add_grads(self, position: int, key_grads: Tensor, value_grads: Tensor) -> None:
+        """See attention.KeyValues."""
+        stop = position + key_grads.shape[2]
+        for chunk, parts in self.sums.items():
+            for i, (start, end, sums) in enumerate(parts if chunk.start < stop and position < chunk.stop else ()):
+                low, high = max(start, position), min(end, stop)
+                if low >= high:
+                    continue
+                if sums is None:
+                    sums = self.store.new_sums(end - start)
+                    parts[i] = start, end, sums
+                sent = slice(low - position, high - position)
+                self.store.add(sums, low - start, key_grads[:, :, sent], value_grads[:, :, sent])
+
+    def hand_over(self, chunk: Chunk) -> tuple[Tensor, ...]:
+        like, (B, G, D) = self.store.like, self.store.heads
+        totals = [like.new_zeros((B, G, chunk.stop - chunk.start, D)) for _ in range(2)]
+        for start, stop, sums in self.sums.pop(chunk):
+            for total, part in zip(totals, self.store.take(sums) if sums is not None else (), strict=False):
+                total[:, :, start - chunk.start : stop - chunk.start] = part
+        return tuple(totals)
+
+    def tensors(self) -> MemoryUse:
+        sums = [x for parts in self.sums.values() for *_, pair in parts if pair is not None for x in pair]
+        return MemoryUse(self.store.tensors(), sums)
