@@ -13,12 +13,12 @@ from torch import Tensor
 import minichunk as mc
 from minichunk.batch import prepare
 from minichunk.chunks import cut
-from minichunk.costs.baselines import Concatenating, concatenating
 from minichunk.memory.cache import LayerCache
 from minichunk.memory.layer_memory import LayerMemories
 from minichunk.memory.window import Pattern
 from minichunk.protocol import Options
 from minichunk.seco import fill, new_memory, rebuild
+from tutorials.concatenating import Concatenating
 
 from .rounding import exactly, outcome
 from .strategies import build, tiny, tiny_state
@@ -121,9 +121,9 @@ def test_no_gradient_is_sent_to_a_past_that_needs_none() -> None:
 def test_the_textbook_baseline_computes_the_same(entries: list[mc.Weight | None] | None) -> None:
     model = build(tiny(), seed=0)
     ids = torch.randint(23, (2, 14))
-    everything = [mc.Weight(1, 1)] * 5
-    exact = exactly(model, lambda: concatenating(model, ids, ids, 3, entries))
-    exact.check(outcome(model, lambda: mc.spaco(model, ids, ids, 3, sampler=lambda *_: entries or everything)))
+    kept = entries or [mc.Weight(1, 1)] * 5
+    exact = exactly(model, lambda: mc.spaco(Concatenating(model), ids, ids, 3, sampler=lambda *_: kept))
+    exact.check(outcome(model, lambda: mc.spaco(model, ids, ids, 3, sampler=lambda *_: kept)))
 
 
 def with_pattern(pattern: Pattern) -> mc.Llama:

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 import minichunk as mc
 from minichunk.chunks import Chunk, cut
-from minichunk.costs.baselines import Concatenating
 from minichunk.memory import kernels
 from minichunk.memory.window import FULL, DeviceStore, Pattern, Strided, Window, WindowCache, WindowPast
 from minichunk.models.partial import partial_config
 from minichunk.models.shapes import memory_bytes, shape
 from minichunk.protocol import Options
+from tutorials.concatenating import Concatenating
 
 from .gradients import Tensors, distance, oracle
 from .rounding import exactly, measure, outcome

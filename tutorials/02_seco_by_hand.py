@@ -42,10 +42,10 @@
 
 # %%
 import torch
+from concatenating import Concatenating
 
 import minichunk as mc
 from minichunk.chunks import cut
-from minichunk.costs.baselines import Concatenating
 from minichunk.loss import summed_loss
 from minichunk.seco import flat
 

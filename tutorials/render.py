@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -19,6 +20,7 @@ mpl.use("agg")
 from matplotlib import pyplot as plt
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # a tutorial may import a module beside it
 TUTORIALS = sorted(HERE.glob("[0-9][0-9]_*.py"))
 
 

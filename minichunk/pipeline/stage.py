@@ -16,7 +16,7 @@ from ..loss import token_losses
 from ..memory.layer_memory import LayerMemories, wide
 from ..models.load import load_model
 from ..models.lora import Placeholder
-from ..models.stack import RMSNorm, Stack
+from ..models.stack import Stack
 from ..protocol import DEFAULTS, Options, Written
 from .links import Links
 from .split_layers import split_layers
@@ -57,7 +57,7 @@ class PipelineStage(Stack):
     shared: Any = property(attrgetter("model.shared"))
     named_parameters: Any = property(attrgetter("model.named_parameters"))  # by their names in the model
     # A norm's weight, because no adapter is put there and it is not stored in 4 bits.
-    like: Any = property(lambda stage: next(m.weight for m in stage.layers.modules() if isinstance(m, RMSNorm)))
+    like: Any = property(lambda stage: next(m.weight for m in stage.layers.modules() if isinstance(m, nn.RMSNorm)))
     layers: Any = property(lambda stage: stage.model.layers[stage.layer_range])
     embedding: Any = property(attrgetter("model.embedding"))  # after the first rank, and the norm before the last:
     norm: Any = property(attrgetter("model.norm"))  # a Placeholder, which returns the hidden states that it is given
