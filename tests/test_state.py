@@ -20,8 +20,7 @@ import minichunk as mc
 from minichunk.batch import shift
 from minichunk.chunks import Chunk, cut
 from minichunk.memory.layer_memory import LayerMemories
-from minichunk.memory.scan import scan
-from minichunk.memory.state import Handed
+from minichunk.memory.state import Handed, scan
 from minichunk.models.load import load_model
 from minichunk.models.ssm import StateLayer
 from minichunk.protocol import DEFAULTS
