@@ -177,8 +177,12 @@ def test_a_rank_reads_its_own_tensors_alone(
     ("world", "changes", "words"),
     [
         (2, {"pipeline": None}, "torchrun has started 2 processes: say with --pipeline"),
-        (3, {"pipeline": 2}, "--pipeline is 2, but must divide the 3 processes"),
-        (1, {"pipeline": 4}, "--pipeline 4 needs 4 processes: torchrun --nproc-per-node 4 -m minichunk train"),
+        (3, {"pipeline": 2}, "--pipeline is 2, but must divide the number of processes, 3"),
+        (
+            1,
+            {"pipeline": 4},
+            "--pipeline is 4, but must divide the number of processes, 1: start torchrun --nproc-per-node 4",
+        ),
         (2, {"pipeline": 2, "method": "full"}, "--method full has no pipeline"),
         (2, {"pipeline": 1, "accumulate": 1}, "--accumulate is 1, but 2 copies of the model need a batch each"),
         (3, {"pipeline": 3, "model": "shallow"}, "the model has 2 layers, too few for 3 ranks"),

@@ -1,7 +1,5 @@
 """The `minichunk` command."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
@@ -44,18 +42,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Carry out one parsed command; returns the exit status."""
-    values = vars(arguments)
-    options, carry_out = COMMANDS[values.pop("command")]
-    return int(carry_out(options_of(options, values)) is False)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 2 for a user's mistake, 1 for a training that failed or a port that differs, 130 after
     Ctrl-C."""
     try:
-        return run(build_parser().parse_args(argv))
+        values = vars(build_parser().parse_args(argv))
+        options, carry_out = COMMANDS[values.pop("command")]
+        return int(carry_out(options_of(options, values)) is False)
     except InputError as error:
         status, words = 2, str(error)
     except (NonFiniteLoss, RankLost) as error:

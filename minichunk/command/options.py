@@ -32,12 +32,13 @@ def add_command(commands: "argparse._SubParsersAction[Parser]", name: str, optio
         argument_default=argparse.SUPPRESS,
     )
     described: dict[str, str] = getattr(options, "GROUPS", {})
-    groups: dict[str, Any] = {title: parser.add_argument_group(title, described[title] or None) for title in described}
-    annotations, here = get_type_hints(options), parser
+    groups: dict[str, Any] = {"": parser}
+    annotations, title = get_type_hints(options), ""
     for field in fields(options):
-        if title := field.metadata["group"]:
-            here = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
-        _add_option(here, field, annotations[field.name])
+        title = field.metadata["group"] or title
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title, described.get(title))
+        _add_option(groups[title], field, annotations[field.name])
 
 
 def _add_option(parser: Any, field: Field[Any], annotation: Any) -> None:

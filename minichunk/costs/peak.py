@@ -25,7 +25,6 @@ from ..full import backpropagate
 from ..memory.cache import LayerCache
 from ..memory.kernels import kernel_for
 from ..memory.layer_memory import LayerMemories
-from ..memory.offload import OffloadedLayer
 from ..memory.window import FULL, WindowCache
 from ..models.llama import Attention
 from ..models.quantize import Linear4bit, check_bitsandbytes
@@ -161,7 +160,7 @@ def _new_memory(
         )
     cache, grads = memory.tensors().bytes()  # and not what comes later and goes: that is a chunk's
     for layer in memory.layers:
-        if isinstance(layer, LayerCache | WindowCache | OffloadedLayer):
+        if isinstance(layer, LayerCache | WindowCache):
             layer.kernel = kernel_for(setting.device, setting.torch_dtype, model.config.head_dim)
     return memory, options, ((0, 0, cache + grads) if setting.offload else (cache, grads, 0))
 

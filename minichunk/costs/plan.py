@@ -33,7 +33,7 @@ class PlanOptions(Setting):
       minichunk plan --model DIR --seq-len 131072 --gpus 4 --offload
     """
 
-    memory: str = option("24GiB", "of the device, of each GPU")
+    memory: str = option("24GiB", "of the device, of each GPU", group="the device")
     reserve: str = option("1GiB", "of it not to be planned with")
     host_memory: str = option("64GiB", "for --offload, of all GPUs")
     gpus: int = option(1, "of a pipeline: the one that needs most of so many is forecast", metavar="N", least=1)

@@ -40,7 +40,7 @@ class Share:
 class Setting(StepOptions):
     """A training whose memory is forecast; hashable, so that nothing is counted twice. `seq_len` plays no part."""
 
-    model: str = option("llama-3-8b", f"directory or one of {', '.join(NAMES)}", metavar="M")
+    model: str = option("llama-3-8b", f"directory or one of {', '.join(NAMES)}", metavar="M", group="the model")
     method: str = changed(
         StepOptions, "method", choices=METHODS, help="as of train; or without chunks: full, full-recompute, "
         "full-recompute-tiled (the loss in tiles), full-recompute-offload (and the layers' inputs in host memory)",
@@ -75,8 +75,7 @@ class Setting(StepOptions):
 
     def options(self) -> Options:
         """As seco and spaco would be told."""
-        sums = DTYPES[self.cache_grad_dtype] if self.cache_grad_dtype else None
-        return Options(self.fill_size, self.recompute, sums, self.offload)
+        return Options(**self.keywords())
 
     def memory_bytes(self, tokens: int) -> Tensor:
         """What each layer of the whole model remembers of so many tokens, and the gradients that have room from the

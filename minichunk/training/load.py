@@ -69,21 +69,12 @@ def load_to_train(options: TrainOptions, links: Links | None = None) -> tuple[An
     return (stages[0] if stages else model), tokenizer
 
 
-def step_keywords(options: TrainOptions) -> dict[str, Any]:
-    """How a step is computed, as keywords of `seco` and fields of `Options`."""
-    sums = DTYPES[options.cache_grad_dtype] if options.cache_grad_dtype else None
-    return {
-        "fill_size": options.fill_size, "recompute": bool(options.recompute), "cache_grad_dtype": sums,
-        "offload": options.offload,
-    }  # fmt: skip
-
-
 def layers_of_ranks(options: TrainOptions, model: Stack, ranks: int) -> list[int]:
     """How many layers each rank gets, with their adapters and their memory of a piece; as `minichunk plan --gpus` does.
 
     Raises InputError for fewer layers than ranks.
     """
-    config, dtype, how = model.config, DTYPES[known(options.dtype)], Options(**step_keywords(options))
+    config, dtype, how = model.config, DTYPES[known(options.dtype)], Options(**options.keywords())
     targets = options.targets or linear_layers(model)
     shaped = random_model(config, dtype, options.rank, targets, "meta", options.load_in_4bit)
     memory = layer_memory_bytes(config, dtype, options.most_kept(), how, options.batch_size)
@@ -134,7 +125,7 @@ def load_data(options: TrainOptions, model: Stack, tokenizer: Tokenizer) -> tupl
 
 def make_gradient(options: TrainOptions) -> Callable[[Any, Tensor, Tensor, int, torch.Generator], Tensor]:
     """The method of the options as a function of model or stage, input_ids, labels, num_targets, generator."""
-    keywords = step_keywords(options)
+    keywords = options.keywords()
 
     def gradient(model: Any, input_ids: Tensor, labels: Tensor, num_targets: int, generator: torch.Generator) -> Tensor:
         if options.method == "full":

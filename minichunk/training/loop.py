@@ -100,8 +100,10 @@ class Trainer:
         Raises NonFiniteLoss before anything is changed.
         """
         began = time.perf_counter()
-        batches = list(self._batches())
-        num_targets = sum(document.num_targets() for batch in batches for document in batch)
+        per_step, size = self.batch_size * self.accumulate, self.batch_size
+        chosen = step_documents(self.documents, per_step, self.step, self.seed)
+        batches = [chosen[start : start + size] for start in range(0, per_step, size)]
+        num_targets = sum(document.num_targets() for document in chosen)
         losses = []
         for number, batch in self.ranks.mine(batches):
             # PyTorch's generator on the CPU takes the low 32 bits of a seed, in which each batch has to differ.
@@ -119,20 +121,8 @@ class Trainer:
         lr = self.schedule.lr_at(self.step)
         self._update(lr)
         self.step += 1
-        tokens = sum(len(document) for batch in batches for document in batch)
-        return {
-            "step": self.step,
-            "loss": loss,
-            "grad_norm": norm,
-            "lr": lr,
-            "tokens": tokens,
-            "seconds": time.perf_counter() - began,
-        }
-
-    def _batches(self) -> Iterator[list[Document]]:
-        chosen = step_documents(self.documents, self.batch_size * self.accumulate, self.step, self.seed)
-        for start in range(0, len(chosen), self.batch_size):
-            yield chosen[start : start + self.batch_size]
+        done = {"step": self.step, "loss": loss, "grad_norm": norm, "lr": lr, "tokens": sum(map(len, chosen))}
+        return {**done, "seconds": time.perf_counter() - began}
 
     def _collect_gradients(self) -> float:
         """Move the gradients to the masters, clip them, and return their norm before clipping."""

@@ -191,6 +191,12 @@ two windows: most of a chunk then needs nothing of what lies before it."""}
         if self.load_in_4bit and self.rank == 0:
             raise InputError("--load-in-4bit freezes the base: it needs an adapter, --rank of at least 1")
 
+    def keywords(self) -> dict[str, Any]:
+        """How a step is computed, as keywords of `seco` and fields of `Options`."""
+        sums = DTYPES[self.cache_grad_dtype] if self.cache_grad_dtype else None
+        how = {"fill_size": self.fill_size, "recompute": bool(self.recompute), "offload": self.offload}
+        return {**how, "cache_grad_dtype": sums}
+
     def pattern(self) -> Pattern | None:
         """What the layers of `--partial-context` see; None without it."""
         if self.partial_context == "window":
@@ -218,8 +224,7 @@ class TrainOptions(StepOptions, ModelOptions):
     """
 
     GROUPS: ClassVar[Mapping[str, str]] = {
-        "model and data": "", "method": "", **StepOptions.GROUPS, "training": "", "LoRA": "",
-        "several GPUs": "started by torchrun --nproc-per-node P -m minichunk train …", "run": "",
+        **StepOptions.GROUPS, "several GPUs": "started by torchrun --nproc-per-node P -m minichunk train …"
     }
 
     data: tuple[str, ...] = option((), "text or JSONL files", absent="the shipped novel", metavar="FILE",
@@ -297,13 +302,9 @@ class TrainOptions(StepOptions, ModelOptions):
                 f"({world}: all of them; 1: each has all layers, and documents of its own)"
             )
         ranks = self.pipeline or 1
-        if world == 1 and ranks > 1:
-            raise InputError(
-                f"--pipeline {ranks} needs {ranks} processes: torchrun --nproc-per-node {ranks} -m minichunk train "
-                f"--pipeline {ranks} …"
-            )
         if world % ranks:
-            raise InputError(f"--pipeline is {ranks}, but must divide the {world} processes that torchrun has started")
+            start = f"torchrun --nproc-per-node {ranks} -m minichunk train --pipeline {ranks} …"
+            raise InputError(f"--pipeline is {ranks}, but must divide the number of processes, {world}: start {start}")
         if self.method == "full" and ranks > 1:
             raise InputError("--method full has no pipeline: take seco or spaco, or --pipeline 1")
         if self.accumulate is not None and self.accumulate < world // ranks:

@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -15,13 +15,14 @@ from ..models.partial import describe
 from ..pipeline.links import Links, RankLost
 from ..pipeline.start import linked, local_device, started
 from .evaluate import Span, loss_by_position, spans_for
-from .load import check_host_room, load_data, load_to_train, make_gradient, step_keywords
+from .load import check_host_room, load_data, load_to_train, make_gradient
 from .loop import NonFiniteLoss, Schedule, Trainer, deterministic_kernels
 from .options import TrainOptions, known
 from .ranks import Ranks
 from .report import loss_table, peak_memory, write_results
 from .run_directory import Run
 
+Say = Callable[[str], object]
 LARGE = 10**9  # parameters from which on a chunk's activations are recomputed unless told otherwise
 
 
@@ -29,7 +30,7 @@ class Interrupted(Exception):
     """Ctrl-C: the run is saved, and the message says how to go on."""
 
 
-def train(options: TrainOptions, say: Callable[[str], object] = print) -> Path:
+def train(options: TrainOptions, say: Say = print) -> Path:
     """Run the training that `options` describe; with `resume` continue the one in `options.output`.
 
     Under torchrun, called on all processes; the first one speaks and writes. Of a run that is continued, only
@@ -39,7 +40,7 @@ def train(options: TrainOptions, say: Callable[[str], object] = print) -> Path:
     options, the model or the data, NonFiniteLoss, and Interrupted after saving on Ctrl-C; RankLost if another process
     ends or does not answer.
     """
-    resumed, before = None, None
+    resumed, before = None, list[Span]()
     if options.resume:
         options.check_resume()
         resumed = Run.existing(options.output)
@@ -47,25 +48,16 @@ def train(options: TrainOptions, say: Callable[[str], object] = print) -> Path:
         options = replace(stored, pipeline=options.pipeline, timeout=options.timeout)
     options = options.resolved()
     ranks, device, timeout = known(options.pipeline), local_device(known(options.device)), options.timeout
-    with (
-        deterministic_kernels(options.deterministic),
-        linked(ranks, device, timedelta(seconds=timeout)) as links,
-    ):
+    with deterministic_kernels(options.deterministic), linked(ranks, device, timedelta(seconds=timeout)) as links:
         return _train(options, resumed, before, links, say)
 
 
-def _train(
-    options: TrainOptions,
-    resumed: Run | None,
-    before: list[Span] | None,
-    links: Links | None,
-    say: Callable[[str], object],
-) -> Path:
+def _train(options: TrainOptions, resumed: Run | None, before: list[Span], links: Links | None, say: Say) -> Path:
     model, tokenizer = load_to_train(options, links)
     ranks = Ranks(model)
     say = say if ranks.is_first else lambda line: None
     if options.offload:
-        check_host_room(model, options.batch_size, options.most_kept(), step_keywords(options)["cache_grad_dtype"])
+        check_host_room(model, options.batch_size, options.most_kept(), options.keywords()["cache_grad_dtype"])
     training, validation, line = load_data(options, model, tokenizer)
     run = resumed or Run(ranks.everyones(Run.new(options.output).directory if ranks.is_first else Path())[0])
     total, trainable = ranks.count_parameters()
@@ -90,7 +82,7 @@ def _train(
         with tqdm(total=mine, desc=title, unit="document", leave=False, disable=not ranks.is_first) as bar:
             return loss_by_position(ranks.part, validation, options.chunk_size, spans, bar.update)
 
-    if before is None:
+    if not resumed:
         before = evaluate("loss by position before")
         if ranks.is_first:
             run.write_info(options, before)
@@ -158,15 +150,14 @@ def interrupt_flag(speaks: bool = True) -> Iterator[list[int]]:
         flag.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    try:
-        previous = signal.signal(signal.SIGINT, on_interrupt)
-    except ValueError:  # not the main thread: there is no Ctrl-C to catch
-        yield flag
-        return
+    previous = signal.getsignal(signal.SIGINT)
+    with suppress(ValueError):  # not in the main thread: there is no Ctrl-C to catch
+        signal.signal(signal.SIGINT, on_interrupt)
     try:
         yield flag
     finally:
-        signal.signal(signal.SIGINT, previous)
+        with suppress(ValueError):
+            signal.signal(signal.SIGINT, previous)
 
 
 def _last_good(run: Run) -> str:
