@@ -21,7 +21,7 @@ from minichunk.chunks import Chunk
 from minichunk.errors import InputError
 from minichunk.full import full
 from minichunk.memory.layer_memory import MemorySpec, MemoryUse
-from minichunk.memory.scan import scan
+from minichunk.memory.state import scan
 from minichunk.models.ssm import StateLayer, StateSpace
 from minichunk.models.stack import Stack
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..memory.attention import Past
 from ..memory.cache import LayerCache
 from ..memory.layer_memory import LayerMemory, MemorySpec, wide
-from ..memory.offload import DeviceBlocks, HostStore, OffloadedLayer
+from ..memory.offload import DeviceBlocks, HostStore
 from ..memory.window import FULL, DeviceStore, Pattern, WindowCache
 from .config import LlamaConfig
 from .stack import Decoder
@@ -129,8 +129,6 @@ class Layer(nn.Module):
         grad_dtype = spec.options.cache_grad_dtype or wide(spec.like)
         if spec.options.offload:
             blocks = spec.common(DeviceBlocks, lambda: DeviceBlocks((2, B, G, D), spec.like, grad_dtype))
-            if pattern == FULL:
-                return OffloadedLayer(blocks, spec.capacity, spec.receiving)
             return WindowCache(lambda rows: HostStore(blocks, rows), pattern, spec.capacity, spec.receiving)
         if pattern == FULL:
             return LayerCache((B, G, spec.capacity, D), spec.receiving, spec.like, grad_dtype)
