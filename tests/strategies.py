@@ -22,7 +22,7 @@ from minichunk.memory import window
 from minichunk.memory.attention import BLOCK
 from minichunk.memory.cache import LayerCache
 from minichunk.memory.kernels import Plain
-from minichunk.memory.offload import DeviceBlocks, HostStore, OffloadedLayer
+from minichunk.memory.offload import DeviceBlocks, HostStore
 from minichunk.memory.window import FULL, DeviceStore, Pattern, Strided, Window, WindowCache
 from minichunk.models.config import Llama3Rope
 from minichunk.models.load import class_of
@@ -62,8 +62,6 @@ def cache_of(
     B, G, capacity, D = shape
     if offload:
         blocks = DeviceBlocks((2, B, G, D), like, grad_dtype)
-        if pattern == FULL:
-            return OffloadedLayer(blocks, capacity, receiving)
         return WindowCache(partial(HostStore, blocks), pattern, capacity, receiving)
     if pattern == FULL:
         return LayerCache(shape, receiving, like, grad_dtype)

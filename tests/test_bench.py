@@ -8,17 +8,18 @@ from pathlib import Path
 import pytest
 
 from minichunk.command.main import main
-from minichunk.costs.bench import METHODS, BenchOptions, Case, Row, bench, describe_machine, measure, table
+from minichunk.costs import bench
+from minichunk.costs.bench import METHODS, BenchOptions, Row, describe_machine, measure, table
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_all_methods_compute_the_same_loss(model_directory: Path, method: str) -> None:
     """With every chunk kept SpaCO is SeCO; all have the same weights and tokens."""
     options = BenchOptions(model=str(model_directory), chunk_size=8, budget=4)
-    seconds, peak, loss = measure(Case(method, 32, options))
+    seconds, peak, loss = measure(options, method, 32)
     assert seconds > 0
     assert peak > 2**20
-    assert loss == pytest.approx(measure(Case("full", 32, options))[2], rel=1e-5)
+    assert loss == pytest.approx(measure(options, "full", 32)[2], rel=1e-5)
 
 
 def test_the_command(model_directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,12 +35,11 @@ def test_the_command(model_directory: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_the_table_has_medians_ratios_and_failures() -> None:
-    options = BenchOptions()
     rows = [
-        Row(Case("full", 1024, options), [2.0], [2**30]),
-        Row(Case("seco", 1024, options), [3.0, 1.0, 1.5], [2**29]),
-        Row(Case("full", 2048, options), error="out of memory"),
-        Row(Case("seco", 2048, options), [4.0], [2**29]),
+        Row("full", 1024, [2.0], [2**30]),
+        Row("seco", 1024, [3.0, 1.0, 1.5], [2**29]),
+        Row("full", 2048, error="out of memory"),
+        Row("seco", 2048, [4.0], [2**29]),
     ]
     assert table(rows).splitlines()[2:] == [
         "| 1,024 | full | 2.00 | 1.00 | 1.00 GiB | 1.00 |",
@@ -49,9 +49,12 @@ def test_the_table_has_medians_ratios_and_failures() -> None:
     ]
 
 
-def test_a_case_that_fails_says_why() -> None:
-    (row,) = bench([Case("seco", 16, BenchOptions(model="nowhere"))], 2, quiet=True)
-    assert row.error is not None and "'nowhere' is neither a directory" in row.error
+def test_a_row_that_fails_says_why(model_directory: Path) -> None:
+    """What its process raises, here of chunks without tokens."""
+    row = Row("seco", 16)
+    options = BenchOptions(model=str(model_directory), chunk_size=0)
+    bench._measure_in_process(options, row, 0)
+    assert row.error is not None and "InputError: input_ids has 0 token" in row.error
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_logits_and_gradients_equal_transformers(
     logits = {"logits": model(batch.input_ids)}
     keywords = {"fill_size": fill_chunks * chunk_size, "recompute": recompute, "offload": offload}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("minichunk.memory.scan.BLOCK", blocks[1])
+        patch.setattr("minichunk.memory.state.BLOCK", blocks[1])
         exact.check(outcome(model, lambda: mc.full(model, batch.input_ids, batch.labels)) | logits)
         step = outcome(model, lambda: mc.seco(model, batch.input_ids, batch.labels, chunk_size, **keywords))
         exact.check(step | logits)

@@ -14,12 +14,13 @@ from minichunk.chunks import Chunk, cut
 from minichunk.costs.forecast import forecast
 from minichunk.costs.setting import Setting
 from minichunk.memory import offload
+from minichunk.memory.window import FULL, WindowCache
 from minichunk.samplers import Weight
 
 from .fake_cuda import Race, delayed, fake_cuda
 from .gradients import distance, oracle, take_gradients
 from .rounding import exactly, outcome
-from .strategies import Batch, batches, blocks_of, build, examples, models, tiny
+from .strategies import Batch, batches, blocks_of, build, cache_of, examples, models, tiny
 
 WEIGHTS = st.none() | st.builds(Weight, st.floats(-3, 3), st.floats(-3, 3))
 
@@ -73,11 +74,9 @@ def test_a_mistake_in_the_blocks_is_found() -> None:
     """A negative control: a block that is one position off."""
     model, ids = build(tiny(), seed=0), torch.randint(23, (1, 12), generator=torch.Generator().manual_seed(0))
     exact = exactly(model, lambda: mc.full(model, ids, ids))
-    original = offload.OffloadedLayer.add_grads
+    original = WindowCache.add_grads
     with pytest.MonkeyPatch.context() as patch, blocks_of(4):
-        patch.setattr(
-            offload.OffloadedLayer, "add_grads", lambda self, at, *grads: original(self, max(0, at - 1), *grads)
-        )
+        patch.setattr(WindowCache, "add_grads", lambda self, at, *grads: original(self, max(0, at - 1), *grads))
         got = outcome(model, lambda: mc.seco(model, ids, ids, 3, offload=True))
     assert distance(got, exact.values) > 1e-2
     with pytest.raises(AssertionError, match="is off by"):
@@ -85,8 +84,8 @@ def test_a_mistake_in_the_blocks_is_found() -> None:
 
 
 def test_host_memory_holds_keys_values_and_the_kept_gradients_only() -> None:
-    stage = offload.DeviceBlocks((2, 1, 2, 4), torch.zeros(1, dtype=torch.bfloat16), torch.float32)
-    layer = offload.OffloadedLayer(stage, 5000, [Chunk(0, 100), Chunk(700, 800)])
+    like, receiving = torch.zeros(1, dtype=torch.bfloat16), [Chunk(0, 100), Chunk(700, 800)]
+    layer = cache_of(FULL, (1, 2, 5000, 4), receiving, like, offload=True, grad_dtype=torch.float32)
     cache, grads = layer.tensors()
     assert sum(x.numel() * x.element_size() for x in cache) == 5000 * 2 * 2 * 4 * 2
     assert sum(x.numel() * x.element_size() for x in grads) == 200 * 2 * 2 * 4 * 4

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minichunk.memory import scan as scan_module
-from minichunk.memory.scan import BLOCK, products, scan
+from minichunk.memory import state as scan_module
+from minichunk.memory.state import BLOCK, products, scan
 
 from .gradients import Tensors
 from .recurrence import loop

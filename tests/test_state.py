@@ -20,8 +20,7 @@ import minichunk as mc
 from minichunk.batch import shift
 from minichunk.chunks import Chunk, cut
 from minichunk.memory.layer_memory import LayerMemories
-from minichunk.memory.scan import scan
-from minichunk.memory.state import Handed
+from minichunk.memory.state import Handed, scan
 from minichunk.models.load import load_model
 from minichunk.models.ssm import StateLayer
 from minichunk.protocol import DEFAULTS
@@ -78,17 +77,6 @@ def test_seco_equals_full(
 
 
 @examples(5)
-@given(model=state_models(), first=batches(), second=batches(), chunk_size=st.integers(1, 9))
-def test_accumulated_batches_equal_full(model: mc.StateSpace, first: Batch, second: Batch, chunk_size: int) -> None:
-    count = first.num_targets + second.num_targets
-
-    def both(method: Callable[..., Tensor], *size: int) -> Tensor:
-        return sum(method(model, b.input_ids, b.labels, *size, num_targets=count) for b in (first, second))
-
-    exactly(model, lambda: both(mc.full)).check(outcome(model, lambda: both(mc.seco, chunk_size)))
-
-
-@examples(5)
 @given(model=state_models(), batch=batches())
 def test_full_equals_the_loop(model: mc.StateSpace, batch: Batch) -> None:
     """The oracle itself, against a loop over tokens."""
@@ -124,10 +112,10 @@ def test_any_draw_equals_the_oracle(
     exact.check(outcome(model, lambda: mc.spaco(model, batch.input_ids, batch.labels, chunk_size, **keywords)))
 
 
-@pytest.mark.parametrize(("layers", "rates"), [("ss", [0.3, 0.2, 0.5, 0.35]), ("sas", [0.4, 0.7, 0.3])])
-def test_bernoulli_is_unbiased(layers: str, rates: list[float]) -> None:
+def test_bernoulli_is_unbiased() -> None:
     """The expectation over all draws, enumerated: what passes through skipped chunks needs no coin."""
-    model, ids = build(tiny_state(layers), seed=0), some_ids(len(rates) * 2, batch=1)
+    rates = [0.4, 0.7, 0.3]
+    model, ids = build(tiny_state("sas"), seed=0), some_ids(len(rates) * 2, batch=1)
     remember(model, 3.0)
     got, draws = expectation(model, ids, ids, 2, mc.Bernoulli(rates))
     exactly(model, lambda: mc.full(model, ids, ids)).check(got, beside=draws)
@@ -163,26 +151,6 @@ def received_states(model: mc.StateSpace, ids: Tensor, chunk_size: int) -> dict[
         mc.seco(model, ids, ids, chunk_size)
     model.zero_grad()
     return found
-
-
-def test_what_is_relayed_is_the_adjoint() -> None:
-    """One layer: λ = Σ_t dL/dy[t] · c[t] ∏ a over the tokens after the state, by its closed form."""
-    model, ids, size = build(tiny_state(1), seed=1), some_ids(11), 4
-    layer = model.layers[0]
-    remember(model, 2.0)
-
-    def adjoints() -> dict[str, Tensor]:
-        x = model.embedding(ids)
-        u = layer.norm(x)
-        log_a, c = F.logsigmoid(layer.a_proj(u)), layer.c_proj(u)
-        y = layer(x, None)[0].detach().requires_grad_()
-        loss = F.cross_entropy(model.lm_head(model.norm(y)).flatten(0, 1), shift(ids).flatten(), ignore_index=-100)
-        (dy,) = torch.autograd.grad(loss, y)  # (B, T, P)
-        left = {stop: log_a[:, stop:].cumsum(1).exp() for stop in (4, 8)}  # ∏ a
-        return {str(stop): (dy[:, stop:].mT @ (c[:, stop:] * prod)).detach() for stop, prod in left.items()}
-
-    found = received_states(model, ids, size)
-    measure(adjoints).check({str(stop): adjoint for (_, stop), adjoint in found.items()})
 
 
 def test_what_is_relayed_is_the_adjoint_in_every_layer() -> None:
@@ -362,22 +330,15 @@ def test_a_checkpoint_is_found_and_read_again(layers: str, tied: bool, tmp_path:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "mamba2"}, "model_type is 'mamba2', but must be 'state_space'"),
         ({"model_type": "llama"}, "model_type is 'llama', but must be 'state_space'"),
         ({"state_size": None}, "the field state_size is missing"),
         ({"state_size": 0}, "state_size is 0, but must be a whole number"),
-        ({"hidden_size": True}, "hidden_size is True"),
-        ({"num_hidden_layers": "3"}, "num_hidden_layers is '3'"),
-        ({"max_position_embeddings": 1.5}, "max_position_embeddings is 1.5"),
         ({"layer_types": ["state"]}, r"layer_types is \['state'\], but must be .* for each of the 3 layers"),
         ({"layer_types": ["state", "state", "conv"]}, "layer_types is .*'conv'.*'state' or 'full_attention'"),
         ({"layer_types": "state"}, "layer_types is 'state', but must be a list"),
         ({"head_dim": None}, "head_dim is missing, which the attention layers need"),
-        ({"head_dim": 3}, "head_dim is 3"),
         ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) must be a multiple"),
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0, but must be a number above 0"),
-        ({"rope_theta": "x"}, "rope_theta is 'x'"),
-        ({"eos_token_id": "x"}, "eos_token_id is 'x'"),
         ({"state_sise": 4}, "the field state_sise is not one of a state_space model"),
     ],
 )

@@ -21,13 +21,13 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 DRAW = [mc.Weight(2.0, 1.5), None, mc.Weight(2.0, 1.5), mc.Weight(1.0, 1.0)]
 READ = """() => {
   const all = (where, take) => [...document.querySelectorAll(where)].map(take);
-  const norms = (name) => all(`#grid [data-${name}]`, (x) => [x.dataset[name], Number(x.dataset.norm)]);
+  const norms = (name) => Object.fromEntries(all(`#grid [data-${name}]`, (x) => [x.dataset[name], Number(x.dataset.norm)]));
   const inside = (line, box) => line.top >= box.top - 1 && line.bottom <= box.bottom + 1;
   return {
     bytes: Object.fromEntries(all('#bytes td', (x) => [x.dataset.part, Number(x.dataset.bytes)])),
     bars: all('#memory g[data-step]', (g) => [...g.querySelectorAll('.bar')].reduce((h, x) => h + x.height.baseVal.value, 0)),
     table: all('#numbers [data-value]', (x) => [Number(x.dataset.value), Number(x.textContent)]),
-    sent: norms('sent'), relayed: norms('relayed'), held: Object.fromEntries(norms('held')),
+    sent: norms('sent'), relayed: norms('relayed'), held: norms('held'),
     graphs: all('#grid [data-body=graph], #grid [data-body=input]', (x) => x.dataset.cell.split(',')[1]),
     marked: all('#code .current, #code .also', (x) => inside(x.getBoundingClientRect(), x.closest('#code').getBoundingClientRect())),
     terms: all('#equation .marked', (x) => x.dataset.at).join(' '),
@@ -42,16 +42,13 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, dict
     if path is None:
         pytest.skip("no Chromium here: apt-get install chromium")
     ids = torch.randint(23, (2, 22), generator=torch.Generator().manual_seed(2))
-    logs = {
-        name: mc.trace(function, model, ids, ids, **keywords)
-        for name, model, function, keywords in (
-            ("SeCO", build(tiny(3), seed=1), mc.seco, {"chunk_size": 6}),
-            ("SpaCO", build(tiny(3), seed=1), mc.spaco, {"chunk_size": 6, "sampler": lambda *_: DRAW}),
-            ("full", build(tiny(3), seed=1), mc.full, {}),
-            ("full, recomputed", build(tiny(3), seed=1), mc.full, {"recompute": True}),
-            ("states", build(tiny_state(2), seed=3), mc.spaco, {"chunk_size": 6, "sampler": lambda *_: DRAW}),
-        )
-    }
+    draw, logs = {"sampler": lambda *_: DRAW}, {}
+    for name, function, keywords in (
+        ("SeCO", mc.seco, {"chunk_size": 6}), ("SpaCO", mc.spaco, {"chunk_size": 6} | draw), ("full", mc.full, {}),
+        ("full, recomputed", mc.full, {"recompute": True}), ("states", mc.spaco, {"chunk_size": 6} | draw),
+    ):  # fmt: skip
+        model = build(tiny_state(2) if name == "states" else tiny(3), seed=1)
+        logs[name] = mc.trace(function, model, ids, ids, **keywords)
     larger = mc.trace(mc.seco, build(tiny(3), seed=1), ids, ids, 11)
     file = tmp_path_factory.mktemp("walk") / "walk.html"
     file.write_text(make_page([*logs.values(), larger], [*logs, "SeCO"]))
@@ -89,14 +86,13 @@ def test_every_number_on_the_page_is_one_of_the_log(opened: Any) -> None:
             assert found["bars"] == pytest.approx([sum(e["bytes"].values()) * scale for e in log], abs=0.3)
             assert [x for x, _ in found["table"]] == pytest.approx(table_of(event), rel=1e-12)
             assert [x for _, x in found["table"]] == [float(f"{x:.5g}") for x, _ in found["table"]]
-            sent = [(str(i), math.hypot(*norms)) for i, *norms in event.get("sent", [])]
-            relayed = [(str(i), math.hypot(*norms)) for i, norms in enumerate(event.get("received", []))]
-            for name, expected in (("sent", sent), ("relayed", relayed)):
-                assert [key for key, _ in found[name]] == [key for key, _ in expected]
-                assert [x for _, x in found[name]] == pytest.approx([x for _, x in expected], rel=1e-12)
+            sent = {str(i): math.hypot(*norms) for i, *norms in event.get("sent", [])}
+            relayed = {str(i): math.hypot(*norms) for i, norms in enumerate(event.get("received", []))}
+            assert found["sent"] == pytest.approx(sent, rel=1e-12)
+            assert found["relayed"] == pytest.approx(relayed, rel=1e-12)
             held = {} if event["kind"] == "end" else held
             held |= {f"{event['layer']},{i}": math.hypot(*norms) for i, *norms in event.get("held", [])}
-            held |= {f"{layer},{event['chunk']}": x for layer, x in relayed}
+            held |= {f"{layer},{event['chunk']}": x for layer, x in relayed.items()}
             assert found["held"] == pytest.approx({key: x for key, x in held.items() if x}, rel=1e-12)
             assert len(set(found["graphs"])) <= 1, "no two graphs are alive at once"
             assert found["marked"] == [True] * ((event["kind"] not in ("begin", "end")) + (event["kind"] == "relay"))

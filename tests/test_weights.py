@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,32 +74,7 @@ def test_tied_embeddings_stay_one_parameter(tmp_path: Path) -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-NORM = "model.norm.weight"
-
-
-def truncate(directory: Path) -> None:
-    path = directory / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-7])
-
-
-def garbage(directory: Path) -> None:
-    (directory / "model.safetensors").write_bytes(b"\xff" * 64)
-
-
-def pickled(directory: Path) -> None:
-    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-
-
-def absolute_index(directory: Path) -> None:
-    write_index(directory, {**shard(directory), NORM: str(directory / "model-1-of-2.safetensors")})
-
-
-def index_above(directory: Path) -> None:
-    write_index(directory, {**shard(directory), NORM: "../model-1-of-2.safetensors"})
-
-
-def index_of_a_missing_file(directory: Path) -> None:
-    write_index(directory, {**shard(directory), NORM: "model-3-of-2.safetensors"})
+NORM, FILE = "model.norm.weight", "model.safetensors"
 
 
 def index_of_the_wrong_file(directory: Path) -> None:
@@ -108,26 +83,25 @@ def index_of_the_wrong_file(directory: Path) -> None:
     write_index(directory, {**weight_map, NORM: other.get(weight_map[NORM], "model-1-of-2.safetensors")})
 
 
-def index_without_a_map(directory: Path) -> None:
-    shard(directory)
-    write_index(directory, [])
-
-
-def broken_config(directory: Path) -> None:
-    (directory / "config.json").write_text("{")
+def index_with(file: str) -> Callable[[Path], None]:
+    """Of two shards, one tensor put into this file."""
+    return lambda directory: write_index(directory, {**shard(directory), NORM: file})
 
 
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (truncate, "model.safetensors is not a whole safetensors file"),
-        (garbage, "model.safetensors is not a whole safetensors file"),
-        (pickled, "pytorch_model.bin is pickled.*save_pretrained"),
-        (absolute_index, "index.json puts model.norm.weight into.*a file name alone"),
-        (index_above, "index.json puts model.norm.weight into.*a file name alone"),
-        (index_of_a_missing_file, "model-3-of-2.safetensors is missing"),
+        (
+            lambda d: (d / FILE).write_bytes((d / FILE).read_bytes()[:-7]),
+            "model.safetensors is not a whole safetensors file",
+        ),
+        (lambda d: (d / FILE).write_bytes(b"\xff" * 64), "model.safetensors is not a whole safetensors file"),
+        (lambda d: (d / FILE).rename(d / "pytorch_model.bin"), "pytorch_model.bin is pickled.*save_pretrained"),
+        (index_with("/model-1-of-2.safetensors"), "index.json puts model.norm.weight into.*a file name alone"),
+        (index_with("../model-1-of-2.safetensors"), "index.json puts model.norm.weight into.*a file name alone"),
+        (index_with("model-3-of-2.safetensors"), "model-3-of-2.safetensors is missing"),
         (index_of_the_wrong_file, "lacks the tensor model.norm.weight"),
-        (broken_config, "config.json is not JSON"),
+        (lambda d: (d / "config.json").write_text("{"), "config.json is not JSON"),
         (lambda d: (d / "config.json").unlink(), "config.json is missing"),
         (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor"),
         (lambda d: change_tensors(d, **{NORM: None}), "the tensor model.norm.weight is missing"),
@@ -137,7 +111,7 @@ def broken_config(directory: Path) -> None:
         ),
         (lambda d: change_tensors(d, extra=torch.ones(9)), "has the tensor extra"),
         (lambda d: change_tensors(d, **{NORM: torch.ones(8, dtype=torch.int8)}), "must be floating point"),
-        (index_without_a_map, "lacks the object weight_map"),
+        (lambda d: (shard(d), write_index(d, [])), "lacks the object weight_map"),
     ],
 )
 def test_a_damaged_checkpoint_is_named(checkpoint: Path, damage: object, words: str) -> None:

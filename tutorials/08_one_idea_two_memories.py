@@ -20,7 +20,7 @@ import minichunk as mc
 from minichunk.batch import prepare
 from minichunk.chunks import cut
 from minichunk.files.shipped import ASSETS, novel
-from minichunk.memory.scan import scan
+from minichunk.memory.state import scan
 from minichunk.models.ssm import StateLayer
 from minichunk.protocol import Options
 from minichunk.seco import fill, new_memory, rebuild

@@ -84,7 +84,7 @@ figure.suptitle("What a query sees does not depend on the chunks", y=1.02)
 plt.show()
 
 # %% [markdown]
-# The rule ([`memory/pattern.py`](../minichunk/memory/pattern.py)) is about positions and knows nothing of chunks. If a
+# The rule ([`memory/window.py`](../minichunk/memory/window.py)) is about positions and knows nothing of chunks. If a
 # window ended where a chunk begins, another chunk size would be another model, and writing token by token a third:
 
 # %%
@@ -101,7 +101,7 @@ for name, (model, ids) in models.items():
 # Some positions are *pinned*: all later queries see them. The others are seen from as far as the *reach*, window - 1. Who
 # will still ask? When text is written, the next token: the memory keeps the sinks, and a *ring* of the last positions, in
 # which the newest takes the place of the oldest. In training a chunk is rebuilt long after its past was filled, so the
-# memory keeps the reach *before the start of each chunk* ([`memory/places.py`](../minichunk/memory/places.py)).
+# memory keeps the reach *before the start of each chunk* ([`memory/window.py`](../minichunk/memory/window.py)).
 #
 # **Predict before you read on.** A window of 64 with 4 sinks, a text of 4,096 tokens. How many keys does a layer keep when
 # the text is written? And in training, with chunks of half a window, of one window, of two, of eight?
@@ -139,8 +139,8 @@ assert all(rows(hybrids["window"], 4096, C) == SINKS + (4096 // C - 1) * (W - 1)
 # %% [markdown]
 # Chunks of half a window keep all but the last chunk, which nobody reads; chunks of one window save next to nothing,
 # for each needs the chunk before but for one position. From there on it goes as one over the chunk: take chunks of at
-# least two windows. A strided layer keeps its pinned blocks besides, here one in eight; and with short chunks it has some
-# positions twice, pinned and in reach. At any chunk size a window saves time: its work does not grow with the past.
+# least two windows. A strided layer keeps its pinned blocks besides, here one in eight. At any chunk size a
+# window saves time: its work does not grow with the past.
 #
 # ## How far a relay reaches
 #
@@ -191,7 +191,7 @@ for name in PATTERNS:
     for memory, _, _ in walk(model, words[:, :192], 24):
         alive.append(sum(x.shape[2] for x in memory.layers[0].tensors().gradients) // 2)  # half of them are of values
     print(f"{name:16}   " + "".join(f"{n:5}" for n in alive))
-    assert name != "window and sinks" or alive == [4 + 2 * 24] * 6 + [4 + 24, 4]
+    assert name != "window and sinks" or alive == [4 + 2 * 24] * 5 + [2 * 24, 24, 0]
 
 # %% [markdown]
 # In full attention the last chunk sends to all others, so there is room for all from the start to the end. A window has

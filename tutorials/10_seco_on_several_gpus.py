@@ -277,7 +277,7 @@ shutil.rmtree(folder)
 # if gpu:
 #     torch.cuda.set_device(device)
 # torch.manual_seed(0)  # the same adapter and tokens on all ranks
-# stage = mc.PipelineStage.load("minichunk/assets/austen-llama", torch.float32, device)  # this rank's layers
+# stage = mc.PipelineStage.load("minichunk/assets/austen-llama", dtype=torch.float32, device=device)
 # mc.add_lora(stage.model, rank=8, alpha=16)
 # optimizer = torch.optim.AdamW([p for p in stage.parameters() if p.requires_grad], lr=1e-3)
 # input_ids = torch.randint(stage.vocab_size, (1, 2048)).to(device)

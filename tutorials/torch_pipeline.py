@@ -63,7 +63,7 @@ def torch_seco(stage: mc.PipelineStage, input_ids: Tensor, labels: Tensor, chunk
         with torch.no_grad():
             run(ScheduleGPipe, layers, batch, chunks[:-1])
     losses = run(Schedule1F1B, layers, batch, chunks[::-1])  # lines 4-7
-    total = torch.zeros((), dtype=stage.stream_dtype, device=input_ids.device)
+    total = torch.zeros((), dtype=stage.like.dtype, device=input_ids.device)
     for loss in losses:
         total = total + loss.detach()
     links.add(total, links.up)  # 0 before the last rank

@@ -21,9 +21,9 @@ from minichunk.chunks import Chunk
 from minichunk.errors import InputError
 from minichunk.full import full
 from minichunk.memory.layer_memory import MemorySpec, MemoryUse
-from minichunk.memory.scan import scan
+from minichunk.memory.state import scan
 from minichunk.models.ssm import StateLayer, StateSpace
-from minichunk.models.stack import RMSNorm, Stack
+from minichunk.models.stack import Stack
 
 Inputs = tuple[Tensor, Tensor, Tensor]  # u (B, T, P), log A and B (B, T, N): what puts tokens into a state
 
@@ -153,7 +153,7 @@ class TruncatedStateSpace(Stack):
         return self.truncated
 
     @property
-    def norm(self) -> RMSNorm:
+    def norm(self) -> nn.Module:
         return self.model.norm
 
 

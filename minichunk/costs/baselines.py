@@ -19,35 +19,27 @@ def host_like(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=x.is_cuda)
 
 
-class HostInputs(torch.autograd.graph.saved_tensors_hooks):
-    """Within the block, what is saved for the backward pass and has this shape waits in host memory.
-
-    shape: of the layers' inputs, (B, T, E). room: makes a tensor in host memory like another one.
-    """
-
-    def __init__(self, shape: tuple[int, ...], room: Callable[[Tensor], Tensor] = host_like) -> None:
-        def pack(x: Tensor) -> tuple[torch.device | None, Tensor]:
-            if x.shape != shape or not x.is_floating_point():
-                return None, x
-            return x.device, room(x).copy_(x, non_blocking=True)
-
-        def unpack(packed: tuple[torch.device | None, Tensor]) -> Tensor:
-            device, x = packed
-            return x if device is None else x.to(device, non_blocking=True, copy=True)
-
-        super().__init__(pack, unpack)
-
-
 def tiled_full(
     model: Stack, batch: Batch, *, offload: bool = False, room: Callable[[Tensor], Tensor] = host_like
 ) -> Tensor:
     """Gradient checkpointing with the loss in tiles: what long texts are trained with today, without chunks.
 
-    As `full(..., recompute=True)`, but the logits never exist at once. offload: the layers' inputs wait in host
-    memory, as with transformers' `gradient_checkpointing_kwargs={"offload": True}`; room: as in HostInputs.
+    As `full(..., recompute=True)`, but the logits never exist at once. offload: the layers' inputs (B, T, E) wait in
+    host memory, as with transformers' `gradient_checkpointing_kwargs={"offload": True}`. room: makes a tensor there
+    like another one.
     """
     shape = (*batch.input_ids.shape, model.lm_head.weight.shape[1])
-    with HostInputs(shape, room) if offload else nullcontext():
+
+    def pack(x: Tensor) -> tuple[torch.device | None, Tensor]:
+        if x.shape != shape or not x.is_floating_point():
+            return None, x
+        return x.device, room(x).copy_(x, non_blocking=True)
+
+    def unpack(packed: tuple[torch.device | None, Tensor]) -> Tensor:
+        device, x = packed
+        return x if device is None else x.to(device, non_blocking=True, copy=True)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack) if offload else nullcontext():
         hidden, _ = model.run(batch.input_ids, options=Options(recompute=True))
     loss = summed_loss(hidden, model.lm_head.weight, batch.targets) / batch.num_targets
     loss.backward()

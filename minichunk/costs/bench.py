@@ -68,66 +68,56 @@ class BenchOptions:
     plot: str | None = option(None, "draw time and memory against the length, as a PNG", metavar="FILE")
     json: bool = option(False, "print all samples as one JSON object")
 
-    def cases(self) -> list[Case]:
-        """What is measured. Raises InputError."""
+    def resolved(self) -> BenchOptions:
+        """Check every value, and fill in device and dtype. Raises InputError."""
         check_options(self)
         check_fill_size(self.fill_size, self.chunk_size)
         shape(self.model)
-        told = replace(self, device=check_device(self.device), dtype=self.dtype or default_dtype(self.device))
-        return [Case(method, tokens, told) for tokens in self.seq_len for method in self.methods]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A training step: of a model with random weights, on one random text of `seq_len` tokens."""
-
-    method: str
-    seq_len: int
-    options: BenchOptions
+        return replace(self, device=check_device(self.device), dtype=self.dtype or default_dtype(self.device))
 
 
 @dataclass
 class Row:
-    """The samples of a case, one for each repeat; or why there are none."""
+    """The samples of a method at a length, one for each repeat; or why there are none."""
 
-    case: Case
+    method: str
+    seq_len: int
     seconds: list[float] = field(default_factory=list)
     peak_bytes: list[int] = field(default_factory=list)
     error: str | None = None
 
 
-def measure(case: Case, seed: int = 0) -> tuple[float, int, float]:
-    """Run the step after a short warm-up; returns its seconds, the peak memory in bytes, and the loss.
+def measure(options: BenchOptions, method: str, seq_len: int, seed: int = 0) -> tuple[float, int, float]:
+    """Run a step after a short warm-up; returns its seconds, the peak memory in bytes, and the loss.
 
     The memory is that of the device's allocator on CUDA, else that of this process. seed: of SpaCO's draw.
     """
-    options, device = case.options, torch.device(case.options.device)
+    device = torch.device(options.device)
     torch.manual_seed(0)
-    dtype = DTYPES[options.dtype or default_dtype(options.device)]
-    model = random_model(options.model, dtype, options.rank, device=options.device)
-    step = step_of(case, model, seed)
-    ids = torch.randint(shape(options.model).vocab_size, (1, case.seq_len), generator=torch.Generator().manual_seed(0))
+    model = random_model(options.model, DTYPES[options.dtype or "float32"], options.rank, device=options.device)
+    step = step_of(model, options, method, seq_len, seed)
+    ids = torch.randint(shape(options.model).vocab_size, (1, seq_len), generator=torch.Generator().manual_seed(0))
     ids = ids.to(device)
-    step(ids[:, : min(case.seq_len, 2 * min(options.chunk_size, 64))])
+    step(ids[:, : min(seq_len, 2 * min(options.chunk_size, 64))])
     model.zero_grad(set_to_none=True)
     began = _now(device)
     loss = step(ids)
     return _now(device) - began, peak_memory(device), float(loss)
 
 
-def step_of(case: Case, model: Any, seed: int) -> Callable[[Tensor], Tensor]:
-    """A function of token ids (1, T) that adds to the gradients by the method of this case, and returns the loss."""
-    name, _, suffix = case.method.partition("-")
+def step_of(model: Any, options: BenchOptions, method: str, seq_len: int, seed: int) -> Callable[[Tensor], Tensor]:
+    """A function of token ids (1, T) that adds to the gradients by this method, and returns the loss."""
+    name, _, suffix = method.partition("-")
     recompute, tiled, offload = (word in suffix for word in ("recompute", "tiled", "offload"))
-    size = case.options.chunk_size
+    size = options.chunk_size
     if name == "full" and (tiled or offload):
         return lambda ids: tiled_full(model, prepare(model, ids, ids, None), offload=offload)
     if name == "full":
         return lambda ids: full(model, ids, ids, recompute=recompute)
-    keywords: dict[str, Any] = {"fill_size": case.options.fill_size, "recompute": recompute, "offload": offload}
+    keywords: dict[str, Any] = {"fill_size": options.fill_size, "recompute": recompute, "offload": offload}
     if name == "seco":
         return lambda ids: seco(model, ids, ids, size, **keywords)
-    sampler = FixedBudget(case.options.budget or max(1, len(cut(case.seq_len, size)) // 4))
+    sampler = FixedBudget(options.budget or max(1, len(cut(seq_len, size)) // 4))
 
     def draw_and_step(ids: Tensor) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -143,27 +133,28 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def bench(cases: Sequence[Case], repeats: int, quiet: bool = False) -> list[Row]:
-    """Measure each case `repeats` times, all of them once before any twice; each time in a process of its own.
+def bench(options: BenchOptions) -> list[Row]:
+    """Measure each method at each length, all of them once before any twice; each time in a process of its own.
 
-    So the memory of one does not count for another. Repeat r draws SpaCO's chunks with seed r. A case that fails is
-    not repeated.
+    So the memory of one does not count for another. Repeat r draws SpaCO's chunks with seed r. What fails is not
+    repeated. Raises InputError.
     """
-    rows = [Row(case) for case in cases]
-    with tqdm(total=repeats * len(cases), desc="bench", unit="step", leave=False, disable=quiet) as bar:
-        for seed in range(repeats):
+    options = options.resolved()
+    rows = [Row(method, seq_len) for seq_len in options.seq_len for method in options.methods]
+    with tqdm(total=options.repeats * len(rows), desc="bench", leave=False, disable=options.json) as bar:
+        for seed in range(options.repeats):
             for row in rows:
-                bar.set_postfix_str(f"{row.case.method}, {row.case.seq_len:,} tokens")
+                bar.set_postfix_str(f"{row.method}, {row.seq_len:,} tokens")
                 if row.error is None:
-                    _measure_in_process(row, seed)
+                    _measure_in_process(options, row, seed)
                 bar.update()
     return rows
 
 
-def _measure_in_process(row: Row, seed: int) -> None:
+def _measure_in_process(options: BenchOptions, row: Row, seed: int) -> None:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
         try:
-            seconds, peak, _ = process.submit(measure, row.case, seed).result()
+            seconds, peak, _ = process.submit(measure, options, row.method, row.seq_len, seed).result()
         except (BrokenProcessPool, torch.OutOfMemoryError):  # the kernel ends a process that takes too much
             row.error = "out of memory"
         except Exception as error:
@@ -175,11 +166,11 @@ def _measure_in_process(row: Row, seed: int) -> None:
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown: the median and, of several repeats, the range; relative to the first method of the same length."""
-    first = rows[0].case.method
+    first = rows[0].method
     lines = [f"| tokens | method | seconds | / {first} | peak memory | / {first} |", "|---:|---|---:|---:|---:|---:|"]
     for row in rows:
-        beside = next(r for r in rows if r.case.seq_len == row.case.seq_len)
-        cells = [f"{row.case.seq_len:,}", row.case.method]
+        beside = next(r for r in rows if r.seq_len == row.seq_len)
+        cells = [f"{row.seq_len:,}", row.method]
         if row.error is not None:
             cells += [row.error, "", "", ""]
         else:
@@ -203,12 +194,12 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw time and peak memory against the length, a line for each method."""
     figure = new_figure(11, 5)
     panels = figure.subplots(1, 2)
-    lengths = sorted({row.case.seq_len for row in rows})
+    lengths = sorted({row.seq_len for row in rows})
     for axes, title in zip(panels, ("Seconds of a step", "Peak memory, GiB"), strict=True):
-        for method in dict.fromkeys(row.case.method for row in rows):
-            points = [row for row in rows if row.case.method == method and row.error is None]
+        for method in dict.fromkeys(row.method for row in rows):
+            points = [row for row in rows if row.method == method and row.error is None]
             heights = [median(r.seconds) if axes is panels[0] else median(r.peak_bytes) / 2**30 for r in points]
-            axes.plot([row.case.seq_len for row in points], heights, "o-", label=method)
+            axes.plot([row.seq_len for row in points], heights, "o-", label=method)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.set_xticks(lengths, [f"{tokens:,}" for tokens in lengths])
@@ -231,18 +222,13 @@ def describe_machine() -> dict[str, Any]:
 
 def run_bench(options: BenchOptions) -> None:
     """`minichunk bench`: print the table, or all samples as JSON. Raises InputError."""
-    cases = options.cases()
     if options.plot is not None and new_figure(1, 1) is None:
         raise InputError("--plot needs matplotlib: pip install matplotlib")
-    rows = bench(cases, options.repeats, quiet=options.json)
+    rows = bench(options)
     if options.plot is not None:
         draw(rows, Path(options.plot))
     if not options.json:
         print(table(rows))
         return
-    results = [
-        {"method": row.case.method, "seq_len": row.case.seq_len, "seconds": row.seconds, "peak_bytes": row.peak_bytes,
-         "error": row.error} for row in rows
-    ]  # fmt: skip
     command = " ".join(["minichunk", *sys.argv[1:]])
-    print(dumps({"command": command, "machine": describe_machine(), "results": results}, indent=2))
+    print(dumps({"command": command, "machine": describe_machine(), "results": [vars(row) for row in rows]}, indent=2))

@@ -59,15 +59,14 @@ class Forecast:
         """Bytes that a token more takes from this length on, on the rank that needs most and in host memory."""
         share, span = self.largest_share(tokens), SPAN * self.setting.chunk_size
         start = max(tokens, self.setting.even_from(share))
-        device = [bytes_of_share(self.setting, n, share).peak for n in (start, start + span)]
-        host = [self.at(n).host for n in (start, start + span)]
-        return (device[1] - device[0]) / span, (host[1] - host[0]) / span
+        now, later = (bytes_of_share(self.setting, n, share).peak for n in (start, start + span))
+        return (later - now) / span, (self.at(start + span).host - self.at(start).host) / span
 
     def longest(self, available: int, host: int | None = None) -> int:
         """Tokens, in whole chunks, that fit into `available` bytes on each device and `host` bytes in host memory.
 
-        host: None for any number. Returns 0 if even one chunk does not fit. On several GPUs the search begins near the
-        length that the layers' bytes alone allow, since the ranks of every other split have to be counted.
+        host: None for any number. Returns 0 if even one chunk does not fit. On several GPUs, where the ranks of each
+        split have to be counted, the search begins near the length that the layers' bytes alone allow.
         """
         size = self.setting.chunk_size
 

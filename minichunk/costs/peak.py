@@ -20,12 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch import Batch, shift, widen_gradients
-from ..chunks import Chunk, cut, span
+from ..chunks import Chunk, span
 from ..full import backpropagate
 from ..memory.cache import LayerCache
 from ..memory.kernels import kernel_for
 from ..memory.layer_memory import LayerMemories
-from ..memory.offload import OffloadedLayer
 from ..memory.window import FULL, WindowCache
 from ..models.llama import Attention
 from ..models.quantize import Linear4bit, check_bitsandbytes
@@ -34,6 +33,7 @@ from ..models.stack import Stack
 from ..pipeline import pipeline_seco as pipeline
 from ..pipeline.links import MOST_ON_THE_WAY, Links
 from ..pipeline.stage import PipelineStage
+from ..protocol import Options
 from ..samplers import Weight
 from ..seco import fill, rebuild
 from .baselines import tiled_full
@@ -59,10 +59,7 @@ class StepBytes:
 
 @functools.cache
 def step_memory(setting: Setting, tokens: int, share: Share | None = None) -> StepBytes:
-    """What a training step of `tokens` tokens takes, on one rank of a pipeline or in one process (None).
-
-    Raises InputError.
-    """
+    """What a step of `tokens` tokens takes, on one rank of a pipeline or in one process (None). Raises InputError."""
     setting.check()
     if setting.load_in_4bit:
         _first_use_of_bitsandbytes(setting.torch_dtype)
@@ -90,14 +87,14 @@ def step_memory(setting: Setting, tokens: int, share: Share | None = None) -> St
         count.lasting()
         count.peak = count.live  # making the model took more, for 4 bits much more; loading it does not
         cache, grads, host = step(model, batch, setting, count)
-    peak = count.peak
-    return StepBytes(peak, weights, adapter, cache, grads, peak - weights - adapter - cache - grads, host)
+    chunk = count.peak - weights - adapter - cache - grads
+    return StepBytes(count.peak, weights, adapter, cache, grads, chunk, host)
 
 
 def _chunked_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes) -> Remembered:
     """SeCO or SpaCO: what seco.py and spaco.py call."""
-    chunks, kept, options = *_chunks(batch, setting), setting.options()
-    memory, remembered = _new_memory(model, batch, kept, setting, count)
+    chunks, kept = setting.chunks(batch.input_ids.shape[1])
+    memory, options, remembered = _new_memory(model, kept, setting, count)
     group = (setting.fill_size or setting.chunk_size) // setting.chunk_size
     fill(model, batch.input_ids, chunks[:-1][-group:], memory, options)
     for chunk in kept[:-3:-1]:
@@ -113,9 +110,9 @@ def _rank_step(
     learns_before: bool, stage: PipelineStage, batch: Batch, setting: Setting, count: CountBytes
 ) -> Remembered:
     """One rank of a pipeline: what pipeline_seco.py calls, until the pipeline is full."""
-    chunks, kept, options = *_chunks(batch, setting), setting.options()
+    chunks, kept = setting.chunks(batch.input_ids.shape[1])
+    memory, options, remembered = _new_memory(stage, kept, setting, count)
     links = stage.links
-    memory, remembered = _new_memory(stage, batch, kept, setting, count)
     group = (setting.fill_size or setting.chunk_size) // setting.chunk_size
     groups = [chunks[:-1][max(0, stop - group) : stop] for stop in range(len(chunks) - 1, 0, -group)]
     for some in reversed(groups[: MOST_ON_THE_WAY + 1]):  # what they have handed on lives on
@@ -148,26 +145,21 @@ def _whole_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes)
     return 0, 0, host
 
 
-def _chunks(batch: Batch, setting: Setting) -> tuple[list[Chunk], list[Chunk]]:
-    """All of them, and those that are kept: the last ones."""
-    chunks = cut(batch.input_ids.shape[1], setting.chunk_size)
-    return chunks, chunks[-setting.kept(len(chunks)) :]
-
-
 def _new_memory(
-    model: Stack, batch: Batch, kept: Sequence[Chunk], setting: Setting, count: CountBytes
-) -> tuple[LayerMemories, Remembered]:
-    """The memory of a step, and what it takes; with offload it is not on the device, and not counted."""
+    model: Stack, kept: Sequence[Chunk], setting: Setting, count: CountBytes
+) -> tuple[LayerMemories, Options, Remembered]:
+    """The memory of a step, its options, and what it takes; with offload it is not on the device, and not counted."""
+    options = setting.options()
     with torch.device("meta"):  # the host's part too
         memory: LayerMemories = count.elsewhere(
-            lambda: model.new_memory(batch.input_ids.shape[0], kept[-1].start, kept[:-1], setting.options()),
+            lambda: model.new_memory(1, kept[-1].start, kept[:-1], options),
             lambda made: [x for use in made.tensors() for x in use] if setting.offload else [],
         )
     cache, grads = memory.tensors().bytes()  # and not what comes later and goes: that is a chunk's
     for layer in memory.layers:
-        if isinstance(layer, LayerCache | WindowCache | OffloadedLayer):
+        if isinstance(layer, LayerCache | WindowCache):
             layer.kernel = kernel_for(setting.device, setting.torch_dtype, model.config.head_dim)
-    return memory, ((0, 0, cache + grads) if setting.offload else (cache, grads, 0))
+    return memory, options, ((0, 0, cache + grads) if setting.offload else (cache, grads, 0))
 
 
 class LinksToNobody(Links):

@@ -125,5 +125,5 @@ def describe(found: dict[str, Any]) -> str:
         lines.append(f"  {method:22} {row['max_tokens']:>10,}   {human_bytes(row['bytes_per_token'])}{beside}")
     if found["method"] == "spaco":
         often = " in 99.9 % of the steps" if found["sampler"] == "bernoulli" else ""
-        lines += ["", f"  counted with {found['most_kept']} of {found['chunks']} chunks kept: no more are kept{often}"]
+        lines += ["", f"  counted with {found['most_kept']} of {found['chunks']} chunks: no more are kept{often}"]
     return "\n".join([*lines, "", f"not counted: {found['left_out']}"])

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chunks import cut
+from ..chunks import Chunk, cut
 from ..memory.attention import BLOCK
-from ..memory.window import Pattern, Strided
+from ..memory.window import Strided
 from ..models.config import LlamaConfig
 from ..models.partial import partial_config
 from ..models.shapes import NAMES, layer_memory_bytes, shape
@@ -46,17 +46,8 @@ class Setting(StepOptions):
         "full-recompute-tiled (the loss in tiles), full-recompute-offload (and the layers' inputs in host memory)",
     )  # fmt: skip
     chunk_size: int = changed(StepOptions, "chunk_size", default=512)
-    budget: int = changed(
-        StepOptions, "budget", default=8, absent="", help="spaco: chunks kept, with bernoulli on average"
-    )
-    sampler: str = changed(
-        StepOptions, "sampler", help="spaco: bernoulli (counted with as many chunks as 99.9 % of the steps do not "
-        "exceed), fixed or paper",
-    )  # fmt: skip
-    recompute: bool = changed(
-        StepOptions, "recompute", default=True, absent="", help="keep all activations of a chunk; without this option, "
-        "each layer's input and what its attention returned, and the rest is run again",
-    )  # fmt: skip
+    budget: int = changed(StepOptions, "budget", default=8, absent="")
+    recompute: bool = changed(StepOptions, "recompute", default=True, absent="", help="keep a chunk's activations")
     targets: tuple[str, ...] | None = changed(
         StepOptions, "targets", absent="q_proj v_proj; without attention, all layers"
     )
@@ -77,21 +68,20 @@ class Setting(StepOptions):
         """The most chunks that a step keeps, see `most_kept`."""
         return most_kept(self.sampler, self.budget, num_chunks) if self.method == "spaco" else num_chunks
 
+    def chunks(self, tokens: int) -> tuple[list[Chunk], list[Chunk]]:
+        """All chunks of a text, and those that are kept: the last ones, which remember most."""
+        chunks = cut(tokens, self.chunk_size)
+        return chunks, chunks[-self.kept(len(chunks)) :]
+
     def options(self) -> Options:
         """As seco and spaco would be told."""
         return Options(**self.keywords())
 
     def memory_bytes(self, tokens: int) -> Tensor:
         """What each layer of the whole model remembers of so many tokens, and the gradients that have room from the
-        start, where the last chunks are kept; int64 (layers, 2)."""
-        chunks = cut(tokens, self.chunk_size)
-        kept = chunks[-self.kept(len(chunks)) :]
+        start; int64 (layers, 2)."""
+        _, kept = self.chunks(tokens)
         return torch.tensor(layer_memory_bytes(self.config(), self.torch_dtype, kept, self.options()))
-
-    def patterns(self) -> list[Pattern]:
-        """What the layers see that have keys and values."""
-        config = self.config()
-        return config.patterns() if isinstance(config, LlamaConfig) else []
 
     def even_from(self, share: Share | None = None) -> int:
         """Tokens from which on a step grows evenly: of a chunked one only the batch and what is remembered.
@@ -101,8 +91,10 @@ class Setting(StepOptions):
         """
         if self.method not in CHUNKED:
             return 1024
-        stride = max((p.stride for p in self.patterns() if isinstance(p, Strided)), default=1)
-        reach = max((p.reach + getattr(p, "sinks", 0) for p in self.patterns()), default=0)
+        config = self.config()
+        patterns = config.patterns() if isinstance(config, LlamaConfig) else []
+        stride = max((p.stride for p in patterns if isinstance(p, Strided)), default=1)
+        reach = max((p.reach + getattr(p, "sinks", 0) for p in patterns), default=0)
         passes = 1 if share is None else MOST_ON_THE_WAY + 1  # a rank still has what it has handed on in them
         tokens = max(BLOCK * stride, passes * (self.fill_size or 0), reach)
         in_flight = 0 if share is None else len(share.counts) - share.rank

@@ -1,7 +1,7 @@
 """The cache in host memory: on the device are two blocks of it, whatever the length. This has never run on a GPU.
 
 The tests check the order of all copies with streams that only take notes (tests/fake_cuda.py), and the numbers on the
-CPU. The algorithm does not change; this is another memory behind the same questions. Keys and values
+CPU. The algorithm does not change; this is another place for the rows of window.WindowCache. Keys and values
 come to the device block by block, the next one while the one before is at work, and gradients go
 back behind the computation. On CUDA the host memory is pinned and the copies run on streams of
 their own; on the CPU the same code copies from memory to memory.
@@ -19,10 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chunks import Chunk
-from .attention import BLOCK, Past
-from .kernels import Kernel
-from .layer_memory import MemoryUse
+from .attention import BLOCK
 from .window import DeviceStore
 
 
@@ -190,42 +187,6 @@ class HostStore(DeviceStore):
 
     def tensors(self) -> list[Tensor]:
         return self.blocks
-
-
-class OffloadedLayer:
-    """One layer's keys, values and the receiving chunks' gradients, in host memory; as cache.LayerCache.
-
-    Gradients have room from the start, a tensor for each chunk.
-    """
-
-    kernel: Kernel | None = None
-
-    def __init__(self, device: DeviceBlocks, capacity: int, receiving: Sequence[Chunk]) -> None:
-        self.store = HostStore(device, capacity)
-        self.sums = {chunk: self.store.new_sums(chunk.stop - chunk.start) for chunk in receiving}
-
-    def past(self, chunks: Sequence[Chunk], save: bool) -> Past:
-        return Past(self, chunks[0].start, save, self.kernel)
-
-    def write(self, chunks: Sequence[Chunk], written: tuple[Tensor, ...]) -> None:
-        self.store.write(chunks[0].start, *written)
-
-    def blocks(self, stop: int, size: int | None) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """BLOCKs, whatever `size` is; one is gone when the next one is asked for."""
-        return self.store.pieces([(0, stop, 0)])
-
-    def add_grads(self, position: int, key_grads: Tensor, value_grads: Tensor) -> None:
-        for chunk, sums in self.sums.items():
-            low, high = max(chunk.start, position), min(chunk.stop, position + key_grads.shape[2])
-            if low < high:
-                sent = slice(low - position, high - position)
-                self.store.add(sums, low - chunk.start, key_grads[:, :, sent], value_grads[:, :, sent])
-
-    def hand_over(self, chunk: Chunk) -> tuple[Tensor, ...]:
-        return tuple(self.store.take(self.sums[chunk]))
-
-    def tensors(self) -> MemoryUse:
-        return MemoryUse(self.store.tensors(), [x for sums in self.sums.values() for x in sums])
 
 
 def by_block(at: int, row: int, count: int) -> Iterator[tuple[int, int, int]]:

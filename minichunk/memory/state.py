@@ -6,8 +6,8 @@ its own. So what is sent back to a state, the loss's derivative by it, is the ad
 
 Part of a state passes through a chunk as it is, decayed by a factor that the fill knows. The adjoint passes back by
 the same factor, whatever else the chunk does with the state: so the memory carries this part itself, and a chunk that
-is run again leaves it out. For SeCO it is all the same. For SpaCO the far past is no longer at the mercy of a coin
-for every chunk on the way.
+is run again leaves it out. SeCO's gradient is the same either way. In SpaCO what comes from the far past no longer
+needs all chunks on the way to be kept.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..chunks import Chunk
 from .layer_memory import MemorySpec, MemoryUse
-from .scan import scan
+
+BLOCK = 32  # tokens of a scan: T · BLOCK · N products of gates in memory, T / BLOCK steps from block to block
 
 
 class Before(NamedTuple):
@@ -31,42 +33,30 @@ class Before(NamedTuple):
     lengths: Sequence[int]
 
 
-def scan_chunks(
-    x: Tensor, log_a: Tensor, b: Tensor, c: Tensor, h: Tensor, lengths: Sequence[int]
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """`scan` over adjacent chunks: y, and for each chunk the state after it and what is left in it of the one before.
-
-    The state's gradient does not pass through a chunk by that decay: the memory carries it.
-    """
-    outputs, written = [], []
-    parts = (z.split(list(lengths), dim=-2) for z in (x, log_a, b, c))
-    for x, log_a, b, c in zip(*parts, strict=True):
-        y, end = scan(x, log_a, b, c, h)
-        decay = log_a.detach().sum(-2, keepdim=True).exp()  # (…, 1, N)
-        outputs.append(y)
-        written.append((end - decay * (h - h.detach()), decay))
-        h = end
-    return torch.cat(outputs, dim=-2), written
-
-
-def starts_of(spec: MemorySpec) -> tuple[list[int], dict[int, int]]:
-    """Where a state will be asked for, and the rows of these: where kept chunks begin, also the last, which is not
-    among `spec.receiving`."""
-    starts = sorted({spec.capacity, *(chunk.start for chunk in spec.receiving)})
-    return starts, {start: row for row, start in enumerate(starts)}
-
-
 class Handed:
-    """One tensor that chunks hand on: where kept chunks begin, and its gradient on the way back through all of them.
+    """One tensor that chunks hand on: stores it at the start of every chunk that is rebuilt, and carries its adjoint.
+
+    The timeline of a step. h_j is what chunk j is handed, and d_j how much of it is left in h_(j+1):
+
+    - *Fill*, first chunk to last: `before` answers h_j. `write` takes h_(j+1) and d_j, and stores h where a chunk that
+      is rebuilt begins. Of the chunks up to the next one that is rebuilt it stores two products of decays: `through`,
+      d_j of the rebuilt one, and `skipped`, those of the ones after it.
+    - *Rebuild*, last chunk to first: `before` answers h_j as a leaf, in whose `.grad` autograd leaves what chunk j
+      sends back.
+    - *hand_over*, right after the rebuild: the loss's derivative by h_(j+1). That is `adjoint`, the derivative by what
+      the next rebuilt chunk was handed, times `skipped`. Then `adjoint` passes chunk j, times `through`; what chunk j
+      itself sends back is added when the chunk before it is rebuilt, for only then is its backward pass done.
 
     zero: before position 0. decay: a tensor of the shape of the decays, which broadcast against it.
     With `offload` it waits in host memory; the layer gets it on its own device.
     """
 
     def __init__(self, zero: Tensor, decay: Tensor, spec: MemorySpec) -> None:
-        self.starts, self.rows = spec.common(Handed, lambda: starts_of(spec))
-        self.end, self.last = 0, zero  # what the last chunk that was written has handed on
-        self.decay = torch.ones_like(decay)  # over all chunks since the last kept one
+        # The last chunk that is rebuilt begins at `capacity`, and is not among the receiving ones.
+        self.starts = sorted({spec.capacity, *(chunk.start for chunk in spec.receiving)})
+        self.rows = {start: row for row, start in enumerate(self.starts)}
+        self.end, self.last = 0, zero  # the fill: what the last chunk that was written has handed on, and where
+        self.decay = torch.ones_like(decay)  # the fill: of all chunks since the last one that is rebuilt
         self.offload = spec.options.offload
         home = torch.device("cpu") if self.offload and zero.is_cuda else zero.device
 
@@ -74,22 +64,25 @@ class Handed:
             return like.new_empty((len(self.rows), *like.shape), device=home, pin_memory=home != like.device)
 
         self.states, self.through, self.skipped = room(zero), room(decay), room(decay)
-        self.states[self.rows.get(0, slice(0))] = 0  # the first chunk has no other before it
-        self.read: dict[int, Tensor] = {}  # leaves, by row: autograd adds up in `.grad` what is sent back
-        self.adjoint = zero  # of what the last chunk that was backpropagated had been handed
+        if self.starts[0] == 0:
+            self.states[0] = 0  # no other chunk comes before it, to write it
+        self.read: dict[int, Tensor] = {}  # leaves, by row
+        self.adjoint = zero
 
     def before(self, start: int) -> Tensor:
-        row = self.rows.get(start)
-        h = self.last if row is None or start == self.end else self._here(self.states[row])
-        h = h.detach()
-        if row is not None and torch.is_grad_enabled():
-            self._gather(row)  # of a chunk that is done, all but the gradient can go
-            if row:  # not the first row: there is a kept chunk before it
+        """The state at `start`; for a rebuild, a leaf."""
+        if start not in self.rows:
+            return self.last.detach()
+        row = self.rows[start]
+        h = (self.last if start == self.end else self._here(self.states[row])).detach()
+        if torch.is_grad_enabled():
+            self._add_what_the_next_sent(row)  # now, so that its leaf can go
+            if row > 0:  # there is a rebuilt chunk before it to hand the gradient to
                 self.read[row] = h.requires_grad_()
         return h
 
-    def _gather(self, row: int) -> None:
-        """Add what came back from the chunk after this row's, if that is done: it may still wait for its turn."""
+    def _add_what_the_next_sent(self, row: int) -> None:
+        """To the adjoint, from the leaf of the chunk after this row's, once its backward pass is done."""
         later = self.read.get(row + 1)
         if later is not None and later.grad is not None:
             self.adjoint = self.adjoint + later.grad
@@ -99,12 +92,13 @@ class Handed:
         return stored.to(self.last.device, non_blocking=True, copy=self.offload)
 
     def write(self, chunk: Chunk, value: Tensor, decay: Tensor) -> None:
-        row = bisect_right(self.starts, chunk.start) - 1  # of the last kept chunk so far
+        """Store what a chunk hands on, and what is left in it of what it was handed."""
+        row = bisect_right(self.starts, chunk.start) - 1  # of the last chunk so far that is rebuilt
         if row >= 0:
-            kept = self.starts[row] == chunk.start
-            self.decay = torch.ones_like(decay) if kept else self.decay * decay
+            rebuilt = self.starts[row] == chunk.start
+            self.decay = torch.ones_like(decay) if rebuilt else self.decay * decay
             self.skipped[row].copy_(self.decay, non_blocking=True)
-            if kept:
+            if rebuilt:
                 self.through[row].copy_(decay, non_blocking=True)
         self.end, self.last = chunk.stop, value
         if chunk.stop in self.rows:
@@ -112,15 +106,16 @@ class Handed:
             self.last = value if self.offload else stored
 
     def hand_over(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """What is sent back to the state that a chunk hands on, and to its decay: nothing."""
         row = self.rows[chunk.start]
-        self._gather(row)
-        adjoint = self.adjoint * self._here(self.skipped[row])
-        self.adjoint = adjoint * self._here(self.through[row])
-        return adjoint, torch.zeros_like(self.decay)
+        self._add_what_the_next_sent(row)
+        received = self.adjoint * self._here(self.skipped[row])
+        self.adjoint = received * self._here(self.through[row])
+        return received, torch.zeros_like(self.decay)
 
 
 class LayerState:
-    """A recurrent layer's memory: all that one chunk hands on to the next. See layers.LayerMemory.
+    """A recurrent layer's memory: all that one chunk hands on to the next; a LayerMemory.
 
     What is written are, for each chunk, pairs of a tensor and its decay.
     """
@@ -143,3 +138,60 @@ class LayerState:
 
     def tensors(self) -> MemoryUse:
         return MemoryUse([x for part in self.handed for x in (part.states, part.through, part.skipped)], [])
+
+
+def scan_chunks(
+    x: Tensor, log_a: Tensor, b: Tensor, c: Tensor, h: Tensor, lengths: Sequence[int]
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """`scan` over adjacent chunks: y, and for each chunk the state after it and what is left in it of the one before.
+
+    The state's gradient does not pass through a chunk by that decay: the memory carries it.
+    """
+    outputs, written = [], []
+    parts = (z.split(list(lengths), dim=-2) for z in (x, log_a, b, c))
+    for x, log_a, b, c in zip(*parts, strict=True):
+        y, end = scan(x, log_a, b, c, h)
+        decay = log_a.detach().sum(-2, keepdim=True).exp()  # (…, 1, N)
+        outputs.append(y)
+        written.append((end - decay * (h - h.detach()), decay))
+        h = end
+    return torch.cat(outputs, dim=-2), written
+
+
+def scan(x: Tensor, log_a: Tensor, b: Tensor, c: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """The recurrence of a selective state-space layer over one chunk, without a loop over its tokens.
+
+        h[t] = h[t-1] · a[t] + x[t] b[t]ᵀ,    y[t] = h[t] c[t]      (h: P x N; the gates a in (0, 1))
+
+    Within a block of L tokens y = scores x, where scores[t, s] sums c[t] (a[s+1] … a[t]) b[s] over the N: attention,
+    with products of gates in the place of a softmax. From block to block goes the state. A product of gates is the
+    exponential of a sum that begins where the product begins: nothing overflows, and nothing cancels.
+
+    x: (…, T, P). log_a: logarithms of the gates (…, T, N), or (…, T, 1), one for all N. b, c: (…, T, N). h: (…, P, N),
+    before the first token. The leading dimensions (batch, heads) broadcast. A gate may be 0, its logarithm -inf.
+    Returns y (…, T, P), and the state after the last token.
+    """
+    T, L = x.shape[-2], min(BLOCK, x.shape[-2])
+    # A last block that is short is filled up with tokens that keep the state (log_a = 0) and add nothing to it.
+    x, log_a, b, c = (F.pad(z, (0, 0, 0, -T % L)).unflatten(-2, (-1, L)) for z in (x, log_a, b, c))  # (…, n, L, ·)
+    between = products(log_a)  # (…, n, L, L, N)
+    if log_a.shape[-1] == 1:
+        scores = c @ b.mT * between[..., 0]  # (…, n, L, L)
+    else:
+        scores = (c[..., None, :] * between * b[..., None, :, :]).sum(-1)
+    added = x.mT @ (b * between[..., -1, :, :])  # (…, n, P, N): what each block adds to the state at its end
+    since = log_a.cumsum(-2).exp()  # (…, n, L, N): what is left at t of the state before the block
+    left = since[..., -1:, :]  # (…, n, 1, N)
+    h, before = torch.broadcast_tensors(h, added[..., 0, :, :])[0], []
+    for part, more in zip(left.unbind(-3), added.unbind(-3), strict=True):
+        before.append(h)
+        h = h * part + more
+    y = scores @ x + (c * since) @ torch.stack(before, -3).mT
+    return y.flatten(-3, -2)[..., :T, :], h
+
+
+def products(log_a: Tensor) -> Tensor:
+    """(…, L, N) to (…, L, L, N): at [t, s] the product of the gates after s up to t; 0 where t < s."""
+    ones = torch.ones(log_a.shape[-2], log_a.shape[-2], dtype=torch.bool, device=log_a.device)
+    sums = log_a[..., :, None, :].where(ones.tril(-1)[..., None], 0).cumsum(-3)
+    return sums.where(ones.tril()[..., None], -torch.inf).exp()

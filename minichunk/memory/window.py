@@ -272,6 +272,8 @@ class DeviceStore:
 class WindowCache:
     """The keys and values of a layer that sees a part of the past, for up to `capacity` positions; see LayerMemory.
 
+    With a store in host memory also those of a layer that sees all of it: there all positions are pinned.
+
     The next chunk of the fill reads it, and each chunk that is rebuilt, the last of which begins at `capacity`. So it
     has rows for the pinned positions, for those that a rebuilt chunk reaches, and, in turn, for the last ones that were
     written, as many as the reach. The rows are in a store that `new_store(rows)` makes.
@@ -302,8 +304,13 @@ class WindowCache:
                     self.sums[chunk].append((at, low, self.store.new_sums(low - at) if self.store.early else None))
                 at = max(at, high)
 
-    def past(self, chunks: Sequence[Chunk], save: bool) -> WindowPast:
-        return WindowPast(self, chunks[0].start, save, self.kernel)
+    def past(self, chunks: Sequence[Chunk], save: bool) -> Past:
+        kind = Past if self.pattern == FULL else WindowPast
+        return kind(self, chunks[0].start, save, self.kernel)
+
+    def blocks(self, stop: int, size: int | None) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Of full attention: see attention.KeyValues. The pieces are the store's, whatever `size` is."""
+        return self.store.pieces([(0, stop, 0)] if stop else [])
 
     def write(self, chunks: Sequence[Chunk], written: tuple[Tensor, ...]) -> None:
         start, stop = chunks[0].start, chunks[-1].stop
@@ -351,8 +358,11 @@ class WindowCache:
 
     def hand_over(self, chunk: Chunk) -> tuple[Tensor, ...]:
         like, (B, G, D) = self.store.like, self.store.heads
+        parts = self.sums.pop(chunk)
+        if [part[:2] for part in parts] == [chunk] and parts[0][2] is not None:  # one sum is all of it: no copy
+            return tuple(x.to(like.dtype) for x in self.store.take(parts[0][2]))
         totals = [like.new_zeros((B, G, chunk.stop - chunk.start, D)) for _ in range(2)]
-        for start, stop, sums in self.sums.pop(chunk):
+        for start, stop, sums in parts:
             for total, part in zip(totals, self.store.take(sums) if sums is not None else (), strict=False):
                 total[:, :, start - chunk.start : stop - chunk.start] = part
         return tuple(totals)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, get_type_hints
 
 from ..errors import InputError
-from ..memory.window import FULL, Pattern, Strided, Window
+from ..memory.window import FULL, Pattern, Window
 
 
 def size(name: str, value: Any) -> int:
@@ -167,24 +167,11 @@ class LlamaConfig(Config):
             check_layer_types(kinds, (FULL_ATTENTION, other), self.num_hidden_layers)
         if self.sliding_window is not None or SLIDING_ATTENTION in kinds:
             size("sliding_window", self.sliding_window)
-        if self.pattern is not None:
-            pattern_of(asdict(self.pattern))
-            if other not in kinds:
-                raise InputError(f"config: there is a pattern, but layer_types is {list(kinds)}, without any {other!r}")
+        if self.pattern is not None and other not in kinds:
+            raise InputError(f"config: there is a pattern, but layer_types is {list(kinds)}, without any {other!r}")
 
     def patterns(self) -> list[Pattern]:
         """What the queries of each layer see."""
         kinds = self.layer_types or (FULL_ATTENTION,) * self.num_hidden_layers
         partial = self.pattern or Window(self.sliding_window)
         return [FULL if kind == FULL_ATTENTION else partial for kind in kinds]
-
-
-def pattern_of(value: Any) -> Pattern:
-    """The pattern that `asdict` made these fields of. Raises InputError."""
-    kinds = [kind for kind in (Window, Strided) if isinstance(value, dict) and set(value) == set(vars(kind()))]
-    if not kinds:
-        raise InputError(f"config: pattern is {value!r}, but must have window and sinks, or block, local and stride")
-    for name, given in value.items():
-        if (name, given) != ("sinks", 0):
-            size(name, given)
-    return kinds[0](**value)

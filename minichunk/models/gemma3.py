@@ -19,7 +19,7 @@ from ..memory.layer_memory import wide
 from ..memory.window import FULL, Pattern
 from .config import FULL_ATTENTION, SLIDING_ATTENTION, LlamaConfig, Number, Size, names, number, size
 from .llama import MLP, Attention, Layer, Rope, rope_tables
-from .stack import Decoder, RMSNorm
+from .stack import Decoder
 
 _DEFAULTS = {  # transformers'
     "head_dim": 256, "sliding_window": 4096, "max_position_embeddings": 131072, "query_pre_attn_scalar": 256,
@@ -87,7 +87,7 @@ def _theta(c: dict[str, Any], kind: str, older: str, default: float) -> float:
     return number(f"rope_parameters.{kind}.rope_theta", rope.get("rope_theta", default))
 
 
-class Norm(RMSNorm):
+class Norm(nn.RMSNorm):
     """Scales by `factor` times one more than its weight, in float32 or wider."""
 
     def __init__(self, size: int, eps: float, factor: float = 1.0) -> None:

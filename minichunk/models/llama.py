@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ..memory.attention import Past
 from ..memory.cache import LayerCache
 from ..memory.layer_memory import LayerMemory, MemorySpec, wide
-from ..memory.offload import DeviceBlocks, HostStore, OffloadedLayer
+from ..memory.offload import DeviceBlocks, HostStore
 from ..memory.window import FULL, DeviceStore, Pattern, WindowCache
 from .config import LlamaConfig
-from .stack import Decoder, RMSNorm
+from .stack import Decoder
 
 Rope = tuple[Tensor, Tensor]  # cos and sin of the angles, (T, D/2) each
 
@@ -66,8 +66,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(E, G * D, bias=config.attention_bias)
         self.o_proj = nn.Linear(H * D, E, bias=config.attention_out_bias)
         if config.qk_norm:
-            self.q_norm = RMSNorm(D, config.rms_norm_eps)
-            self.k_norm = RMSNorm(D, config.rms_norm_eps)
+            self.q_norm, self.k_norm = (nn.RMSNorm(D, config.rms_norm_eps) for _ in range(2))
         self.qk_norm = config.qk_norm
 
     def heads(self, x: Tensor) -> Tensor:
@@ -112,8 +111,8 @@ class Layer(nn.Module):
         super().__init__()
         self.self_attn = Attention(config, pattern)
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, past: Past | None, rope: Rope) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         y, written = self.self_attn(self.input_layernorm(x), past, rope)
@@ -130,8 +129,6 @@ class Layer(nn.Module):
         grad_dtype = spec.options.cache_grad_dtype or wide(spec.like)
         if spec.options.offload:
             blocks = spec.common(DeviceBlocks, lambda: DeviceBlocks((2, B, G, D), spec.like, grad_dtype))
-            if pattern == FULL:
-                return OffloadedLayer(blocks, spec.capacity, spec.receiving)
             return WindowCache(lambda rows: HostStore(blocks, rows), pattern, spec.capacity, spec.receiving)
         if pattern == FULL:
             return LayerCache((B, G, spec.capacity, D), spec.receiving, spec.like, grad_dtype)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..files.atomic import check_room, read_json
 from ..files.checkpoint import checkpoint_bytes, read_checkpoint, write_checkpoint
+from ..memory.window import Pattern, Strided, Window
 from .config import (
     FULL_ATTENTION,
     SLIDING_ATTENTION,
@@ -26,7 +27,6 @@ from .config import (
     check_layer_types,
     names,
     number,
-    pattern_of,
     size,
 )  # fmt: skip
 from .gemma3 import Gemma3, Gemma3Config
@@ -259,6 +259,17 @@ def write_llama_config(config: LlamaConfig) -> dict[str, Any]:
         if config.sliding_window is not None:  # for releases before `layer_types`
             out["max_window_layers"] = config.layer_types.index(SLIDING_ATTENTION)
     return out
+
+
+def pattern_of(value: Any) -> Pattern:
+    """The pattern that `asdict` made these fields of. Raises InputError."""
+    kinds = [kind for kind in (Window, Strided) if isinstance(value, dict) and set(value) == set(vars(kind()))]
+    if not kinds:
+        raise InputError(f"config: pattern is {value!r}, but must have window and sinks, or block, local and stride")
+    for name, given in value.items():
+        if (name, given) != ("sinks", 0):
+            size(name, given)
+    return kinds[0](**value)
 
 
 def _read_windows(c: dict[str, Any]) -> tuple[int | None, tuple[str, ...]]:

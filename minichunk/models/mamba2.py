@@ -22,7 +22,7 @@ from ..errors import InputError
 from ..memory.layer_memory import MemorySpec, wide
 from ..memory.state import Before, Handed, LayerState, scan_chunks
 from .config import Config, EndTokens, Flag, Number, Size
-from .stack import Decoder, RMSNorm, Stack
+from .stack import Decoder, Stack
 
 
 def time_step_limit(name: str, value: Any) -> tuple[float, float]:
@@ -93,7 +93,7 @@ class Mamba2Config(Config):
         return self.expand * self.hidden_size
 
 
-class StreamNorm(RMSNorm):
+class StreamNorm(nn.RMSNorm):
     """RMSNorm of the residual stream, which may be wider than the weights: the result has their dtype."""
 
     def forward(self, x: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ from typing import Any
 
 from ..errors import InputError
 from ..memory.window import FULL, Pattern, Strided, Window
-from .config import FULL_ATTENTION, PARTIAL_ATTENTION, SLIDING_ATTENTION, LlamaConfig, pattern_of
+from .config import FULL_ATTENTION, PARTIAL_ATTENTION, SLIDING_ATTENTION, LlamaConfig
 from .llama import Llama
-from .load import read_model_config
+from .load import pattern_of, read_model_config
 from .stack import Stack
 
 
@@ -45,6 +45,7 @@ def partial_config(config: Any, pattern: Pattern, full_layers: Sequence[int] | N
         raise InputError(f"a {config.model_type} has states: only a model of full attention can see a part of its past")
     if not isinstance(pattern, Window | Strided):
         raise InputError(f"the pattern is {pattern!r}, but must be a Window or a Strided")
+    pattern_of(asdict(pattern))  # checks its numbers
     if any(one != FULL for one in config.patterns()):
         raise InputError(
             f"layers of this model see a part of their past already ({describe(config)}): "

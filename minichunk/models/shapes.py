@@ -71,14 +71,13 @@ def random_model(
     targets: Sequence[str] | None = None,
     device: str = "cpu",
     load_in_4bit: bool = False,
-    num_layers: int | None = None,
 ) -> Stack:
     """A model of this shape with random weights, and LoRA of `rank` unless that is 0. Raises InputError.
 
     shaped: a config, or a name for `shape`. targets: of LoRA, see `add_lora`.
     """
     config = shape(shaped) if isinstance(shaped, str) else shaped
-    model = _random(config if num_layers is None else with_layers(config, num_layers), dtype, device)
+    model = _random(config, dtype, device)
     if load_in_4bit:
         quantize(model)
     if rank:
@@ -99,12 +98,6 @@ def _random(config: Any, dtype: torch.dtype, device: str) -> Stack:
 def alike(config: Any) -> bool:
     """Whether all layers are of one kind."""
     return len(set(getattr(config, "layer_types", ()))) <= 1
-
-
-def with_layers(config: Any, num_layers: int) -> Any:
-    """The same shape with another number of layers, which are alike."""
-    kinds = {"layer_types": config.layer_types[:1] * num_layers} if getattr(config, "layer_types", ()) else {}
-    return replace(config, num_hidden_layers=num_layers, **kinds)
 
 
 def memory_bytes(
@@ -131,6 +124,8 @@ def layer_memory_bytes(
 @lru_cache(maxsize=8)
 def _without_memory(config: Any, dtype: torch.dtype) -> tuple[int, Stack]:
     """A model on meta tensors, and how many times its layers stand for the config's."""
-    one = alike(config)
-    model = _random(with_layers(config, 1) if one else config, dtype, "meta")
-    return config.num_hidden_layers if one else 1, model
+    times = config.num_hidden_layers if alike(config) else 1
+    if times > 1:
+        kinds = {"layer_types": config.layer_types[:1]} if getattr(config, "layer_types", ()) else {}
+        config = replace(config, num_hidden_layers=1, **kinds)
+    return times, _random(config, dtype, "meta")

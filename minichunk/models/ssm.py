@@ -17,7 +17,7 @@ from ..memory.layer_memory import MemorySpec, wide
 from ..memory.state import Before, Handed, LayerState, scan_chunks
 from .config import FULL_ATTENTION, Config, EndTokens, Flag, LlamaConfig, Names, Number, Size, check_layer_types
 from .llama import Layer, Rope, rope_tables
-from .stack import Decoder, RMSNorm
+from .stack import Decoder
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class StateLayer(nn.Module):
     def __init__(self, config: StateSpaceConfig) -> None:
         super().__init__()
         P, self.state_size = config.hidden_size, config.state_size
-        self.norm = RMSNorm(P, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(P, config.rms_norm_eps)
         self.a_proj, self.b_proj, self.c_proj = (nn.Linear(P, self.state_size) for _ in range(3))
 
     @torch.no_grad()

@@ -4,8 +4,8 @@ Each direction is a process group of its own. Within one group, NCCL runs what t
 in which each of them issues it. Here a rank hands the next chunk up before it takes a gradient, while the rank above,
 which has fewer chunks in flight, hands that gradient down before it takes the chunk: each would wait for the other.
 
-With more processes than a pipeline needs there are copies of the pipeline, which work on other documents. Adjacent
-processes are one pipeline. Processes with the same layers are a group too, which adds up the gradients of the copies.
+With more processes than a pipeline needs there are copies of it, at work on other documents. Adjacent processes are one
+pipeline; those with the same layers are a group, which adds up the gradients of the copies.
 """
 
 import re
@@ -39,40 +39,35 @@ class Links:
 
     def __init__(self, ranks: int | None = None, timeout: timedelta | None = None) -> None:
         if not dist.is_available() or not dist.is_initialized():
-            raise InputError(
-                "there is no process group: start the script by torchrun, and call "
-                "torch.distributed.init_process_group() in it first"
-            )
+            raise InputError("start the script with torchrun, and call torch.distributed.init_process_group() first")
         world = dist.get_world_size()
         self.ranks = ranks = world if ranks is None else ranks
         if ranks < 1 or world % ranks:
             raise InputError(
-                f"a pipeline of {ranks} ranks needs {ranks} processes, or a multiple of it for copies, but there "
-                f"{'is' if world == 1 else 'are'} {world}: torchrun --nproc-per-node says how many"
+                f"a pipeline of {ranks} ranks needs {ranks} processes, or a multiple of it for copies, but torchrun "
+                f"--nproc-per-node has started {world}"
             )
         self.copy, self.rank = divmod(dist.get_rank(), ranks)
-        self.copies = world // ranks
+        self.copies, self.first = world // ranks, self.copy * ranks  # the process that is its pipeline's first rank
         self.is_first, self.is_last = self.rank == 0, self.rank == ranks - 1
         pipelines = [list(range(first, first + ranks)) for first in range(0, world, ranks)]
         ends = [sorted({pipeline[0], pipeline[-1]}) for pipeline in pipelines]
         alike = [list(processes) for processes in zip(*pipelines, strict=True)]
-        self.up, self.down, self.ends, self.copies_of_me = (
-            dist.new_subgroups_by_enumeration(processes, timeout)[0]
-            for processes in (pipelines, pipelines, ends, alike)
-        )
+        groups = [dist.new_subgroups_by_enumeration(of, timeout)[0] for of in (pipelines, pipelines, ends, alike)]
+        self.up, self.down, self.ends, self.copies_of_me = groups
         self.on_the_way = deque[tuple[Any, Tensor, int]]()
 
     def take(self, x: Tensor, source: int) -> Tensor:
         """Fill x with what the rank `source` hands to this one."""
         with self._hears(source):
-            dist.recv(x, self._process(source), self.up if source < self.rank else self.down)
+            dist.recv(x, self.first + source, self.up if source < self.rank else self.down)
         return x
 
     def hand(self, x: Tensor, to: int) -> None:
         """Send x to the rank `to`. Waits only if too many messages have not been taken yet."""
         x = x.detach().contiguous()
         with self._hears(to):
-            work = dist.isend(x, self._process(to), self.up if to > self.rank else self.down)
+            work = dist.isend(x, self.first + to, self.up if to > self.rank else self.down)
         self.on_the_way.append((work, x, to))
         self.flush(MOST_ON_THE_WAY)
 
@@ -105,17 +100,9 @@ class Links:
         return found
 
     def add(self, x: Tensor, group: Any = None) -> None:
-        """Add to x those of all other processes of the group, in place.
-
-        group: `ends` (the first and the last rank of a pipeline), `copies_of_me`, `up` (all ranks of the pipeline), or
-            None (all processes).
-        """
+        """Add to x those of the other processes of `ends`, `copies_of_me` or `up`; None: of all processes."""
         with self._hears():
             dist.all_reduce(x, group=group)
-
-    def _process(self, rank: int) -> int:
-        """Which process is that rank of this pipeline."""
-        return self.copy * self.ranks + rank
 
     @contextmanager
     def _hears(self, rank: int | None = None) -> Iterator[None]:
@@ -125,7 +112,7 @@ class Links:
         except RuntimeError as error:
             said = re.sub(r"^\[[^]]*\]\s*", "", str(error).strip())  # without the place in PyTorch's own code
             reason = re.split(r"\. |\n", said)[0] or type(error).__name__
-            other = "the other ranks" if rank is None else f"rank {self._process(rank)}"
+            other = "the other ranks" if rank is None else f"rank {self.first + rank}"
             raise RankLost(
                 f"rank {dist.get_rank()} hears nothing from {other}, which ended or did not answer in time ({reason})"
             ) from error

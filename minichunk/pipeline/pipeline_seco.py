@@ -1,14 +1,12 @@
 """SeCO and SpaCO over several ranks, each of which has a block of the layers (Algorithms 1 and 2).
 
 Every rank goes through the same loop over the same chunks. Of a chunk only its hidden state goes up to the next rank,
-and only the gradient of that comes down again. What the chunk writes, and what later chunks send back to it, stays on
-the rank that has the layer: the ranks share no memory.
+and only the gradient of that comes down. What it writes, and what later chunks send back to it, stays on the rank.
 
 One thing is added to seco.py: a chunk waits. Between its rebuild (line 5) and its backward pass (lines 6 and 7) the
-ranks above work on it. Meanwhile this rank rebuilds the chunks before it, until as many chunks wait as there are ranks
-above. A chunk asks for its relay only when its turn has come, because all later chunks have sent back their part by
-then. Turns go from the last chunk to the first, as in seco.py, so every sum has the same terms in the same order.
-(The schedule is known as 1F1B; PipeDream, arXiv 1806.03377.)
+ranks above work on it, and this rank rebuilds the chunks before it, as many as there are ranks above. When a chunk's
+turn comes, all later chunks have sent back their part. Turns go from the last chunk to the first, as in seco.py, so
+every sum has the same terms in the same order. (The schedule is known as 1F1B; PipeDream, arXiv 1806.03377.)
 """
 
 from collections import deque
@@ -30,8 +28,6 @@ from ..samplers import Weight
 from ..seco import fill, flat, new_memory
 from ..spaco import QUARTER, Sampler, check_weights
 from .stage import PipelineStage
-
-Weights = Sequence[Weight | None]
 
 
 def pipeline_seco(
@@ -96,8 +92,8 @@ def pipeline_spaco(
 
 
 def agree(
-    stage: PipelineStage, input_ids: Tensor, chunks: Sequence[Chunk], options: Options, drawn: Weights
-) -> tuple[Weights, Options, bool]:
+    stage: PipelineStage, input_ids: Tensor, chunks: Sequence[Chunk], options: Options, drawn: Sequence[Weight | None]
+) -> tuple[Sequence[Weight | None], Options, bool]:
     """The first rank's draw and its seed of the dropouts, for all; and whether anything learns on the ranks before.
 
     Raises InputError unless all ranks are about to do the same, and some parameter learns.
@@ -137,9 +133,7 @@ def walk_back(
     total = torch.zeros((), dtype=wide(stage.like), device=batch.input_ids.device)
     for chunk, weight in reversed(kept):  # line 4
         x = stage.take(batch.input_ids[:, span([chunk])]).requires_grad_(below_learns)
-        y, written = stage.run(x, memory, [chunk], options)  # line 5
-        if not links.is_last:
-            links.hand(y, links.rank + 1)
+        y, written = stage.run_and_hand(x, memory, [chunk], options)  # line 5
         waiting.append(Rebuilt(chunk, weight, x, y, written))
         del x, y, written  # or they would live on beside the next chunk's
         if len(waiting) == links.ranks - links.rank:
@@ -171,17 +165,14 @@ def _backward(stage: PipelineStage, batch: Batch, memory: LayerMemories, rebuilt
 
 @contextmanager
 def tied_weight_summed(stage: PipelineStage) -> Iterator[None]:
-    """A weight that is embedding and LM head gets, on both ranks that have it, the sum of what they find in the block.
-
-    Within the block its gradient is this step's alone; that of earlier steps is added at the end.
-    """
+    """A weight that is embedding and LM head gets, on both ranks that have it, the sum of what they find in the block,
+    and then the gradient of earlier steps."""
     weight = stage.tied_weight
-    if weight is None:
-        yield
-        return
-    earlier, weight.grad = weight.grad, None
+    earlier = None if weight is None else weight.grad
+    if weight is not None:
+        weight.grad = None
     yield
-    if weight.grad is not None:
+    if weight is not None and weight.grad is not None:
         stage.links.add(weight.grad, stage.links.ends)
         if earlier is not None:
             weight.grad += earlier

@@ -44,7 +44,7 @@ def split_costs(costs: tuple[int, ...], ranks: int) -> tuple[int, ...]:
 
     @cache
     def best(start: int, ranks: int) -> tuple[int, tuple[int, ...]]:
-        """For the layers from `start` on: what the fullest of these ranks has, and how many layers each gets."""
+        """For the costs from `start` on: the largest sum, and how many each of these ranks gets."""
         if ranks == 1:
             return until[-1] - until[start], (len(costs) - start,)
         ways = []
@@ -54,15 +54,6 @@ def split_costs(costs: tuple[int, ...], ranks: int) -> tuple[int, ...]:
         return min(ways)
 
     return best(0, ranks)[1]
-
-
-def check_counts(counts: Sequence[int], layers: int, ranks: int) -> None:
-    """Raise InputError unless these are at least one layer for each rank, and all layers."""
-    if len(counts) != ranks or min(counts) < 1 or sum(counts) != layers:
-        raise InputError(
-            f"the layers are split as {list(counts)}, but must be {ranks} numbers of at least 1, "
-            f"one for each rank, which add up to the {layers} layers of the model"
-        )
 
 
 def _bytes(module: nn.Module) -> int:

@@ -82,10 +82,7 @@ def _end(number: int, frame: object) -> None:
 
 
 def speaks_first() -> bool:
-    """Whether this process is the first of all to say why the run has ended; to be asked once, by a process that ends.
-
-    When a rank ends, those beside it end too, each with an error. The first error names the cause.
-    """
+    """Whether this process, which ends, is the first of all to do so: its error names the cause. To be asked once."""
     if not is_one_of_several():
         return True
     try:  # torchrun's own store outlives the ranks

@@ -207,14 +207,11 @@ class Recorder(CountBytes):
         """Attention adds a gradient (B, G, n, D) for each tensor that was written: sort them by chunks."""
         layer.add_grads(first, *gradients)
         with self.paused():
-            at = torch.arange(first, first + gradients[0].shape[2])
             for i, (start, stop) in enumerate(self.chunks):
-                rows = (at >= start) & (at < stop)
-                if rows.any():
-                    placed = [g.new_zeros((*g.shape[:2], stop - start, g.shape[3])) for g in gradients]
-                    for x, g in zip(placed, gradients, strict=True):
-                        x[:, :, at[rows] - start] = g[:, :, rows]
-                    self.add_up(self.now, (number, i), placed)
+                low, high = max(first, start), min(first + gradients[0].shape[2], stop)
+                if low < high:
+                    rows, around = slice(low - first, high - first), (0, 0, low - start, stop - high)
+                    self.add_up(self.now, (number, i), [F.pad(g[:, :, rows], around) for g in gradients])
 
     # Numbers.
 

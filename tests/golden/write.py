@@ -17,6 +17,7 @@ import numpy
 import torch
 from torch import Tensor
 
+import minichunk.models.load  # noqa: F401 - configs are written by it
 from minichunk.batch import IGNORE, prepare, shift
 from minichunk.chunks import cut, span
 from minichunk.files.atomic import write_tensors

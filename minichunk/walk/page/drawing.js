@@ -135,7 +135,7 @@ function drawMemory() {
   paint(svg, width, height, `Bytes alive at each of ${events.length} steps. The peak, ${mebibytes(peak.peak)}, is at step ${run.peak}: ${phaseOf(peak)}.`,
     axis(place) + ghosts.map((g, n) => ghost(g, n, place)).join("") + shapes.join("") + mark);
   const line = (kind, words) => `<li><svg width="30" height="8" aria-hidden="true"><path d="M0 4h30" class="${kind}"/></svg> ${words}</li>`;
-  $("ghost-legend").innerHTML = ghosts.map((g, n) => line(`ghost ghost-${n}`, `${escaped(g.label)}, as wide, peak <b>${mebibytes(g.events[g.peak].peak)}</b>`)).join("") + line("most", "most since the step before");
+  $("ghost-legend").innerHTML = ghosts.map((g, n) => line(`ghost ghost-${n}`, `${escaped(g.label)} (stretched), peak <b>${mebibytes(g.events[g.peak].peak)}</b>`)).join("") + line("most", "most since the step before");
   drawBytes(eventNow(), peak);
 }
 

@@ -18,14 +18,8 @@ from .seco import check_seco
 from .state import check_state
 from .window import check_window
 
-EXERCISES = [
-    Exercise(1, "attention", check_attention),
-    Exercise(2, "merge", check_merge),
-    Exercise(3, "loss", check_loss),
-    Exercise(4, "relay", check_relay),
-    Exercise(5, "seco", check_seco),
-    Exercise(6, "samplers", check_samplers),
-    Exercise(7, "lora", check_lora),
-    Exercise(8, "state", check_state),
-    Exercise(9, "window", check_window),
-]
+CHECKS = (
+    check_attention, check_merge, check_loss, check_relay, check_seco, check_samplers, check_lora, check_state,
+    check_window,
+)  # fmt: skip
+EXERCISES = [Exercise(n, check.__name__.removeprefix("check_"), check) for n, check in enumerate(CHECKS, start=1)]
