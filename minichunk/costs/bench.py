@@ -90,8 +90,7 @@ class Row:
 def measure(options: BenchOptions, method: str, seq_len: int, seed: int = 0) -> tuple[float, int, float]:
     """Run a step after a short warm-up; returns its seconds, the peak memory in bytes, and the loss.
 
-    options: resolved. The memory is that of the device's allocator on CUDA, else that of this process. seed: of SpaCO's
-    draw.
+    The memory is that of the device's allocator on CUDA, else that of this process. seed: of SpaCO's draw.
     """
     device = torch.device(options.device)
     torch.manual_seed(0)

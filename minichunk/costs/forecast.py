@@ -65,8 +65,8 @@ class Forecast:
     def longest(self, available: int, host: int | None = None) -> int:
         """Tokens, in whole chunks, that fit into `available` bytes on each device and `host` bytes in host memory.
 
-        host: None for any number. Returns 0 if even one chunk does not fit. On several GPUs the search begins near the
-        length that the layers' bytes alone allow, since the ranks of every other split have to be counted.
+        host: None for any number. Returns 0 if even one chunk does not fit. On several GPUs, where the ranks of each
+        split have to be counted, the search begins near the length that the layers' bytes alone allow.
         """
         size = self.setting.chunk_size
 

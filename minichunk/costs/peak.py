@@ -59,10 +59,7 @@ class StepBytes:
 
 @functools.cache
 def step_memory(setting: Setting, tokens: int, share: Share | None = None) -> StepBytes:
-    """What a training step of `tokens` tokens takes, on one rank of a pipeline or in one process (None).
-
-    Raises InputError.
-    """
+    """What a step of `tokens` tokens takes, on one rank of a pipeline or in one process (None). Raises InputError."""
     setting.check()
     if setting.load_in_4bit:
         _first_use_of_bitsandbytes(setting.torch_dtype)

@@ -58,7 +58,7 @@ class Handed:
         self.end, self.last = 0, zero  # the fill: what the last chunk that was written has handed on, and where
         self.decay = torch.ones_like(decay)  # the fill: of all chunks since the last one that is rebuilt
         self.offload = spec.options.offload
-        home = torch.device("cpu") if self.offload else zero.device
+        home = torch.device("cpu") if self.offload and zero.is_cuda else zero.device
 
         def room(like: Tensor) -> Tensor:
             return like.new_empty((len(self.rows), *like.shape), device=home, pin_memory=home != like.device)
