@@ -139,15 +139,9 @@ MISTAKES: dict[str, list[tuple[str, str, str]]] = {
 # Edits that are as right as the solution.
 OTHER_WAYS = [
     ("attention", SOFTMAX, f"{SDPA}(q, keys, values, attn_mask=~future)"),
-    ("merge", "torch.logaddexp(lse_a, lse_b)", "torch.stack([lse_a, lse_b]).logsumexp(0)"),
-    ("loss", "list(targets.split(chunk_size, dim=1))", "targets.split(chunk_size, dim=1)"),
     ("relay", RELAY, "(loss + (memory * memories[j].grad).sum()).backward()"),
     ("relay", LEAVES, "    memories[-1].grad = torch.zeros_like(memories[-1])\n"),
     ("seco", "OPTIONS = Options()", "OPTIONS = Options(fill_size=7, recompute=True, offload=True)"),
     ("seco", HANDED, "sum([(m * g).sum() for m, g in zip(written, received)], loss).backward()"),
-    ("samplers", "torch.randperm(k, generator=generator)[:t]",
-     "torch.multinomial(torch.ones(k), t, generator=generator)"),
-    ("lora", UPDATE, "x @ (self.scale * self.lora_B @ self.lora_A).T"),
     ("state", "decay * (h - h.detach())", "(decay * h - (decay * h).detach() - h.detach() * (decay - decay.detach()))"),
-    ("window", "max(0, start - window + 1)", "start - window + 1"),
 ]  # fmt: skip

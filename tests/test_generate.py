@@ -1,7 +1,5 @@
 """Writing text with the cache equals running the whole text again for every token."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

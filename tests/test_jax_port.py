@@ -19,11 +19,8 @@ jax.config.update("jax_disable_most_optimizations", True)  # the programs are co
 
 from .test_golden import COMMITTED, check  # noqa: E402
 
-LLAMAS = (
-    "tied",
-    "qkv-bias",
-    "qk-norm",
-)  # "plain" and "grouped" below; a llama3 rope is another table, read from the file
+# "plain" and "grouped" below; a llama3 rope is another table, read from the file
+LLAMAS = ("tied", "qkv-bias", "qk-norm")
 KINDS = ("full.loss", "full.grad.", "seco.loss", "seco.chunk.", "spaco.loss", "spaco.chunk.")
 
 

@@ -1,7 +1,5 @@
 """The recipe for an 8B, run with a small model in its place."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

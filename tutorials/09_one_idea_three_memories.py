@@ -191,7 +191,7 @@ for name in PATTERNS:
     for memory, _, _ in walk(model, words[:, :192], 24):
         alive.append(sum(x.shape[2] for x in memory.layers[0].tensors().gradients) // 2)  # half of them are of values
     print(f"{name:16}   " + "".join(f"{n:5}" for n in alive))
-    assert name != "window and sinks" or alive == [4 + 2 * 24] * 6 + [4 + 24, 4]
+    assert name != "window and sinks" or alive == [4 + 2 * 24] * 5 + [2 * 24, 24, 0]
 
 # %% [markdown]
 # In full attention the last chunk sends to all others, so there is room for all from the start to the end. A window has

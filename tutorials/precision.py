@@ -91,7 +91,7 @@ def attention_errors(pasts: Sequence[int] = PASTS) -> list[tuple[int, int, list[
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", help="a checkpoint directory, for example of `minichunk get smollm2`")
+    parser.add_argument("model", nargs="?", help="a checkpoint directory, for example of tutorials/get_smollm2.py")
     parser.add_argument("--text", type=Path, default=novel("prideprejudice"), help="default: a shipped novel")
     parser.add_argument("--tokens", type=int, default=1024, help="length (default: 1024)")
     arguments = parser.parse_args()

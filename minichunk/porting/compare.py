@@ -105,7 +105,7 @@ def describe(name: str) -> str:
     words = "the sum of the chunks' losses"
     if found["chunk"] is not None:
         words = (FORWARD | WALK)[found["kind"]].format(**found.groupdict())
-    words += " in SpaCO" if found["method"].endswith("spaco") else " in SeCO"
+    words += ", in SpaCO" if found["method"].endswith("spaco") else ", in SeCO"
     words += " of the second batch" if found["method"].startswith("second") else ""
     return words + (", its factors included" if "SpaCO" in words and found["kind"] in WALK else "")
 

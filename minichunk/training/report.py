@@ -34,12 +34,8 @@ def loss_table(before: Sequence[Span], after: Sequence[Span], context: int) -> s
         where = "inside the old context" if old.stop <= context else "beyond it"
         change = f"{new.loss - old.loss:+.3f}"
         rows.append((f"{old.start:,} to {old.stop:,}", where, f"{old.loss:.3f}", f"{new.loss:.3f}", change))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        words, numbers = zip(row[:2], widths[:2], strict=True), zip(row[2:], widths[2:], strict=True)
-        lines.append("  ".join([*(cell.ljust(n) for cell, n in words), *(cell.rjust(n) for cell, n in numbers)]))
-    return "\n".join(lines)
+    a, b, c, d, e = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return "\n".join(f"{p:<{a}}  {where:<{b}}  {x:>{c}}  {y:>{d}}  {z:>{e}}" for p, where, x, y, z in rows)
 
 
 def write_results(

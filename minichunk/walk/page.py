@@ -19,7 +19,6 @@ from ..chunks import cut, span
 from ..errors import InputError
 from ..files.atomic import make_directory, write_text
 from ..files.chat import load_chat_template
-from ..files.documents import check_vocabulary, cut_documents, read_documents
 from ..files.shipped import EXTENDED_ON, SHIPPED_MODEL, novel
 from ..full import full
 from ..models.config import LlamaConfig
@@ -28,7 +27,7 @@ from ..models.lora import add_lora
 from ..samplers import Bernoulli
 from ..seco import seco
 from ..spaco import spaco
-from ..training.load import load_as_told
+from ..training.load import load_as_told, read_pieces
 from ..training.options import ModelOptions, StepOptions, changed, check_options, option
 from .events import Event, read_events, write_events
 from .trace import trace
@@ -180,11 +179,8 @@ def record(options: WalkOptions) -> list[list[Event]]:
     check_options(options)
     model, tokenizer = load_as_told(options)
     directory, sizes = options.model or SHIPPED_MODEL, options.chunk_size
-    documents = read_documents(
-        options.data or [novel(EXTENDED_ON)], tokenizer, model.config.first_eos(), load_chat_template(directory)
-    )
-    check_vocabulary(documents, model.config.vocab_size)
-    text = cut_documents(documents, options.seq_len)[0][0]
+    texts, chat = options.data or [novel(EXTENDED_ON)], load_chat_template(directory)
+    (text, *_), _ = read_pieces(texts, model, tokenizer, chat, options.seq_len)
     if (most := len(cut(len(text), min(sizes)))) > MOST_CHUNKS:
         raise InputError(
             f"--chunk-size {min(sizes)} cuts {len(text):,} tokens into {most} chunks, but the page has room for "
