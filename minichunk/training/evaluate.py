@@ -106,7 +106,7 @@ def evaluate_files(options: EvaluateOptions) -> None:
     with tqdm(total=len(pieces), desc="evaluate", unit="document", leave=False) as bar:
         losses = loss_by_position(model, pieces, options.chunk_size, spans, bar.update)
     if seen := describe(model.config):
-        print(seen)
+        print(f"seen of the past: {seen}")
     print(f"{line}\n\nmean loss, nats per token ({len(pieces)} documents)")
     for span in losses:
         print(f"{f'{span.start:,} to {span.stop:,}':18} {span.loss:7.3f}")
