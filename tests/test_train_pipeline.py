@@ -150,7 +150,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     start = (
         f"torchrun --nproc-per-node {first} -m minichunk train --pipeline {first}" if first > 1 else "minichunk train"
     )
-    words = f"Interrupted: saved after step 3; go on with: {start} --output {told['output']} --resume"
+    words = f"KeyboardInterrupt: saved after step 3; go on with: {start} --output {told['output']} --resume"
     assert [error for _, error in stopped] == [words] * first
     told = {"output": str(tmp_path / "several"), "pipeline": then}
     answers = ranks.ask(then, tasks.train_here, then, told, True)
@@ -217,7 +217,7 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     assert local_device("cuda") == "cuda"
     with tasks.under_torchrun(1, 2):
         assert (local_device("cuda"), local_device("cuda:0"), local_device("cpu")) == ("cuda:1", "cuda:1", "cpu")
-    with tasks.under_torchrun(1, 4), pytest.raises(mc.InputError, match=r"4 processes on this machine, but .* 2 GPUs"):
+    with tasks.under_torchrun(1, 4), pytest.raises(mc.InputError, match=r"4 processes on this machine, but .* GPUs: 2"):
         local_device("cuda")
 
 
