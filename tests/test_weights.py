@@ -200,16 +200,16 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_read(
 
 def test_the_host_memory_of_offload_is_checked_first(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = mc.Llama.from_pretrained(checkpoint, dtype=torch.float32)
-    layer = model.new_memory(3, 10, [Chunk(0, 6)]).layers[0]
+    layer = model.new_memory(3, 6, [Chunk(0, 6)]).layers[0]
     assert isinstance(layer, LayerCache)
     parts = [layer.keys, layer.values, layer.key_grads, layer.value_grads]
     needed = sum(x.nbytes for x in parts) * model.config.num_hidden_layers
     monkeypatch.setattr(atomic, "free_memory", lambda _: needed)
-    kept = [Chunk(0, 6), Chunk(10, 12)]
-    check_host_room(model, 3, kept, None)
+    told = TrainOptions(seq_len=10, chunk_size=6, batch_size=3, offload=True)
+    check_host_room(model, told)
     monkeypatch.setattr(atomic, "free_memory", lambda _: needed - 1)
-    with pytest.raises(mc.InputError, match=r"--offload of 3 times 10 tokens .* take --cache-grad-dtype bfloat16"):
-        check_host_room(model, 3, kept, None)
+    with pytest.raises(mc.InputError, match=r"--offload of 3 times 6 tokens .* take --cache-grad-dtype bfloat16"):
+        check_host_room(model, told)
     opened = TrainOptions(model=str(checkpoint), seq_len=18, chunk_size=4, method="spaco", budget=2, sampler="fixed")
     assert opened.most_kept() == [Chunk(12, 16), Chunk(16, 18)]
     assert TrainOptions(seq_len=18, chunk_size=4).most_kept() == cut(18, 4)

@@ -9,7 +9,6 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..chunks import Chunk
 from ..files.atomic import check_room
 from ..files.chat import ChatTemplate, load_chat_template
 from ..files.documents import Document, check_vocabulary, cut_documents, load_tokenizer, read_documents
@@ -80,13 +79,12 @@ def layers_of_ranks(options: TrainOptions, model: Stack, ranks: int) -> list[int
     return split_layers(shaped, ranks, None if options.offload else [sum(both) for both in memory])
 
 
-def check_host_room(model: Stack, batch: int, kept: Sequence[Chunk], grad_dtype: torch.dtype | None) -> None:
+def check_host_room(model: Stack, options: TrainOptions) -> None:
     """Raise InputError unless the host has room for the memory of `--offload`.
 
     model: or this rank's part of it, where all ranks of this machine are taken to have as many layers.
-    batch: sequences at a time. kept: the most chunks that a step backpropagates.
     """
-    how = Options(cache_grad_dtype=grad_dtype, offload=True)
+    batch, kept, how = options.batch_size, options.most_kept(), Options(**options.keywords())
     remembered, gradients = memory_bytes(model.config, model.like.dtype, kept, how, batch)
     of_machine = len(model.layers) / model.config.num_hidden_layers * started().local_world
     what = f"--offload of {batch} times {kept[-1].start:,} tokens"

@@ -19,8 +19,7 @@ from ..files.documents import Document, collate, step_documents
 from ..models.quantize import count_parameters
 from ..pipeline.stage import PipelineStage
 
-# Knuth's multiplier: 2^32 divided by the golden ratio. The products of small numbers with it are far apart in 32 bits.
-GOLDEN_RATIO_HASH = 2_654_435_769
+GOLDEN_RATIO_HASH = 2_654_435_769  # Knuth's multiplier: products of small numbers with it are far apart in 32 bits
 # Adds the gradient of the mean loss of (model or stage, input_ids, labels), given num_targets and a generator.
 Gradient = Callable[[Any, Tensor, Tensor, int, torch.Generator], Tensor]
 

@@ -232,20 +232,14 @@ class TrainOptions(StepOptions, ModelOptions):
     def resolved(self) -> "TrainOptions":
         """Check every value and fill in those that are None. Raises InputError."""
         self.check()
-        device, num_chunks = check_device(self.device), len(cut(self.seq_len, self.chunk_size))
+        device, copies = check_device(self.device), started().world // (self.pipeline or 1)
         # The shipped model, of 3 million parameters, takes larger steps.
         lr = 2e-5 if self.rank == 0 else 4e-3 if self.model is None else 3e-4
-        return replace(
-            self,
-            model=self.model or str(SHIPPED_MODEL),
-            device=device,
-            dtype=self.dtype or default_dtype(device),
-            lr=self.lr or lr,
-            warmup=self.steps // 10 if self.warmup is None else self.warmup,
-            pipeline=self.pipeline or 1,
-            accumulate=self.accumulate or started().world // (self.pipeline or 1),
-            budget=self.budget or (max(1, num_chunks // 4) if self.method == "spaco" else None),
-        )
+        chosen: dict[str, Any] = {"model": str(SHIPPED_MODEL), "device": device, "dtype": default_dtype(device)}
+        chosen |= {"lr": lr, "warmup": self.steps // 10, "pipeline": 1, "accumulate": copies}
+        if self.method == "spaco":
+            chosen["budget"] = max(1, len(cut(self.seq_len, self.chunk_size)) // 4)
+        return replace(self, **{name: value for name, value in chosen.items() if getattr(self, name) is None})
 
     def check(self) -> None:
         super().check()

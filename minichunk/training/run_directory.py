@@ -164,14 +164,11 @@ def plot_run(
         tqdm.write("no loss plot: pip install 'minichunk[plot]' adds matplotlib")
         return
     by_step, by_position = figure.subplots(1, 2)
-    by_step.plot([m["step"] for m in metrics], [m["loss"] for m in metrics], color="tab:blue")
-    by_step.set(xlabel="step", ylabel="training loss (nats per token)", title="Loss by step")
-    for spans, label, color in ((before, "before", "tab:gray"), (after, "after", "tab:orange")):
-        middles = [(span.start + span.stop) / 2 for span in spans]
-        by_position.plot(middles, [span.loss for span in spans], "o-", label=label, color=color)
-    if beyond := [span for span in before if span.stop > context]:
-        by_position.axvspan(context, beyond[-1].stop, alpha=0.1, color="tab:blue", label="beyond the old context")
-    title = f"Farthest loss: {before[-1].loss:.2f} before, {after[-1].loss:.2f} after" if before else "No held-out text"
-    by_position.set(xlabel="position", ylabel="held-out loss (nats per token)", title=title)
+    by_step.plot([m["step"] for m in metrics], [m["loss"] for m in metrics])
+    by_step.set(xlabel="step", ylabel="training loss (nats per token)")
+    for spans, label in ((before, "before"), (after, "after")):
+        by_position.plot([(s.start + s.stop) / 2 for s in spans], [s.loss for s in spans], "o-", label=label)
+    by_position.axvline(context, linestyle=":", color="tab:gray", label="the old context")
+    by_position.set(xlabel="position", ylabel="held-out loss (nats per token)")
     by_position.legend()
     save_figure(figure, path)

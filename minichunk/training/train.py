@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -20,11 +21,10 @@ from .loop import NonFiniteLoss, Ranks, Schedule, Trainer, deterministic_kernels
 from .options import TrainOptions, flag
 from .run_directory import Run, loss_table, peak_memory, write_results
 
-Say = Callable[[str], object]
 LARGE = 10**9  # parameters from which on a chunk's activations are recomputed unless told otherwise
 
 
-def train(options: TrainOptions, say: Say = print) -> Path:
+def train(options: TrainOptions, say: Callable[[str], object] = print) -> Path:
     """Run the training that `options` describe; with `resume` continue the one in `options.output`.
 
     Under torchrun, called on all processes; the first one speaks and writes. Of a run that is continued, only
@@ -48,12 +48,12 @@ def train(options: TrainOptions, say: Say = print) -> Path:
         return _train(options, resumed, before, links, say)
 
 
-def _train(options: TrainOptions, resumed: Run | None, before: list[Span], links: Links | None, say: Say) -> Path:
+def _train(options: TrainOptions, resumed: Run | None, before: list[Span], links: Links | None, say: Any) -> Path:
     model, tokenizer = load_to_train(options, links)
     ranks = Ranks(model)
     say = say if ranks.is_first else lambda line: None
     if options.offload:
-        check_host_room(model, options.batch_size, options.most_kept(), options.keywords()["cache_grad_dtype"])
+        check_host_room(model, options)
     training, validation, line = load_data(options, model, tokenizer)
     run = resumed or Run(ranks.everyones(Run.new(options.output).directory if ranks.is_first else Path())[0])
     total, trainable = ranks.count_parameters()
