@@ -18,6 +18,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._dynamo  # a step imports it, on every rank: so it is here once
@@ -28,6 +29,7 @@ import minichunk as mc
 from minichunk.costs.count import CountBytes
 from minichunk.costs.peak import optimizer_states
 from minichunk.costs.setting import Setting
+from minichunk.memory.offload import DeviceBlocks
 from minichunk.models.shapes import random_model
 from minichunk.pipeline.links import RankLost
 from minichunk.pipeline.stage import PipelineStage
@@ -248,19 +250,28 @@ def lose_one_in_the_walk(rank: int, lost: int, hangs: bool, case: Case) -> None:
     case.run(mc.pipeline_seco, stage)
 
 
-def counted(rank: int, setting: Setting, counts: Sequence[int], tokens: int) -> int:
-    """Peak bytes on this rank of a whole real step of what is forecast, with the optimizer's state."""
+def counted(rank: int, setting: Setting, counts: Sequence[int], tokens: int) -> tuple[int, int]:
+    """Bytes on this rank of a whole real step of what is forecast, with the optimizer's state: the device's peak, and
+    all that has been in host memory (with offload)."""
     model = random_model(setting.config(), setting.torch_dtype, setting.rank, setting.targets)
     stage = PipelineStage(model, counts, mc.Links(timeout=TIMEOUT))
     num_chunks = -(-tokens // setting.chunk_size)
     kept = setting.kept(num_chunks)
     entries = [None] * (num_chunks - kept) + [mc.Weight(1.0, 2.0)] * kept
+    original, host = DeviceBlocks.host, 0
+
+    def make_host(*arguments: Any, **options: Any) -> Tensor:
+        nonlocal host
+        made = count.elsewhere(lambda: original(*arguments, **options), lambda made: [made])
+        host += made.nbytes
+        return made
+
     gc.collect()
-    with CountBytes() as count:
+    with mock.patch.object(DeviceBlocks, "host", make_host), CountBytes() as count:
         count.add(*stage.parameters(), *stage.buffers())
         states = optimizer_states(stage)
         ids = torch.zeros(1, tokens, dtype=torch.int64)
         draw = {"sampler": lambda *_: entries} if setting.method == "spaco" else {}
         getattr(mc, f"pipeline_{setting.method}")(stage, ids, ids, setting.chunk_size, **draw, **setting.keywords())
     assert states
-    return count.peak
+    return count.peak, host

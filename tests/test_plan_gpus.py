@@ -45,7 +45,8 @@ def hybrid() -> mc.StateSpaceConfig:
     [
         (llama(7), (1, 5, 1), {}),
         (llama(3, tie_word_embeddings=True), (2, 1), {"method": "spaco", "rank": 0, "recompute": False}),
-        (llama(3), (2, 1), {"fill_size": 1024, "offload": True}),
+        (llama(3), (2, 1), {"fill_size": 1024}),
+        (llama(3), (2, 1), {"offload": True}),
         (hybrid(), (2, 2, 1), {"rank": 0}),
     ],
 )
@@ -53,13 +54,14 @@ def test_the_forecast_of_each_rank_is_its_peak(
     ranks: Ranks, tmp_path: Path, config: Any, counts: tuple[int, ...], options: dict[str, Any]
 ) -> None:
     """But for 12 bytes: the loss, and the number of targets, which is a number in the forecast."""
-    setting, tokens = setting_of(tmp_path, config, **options), 4608
+    setting, tokens = setting_of(tmp_path, config, **options), 5376  # whole passes of the large fill
     counted = ranks.ask(len(counts), tasks.counted, setting, counts, tokens)
-    for rank, peak in enumerate(counted):
+    for rank, (peak, host) in enumerate(counted):
         share = Share(counts, rank)
         assert setting.even_from(share) < tokens
         found = bytes_of_share(setting, tokens, share)
-        assert 0 <= peak - found.peak - found.host <= 16, f"{peak} on {share}, forecast {found}"
+        assert host == found.host
+        assert 0 <= peak - found.peak <= 16, f"{peak} on {share}, forecast {found}"
 
 
 @pytest.mark.parametrize(("config", "tokens"), [(llama(9), 4096), (llama(8), 262_144), (hybrid(), 4096)])

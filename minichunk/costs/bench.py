@@ -50,7 +50,6 @@ class BenchOptions:
     full-recompute is gradient checkpointing; -tiled with the loss in tiles; -offload also with the
     layers' inputs in host memory. Of seco and spaco, see --recompute and --offload of train.
 
-      minichunk bench
       minichunk bench --methods full-recompute seco seco-recompute --seq-len 4096 16384 --plot bench.png
       minichunk bench --device cuda --model llama-3-8b --rank 8 --methods full-recompute-offload seco-recompute
     """

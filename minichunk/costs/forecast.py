@@ -1,5 +1,4 @@
-"""How much memory a training step of any length needs, on one GPU or on several: a step is counted at a length from
-which on it grows evenly, and what it remembers more of a longer text is computed."""
+"""The memory of a step of any length: one is counted, and what is remembered more of a longer text is computed."""
 
 from __future__ import annotations
 
@@ -34,7 +33,7 @@ class Forecast:
         """What a step of so many tokens takes on the rank that needs most; in host memory, on all ranks together."""
         found = bytes_of_share(self.setting, tokens, self.largest_share(tokens))
         if self.gpus > 1 and self.setting.offload:
-            return replace(found, host=int(self.setting.memory_bytes(tokens).sum()))
+            return replace(found, host=self._host(tokens))
         return found
 
     def counts(self, tokens: int) -> tuple[int, ...]:
@@ -75,6 +74,8 @@ class Forecast:
             return found.peak <= available and (host is None or found.host <= host)
 
         def layers_fit(num_chunks: int) -> bool:
+            if self.setting.offload and host is not None and self._host(num_chunks * size) > host:
+                return False
             each = tuple(layer_costs(_meta_model(self.setting), self._remembered(num_chunks * size)))
             counts = split_costs(each, self.gpus)
             largest = max(sum(each[Share(counts, rank).layers]) for rank in range(self.gpus))
@@ -82,6 +83,9 @@ class Forecast:
 
         near = self.setting.even_from() // size if self.gpus == 1 else most(layers_fit, 1)
         return most(fits, near) * size
+
+    def _host(self, tokens: int) -> int:
+        return int(self.setting.memory_bytes(tokens).sum())
 
     def _remembered(self, tokens: int) -> list[int] | None:
         """Bytes of each layer's memory on the device; None: it has none there."""

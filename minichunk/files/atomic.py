@@ -63,6 +63,17 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return value
 
 
+def json_lines(path: str | Path, text: str) -> Iterator[tuple[str, Any]]:
+    """Of each line of a JSONL file's text that is not empty: its place, in words, and its value. Raises InputError."""
+    # Not splitlines(): JSON strings may hold the other line separators of Unicode.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield f"{path}, line {number}", json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise InputError(f"{path}, line {number}: not JSON: {error}") from None
+
+
 @contextmanager
 def open_tensors(path: str | Path, device: str = "cpu") -> Iterator[Any]:
     """Open a safetensors file to read tensor by tensor. Raises InputError if it is missing or damaged."""

@@ -132,7 +132,7 @@ def _backward(stage: PipelineStage, batch: Batch, memory: LayerMemories, rebuilt
         if weight.relay != 1.0:  # or it would be a copy
             sent = [weight.relay * g for g in sent]
         relayed = [(m, g) for m, g in zip(made, sent, strict=True) if m.requires_grad] if sent else []
-        torch.autograd.backward([end, *(m for m, _ in relayed)], [grad, *(g for _, g in relayed)])  # lines 6, 7
+        torch.autograd.backward([end, *(m for m, _ in relayed)], [grad, *(g for _, g in relayed)])  # line 7
     if x.grad is not None:
         links.hand(x.grad, links.rank - 1)
     return end.detach() if links.is_last else 0.0

@@ -92,7 +92,8 @@ def evaluate_files(options: EvaluateOptions) -> None:
     pieces = sorted(pieces, key=len, reverse=True)[: options.documents]
     spans = spans_for(model.config.max_position_embeddings, len(pieces[0]))
     losses = loss_by_position(model, pieces, options.chunk_size, spans, "evaluate")
-    print(*filter(None, [describe(model.config), line]), sep="\n", end="\n\n")
-    print(f"mean loss, nats per token ({len(pieces)} documents)")
+    if seen := describe(model.config):
+        print(f"seen of the past: {seen}")
+    print(f"{line}\n\nmean loss, nats per token ({len(pieces)} documents)")
     for span in losses:
         print(f"{f'{span.start:,} to {span.stop:,}':18} {span.loss:7.3f}")
