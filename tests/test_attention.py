@@ -44,9 +44,12 @@ class NoEmptyKeys(Kernel):
         object.__setattr__(self, "block", self.kernel.block)
         object.__setattr__(self, "takes_many", self.kernel.takes_many)
 
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *mask: Any, **named: Any) -> Any:
+    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None = None) -> Any:
         assert min(q.shape[2], k.shape[2], v.shape[2]) > 0
-        return self.kernel.forward(q, k, v, *mask, **named)
+        return self.kernel.forward(q, k, v, window)
+
+    def prepare(self, *tensors: torch.Tensor) -> Any:
+        return self.kernel.prepare(*tensors)
 
     def backward(self, grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *rest: Any, **named: Any) -> Any:
         assert min(q.shape[2], k.shape[2]) > 0
@@ -165,7 +168,7 @@ def test_runs_are_the_rule(start: int, length: int, pattern: Pattern) -> None:
         pinned = {j for span in pattern.pinned(0, run.start) for j in range(*span)}
         assert pinned >= {*range(run.low, run.start - pattern.reach)}
         for i in range(run.start, run.stop):
-            first = run.low if run.window is None else max(run.low, i - run.window + 1)
+            first = max(run.low, i - run.window + 1)
             seen[i - start, first : i + 1] += 1
             for low, high in pattern.pinned(0, run.low):
                 seen[i - start, low:high] += 1
@@ -371,10 +374,10 @@ def test_cuda_kernel_calls_fit_the_operators(monkeypatch: pytest.MonkeyPatch) ->
         grads = kernel.backward(out, q, k, k, out, lse)
         assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
         for window, keys, sides in ((16, q[:, :2], {}), (33, k, {"window_size_left": 32, "window_size_right": 0})):
-            out, lse = kernel.forward(q, keys, keys, True, window)
+            out, lse = kernel.forward(q, keys, keys, window)
             assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
             assert (given[8], given[-1]) == (True, sides)  # causal
-            grads = kernel.backward(out, q, keys, keys, out, lse, True, window)
+            grads = kernel.backward(out, q, keys, keys, out, lse, window)
             assert [g.shape for g in grads] == [q.shape, keys.shape, keys.shape]
             assert (given[11], given[-1]) == (True, sides)
         kernel.backward(out, q, k, k, out, lse.mT.contiguous().mT)

@@ -75,7 +75,7 @@ class Past:
 
     def forward(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """out and lse."""
-        out, lse = kernel.forward(q, k, v, causal=True)  # the chunk itself
+        out, lse = kernel.forward(q, k, v, window=k.shape[2])  # the chunk itself
         folded = fold(q, k.shape[1])
         for _, keys, values in self.memory.blocks(self.start, kernel.block):  # the past
             out_past, lse_past = kernel.forward(folded, keys, values)
@@ -86,9 +86,9 @@ class Past:
         self, kernel: Kernel, sends_back: bool, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of q, k and v, where out and lse are the merged ones; those of the past go to the memory."""
-        dq, dk, dv = kernel.backward(grad, q, k, v, out, lse, causal=True)  # the chunk itself
+        dq, dk, dv = kernel.backward(grad, q, k, v, out, lse, window=k.shape[2])  # the chunk itself
         total = dq.to(lse.dtype)  # summed over the blocks in float32 or wider, and rounded once
-        grad, q, out, lse = (fold(x, k.shape[1]) for x in (grad, q, out, lse))
+        grad, q, out, lse = kernel.prepare(*(fold(x, k.shape[1]) for x in (grad, q, out, lse)))
         for position, keys, values in self.memory.blocks(self.start, BLOCK):  # the past
             dq_past, dk_past, dv_past = kernel.backward(grad, q, keys, values, out, lse)
             total += dq_past.reshape(dq.shape)

@@ -30,13 +30,13 @@ class QueryRun(NamedTuple):
     """Queries that see alike. Each of them sees:
 
     - the pinned positions before `low`;
-    - from `low` on what comes before it and itself, of that the last `window` (None: all).
+    - from `low` on what comes before it and itself, of that the last `window`.
     """
 
     start: int
     stop: int
     low: int
-    window: int | None
+    window: int
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Window:
         """What the queries of a chunk see, first to last. Up to window + sinks nothing is left out."""
         edge = stop if self.window is None else min(stop, self.window + self.sinks)
         if start < edge:
-            yield QueryRun(start, edge, 0, None)
+            yield QueryRun(start, edge, min(start, self.sinks), edge)
         if self.window is not None and edge < stop:
             first = max(start, edge)
             yield QueryRun(first, stop, first - self.reach, self.window)
@@ -105,7 +105,7 @@ class Strided:
         while start < stop:
             block = start // self.block
             end = min(stop, (block + 1) * self.block)
-            yield QueryRun(start, end, max(0, block - self.local + 1) * self.block, None)
+            yield QueryRun(start, end, max(0, block - self.local + 1) * self.block, end)
             start = end
 
     def mask(self, length: int, start: int = 0, device: torch.device | None = None) -> Tensor:
@@ -131,7 +131,7 @@ class WindowPast(Past):
         for run in runs:
             rows, columns = slice(run.start - start, run.stop - start), slice(run.low - low, run.stop - low)
             of_run = q[:, :, rows], keys[:, :, columns], values[:, :, columns]
-            parts.append(kernel.forward(*of_run, causal=True, window=run.window))
+            parts.append(kernel.forward(*of_run, run.window))
         out, lse = (torch.cat(pieces, 2) for pieces in zip(*parts, strict=True))
         out = out.to(lse.dtype)
         for row, spans in self.pinned(runs):
@@ -153,7 +153,7 @@ class WindowPast(Past):
             rows, columns = slice(run.start - start, run.stop - start), slice(run.low - low, run.stop - low)
             grad_, q_, out_, lse_ = (x[:, :, rows] for x in (grad, q, out, lse))
             keys_, values_ = keys[:, :, columns], values[:, :, columns]
-            grads = kernel.backward(grad_, q_, keys_, values_, out_, lse_, causal=True, window=run.window)
+            grads = kernel.backward(grad_, q_, keys_, values_, out_, lse_, run.window)
             for total, place, part in zip((dq, dk, dv), (rows, columns, columns), grads, strict=True):
                 total[:, :, place] += part
         before = start - low
@@ -162,7 +162,8 @@ class WindowPast(Past):
         dk, dv = dk[:, :, before:], dv[:, :, before:]  # the chunk's own
         for row, spans in self.pinned(runs):
             keys, values = self.read(spans, k, v)
-            grad_, q_, out_, lse_ = (fold(x[:, :, row:], k.shape[1]) for x in (grad, q, out, lse))
+            of_rows = (fold(x[:, :, row:], k.shape[1]) for x in (grad, q, out, lse))
+            grad_, q_, out_, lse_ = kernel.prepare(*of_rows)
             dq_part, *parts = kernel.backward(grad_, q_, keys, values, out_, lse_)
             dq[:, :, row:] += dq_part.reshape(dq[:, :, row:].shape)
             at = 0
@@ -182,7 +183,7 @@ class WindowPast(Past):
         for run in self.memory.pattern.runs(self.start, self.start + q.shape[2]):
             most = run.stop - run.start if kernel.takes_many else TILE
             for start in range(run.start, run.stop, most):
-                low = run.low if run.window is None else max(run.low, start - run.window + 1)
+                low = max(run.low, start - run.window + 1)
                 found.append(QueryRun(start, min(start + most, run.stop), low, run.window))
         return found
 
