@@ -135,6 +135,7 @@ def run(
     pattern=st.just(FULL) | windows(24, 12) | strided(),
 )
 @example(B=1, G=1, per_group=1, C=1, past=2, D=4, transposed=False, block=64, pattern=Strided(2, 1, 2))
+@example(B=1, G=1, per_group=1, C=3, past=2, D=4, transposed=False, block=64, pattern=Window(1))
 def test_attention_over_the_cache(
     kernel: Kernel,
     B: int,
