@@ -64,7 +64,7 @@ def test_all_commands_take_models_of_other_kinds(
         assert "nats per token" in capsys.readouterr().out
         assert main(["generate", "It is", *model, "--max-new-tokens", "5"]) == 0
         assert capsys.readouterr().out.startswith("It is")
-    assert main(["plan", "--model", "model", "--seq-len", "4096", "--json"]) == 0
+    assert main(["plan", "--model", "model", "--seq-len", "4096", "--memory", "1GiB", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["breakdown"]["cache"] > 0
 
 

@@ -57,16 +57,6 @@ def change_tensors(directory: Path, **changes: torch.Tensor | None) -> None:
     save_file(tensors, directory / "model.safetensors")
 
 
-def test_one_file_and_shards_are_the_same(checkpoint: Path) -> None:
-    expected = build(tiny(), seed=0).state_dict()
-    one = mc.Llama.from_pretrained(checkpoint).state_dict()
-    shard(checkpoint)
-    two = mc.Llama.from_pretrained(checkpoint).state_dict()
-    for name, value in expected.items():
-        assert torch.equal(one[name], value)
-        assert torch.equal(two[name], value)
-
-
 def test_tied_embeddings_stay_one_parameter(tmp_path: Path) -> None:
     build(tiny(tie_word_embeddings=True), seed=0).save_pretrained(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")

@@ -52,7 +52,6 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 # Models that no other library computes have this model_type in their config.json, and a `base_model_type`, a `pattern`
 # and layers of `partial_attention`, which transformers refuses even where it is told to overlook the type.
 _PARTIAL_CONTEXT = "partial_context"
-_WINDOW = 4096  # what transformers takes an absent `sliding_window` for
 
 
 def class_of(config: Any) -> Any:
@@ -221,7 +220,7 @@ def _read_windows(c: dict[str, Any]) -> tuple[int | None, tuple[str, ...]]:
     """`sliding_window` and `layer_types`, as transformers reads them; (None, ()) if no layer has a window."""
     model_type, first = c["model_type"], 0
     num_layers = size("num_hidden_layers", needed(c, "num_hidden_layers"))
-    window = c.get("sliding_window", None if model_type == "llama" else _WINDOW)
+    window = c.get("sliding_window", None if model_type == "llama" else 4096)  # transformers' default
     if model_type not in ("mistral", "ministral"):
         window = window if c.get("use_sliding_window") else None
     if model_type in ("qwen2", "qwen3") and window is not None:

@@ -91,20 +91,16 @@ def adapters(model: Stack) -> dict[str, Any]:
 
 def linear_layers(model: Stack) -> list[str]:
     """Names that an adapter can be put at: those of the linear layers, each once, without the LM head."""
-    names = dict[str, None]()
+    found: list[str] = []
     for name, module in model.named_modules():
-        inside = module.linear if isinstance(module, Placeholder) else ()
-        linear = [name] if isinstance(module, nn.Linear | Linear4bit) else inside
-        names |= dict.fromkeys(full.rpartition(".")[2] for full in linear)
+        found += module.linear if isinstance(module, Placeholder) else []
+        found += [name] if isinstance(module, nn.Linear | Linear4bit) else []
+    names = dict.fromkeys(name.rpartition(".")[2] for name in found)
     return [name for name in names if name not in ("lm_head", "lora_A", "lora_B")]
 
 
 def add_lora(
-    model: Stack,
-    rank: int = 8,
-    alpha: float = 16,
-    targets: Sequence[str] | None = None,
-    dropout: float = 0.0,
+    model: Stack, rank: int = 8, alpha: float = 16, targets: Sequence[str] | None = None, dropout: float = 0.0
 ) -> None:
     """Freeze the model and put a trainable adapter beside each linear layer named in `targets`.
 

@@ -22,17 +22,14 @@ from .quantize import quantize
 from .ssm import StateSpaceConfig
 from .stack import Stack
 
+_QWEN2: dict[str, Any] = {"model_type": "qwen2", "attention_bias": True, "rope_theta": 1e6}
 _SHAPES: dict[str, Any] = {
     "llama-47m": LlamaConfig(8192, 576, 1536, 12, 9, 3, 64, 8192, tie_word_embeddings=True),
     "llama-3.2-1b": LlamaConfig(128256, 2048, 8192, 16, 32, 8, 64, 8192, rope_theta=5e5, tie_word_embeddings=True),
     "llama-3.2-3b": LlamaConfig(128256, 3072, 8192, 28, 24, 8, 128, 8192, rope_theta=5e5, tie_word_embeddings=True),
     "llama-3-8b": LlamaConfig(128256, 4096, 14336, 32, 32, 8, 128, 8192, rope_theta=5e5),
-    "qwen2.5-14b": LlamaConfig(
-        152064, 5120, 13824, 48, 40, 8, 128, 8192, rope_theta=1e6, model_type="qwen2", attention_bias=True
-    ),
-    "qwen2.5-32b": LlamaConfig(
-        152064, 5120, 27648, 64, 40, 8, 128, 8192, rope_theta=1e6, model_type="qwen2", attention_bias=True
-    ),
+    "qwen2.5-14b": LlamaConfig(152064, 5120, 13824, 48, 40, 8, 128, 8192, **_QWEN2),
+    "qwen2.5-32b": LlamaConfig(152064, 5120, 27648, 64, 40, 8, 128, 8192, **_QWEN2),
     "mamba2-130m": Mamba2Config(50288, 768, 128, 24, 24, 64, 1, tie_word_embeddings=True),
     "mamba2-2.7b": Mamba2Config(50288, 2560, 128, 64, 80, 64, 1, tie_word_embeddings=True),
     # As many parameters as adjoint sharding's largest model (arXiv 2501.00692), which says no more of its shape.
