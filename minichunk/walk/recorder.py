@@ -72,7 +72,6 @@ class Recorder(CountBytes):
         self.loss = 0.0
         self._paused = False
         self.add(*self.weights, *batch, *self._gradients())
-        self.lasting()
 
     @contextmanager
     def watching(self, given: dict[str, Any]) -> Iterator[None]:
@@ -95,7 +94,6 @@ class Recorder(CountBytes):
 
     def write(self, kind: str, **fields: Any) -> None:
         """Write an event down, with the bytes that are alive, and the most that were since the event before."""
-        self.settle()
         tensors = getattr(self.memory, "tensors", None)
         remembered, sent = tensors().bytes() if tensors is not None else (0, 0)
         sizes = {
