@@ -58,10 +58,10 @@ class BenchOptions:
 
     methods: tuple[str, ...] = option(SHOWN, f"of {', '.join(METHODS)}", metavar="M", choices=METHODS)
     seq_len: tuple[int, ...] = option((1024, 2048, 4096), "tokens", metavar="N", least=2)
-    model: str = changed(Setting, "model", default="llama-47m")
-    chunk_size: int = changed(Setting, "chunk_size", group="")
-    fill_size: int | None = changed(Setting, "fill_size", group="")
-    budget: int | None = changed(StepOptions, "budget", group="", help="spaco: chunks kept")
+    model: str = changed(Setting, "model", default="llama-47m", group="")
+    chunk_size: int = changed(Setting, "chunk_size")
+    fill_size: int | None = changed(Setting, "fill_size")
+    budget: int | None = changed(StepOptions, "budget", help="spaco: chunks kept")
     rank: int = changed(Setting, "rank", default=0, group="")
     dtype: str | None = changed(Setting, "dtype", default=None, absent="bfloat16 on CUDA, else float32")
     device: str = option("cpu", "cpu, cuda or cuda:N")
@@ -198,8 +198,8 @@ def describe_machine() -> dict[str, Any]:
     info = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    found = {"cpu": cpu[1] if cpu else platform.machine(), "threads": torch.get_num_threads()}
-    return {**found, "gpu": gpu, "torch": torch.__version__}
+    name, threads = cpu[1] if cpu else platform.machine(), torch.get_num_threads()
+    return {"cpu": name, "threads": threads, "gpu": gpu, "torch": torch.__version__}
 
 
 def run_bench(options: BenchOptions) -> None:

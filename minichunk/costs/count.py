@@ -11,18 +11,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-aten = torch.ops.aten
-
 
 class CountBytes(TorchDispatchMode):
     """Counts the storages of all tensors that operators make inside the block, and what is freed again.
 
-    live: bytes now. peak: the most that was live at once. `add` counts what was made before.
+    live: bytes now. peak: the most that was live at once. left_out: bytes of all that would be in host memory. `add`
+    counts what was made before.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
+        self.live = self.peak = self.left_out = 0
         self._storages: dict[int, tuple[ref[Any], int]] = {}  # by id
 
     def add(self, *tensors: Tensor, workspace: int = 0) -> None:
@@ -40,7 +39,14 @@ class CountBytes(TorchDispatchMode):
             known, size = self._storages[id(tensor.untyped_storage())]
             self._storages[id(tensor.untyped_storage())] = known, 0
             self.live -= size
+            self.left_out += size
         self.peak = max(peak, self.live)
+
+    def room(self, x: Tensor) -> Tensor:
+        """As `host_like`, but on x's device and left out."""
+        peak, made = self.peak, torch.empty_like(x)
+        self.leave_out(made, peak=peak)
+        return made
 
     def _forget(self, key: int, _: ref[Any]) -> None:
         self.live -= self._storages.pop(key)[1]
@@ -49,7 +55,7 @@ class CountBytes(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if made:
-            flash = func is aten._flash_attention_backward.default
+            flash = func is torch.ops.aten._flash_attention_backward.default
             self.add(*made, workspace=_flash_backward_workspace(args[1], args[2]) if flash else 0)
         return result
 

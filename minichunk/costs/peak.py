@@ -68,24 +68,22 @@ def step_memory(setting: Setting, tokens: int, share: Share | None = None) -> St
             model = PipelineStage(model, share.counts, links=LinksToNobody(share))
         states = optimizer_states(model)
         trained = [p for p in model.parameters() if p.requires_grad]
-        frozen = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]
-        weights = sum(x.nbytes for x in frozen)
+        weights = sum(x.nbytes for x in (*model.parameters(), *model.buffers()) if not x.requires_grad)
         adapter = sum(x.nbytes for x in (*trained, *states))
         adapter += sum(p.numel() * max(4, p.itemsize) for p in trained)  # their gradients
         widen_gradients(model)
         ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
         batch = Batch(ids, shift(ids), float(tokens))
         count.peak = count.live  # making the model took more, for 4 bits much more; loading it does not
-        cache, grads, host = step(model, batch, setting, count)
+        cache, grads = step(model, batch, setting, count)
     chunk = count.peak - weights - adapter - cache - grads
-    return StepBytes(count.peak, weights, adapter, cache, grads, chunk, host)
+    return StepBytes(count.peak, weights, adapter, cache, grads, chunk, count.left_out)
 
 
-# Each step returns bytes: of the memory and of the gradients that have room in it from the start, both on the device;
-# and of what is in host memory.
+# Each step returns bytes on the device: of the memory, and of the gradients that have room in it from the start.
 
 
-def _chunked_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes) -> tuple[int, int, int]:
+def _chunked_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes) -> tuple[int, int]:
     """SeCO or SpaCO: what seco.py and spaco.py call."""
     kept, memory, options, remembered = _filled(model, batch, setting, count)
     for chunk in kept[:-3:-1]:
@@ -99,7 +97,7 @@ def _chunked_step(model: Stack, batch: Batch, setting: Setting, count: CountByte
 
 def _rank_step(
     stage: PipelineStage, batch: Batch, setting: Setting, count: CountBytes, learns_before: bool
-) -> tuple[int, int, int]:
+) -> tuple[int, int]:
     """One rank of a pipeline: what pipeline_seco.py calls, until the pipeline is full."""
     links, passes = stage.links, MOST_ON_THE_WAY + 1  # what the passes of the fill have handed on lives on
     kept, memory, options, remembered = _filled(stage, batch, setting, count, passes)
@@ -112,45 +110,36 @@ def _rank_step(
     return remembered
 
 
-def _whole_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes) -> tuple[int, int, int]:
+def _whole_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes) -> tuple[int, int]:
     """A step without chunks."""
     for layer in model.modules():
         if isinstance(layer, Attention):  # or each made a mask of (tokens, tokens), as no trainer of long texts does
             layer.pattern = FULL
     if setting.method in ("full", "full-recompute"):
         backpropagate(model, batch, recompute=setting.method == "full-recompute")
-        return 0, 0, 0
-    host = 0
-
-    def room(x: Tensor) -> Tensor:
-        nonlocal host
-        peak, made = count.peak, torch.empty_like(x)
-        count.leave_out(made, peak=peak)
-        host += made.nbytes
-        return made
-
-    tiled_full(model, batch, offload=setting.method.endswith("offload"), room=room)
-    return 0, 0, host
+    else:
+        tiled_full(model, batch, offload=setting.method.endswith("offload"), room=count.room)
+    return 0, 0
 
 
 def _filled(
     model: Any, batch: Batch, setting: Setting, count: CountBytes, passes: int = 1
-) -> tuple[Sequence[Chunk], LayerMemories, Options, tuple[int, int, int]]:
+) -> tuple[Sequence[Chunk], LayerMemories, Options, tuple[int, int]]:
     """The chunks that a step keeps, its memory after the last passes of the fill, its options, and what the memory
     takes; with offload that is not on the device, and not counted."""
     (chunks, kept), options, peak = setting.chunks(batch.input_ids.shape[1]), setting.options(), count.peak
     with torch.device("meta"):  # the host's part too
         memory = model.new_memory(1, kept[-1].start, kept[:-1], options)
-    remembered, gradients = memory.tensors()
+    found = memory.tensors()  # and not what comes later and goes: that is a chunk's
+    remembered = (0, 0) if setting.offload else found.bytes()
     if setting.offload:
-        count.leave_out(*remembered, *gradients, peak=peak)
-    cache, grads = memory.tensors().bytes()  # and not what comes later and goes: that is a chunk's
+        count.leave_out(*found.remembered, *found.gradients, peak=peak)
     for layer in memory.layers:
         if isinstance(layer, LayerCache | WindowCache):
             layer.kernel = kernel_for(setting.device, setting.torch_dtype, model.config.head_dim)
     last = passes * ((setting.fill_size or setting.chunk_size) // setting.chunk_size)
     fill(model, batch.input_ids, chunks[:-1][-last:], memory, options)
-    return kept, memory, options, ((0, 0, cache + grads) if setting.offload else (cache, grads, 0))
+    return kept, memory, options, remembered
 
 
 class LinksToNobody(Links):

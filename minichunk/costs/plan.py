@@ -96,18 +96,17 @@ def plan(options: PlanOptions) -> dict[str, Any]:
 def describe(found: dict[str, Any]) -> str:
     """The forecast in words."""
     fits = "fits" if found["fits"] else "does NOT fit"
-    who, split, of = "", [], ""
+    who, split, of = "", "", ""
     if found["gpus"] > 1:
         counts, rank = tuple(found["layers_per_rank"]), found["largest_rank"]
         layers, of = Share(counts, rank).layers, " of all GPUs"
         which = f"rank {rank}, layers {layers.start} to {layers.stop - 1}"
         who = f", on that of {found['gpus']} GPUs which needs most ({which})"
-        split = [f"layers of each rank: {', '.join(map(str, counts))}"]
+        split = f"\nlayers of each rank: {', '.join(map(str, counts))}"
     lines = [
         f"{found['model']}, {found['method']}: the longest sequence that fits has {found['max_tokens']:,} tokens",
         f"peak at {found['seq_len']:,} tokens{who}: {human_bytes(found['peak_bytes'])}; {fits} into "
-        f"{human_bytes(found['memory_bytes'])} less a reserve of {human_bytes(found['reserve_bytes'])}",
-        *split,
+        f"{human_bytes(found['memory_bytes'])} less a reserve of {human_bytes(found['reserve_bytes'])}{split}",
         "",
         *(f"  {name.replace('_', ' '):22} {human_bytes(n):>10}" for name, n in found["breakdown"].items()),
     ]
