@@ -50,7 +50,7 @@ class Memory(Protocol):
 class Model(Protocol):
     """Something with an LM head, and a memory of its own kind, which `run` and `fill` are handed back."""
 
-    lm_head: nn.Linear  # weight (V, E)
+    lm_head: nn.Linear  # weight (V, E), no bias
 
     def dropout_seed(self) -> int | None:
         """A fresh number from PyTorch's generator, which decides a step's dropout masks; None without dropout."""
@@ -62,8 +62,11 @@ class Model(Protocol):
     def run(
         self, input_ids: Tensor, memory: Any = ..., chunks: Sequence[Chunk] = ..., options: Options = ...
     ) -> tuple[Tensor, Written]:
-        """Run adjacent chunks (B, C) on top of the memory: their output (B, C, E) and what they write, which is
-        returned and not written: the memory stays as it is."""
+        """Run adjacent chunks (B, C) on top of the memory; without one, a whole text, as `full` does.
+
+        Returns what the LM head is given, (B, C, E), after the last norm; and what the chunks write, which is returned
+        and not written into the memory.
+        """
 
     def fill(self, input_ids: Tensor, memory: Any, chunks: Sequence[Chunk], options: Options) -> Written:
         """The same without gradients, and only as far as the memory needs it."""

@@ -52,8 +52,8 @@ def seco(
     fill(model, input_ids, chunks[:-1], memory, options)  # lines 1-3; no chunk reads the last one
     total = torch.zeros((), device=input_ids.device)
     for chunk in reversed(chunks):  # line 4
-        loss, written, received = rebuild(model, batch, chunk, memory, options)  # line 5
-        torch.autograd.backward([loss, *written], [None, *received])  # lines 6, 7
+        loss, written, received = rebuild(model, batch, chunk, memory, options)  # lines 5, 6
+        torch.autograd.backward([loss, *written], [None, *received])  # line 7
         total = total + loss.detach()
         del loss, written, received  # or they would live on beside the next chunk's
     return total
@@ -76,15 +76,15 @@ def fill(model: Model, input_ids: Tensor, chunks: Sequence[Chunk], memory: Memor
 def rebuild(
     model: Model, batch: Batch, chunk: Chunk, memory: Memory, options: Options
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Line 5: one chunk again, with its graph, on top of the memory.
+    """Lines 5 and 6: one chunk again, with its graph, on top of the memory.
 
-    Returns its share of the mean loss; what it wrote; and, for line 6, the gradients that later chunks have sent back
-    to that. Both lists leave out what has no graph: with LoRA, keys and values below the first layer with an adapter.
-    Both are empty for the last chunk.
+    Returns its share of the mean loss; what it wrote; and the gradients that later chunks have sent back to that. Both
+    lists leave out what has no graph: with LoRA, keys and values below the first layer with an adapter. Both are empty
+    for the last chunk.
     """
-    rows = span([chunk])
-    hidden, written = model.run(batch.input_ids[:, rows], memory, [chunk], options)  # line 5
-    loss = summed_loss(hidden, model.lm_head.weight, batch.targets[:, rows]) / batch.num_targets
+    here = span([chunk])
+    hidden, written = model.run(batch.input_ids[:, here], memory, [chunk], options)  # line 5
+    loss = summed_loss(hidden, model.lm_head.weight, batch.targets[:, here]) / batch.num_targets
     made, sent = flat(written), flat(memory.hand_over(chunk))  # line 6
     relayed = [(m, g) for m, g in zip(made, sent, strict=True) if m.requires_grad] if sent else []
     return loss, [m for m, _ in relayed], [g for _, g in relayed]

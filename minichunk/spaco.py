@@ -58,7 +58,7 @@ def spaco(
     fill(model, input_ids, [chunk for chunk in chunks if chunk < kept[-1][0]], memory, options)
     for chunk, weight in reversed(kept):  # not all of them, as in line 4 of Algorithm 1
         loss, written, received = rebuild(model, batch, chunk, memory, options)
-        loss, received = weight.loss * loss, [weight.relay * g for g in received]  # for those not kept
+        loss, received = weight.loss * loss, [weight.relay * g for g in received]  # makes up for the chunks not kept
         torch.autograd.backward([loss, *written], [None, *received])
         total = total + loss.detach()
         del loss, written, received  # or they would live on beside the next chunk's

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Config = dict[str, Any]  # Hugging Face's config.json, parsed
+Config = dict[str, Any]  # Hugging Face's config.json, parsed; with `head_dim`, which older ones leave out
 Parameters = dict[str, Tensor]  # Θ, by Hugging Face's names
 Cache = list[Tensor]  # keys and values of each layer in turn, (B, G, positions, D); an empty list: no past
 Kept = dict[int, tuple[float, float]]  # SpaCO's draw: the kept chunks, each with its factors on loss and relay
@@ -114,9 +114,10 @@ def seco(p: Parameters, config: Config, ids: Tensor, targets: Tensor, chunk_size
 def spaco(p: Parameters, config: Config, ids: Tensor, targets: Tensor, chunk_size: int, kept: Kept) -> Tensor:
     """Algorithm 2: the same for the kept chunks only. What is sent to any other chunk is lost.
 
-    So a message through several chunks arrives if all were kept, times a factor from each. The paper draws t of the k
-    chunks, with b = k/t and (not printed) a = k/t; but then each one kept makes the others rarer. Ours: a coin for each
-    chunk, with chance r, and a = b = 1/r. The means over all draws, of gradient and J, are `full`'s.
+    Each kept chunk has two factors: its loss is multiplied by a, what later chunks sent back to it by b. A gradient
+    that travels through several chunks arrives only if all are kept. The paper draws t of the k chunks, with b = k/t
+    and (not printed) a = k/t; but then each one kept makes the others rarer. Ours: a coin for each chunk, with chance
+    r, and a = b = 1/r. The means over all draws, of gradient and J, are `full`'s.
     """
     n, memory = (targets != -100).sum(), fill(p, config, ids, targets, chunk_size)
     sent = [torch.zeros_like(m) for m in memory]

@@ -18,6 +18,7 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._dynamo  # a step imports it, on every rank: so it is here once
@@ -28,6 +29,7 @@ import minichunk as mc
 from minichunk.costs.count import CountBytes
 from minichunk.costs.peak import optimizer_states
 from minichunk.costs.setting import Setting
+from minichunk.memory.offload import DeviceBlocks
 from minichunk.models.shapes import random_model
 from minichunk.pipeline.links import RankLost
 from minichunk.pipeline.stage import PipelineStage
@@ -161,12 +163,12 @@ def in_one_process(case: Case) -> Tensors:
     return {"loss": torch.stack(losses), **take_gradients(model)}
 
 
-def in_several(rank: int, case: Case) -> tuple[Tensors, Tensors]:
+def in_several(rank: int, case: Case, method: Callable[..., Tensor] | None = None) -> tuple[Tensors, Tensors]:
     """What this rank finds; and on the first one, what one process does. The others have seeds of their own."""
     expected = in_one_process(case) if rank == 0 else {}
     stage = stage_of(case)
     torch.manual_seed(case.seed + rank)
-    losses = [case.run(getattr(mc, f"pipeline_{case.method}"), stage) for _ in range(case.steps)]
+    losses = [case.run(method or getattr(mc, f"pipeline_{case.method}"), stage) for _ in range(case.steps)]
     assert not stage.links.on_the_way
     return {"loss": torch.stack(losses), **take_gradients(stage.model)}, expected
 
@@ -197,11 +199,8 @@ def works(rank: int, case: Case) -> tuple[list[tuple[str, int, float, float]], i
 
 
 def by_torch(rank: int, case: Case) -> tuple[Tensors, Tensors]:
-    """What this rank finds with PyTorch's own engine; and on the first one, what one process does."""
-    expected = in_one_process(case) if rank == 0 else {}
-    stage = stage_of(case)
-    loss = case.run(tutorial("torch_pipeline").torch_seco, stage)
-    return {"loss": loss[None], **take_gradients(stage.model)}, expected
+    """The same with PyTorch's own engine."""
+    return in_several(rank, case, tutorial("torch_pipeline").torch_seco)
 
 
 def peaks(rank: int, case: Case) -> tuple[int, int]:
@@ -224,11 +223,6 @@ def copies_of_which_one_is_idle(rank: int, case: Case) -> tuple[Tensors, Tensors
         case.run(mc.pipeline_seco, stage)
     stage.add_copies()
     return take_gradients(stage.model), take_gradients(expected)
-
-
-def parameter_names(rank: int, case: Case) -> list[str]:
-    """The names of the parameters that a rank has."""
-    return [name for name, _ in stage_of(case).model.named_parameters()]
 
 
 def mistake(rank: int, method: str, others_are_shorter: bool, case: Case) -> str:
@@ -256,24 +250,27 @@ def lose_one_in_the_walk(rank: int, lost: int, hangs: bool, case: Case) -> None:
     case.run(mc.pipeline_seco, stage)
 
 
-def counted(rank: int, setting: Setting, counts: Sequence[int], tokens: int) -> int:
-    """Peak bytes on this rank of a whole real step of what is forecast, with the optimizer's state."""
+def counted(rank: int, setting: Setting, counts: Sequence[int], tokens: int) -> tuple[int, int]:
+    """Bytes on this rank of a whole real step of what is forecast, with the optimizer's state: the device's peak, and
+    all that has been in host memory (with offload)."""
     model = random_model(setting.config(), setting.torch_dtype, setting.rank, setting.targets)
     stage = PipelineStage(model, counts, mc.Links(timeout=TIMEOUT))
     num_chunks = -(-tokens // setting.chunk_size)
     kept = setting.kept(num_chunks)
     entries = [None] * (num_chunks - kept) + [mc.Weight(1.0, 2.0)] * kept
-    options = setting.options()
-    keywords: dict[str, Any] = {"recompute": options.recompute, "cache_grad_dtype": options.cache_grad_dtype}
-    keywords |= {"offload": options.offload, "fill_size": options.fill_size}
+    original = DeviceBlocks.host
+
+    def make_host(*arguments: Any, **options: Any) -> Tensor:
+        peak, made = count.peak, original(*arguments, **options)
+        count.leave_out(made, peak=peak)
+        return made
+
     gc.collect()
-    with CountBytes() as count:
+    with mock.patch.object(DeviceBlocks, "host", make_host), CountBytes() as count:
         count.add(*stage.parameters(), *stage.buffers())
         states = optimizer_states(stage)
         ids = torch.zeros(1, tokens, dtype=torch.int64)
-        if setting.method == "seco":
-            mc.pipeline_seco(stage, ids, ids, setting.chunk_size, **keywords)
-        else:
-            mc.pipeline_spaco(stage, ids, ids, setting.chunk_size, sampler=lambda *_: entries, **keywords)
+        draw = {"sampler": lambda *_: entries} if setting.method == "spaco" else {}
+        getattr(mc, f"pipeline_{setting.method}")(stage, ids, ids, setting.chunk_size, **draw, **setting.keywords())
     assert states
-    return count.peak
+    return count.peak, count.left_out

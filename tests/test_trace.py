@@ -25,7 +25,7 @@ from minichunk.protocol import Options
 from minichunk.seco import fill, new_memory, rebuild
 from minichunk.walk import events as described
 from minichunk.walk.events import BYTES, NEEDS, check_event, read_events, write_events
-from minichunk.walk.page import ALGORITHMS, MOST, WalkOptions, listing, logs_of, make_page, record, title
+from minichunk.walk.page import ALGORITHMS, MOST, WalkOptions, listing, make_page, record, title
 from tutorials.concatenating import Concatenating
 
 from .gradients import take_gradients
@@ -48,6 +48,12 @@ def kinds(log: Log) -> list[str]:
 
 def of(log: Log, kind: str) -> Log:
     return [event for event in log if event["kind"] == kind]
+
+
+def logs_of(page: str) -> list[Log]:
+    """The logs that a page was made of."""
+    (data,) = re.findall(r'id="data">(.*?)</script>', page, re.DOTALL)
+    return [run["events"] for run in json.loads(data)["runs"]]
 
 
 # What is watched is what is computed.
@@ -315,7 +321,7 @@ def test_the_command_writes_page_and_logs(
     assert main(["walk", "--events", str(logs / "spaco-8.jsonl"), *output]) == 0
     assert logs_of((tmp_path / "page.html").read_text()) == [found[2]]
     for change, words in (
-        (["--chunk-size", "1"], "--chunk-size 1 cuts 40 tokens into 40 chunks, but the page has room for 32"),
+        (["--chunk-size", "1"], "--chunk-size 1 makes 40 chunks, but the page has room for 32"),
         (["--method", "naive"], "--method is 'naive'"),
         (["--events", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
         (["--output", f"{text}/x.html", "--method", "full"], "cannot be written"),

@@ -88,9 +88,9 @@ def walk(draw):
     for chunk, weight in reversed(list(zip(chunks, draw, strict=True))):  # line 4
         if weight is None:  # NEW
             continue
-        loss, written, received = rebuild(model, batch, chunk, memory, options)  # line 5
+        loss, written, received = rebuild(model, batch, chunk, memory, options)  # lines 5, 6
         loss, received = weight.loss * loss, [weight.relay * g for g in received]  # NEW
-        torch.autograd.backward([loss, *written], [None, *received])  # lines 6, 7
+        torch.autograd.backward([loss, *written], [None, *received])  # line 7
 
 
 draw = [mc.Weight(1.5, 2.0), None, mc.Weight(1.25, 3.0), mc.Weight(1.75, 2.5), None]

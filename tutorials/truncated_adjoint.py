@@ -135,7 +135,7 @@ class TruncatedStateSpace(Stack):
     """
 
     def __init__(self, model: StateSpace, window: int) -> None:
-        super().__init__()
+        torch.nn.Module.__init__(self)
         if isinstance(window, bool) or not isinstance(window, int) or window < 1:
             raise InputError(f"window is {window!r}, but must be a whole number of tokens of at least 1")
         if model.config.attention is not None:

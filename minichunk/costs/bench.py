@@ -31,7 +31,7 @@ from ..samplers import FixedBudget
 from ..seco import seco
 from ..spaco import spaco
 from ..training.options import DTYPES, StepOptions, changed, check_device, check_options, default_dtype, option
-from ..training.report import new_figure, peak_memory, save_figure
+from ..training.run_directory import new_figure, peak_memory, save_figure
 from .baselines import tiled_full
 from .setting import Setting
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from ..batch import IGNORE, shift
 from ..errors import InputError
+from .atomic import json_lines
 from .chat import ChatTemplate, Segment
 
 FORMS = "must be an object with the string 'text', with 'prompt' and 'completion', or with 'messages'"
@@ -96,15 +96,7 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix.lower() not in (".jsonl", ".ndjson"):
         yield str(path), {"text": text}
         return
-    # Not splitlines(): JSON strings may hold the other line separators of Unicode.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        name = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"{name}: not JSON: {error}") from None
+    for name, record in json_lines(path, text):
         if not isinstance(record, dict):
             raise InputError(f"{name}: {FORMS}")
         yield name, record

@@ -21,24 +21,29 @@ from torch.utils._python_dispatch import _disable_current_modes
 aten = torch.ops.aten
 
 
-def is_causal(q: Tensor, k: Tensor, causal: bool, window: int | None) -> bool:
+def is_causal(q: Tensor, k: Tensor, window: int | None) -> bool:
     """Whether this is the common mask: as many queries as keys, and nothing before them left out."""
-    return causal and k.shape[2] == q.shape[2] and (window is None or window >= k.shape[2])
+    return window is not None and q.shape[2] == k.shape[2] <= window
 
 
-def visible(q: Tensor, k: Tensor, window: int | None) -> Tensor:
+def visible(q: Tensor, k: Tensor, window: int) -> Tensor:
     """bool (C, keys): what queries that are the keys' last see up to their own, the last `window` of it."""
     C, keys = q.shape[2], k.shape[2]
-    seen = torch.ones(C, keys, dtype=torch.bool, device=q.device).tril(keys - C)
-    return seen if window is None else seen.triu(keys - C - window + 1)
+    before = keys - C
+    return torch.ones(C, keys, dtype=torch.bool, device=q.device).tril(before).triu(before - window + 1)
+
+
+def _rows_first(x: Tensor) -> Tensor:
+    """x (B, H, C, D), in memory as (B, C, H, D): the flash kernels copy what has another order."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @dataclass(frozen=True)  # so that kernels of a class are equal, and what is known of one is known of all
 class Kernel:
-    """Attention of q to k and v, of which there is at least one: to all of them, or causally.
+    """Attention of q to k and v, of which there is at least one.
 
-    causal: the queries are the last C of the keys' positions, and each sees up to its own: of the chunk itself.
-    window: and of these only so many, its own the last; None: all.
+    window: the queries are the last C of the keys' positions, and each sees so many of them, up to its own. None: all
+    keys, as those of the past.
     block: how many positions of the past `forward` may be given at once; None: all of them.
     takes_many: whether it does no more than a window's work for any number of queries. The others build a mask, and
         are given some queries at a time (window.py).
@@ -47,23 +52,19 @@ class Kernel:
     block: ClassVar[int | None] = None
     takes_many: ClassVar[bool] = False
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool = False, window: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
         """Return out and lse."""
         raise NotImplementedError
 
+    def prepare(self, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+        """The same as `backward` wants them for many blocks of the past: copies are made once."""
+        return grad, q, out, lse
+
     def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool = False,
-        window: int | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of q, k and v, where `out` and `lse` may belong to more keys than k's."""
         raise NotImplementedError
-
-
-def _rows_first(x: Tensor) -> Tensor:
-    """x (B, H, C, D), in memory as (B, C, H, D): the flash kernels copy what has another order."""
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 class Plain(Kernel):
@@ -71,32 +72,29 @@ class Plain(Kernel):
 
     block = 2048  # or the scores would grow with the past
 
-    def scores(self, q: Tensor, k: Tensor, causal: bool, window: int | None) -> Tensor:
+    def scores(self, q: Tensor, k: Tensor, window: int | None) -> Tensor:
         B, H, C, D = q.shape
         G = k.shape[1]
         # H/G query heads share a key head. Scores in at least float32, as in the fast kernels.
         wide = torch.promote_types(q.dtype, torch.float32)
         s = q.reshape(B, G, H // G, C, D).to(wide) @ k.unsqueeze(2).to(wide).mT / D**0.5
-        if causal:
+        if window is not None:
             s = s.masked_fill(~visible(q, k, window), -torch.inf)
         return s  # (B, G, H/G, C, past)
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool = False, window: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        s = self.scores(q, k, causal, window)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
+        s = self.scores(q, k, window)
         lse = s.logsumexp(-1)  # (B, G, H/G, C)
         p = (s - lse[..., None]).exp().to(q.dtype)
         return (p @ v.unsqueeze(2)).flatten(1, 2), lse.flatten(1, 2)
 
     def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool = False,
-        window: int | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         B, H, C, D = q.shape
         shape = (B, k.shape[1], H // k.shape[1], C)
         grad_, q_ = grad.reshape(*shape, D), q.reshape(*shape, D)
-        p = (self.scores(q, k, causal, window) - lse.reshape(*shape, 1)).exp()
+        p = (self.scores(q, k, window) - lse.reshape(*shape, 1)).exp()
         delta = (grad * out).to(p.dtype).sum(-1).reshape(*shape, 1)
         ds = (p * (grad_ @ v.unsqueeze(2).mT - delta) / D**0.5).to(q.dtype)
         dq = (ds @ k.unsqueeze(2)).reshape(q.shape)
@@ -108,37 +106,37 @@ class Plain(Kernel):
 class FlashCPU(Kernel):
     """PyTorch's flash kernel for the CPU: float64, float32, bfloat16."""
 
-    pieces: ClassVar[int] = 4  # in which `backward` cuts a single sequence's past
-
     @staticmethod
-    def mask(q: Tensor, k: Tensor, causal: bool, window: int | None) -> dict[str, Tensor]:
+    def mask(q: Tensor, k: Tensor, window: int | None) -> dict[str, Tensor]:
         """What is added to the scores, where the mask is not the common one: -inf where a query does not see."""
-        if not causal or is_causal(q, k, causal, window):
+        if window is None or is_causal(q, k, window):
             return {}
         seen = visible(q, k, window)
         return {"attn_mask": q.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)}
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool = False, window: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        operator, mask = aten._scaled_dot_product_flash_attention_for_cpu, self.mask(q, k, causal, window)
-        out, lse = operator(q, k, v, 0.0, is_causal(q, k, causal, window), **mask)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
+        operator, mask = aten._scaled_dot_product_flash_attention_for_cpu, self.mask(q, k, window)
+        out, lse = operator(q, k, v, 0.0, is_causal(q, k, window), **mask)
         return out, lse
 
+    def prepare(self, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+        # Whole heads go to a core, and few leave some idle: `backward` cuts the past, as if into sequences of a batch.
+        pieces = 4 if q.shape[0] == 1 else q.shape[0]
+        grad, q, out, lse = (x.expand(pieces, *x.shape[1:]) for x in (grad, q, out, lse))
+        return _rows_first(grad), q, out, lse
+
     def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool = False,
-        window: int | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        operator, mask = aten._scaled_dot_product_flash_attention_for_cpu_backward, self.mask(q, k, causal, window)
-        n = self.pieces
-        # Whole heads go to a core, and the few of one sequence leave some idle: the past is cut, as if into sequences.
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        operator, mask = aten._scaled_dot_product_flash_attention_for_cpu_backward, self.mask(q, k, window)
+        B, pieces = k.shape[0], q.shape[0] // k.shape[0]  # more than one: prepared
         # Each piece has a gradient of all queries: of a short past, that costs more than an idle core.
-        if causal or k.shape[0] > 1 or k.shape[2] % n or n * k.shape[2] < q.shape[2]:
-            dq, dk, dv = operator(grad, q, k, v, out, lse, 0.0, is_causal(q, k, causal, window), **mask)
+        if pieces == 1 or k.shape[2] % pieces or pieces * k.shape[2] < q.shape[2]:
+            grad, q, out, lse = (x[:B] for x in (grad, q, out, lse))
+            dq, dk, dv = operator(grad, q, k, v, out, lse, 0.0, is_causal(q, k, window), **mask)
             return dq, dk, dv
-        k, v = (x[0].unflatten(1, (n, -1)).transpose(0, 1) for x in (k, v))  # (n, G, past/n, D)
-        grad, q, out, lse = (x.expand(n, *x.shape[1:]) for x in (grad, q, out, lse))
-        dq, dk, dv = operator(_rows_first(grad), q, k, v, out, lse, 0.0, False)
+        k, v = (x[0].unflatten(1, (pieces, -1)).transpose(0, 1) for x in (k, v))  # (pieces, G, past/pieces, D)
+        dq, dk, dv = operator(grad, q, k, v, out, lse, 0.0, False)
         dk, dv = (x.transpose(0, 1).flatten(1, 2)[None] for x in (dk, dv))
         return dq.sum(0, keepdim=True, dtype=lse.dtype), dk, dv
 
@@ -152,33 +150,33 @@ class FlashCUDA(Kernel):
     takes_many = True
 
     @staticmethod
-    def sides(q: Tensor, k: Tensor, causal: bool, window: int | None) -> dict[str, int]:
+    def sides(k: Tensor, window: int | None) -> dict[str, int]:
         """How many positions before and after its own a query sees, where that is not all of those before."""
-        if window is None or is_causal(q, k, causal, window):
+        if window is None or window >= k.shape[2]:
             return {}
         return {"window_size_left": window - 1, "window_size_right": 0}
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool = False, window: int | None = None
-    ) -> tuple[Tensor, Tensor]:
-        sides = self.sides(q, k, causal, window)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
+        sides = self.sides(k, window)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         lengths = (None, None, q.shape[1], k.shape[1])
-        out, lse, *_ = aten._flash_attention_forward(q, k, v, *lengths, 0.0, causal, False, **sides)
+        out, lse, *_ = aten._flash_attention_forward(q, k, v, *lengths, 0.0, window is not None, False, **sides)
         return out.transpose(1, 2), lse
 
+    def prepare(self, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+        return _rows_first(grad), q, _rows_first(out), lse.contiguous()
+
     def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool = False,
-        window: int | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        sides = self.sides(q, k, causal, window)
-        grad, q, k, v, out = (x.transpose(1, 2) for x in (_rows_first(grad), q, k, v, _rows_first(out)))
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        sides = self.sides(k, window)
+        grad, q, k, v, out = (x.transpose(1, 2) for x in (grad, q, k, v, out))
         lengths = (None, None, q.shape[1], k.shape[1])
         lse = lse.contiguous()  # the kernel takes this for granted, and does not check it
         # Dropout's random state, which the call wants and with dropout 0 does not read.
         state, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
         dq, dk, dv = aten._flash_attention_backward(
-            grad, q, k, v, out, lse, *lengths, 0.0, causal, state, unused, **sides
+            grad, q, k, v, out, lse, *lengths, 0.0, window is not None, state, unused, **sides
         )
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
@@ -240,18 +238,18 @@ def _difference(kernel: Kernel, device: torch.device, dtype: torch.dtype, D: int
 
     plain = Plain()
     # A chunk of 6 to itself, 4 heads to 2; to a past of 4, with its heads folded to 2 of 12 rows; and within a window.
-    cases = {
-        "causal": ((True, None), 4, 6, 6), "whole": ((False, None), 2, 12, 4), "windowed": ((True, 3), 4, 6, 8)
-    }  # fmt: skip
-    for kind, (mask, heads, rows, length) in cases.items():
+    cases = (("causal", 6, 4, 6, 6), ("whole", None, 2, 12, 4), ("windowed", 3, 4, 6, 8))
+    for kind, window, heads, rows, length in cases:
         q, grad, k, v = random(heads, rows), random(heads, rows), random(2, length), random(2, length)
         q_, k_, v_ = q.double(), k.double(), v.double()
-        out, lse = plain.forward(q_, k_, v_, *mask)
-        got_out, got_lse = kernel.forward(q, k, v, *mask)
+        out, lse = plain.forward(q_, k_, v_, window)
+        got_out, got_lse = kernel.forward(q, k, v, window)
         # Backward as if there were as much again beside these keys: the kernel must take what it is given.
         merged, merged_lse = (out / 2).to(dtype), lse + log(2)
-        expected = [out, lse, *plain.backward(grad.double(), q_, k_, v_, merged.double(), merged_lse, *mask)]
-        got = [got_out, got_lse, *kernel.backward(grad, q, k, v, merged, merged_lse.to(got_lse.dtype), *mask)]
+        expected = [out, lse, *plain.backward(grad.double(), q_, k_, v_, merged.double(), merged_lse, window)]
+        given = grad, q, merged, merged_lse.to(got_lse.dtype)
+        grad, q, merged, merged_lse = given if window else kernel.prepare(*given)
+        got = [got_out, got_lse, *kernel.backward(grad, q, k, v, merged, merged_lse, window)]
         for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), got, expected, strict=True):
             where = f"{name} of a {kind} piece"
             if x.shape != y.shape:

@@ -1,12 +1,14 @@
-"""A model's shape, in Hugging Face's terms: checked fields. load.py reads and writes them as config.json."""
+"""A model's shape, in Hugging Face's terms: fields, each checked by its type, read from and written as config.json."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, get_type_hints
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, ClassVar, Self, get_type_hints
 
 from ..errors import InputError
 from ..memory.window import FULL, Pattern, Window
+
+EndTokens = int | tuple[int, ...] | None
 
 
 def size(name: str, value: Any) -> int:
@@ -37,7 +39,7 @@ def names(name: str, value: Any) -> tuple[str, ...]:
     return tuple(value or ())
 
 
-def end_tokens(name: str, value: Any) -> int | tuple[int, ...] | None:
+def end_tokens(name: str, value: Any) -> EndTokens:
     """Raise InputError unless it is a token id, several, or null."""
     several = value if isinstance(value, list | tuple) else (value or 0,)
     if not all(isinstance(end, int) for end in several):
@@ -45,46 +47,63 @@ def end_tokens(name: str, value: Any) -> int | tuple[int, ...] | None:
     return tuple(value) if isinstance(value, list) else value
 
 
-# The types of a config's fields, each with its check.
-Size = Annotated[int, size]
-Number = Annotated[float, number]
-Flag = Annotated[bool, flag]
-Names = Annotated[tuple[str, ...], names]
-EndTokens = Annotated[int | tuple[int, ...] | None, end_tokens]
+_CHECKS: dict[Any, Any] = {int: size, float: number, bool: flag, tuple[str, ...]: names, EndTokens: end_tokens}
 
 
 def check_layer_types(kinds: tuple[str, ...], known: tuple[str, ...], num_layers: int) -> None:
     """Raise InputError unless there is one of the known kinds for each layer."""
     if len(kinds) != num_layers or not set(kinds) <= set(known):
-        words = " or ".join(map(repr, known))
-        raise InputError(
-            f"config: layer_types is {list(kinds)}, but must be {words} for each of the {num_layers} layers"
-        )
+        words = f"{' or '.join(map(repr, known))} for each of the {num_layers} layers"
+        raise InputError(f"config: layer_types is {list(kinds)}, but must be {words}")
+
+
+def needed(config: dict[str, Any], name: str) -> Any:
+    """A field of a parsed config.json. Raises InputError if it is absent or null."""
+    if config.get(name) is None:
+        raise InputError(f"config: the field {name} is missing")
+    return config[name]
 
 
 @dataclass(frozen=True)
 class Config:
-    """What configs have in common: each field is checked by its type.
+    """What configs have in common. A field of one of the types in _CHECKS is checked by it.
 
     Of the config.json: `only` has more of its fields, and the values of them that the model computes, `beside` what is
     written beside the fields, and `not_written` the fields that it lacks.
     """
 
-    name: ClassVar[str] = ""  # the `model_type`
+    name: ClassVar[str] = ""  # the `model_type`, where there is but one
     only: ClassVar[dict[str, tuple[Any, ...]]] = {}
     beside: ClassVar[dict[str, Any]] = {}
     not_written: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        for name, kind in get_type_hints(type(self), include_extras=True).items():
-            for check in getattr(kind, "__metadata__", ()):
-                object.__setattr__(self, name, check(name, getattr(self, name)))
+        for name, kind in get_type_hints(type(self)).items():
+            if kind in _CHECKS:
+                object.__setattr__(self, name, _CHECKS[kind](name, getattr(self, name)))
 
-    if TYPE_CHECKING:  # load.py sets these two: a config knows no files
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> Self:
+        """The fields of a parsed `config.json`.
 
-        @classmethod
-        def from_dict(cls, config: dict[str, Any]) -> Self: ...
-        def to_dict(self) -> dict[str, Any]: ...
+        Raises InputError, naming the field, for another model_type and for what the model does not compute.
+        """
+        if cls.name and config.get("model_type") != cls.name:
+            raise InputError(f"config: model_type is {config.get('model_type')!r}, but must be {cls.name!r}")
+        for field in fields(cls):
+            if field.default is MISSING:
+                needed(config, field.name)
+        for name, values in {"quantization_config": (None, {}), **cls.only}.items():
+            if config.get(name, values[0]) not in values:
+                wanted = repr(values[0]) if name in cls.only else "absent: load the unquantized checkpoint"
+                raise InputError(f"config: {name} = {config[name]!r} is not supported; it must be {wanted}")
+        return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` and, for models of theirs, transformers 4 and 5 read back to the same."""
+        values = {name: value for name, value in asdict(self).items() if name not in self.not_written}
+        lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
+        return {**self.beside, **values, **lists}
 
     def first_eos(self) -> int | None:
         """The end token that a written text gets, if there is any; a model may know several."""
@@ -109,45 +128,37 @@ FULL_ATTENTION, SLIDING_ATTENTION, PARTIAL_ATTENTION = "full_attention", "slidin
 class LlamaConfig(Config):
     """Shape and constants of a model, with Hugging Face's names.
 
-    Three fields are ours, because `config.json` implies them by `model_type`: `attention_bias` is
-    the bias of q, k and v, `attention_out_bias` that of o, `qk_norm` the RMSNorm on each head's
-    queries and keys. `layer_types` says for each layer whether it has full_attention or sliding_attention, to the
-    last `sliding_window` positions, the own included; or ours, partial_attention: what `pattern` says, then in the
-    place of windows. Empty: full_attention for all.
+    Three fields are ours, because `config.json` implies them by `model_type`: `attention_bias` is the bias of q, k and
+    v, `attention_out_bias` that of o, `qk_norm` the RMSNorm on each head's queries and keys. `layer_types` has for each
+    layer full_attention or sliding_attention, to the last `sliding_window` positions, the own included; or ours,
+    partial_attention: what `pattern` says, then in the place of windows. Empty: full_attention for all.
     """
 
     only: ClassVar = {
-        "hidden_act": ("silu", "swish"),
-        "attention_dropout": (0, None),
-        "partial_rotary_factor": (1.0, None),
-    }
+        "hidden_act": ("silu", "swish"), "attention_dropout": (0, None), "partial_rotary_factor": (1.0, None),
+    }  # fmt: skip
     not_written: ClassVar[tuple[str, ...]] = (
-        "attention_out_bias",
-        "qk_norm",
-        "sliding_window",
-        "layer_types",
-        "pattern",
-        "model_type",
-    )
+        "attention_out_bias", "qk_norm", "sliding_window", "layer_types", "pattern", "model_type",
+    )  # fmt: skip
 
-    vocab_size: Size
-    hidden_size: Size
-    intermediate_size: Size
-    num_hidden_layers: Size
-    num_attention_heads: Size
-    num_key_value_heads: Size
-    head_dim: Size
-    max_position_embeddings: Size = 2048
-    rms_norm_eps: Number = 1e-6
-    rope_theta: Number = 10000.0
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
     rope_scaling: Llama3Rope | None = None
-    tie_word_embeddings: Flag = False
-    attention_bias: Flag = False
-    attention_out_bias: Flag = False
-    mlp_bias: Flag = False
-    qk_norm: Flag = False
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
     sliding_window: int | None = None
-    layer_types: Names = ()
+    layer_types: tuple[str, ...] = ()
     pattern: Pattern | None = None
     model_type: str = "llama"
     bos_token_id: int | None = None
@@ -155,11 +166,9 @@ class LlamaConfig(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(
-                f"config: num_attention_heads ({self.num_attention_heads}) must be a multiple of "
-                f"num_key_value_heads ({self.num_key_value_heads})"
-            )
+        H, G = self.num_attention_heads, self.num_key_value_heads
+        if H % G:
+            raise InputError(f"config: num_attention_heads ({H}) must be a multiple of num_key_value_heads ({G})")
         if self.head_dim % 2:
             raise InputError(f"config: head_dim is {self.head_dim}, but RoPE needs an even number")
         kinds, other = self.layer_types, SLIDING_ATTENTION if self.pattern is None else PARTIAL_ATTENTION

@@ -1,7 +1,4 @@
-"""Gemma 3's text model: a Llama whose layers have norms at both ends, and a rope for each kind of layer.
-
-Parameter names are Hugging Face's.
-"""
+"""Gemma 3's text model: a Llama whose layers have norms at both ends, and a rope for each kind of layer."""
 
 from __future__ import annotations
 
@@ -17,9 +14,9 @@ from ..errors import InputError
 from ..memory.attention import Past
 from ..memory.layer_memory import wide
 from ..memory.window import FULL, Pattern
-from .config import FULL_ATTENTION, SLIDING_ATTENTION, LlamaConfig, Number, Size, names, number, size
+from .config import FULL_ATTENTION, SLIDING_ATTENTION, Config, LlamaConfig, names, needed, number, size
 from .llama import MLP, Attention, Layer, Rope, rope_tables
-from .stack import Decoder
+from .stack import Stack
 
 _DEFAULTS = {  # transformers'
     "head_dim": 256, "sliding_window": 4096, "max_position_embeddings": 131072, "query_pre_attn_scalar": 256,
@@ -37,19 +34,19 @@ class Gemma3Config(LlamaConfig):
 
     name = "gemma3_text"
     only: ClassVar = {
-        "hidden_activation": ("gelu_pytorch_tanh",),
-        "attn_logit_softcapping": (None,),
-        "final_logit_softcapping": (None,),
-        "attention_dropout": (0.0, None),
+        "hidden_activation": ("gelu_pytorch_tanh",), "attention_dropout": (0, None), "rope_scaling": (None,),
+        "attn_logit_softcapping": (None,), "final_logit_softcapping": (None,),
         "use_bidirectional_attention": (False, None),
-        "rope_scaling": (None,),
-    }
+    }  # fmt: skip
+    # No `pad_token_id` would be 0, and that token's embedding would learn nothing.
+    beside: ClassVar = {"architectures": ["Gemma3ForCausalLM"], "pad_token_id": None}
     not_written: ClassVar[tuple[str, ...]] = ("attention_out_bias", "mlp_bias", "qk_norm", "pattern")
+    to_dict = Config.to_dict
 
     qk_norm: bool = True
     model_type: str = "gemma3_text"
-    rope_local_base_freq: Number = 10000.0
-    query_pre_attn_scalar: Size = 256
+    rope_local_base_freq: float = 10000.0
+    query_pre_attn_scalar: int = 256
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Self:
@@ -60,21 +57,10 @@ class Gemma3Config(LlamaConfig):
         c["rope_theta"] = _theta(c, FULL_ATTENTION, "rope_theta", 1e6)
         c["rope_local_base_freq"] = _theta(c, SLIDING_ATTENTION, "rope_local_base_freq", 1e4)
         every = c.get("sliding_window_pattern") or 6  # by which older files say it
-        num_layers = size("num_hidden_layers", c.get("num_hidden_layers"))
+        num_layers = size("num_hidden_layers", needed(c, "num_hidden_layers"))
         implied = tuple(SLIDING_ATTENTION if (i + 1) % every else FULL_ATTENTION for i in range(num_layers))
         c["layer_types"] = names("layer_types", c.get("layer_types")) or implied
         return super(LlamaConfig, cls).from_dict(c)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The `config.json` that transformers 4 and 5 and `from_dict` read back to the same model."""
-        return {
-            "architectures": ["Gemma3ForCausalLM"],
-            **{name: values[0] for name, values in self.only.items()},
-            **super(LlamaConfig, self).to_dict(),
-            "rope_scaling": None,
-            "layer_types": list(self.layer_types) or [FULL_ATTENTION] * self.num_hidden_layers,
-            "pad_token_id": None,  # absent, it is 0, and that token's embedding learns nothing
-        }
 
 
 def _theta(c: dict[str, Any], kind: str, older: str, default: float) -> float:
@@ -136,21 +122,18 @@ class Gemma3Layer(Layer):
         return super().fill(x, past, ropes[self.which])
 
 
-class Gemma3(Decoder):
+class Gemma3(Stack):
     """Gemma 3's text model (`model_type` gemma3_text).
 
     `Gemma3(config)` has random weights; `Gemma3.from_pretrained(directory)` has trained ones.
     """
 
-    config: Gemma3Config
     config_class = Gemma3Config
+    embedding_class = Embedding
 
     def __init__(self, config: Gemma3Config) -> None:
-        super().__init__(config, (Gemma3Layer(config, pattern) for pattern in config.patterns()))
-        body = self.model
-        body.embed_tokens = Embedding(config.vocab_size, config.hidden_size, _weight=body.embed_tokens.weight)
-        body.norm = Norm(config.hidden_size, config.rms_norm_eps)
-        self.tie_weights()
+        layers = (Gemma3Layer(config, pattern) for pattern in config.patterns())
+        super().__init__(config, layers, Norm(config.hidden_size, config.rms_norm_eps))
 
     def shared(self, x: Tensor, start: int) -> tuple[Rope, ...]:
         near = replace(self.config, rope_theta=self.config.rope_local_base_freq)

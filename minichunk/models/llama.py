@@ -19,7 +19,7 @@ from ..memory.layer_memory import LayerMemory, MemorySpec, wide
 from ..memory.offload import DeviceBlocks, HostStore
 from ..memory.window import FULL, DeviceStore, Pattern, WindowCache
 from .config import LlamaConfig
-from .stack import Decoder
+from .stack import Stack
 
 Rope = tuple[Tensor, Tensor]  # cos and sin of the angles, (T, D/2) each
 
@@ -65,9 +65,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(E, G * D, bias=config.attention_bias)
         self.v_proj = nn.Linear(E, G * D, bias=config.attention_bias)
         self.o_proj = nn.Linear(H * D, E, bias=config.attention_out_bias)
-        if config.qk_norm:
-            self.q_norm, self.k_norm = (nn.RMSNorm(D, config.rms_norm_eps) for _ in range(2))
-        self.qk_norm = config.qk_norm
+        norm = nn.RMSNorm if config.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = norm(D, config.rms_norm_eps), norm(D, config.rms_norm_eps)
 
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, T, H*D) -> (B, H, T, D)
@@ -75,15 +74,10 @@ class Attention(nn.Module):
     def keys_values(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """What this chunk puts into the cache: keys and values, each (B, G, T, D)."""
         k, v = self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
-        if self.qk_norm:
-            k = self.k_norm(k)
-        return rotate(k, rope), v
+        return rotate(self.k_norm(k), rope), v
 
     def forward(self, x: Tensor, past: Past | None, rope: Rope) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        q = self.heads(self.q_proj(x))  # (B, H, T, D)
-        if self.qk_norm:
-            q = self.q_norm(q)
-        q = rotate(q, rope)
+        q = rotate(self.q_norm(self.heads(self.q_proj(x))), rope)  # (B, H, T, D)
         k, v = self.keys_values(x, rope)
         if past is None:  # the whole sequence at once: ordinary attention, nothing of ours
             mask = self.pattern.mask(q.shape[2], device=q.device)
@@ -128,25 +122,27 @@ class Layer(nn.Module):
         B, G, D, pattern = spec.batch, self.self_attn.groups, self.self_attn.head_dim, self.self_attn.pattern
         grad_dtype = spec.options.cache_grad_dtype or wide(spec.like)
         if spec.options.offload:
-            blocks = spec.common(DeviceBlocks, lambda: DeviceBlocks((2, B, G, D), spec.like, grad_dtype))
-            return WindowCache(lambda rows: HostStore(blocks, rows), pattern, spec.capacity, spec.receiving)
+            if spec.device_blocks is None:  # the first layer makes what all share
+                spec.device_blocks = DeviceBlocks((2, B, G, D), spec.like, grad_dtype)
+            new_host_store = partial(HostStore, spec.device_blocks)
+            return WindowCache(new_host_store, pattern, spec.capacity, spec.receiving)
         if pattern == FULL:
             return LayerCache((B, G, spec.capacity, D), spec.receiving, spec.like, grad_dtype)
         new_store = partial(DeviceStore, (B, G, D), like=spec.like, grad_dtype=grad_dtype)
         return WindowCache(new_store, pattern, spec.capacity, spec.receiving)
 
 
-class Llama(Decoder):
+class Llama(Stack):
     """A decoder-only transformer: Llama 1-3, Mistral, Ministral, Qwen2, Qwen3; its layers may see a part of the past.
 
     `Llama(config)` has random weights; `Llama.from_pretrained(directory)` has trained ones.
     """
 
-    config: LlamaConfig
     config_class = LlamaConfig
 
     def __init__(self, config: LlamaConfig) -> None:
-        super().__init__(config, (Layer(config, pattern) for pattern in config.patterns()))
+        norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        super().__init__(config, (Layer(config, pattern) for pattern in config.patterns()), norm)
 
     def shared(self, x: Tensor, start: int) -> tuple[Rope]:
         return (rope_tables(self.config, start, start + x.shape[1], x),)

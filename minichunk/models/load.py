@@ -1,15 +1,15 @@
 """Models from Hugging Face checkpoint directories, and into them: config.json and safetensors.
 
-Models and configs know no files. This module gives models `from_pretrained` and `save_pretrained`, and configs
-`from_dict` and `to_dict`, those of the Llama for its family's several layouts of config.json.
+Models know no files: this module gives them `from_pretrained` and `save_pretrained`, and LlamaConfig `from_dict` and
+`to_dict` for its family's several layouts of config.json.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from .config import (
     LlamaConfig,
     check_layer_types,
     names,
+    needed,
     number,
     size,
 )  # fmt: skip
@@ -37,11 +38,7 @@ from .quantize import Linear4bit, check_bitsandbytes, is_in_4bit, is_stored_in_4
 from .ssm import StateSpace, StateSpaceConfig
 from .stack import Stack
 
-M = TypeVar("M", bound=Stack)
-C = TypeVar("C", bound=Config)
-OTHERS: dict[str, type[Stack]] = {
-    Gemma3Config.name: Gemma3, Mamba2Config.name: Mamba2, StateSpaceConfig.name: StateSpace,
-}  # fmt: skip
+OTHERS: dict[str, Any] = {Gemma3Config.name: Gemma3, Mamba2Config.name: Mamba2, StateSpaceConfig.name: StateSpace}
 
 _NO_BIAS = {"attention_bias": False, "attention_out_bias": False, "mlp_bias": False}
 # What each model_type implies, whatever its config.json says.
@@ -55,48 +52,34 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 # Models that no other library computes have this model_type in their config.json, and a `base_model_type`, a `pattern`
 # and layers of `partial_attention`, which transformers refuses even where it is told to overlook the type.
 _PARTIAL_CONTEXT = "partial_context"
-_WINDOW = 4096  # what transformers takes an absent `sliding_window` for
 
 
-def class_of(config: Any) -> type[Stack]:
+def class_of(config: Any) -> Any:
     """The model's class of a config object."""
     return OTHERS.get(config.name, Llama)
 
 
-def model_class(config: dict[str, Any]) -> type[Stack]:
+def read_model_config(config: dict[str, Any]) -> Any:
+    """The config object of a parsed config.json. Raises InputError."""
+    return _class_named(config).config_class.from_dict(config)
+
+
+def _class_named(config: dict[str, Any]) -> Any:
     """The class of a parsed config.json; a Llama, which says what it does not know, unless it is another's."""
     return OTHERS.get(str(config.get("model_type")), Llama)
 
 
-def read_model_config(config: dict[str, Any]) -> Any:
-    """The config object of a parsed config.json. Raises InputError."""
-    return model_class(config).config_class.from_dict(config)
-
-
-def load_model(
+def load(
+    kind: Any,
     directory: str | Path,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     load_in_4bit: bool = False,
     prepare: Callable[[Any], object] = lambda model: None,
-) -> Stack:
-    """A checkpoint as a model of the class that its `model_type` names; otherwise as `load`. Raises InputError."""
-    path = Path(directory) / "config.json"
-    if Path(directory).is_dir() and not path.is_file():
-        raise InputError(f"{directory} has no config.json: it is not a Hugging Face checkpoint")
-    kind = model_class(read_json(path)) if path.is_file() else Llama
-    return kind.from_pretrained(directory, dtype, device, load_in_4bit, prepare)
-
-
-def load(
-    kind: type[M],
-    directory: str | Path,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-    load_in_4bit: bool = False,
-    prepare: Callable[[M], object] = lambda model: None,
-) -> M:
+) -> Any:
     """`kind.from_pretrained`: a Hugging Face checkpoint directory (`config.json` and safetensors) as such a model.
+
+    As `load_model` it makes a model of the class that the config's `model_type` names.
 
     dtype: of all parameters; None takes that of the first tensor in the files.
     load_in_4bit: store the linear layers' weights in 4 bits, for LoRA; see quantize.py.
@@ -105,28 +88,29 @@ def load(
     """
     if load_in_4bit:
         check_bitsandbytes()
-    directory = Path(directory)
-    if not directory.is_dir():
+    path = Path(directory) / "config.json"
+    if not path.parent.is_dir():
         raise InputError(f"{directory} is not a directory with a Hugging Face checkpoint")
-    config_path = directory / "config.json"
-    config = read_json(config_path)
+    config = read_json(path)
+    kind = _class_named(config) if kind is Stack else kind
     try:
         with torch.device("meta"):  # shapes without memory
             model = kind(kind.config_class.from_dict(config))
     except InputError as error:
-        raise InputError(f"{config_path}: {error}" if str(error).startswith("config:") else str(error)) from None
+        raise InputError(f"{path}: {error}") from None
     wanted = dict(model.named_parameters())  # a tied LM head is named once, as the embedding
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - wanted.keys()
     in_file = {parameter: name for name, parameter in wanted.items()}
     prepare(model)
     here = {in_file[parameter]: name for name, parameter in model.named_parameters()}
-    in_files = checkpoint_bytes(directory)
-    bytes_here = in_files if dtype is None else sum(wanted[name].numel() for name in here) * dtype.itemsize
+    bytes_here = checkpoint_bytes(path.parent)
+    if dtype is not None:
+        bytes_here = sum(wanted[name].numel() for name in here) * dtype.itemsize
     advice = "take " + ("" if dtype is not None and dtype.itemsize == 2 else "--dtype bfloat16, ")
     advice += ("" if load_in_4bit else "--load-in-4bit, ") + "a smaller model, or free memory"
     check_room(str(directory), bytes_here * (0.3 if load_in_4bit else 1), torch.device(device), advice)
     shapes = {name: p.shape for name, p in wanted.items()}
-    for name, tensor in read_checkpoint(directory, shapes, tied, here.keys(), device):
+    for name, tensor in read_checkpoint(path.parent, shapes, tied, here.keys(), device):
         dtype = dtype or tensor.dtype  # one for all: the memory has the model's
         _assign(model, here[name], tensor.to(dtype), load_in_4bit)
     if len(here) == len(wanted):
@@ -171,41 +155,6 @@ def save(
         write_checkpoint(directory, {**model.config.to_dict(), "torch_dtype": dtype}, tensors)
 
 
-def read_config(cls: type[C], config: dict[str, Any]) -> C:
-    """`from_dict` of a config: the fields of a parsed `config.json`.
-
-    Raises InputError, naming the field, for another model_type and for what the model does not compute.
-    """
-    if config.get("model_type") != cls.name:
-        raise InputError(f"config: model_type is {config.get('model_type')!r}, but must be {cls.name!r}")
-    return _read_fields(cls, config)
-
-
-def _read_fields(cls: type[C], config: dict[str, Any]) -> C:
-    for field in fields(cls):
-        if field.default is MISSING:
-            needed(config, field.name)
-    for name, values in {"quantization_config": (None, {}), **cls.only}.items():
-        if config.get(name, values[0]) not in values:
-            wanted = repr(values[0]) if name in cls.only else "absent: load the unquantized checkpoint"
-            raise InputError(f"config: {name} = {config[name]!r} is not supported; it must be {wanted}")
-    return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
-
-
-def needed(config: dict[str, Any], name: str) -> Any:
-    """A field of a parsed config.json. Raises InputError if it is absent or null."""
-    if config.get(name) is None:
-        raise InputError(f"config: the field {name} is missing")
-    return config[name]
-
-
-def write_config(config: Config) -> dict[str, Any]:
-    """`to_dict` of a config: what `from_dict` and, for models of theirs, transformers 4 and 5 read back to the same."""
-    values = {name: value for name, value in asdict(config).items() if name not in config.not_written}
-    lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
-    return {**config.beside, **values, **lists}
-
-
 def read_llama_config(cls: type[LlamaConfig], config: dict[str, Any]) -> LlamaConfig:
     """`LlamaConfig.from_dict`, of a parsed `config.json`.
 
@@ -222,29 +171,24 @@ def read_llama_config(cls: type[LlamaConfig], config: dict[str, Any]) -> LlamaCo
     c = {**config, "model_type": model_type}
     heads = size("num_attention_heads", needed(c, "num_attention_heads"))
     hidden = size("hidden_size", needed(c, "hidden_size"))
-    bias = c.get("attention_bias", False)
     c |= {
         "num_key_value_heads": c.get("num_key_value_heads") or heads,
         "head_dim": c.get("head_dim") or (128 if model_type == "qwen3" else hidden // heads),
-        "attention_out_bias": bias,
+        "attention_out_bias": c.get("attention_bias", False),
         "qk_norm": False,
         **_FAMILIES[model_type],
     }
-    if partial:
-        c |= {"pattern": pattern_of(needed(c, "pattern")), "layer_types": needed(c, "layer_types")}
-        c["sliding_window"] = None
-    else:
-        c["sliding_window"], c["layer_types"] = _read_windows(c)
-        c["pattern"] = None
+    c["pattern"] = pattern_of(needed(c, "pattern")) if partial else None
+    c["sliding_window"], c["layer_types"] = (None, needed(c, "layer_types")) if partial else _read_windows(c)
     c["rope_theta"], c["rope_scaling"] = _read_rope(c)
-    return _read_fields(cls, c)
+    return super(LlamaConfig, cls).from_dict(c)
 
 
 def write_llama_config(config: LlamaConfig) -> dict[str, Any]:
     """`LlamaConfig.to_dict`, which `from_dict` and, unless there is a pattern, transformers 4 and 5 read back."""
     architecture = f"{config.model_type.capitalize()}ForCausalLM"
     out: dict[str, Any] = {"architectures": [architecture], "model_type": config.model_type, "hidden_act": "silu"}
-    out |= write_config(config)
+    out |= Config.to_dict(config)
     if config.rope_scaling is not None:
         out["rope_scaling"] = {"rope_type": "llama3", **asdict(config.rope_scaling)}
     kinds = {"layer_types": list(config.layer_types)} if config.layer_types else {}
@@ -276,7 +220,7 @@ def _read_windows(c: dict[str, Any]) -> tuple[int | None, tuple[str, ...]]:
     """`sliding_window` and `layer_types`, as transformers reads them; (None, ()) if no layer has a window."""
     model_type, first = c["model_type"], 0
     num_layers = size("num_hidden_layers", needed(c, "num_hidden_layers"))
-    window = c.get("sliding_window", None if model_type == "llama" else _WINDOW)
+    window = c.get("sliding_window", None if model_type == "llama" else 4096)  # transformers' default
     if model_type not in ("mistral", "ministral"):
         window = window if c.get("use_sliding_window") else None
     if model_type in ("qwen2", "qwen3") and window is not None:
@@ -318,9 +262,8 @@ def _read_rope(c: dict[str, Any]) -> tuple[float, Llama3Rope | None]:
     return theta, Llama3Rope(**{part.name: rope[part.name] for part in fields(Llama3Rope)})
 
 
-Stack.from_pretrained = classmethod(load)  # type: ignore[assignment,method-assign]
-Stack.save_pretrained = save  # type: ignore[assignment,method-assign]
-Config.from_dict = classmethod(read_config)  # type: ignore[assignment,method-assign]
-Config.to_dict = write_config  # type: ignore[assignment,method-assign]
+Stack.from_pretrained = classmethod(load)
+Stack.save_pretrained = save
+load_model = Stack.from_pretrained
 LlamaConfig.from_dict = classmethod(read_llama_config)  # type: ignore[assignment,method-assign]
 LlamaConfig.to_dict = write_llama_config  # type: ignore[assignment,method-assign]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,46 +74,6 @@ class Lora(NamedTuple):
     dropout: float
 
 
-class LoraLinear(nn.Linear):
-    """y = x Wᵀ + b + scale · dropout(x) Aᵀ Bᵀ with W and b frozen, A (rank, in), B (out, rank).
-
-    Takes W and b over from a linear layer, under their names, or a 4-bit layer whole, as `base`.
-    A and B are float32, or wider.
-    """
-
-    base: Linear4bit | None
-
-    def __init__(
-        self, base: nn.Linear | Linear4bit, name: str, rank: int, alpha: float, dropout: float, masks: DropoutMasks
-    ) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.base = base if isinstance(base, Linear4bit) else None
-        if isinstance(base, nn.Linear):
-            self.weight, self.bias = base.weight, base.bias
-        self.name, self.dropout, self.masks = name, dropout, masks
-        self.scale = alpha / rank
-        self.lora_A, self.lora_B = low_rank(base.in_features, base.out_features, rank, stored(base))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias) if self.base is None else self.base(x)
-        if self.dropout > 0 and self.training:
-            x = x * self.masks.draw(x, self.name, self.dropout)
-        # The adapter's few columns are computed in the model's dtype; its weights stay wide.
-        low = F.linear(x, self.lora_A.weight.to(x.dtype))
-        return y + F.linear(low, self.lora_B.weight.to(x.dtype)) * self.scale
-
-    def merged(self) -> Tensor:
-        """W + scale · B A, in W's dtype."""
-        product = self.lora_B.weight @ self.lora_A.weight
-        return (self.weight.to(product.dtype) + self.scale * product).to(self.weight.dtype)
-
-
-def stored(layer: nn.Linear | Linear4bit) -> Tensor:
-    """What its weight is stored as."""
-    return layer.scales if isinstance(layer, Linear4bit) else layer.weight
-
-
 def low_rank(in_features: int, out_features: int, rank: int, like: Tensor) -> tuple[nn.Linear, nn.Linear]:
     """A (rank, in), random, and B (out, rank), zero, on like's device, in its dtype or in float32 if that is wider."""
     wide = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
@@ -124,27 +84,23 @@ def low_rank(in_features: int, out_features: int, rank: int, like: Tensor) -> tu
     return A, B
 
 
-def adapters(model: Stack) -> dict[str, LoraLinear]:
-    """The model's LoRA layers by their names."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+def adapters(model: Stack) -> dict[str, Any]:
+    """The model's linear layers that have an adapter, by their names."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
 def linear_layers(model: Stack) -> list[str]:
     """Names that an adapter can be put at: those of the linear layers, each once, without the LM head."""
-    names = dict[str, None]()
+    found: list[str] = []
     for name, module in model.named_modules():
-        inside = module.linear if isinstance(module, Placeholder) else ()
-        linear = [name] if isinstance(module, nn.Linear | Linear4bit) else inside
-        names |= dict.fromkeys(full.rpartition(".")[2] for full in linear)
-    return [name for name in names if name not in ("lm_head", "lora_A", "lora_B", "base")]
+        found += module.linear if isinstance(module, Placeholder) else []
+        found += [name] if isinstance(module, nn.Linear | Linear4bit) else []
+    names = dict.fromkeys(name.rpartition(".")[2] for name in found)
+    return [name for name in names if name not in ("lm_head", "lora_A", "lora_B")]
 
 
 def add_lora(
-    model: Stack,
-    rank: int = 8,
-    alpha: float = 16,
-    targets: Sequence[str] | None = None,
-    dropout: float = 0.0,
+    model: Stack, rank: int = 8, alpha: float = 16, targets: Sequence[str] | None = None, dropout: float = 0.0
 ) -> None:
     """Freeze the model and put a trainable adapter beside each linear layer named in `targets`.
 
@@ -167,18 +123,30 @@ def add_lora(
     if adapters(model):
         raise InputError("the model has an adapter already: call merge_lora(model) first")
     model.requires_grad_(False)
-    masks = DropoutMasks()
-    like = next(stored(module) for module in model.modules() if isinstance(module, nn.Linear | Linear4bit))
+    masks, like = DropoutMasks(), next(model.parameters())
     for name, module in list(model.named_modules()):
         if isinstance(module, Placeholder):  # the same random numbers whoever has which layers
             for inside, sizes in module.linear.items():
                 if inside.rpartition(".")[2] in targets:
                     low_rank(*sizes, rank, like)
         elif isinstance(module, nn.Linear | Linear4bit) and name.rpartition(".")[2] in targets:
-            model.set_submodule(name, LoraLinear(module, name, rank, alpha, dropout, masks))
+            layer: Any = module
+            layer.lora_A, layer.lora_B = low_rank(layer.in_features, layer.out_features, rank, like)
+            layer.name, layer.scale, layer.dropout, layer.masks = name, alpha / rank, dropout, masks
+            layer.hook = layer.register_forward_hook(_add_product)
     model.lora = Lora(rank, alpha, dropout)
     if dropout > 0:
         model.masks = masks
+
+
+def _add_product(layer: Any, inputs: tuple[Tensor], y: Tensor) -> Tensor:
+    """A layer's forward hook: its output, and scale · dropout(x) Aᵀ Bᵀ."""
+    (x,) = inputs
+    if layer.dropout > 0 and layer.training:
+        x = x * layer.masks.draw(x, layer.name, layer.dropout)
+    # The adapter's few columns are computed in the model's dtype; its weights stay wide.
+    low = F.linear(x, layer.lora_A.weight.to(x.dtype))
+    return y + F.linear(low, layer.lora_B.weight.to(x.dtype)) * layer.scale
 
 
 @torch.no_grad()
@@ -192,10 +160,9 @@ def merge_lora(model: Stack) -> None:
             "a 4-bit base cannot take an adapter in: save_adapter(model, directory), load the model without "
             "load_in_4bit, load the adapter into that and merge it there"
         )
-    for name, layer in adapters(model).items():
-        plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-        plain.weight = nn.Parameter(layer.merged())
-        plain.bias = layer.bias
-        model.set_submodule(name, plain)
+    for layer in adapters(model).values():
+        layer.weight.copy_(layer.weight + layer.scale * (layer.lora_B.weight @ layer.lora_A.weight))
+        layer.hook.remove()
+        del layer.lora_A, layer.lora_B
     model.lora = model.masks = None
     model.requires_grad_(True)

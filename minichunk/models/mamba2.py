@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -21,19 +21,8 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..memory.layer_memory import MemorySpec, wide
 from ..memory.state import Before, Handed, LayerState, scan_chunks
-from .config import Config, EndTokens, Flag, Number, Size
-from .stack import Decoder, Stack
-
-
-def time_step_limit(name: str, value: Any) -> tuple[float, float]:
-    """Two numbers. JSON has no infinity, which transformers 5 spells {"__float__": "Infinity"}. Raises InputError."""
-    try:
-        low, high = (float(limit["__float__"] if isinstance(limit, dict) else limit) for limit in value)
-    except (TypeError, ValueError, KeyError):
-        raise InputError(f"config: {name} is {value!r}, but must be a list of two numbers") from None
-    if not 0 <= low <= high:
-        raise InputError(f"config: {name} is {[low, high]}, but must be [least, greatest], both from 0 on")
-    return low, high
+from .config import Config, EndTokens
+from .stack import Stack
 
 
 @dataclass(frozen=True)
@@ -41,51 +30,49 @@ class Mamba2Config(Config):
     """Shape and constants of a Mamba2; its config.json has the same fields, and transformers' defaults.
 
     time_step_limit: the least and the greatest time step. max_position_embeddings: the length that it was trained at,
-    a field of ours: a state has no bound. From `initializer_range` on: how random weights are drawn.
+    a field of ours: a state has no bound.
     """
 
     name = "mamba2"
     only: ClassVar = {"hidden_act": ("silu", "swish"), "rms_norm": (True,)}  # each mixer ends with a gated norm
     beside: ClassVar = {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2", "hidden_act": "silu"}
 
-    vocab_size: Size
-    hidden_size: Size
-    state_size: Size
-    num_hidden_layers: Size
-    num_heads: Size
-    head_dim: Size
-    n_groups: Size = 8
-    expand: Size = 2
-    conv_kernel: Size = 4
-    max_position_embeddings: Size = 2048
-    layer_norm_epsilon: Number = 1e-5
-    time_step_limit: Annotated[tuple[float, float], time_step_limit] = (0.0, float("inf"))
-    use_bias: Flag = False
-    use_conv_bias: Flag = True
-    residual_in_fp32: Flag = True
-    tie_word_embeddings: Flag = False
+    vocab_size: int
+    hidden_size: int
+    state_size: int
+    num_hidden_layers: int
+    num_heads: int
+    head_dim: int
+    n_groups: int = 8
+    expand: int = 2
+    conv_kernel: int = 4
+    max_position_embeddings: int = 2048
+    layer_norm_epsilon: float = 1e-5
+    time_step_limit: tuple[float, float] = (0.0, float("inf"))
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    residual_in_fp32: bool = True
+    tie_word_embeddings: bool = False
     pad_token_id: int | None = 1
     bos_token_id: int | None = 0
     eos_token_id: EndTokens = 2
-    initializer_range: Number = 0.1
-    time_step_min: Number = 0.001
-    time_step_max: Number = 0.1
-    time_step_floor: Number = 1e-4
-    rescale_prenorm_residual: Flag = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_heads * self.head_dim != self.inner_size:
-            raise InputError(
-                f"config: num_heads ({self.num_heads}) times head_dim ({self.head_dim}) must be expand "
-                f"({self.expand}) times hidden_size ({self.hidden_size})"
-            )
-        if self.num_heads % self.n_groups:
-            raise InputError(f"config: num_heads ({self.num_heads}) must be a multiple of n_groups ({self.n_groups})")
-        if self.time_step_min > self.time_step_max:
-            raise InputError(
-                f"config: time_step_min ({self.time_step_min}) must not be above time_step_max ({self.time_step_max})"
-            )
+        E, H, D, G = self.hidden_size, self.num_heads, self.head_dim, self.n_groups
+        if self.inner_size != H * D:
+            product = f"expand ({self.expand}) times hidden_size ({E})"
+            raise InputError(f"config: num_heads ({H}) times head_dim ({D}) must be {product}")
+        if H % G:
+            raise InputError(f"config: num_heads ({H}) must be a multiple of n_groups ({G})")
+        given: Any = self.time_step_limit
+        try:  # JSON has no infinity, which transformers 5 spells {"__float__": "Infinity"}
+            low, high = (float(limit["__float__"] if isinstance(limit, dict) else limit) for limit in given)
+        except (TypeError, ValueError, KeyError):
+            raise InputError(f"config: time_step_limit is {given!r}, but must be a list of two numbers") from None
+        if not 0 <= low <= high:
+            raise InputError(f"config: time_step_limit is {[low, high]}, but must be [least, greatest], both from 0 on")
+        object.__setattr__(self, "time_step_limit", (low, high))
 
     @property
     def inner_size(self) -> int:
@@ -128,7 +115,9 @@ class Mixer(nn.Module):
         channels = self.inner + 2 * self.outer
         self.in_proj = nn.Linear(E, self.inner + channels + H, bias=config.use_bias)
         self.conv1d = nn.Conv1d(channels, channels, self.kernel, groups=channels, bias=config.use_conv_bias)
-        self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.empty(H)) for _ in range(3))
+        # Heads that decay by 1 to H, and time steps of 0.001 to 0.1, which softplus makes of dt_bias.
+        self.A_log, self.D = nn.Parameter(torch.arange(1, H + 1).log()), nn.Parameter(torch.ones(H))
+        self.dt_bias = nn.Parameter(torch.empty(H).uniform_(math.log(0.001), math.log(0.1)).exp().expm1().log())
         self.norm = GatedNorm(self.inner, G, config.layer_norm_epsilon)
         self.out_proj = nn.Linear(self.inner, E, bias=config.use_bias)
 
@@ -168,19 +157,6 @@ class Mixer(nn.Module):
         state = u.new_zeros(u.shape[0], *self.state_shape, dtype=wide(u))
         return state, u.new_zeros(u.shape[0], self.kernel - 1, self.conv1d.in_channels)
 
-    @torch.no_grad()
-    def draw(self, config: Mamba2Config) -> None:
-        """Random weights as transformers draws them: heads that decay by 1 to H, and short time steps."""
-        self.A_log.copy_(torch.arange(1, self.A_log.numel() + 1).log())
-        self.D.fill_(1)
-        low, high = math.log(config.time_step_min), math.log(config.time_step_max)
-        dt = torch.empty_like(self.dt_bias).uniform_(low, high).exp().clamp(min=config.time_step_floor)
-        self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # softplus, the other way round
-        for module in (self.conv1d, self.out_proj):
-            nn.init.kaiming_uniform_(module.weight, a=5**0.5)
-        if config.rescale_prenorm_residual:
-            self.out_proj.weight /= config.num_hidden_layers**0.5
-
 
 def by_head(x: Tensor, heads: tuple[int, int]) -> Tensor:
     """(B, T, C) to (B, *heads, T, C / heads)."""
@@ -198,10 +174,9 @@ class Mamba2Layer(nn.Module):
         x = x.to(wide(x)) if self.wide else x
         return x + y, written
 
-    def fill(self, x: Tensor, past: Before | None, *_: Any) -> tuple[Tensor, ...]:
+    def fill(self, x: Tensor, past: Before | None, *_: Any) -> Any:
         """What `forward` writes."""
-        written: tuple[Tensor, ...] = self.mixer(self.norm(x), past)[1]
-        return written
+        return self(x, past)[1]
 
     def new_memory(self, spec: MemorySpec) -> LayerState:
         """For states and tails at the ends of chunks, and what is sent back to them."""
@@ -209,42 +184,15 @@ class Mamba2Layer(nn.Module):
         return LayerState([Handed(state, state[..., :1, :1], spec), Handed(tail, tail.new_empty(()), spec)])
 
 
-class Backbone(nn.Module):
-    """Everything but the LM head."""
-
-    def __init__(self, config: Mamba2Config) -> None:
-        super().__init__()
-        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Mamba2Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm_f = StreamNorm(config.hidden_size, config.layer_norm_epsilon)
-
-
-class Mamba2(Decoder):
+class Mamba2(Stack):
     """A Mamba-2 with the weights' names of Hugging Face's `Mamba2ForCausalLM`.
 
     `Mamba2(config)` has random weights; `Mamba2.from_pretrained(directory)` has trained ones.
     """
 
-    config: Mamba2Config
     config_class = Mamba2Config
+    names = ("backbone", "embeddings", "norm_f")
 
     def __init__(self, config: Mamba2Config) -> None:
-        Stack.__init__(self)
-        self.config = config
-        self.backbone = Backbone(config)
-        self.finish(config.initializer_range)
-        for module in self.modules():
-            if isinstance(module, Mixer):
-                module.draw(config)
-
-    @property
-    def embedding(self) -> nn.Embedding:
-        return self.backbone.embeddings
-
-    @property
-    def layers(self) -> nn.ModuleList:
-        return self.backbone.layers
-
-    @property
-    def norm(self) -> StreamNorm:
-        return self.backbone.norm_f
+        layers = (Mamba2Layer(config) for _ in range(config.num_hidden_layers))
+        super().__init__(config, layers, StreamNorm(config.hidden_size, config.layer_norm_epsilon))

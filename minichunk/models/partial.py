@@ -32,7 +32,7 @@ def partial_context(model: Stack, pattern: Pattern, full_layers: Sequence[int] |
     model.config = partial_config(model.config, pattern, full_layers)
     model.partial = {"pattern": asdict(pattern), "full_layers": full_layers_of(model.config)}
     for layer, seen in zip(model.layers, model.config.patterns(), strict=True):
-        layer.self_attn.pattern = seen  # type: ignore[union-attr]
+        layer.self_attn.pattern = seen
 
 
 def partial_config(config: Any, pattern: Pattern, full_layers: Sequence[int] | None = None) -> LlamaConfig:
@@ -46,20 +46,14 @@ def partial_config(config: Any, pattern: Pattern, full_layers: Sequence[int] | N
     if not isinstance(pattern, Window | Strided):
         raise InputError(f"the pattern is {pattern!r}, but must be a Window or a Strided")
     pattern_of(asdict(pattern))  # checks its numbers
-    if any(one != FULL for one in config.patterns()):
-        raise InputError(
-            f"layers of this model see a part of their past already ({describe(config)}): "
-            "partial context is for a model of full attention"
-        )
+    if already := describe(config):
+        raise InputError(f"layers of this model see a part of their past already: {already}")
     L = config.num_hidden_layers
-    if isinstance(full_layers, int):
-        raise InputError(f"full layers: {full_layers!r} is a number, but must be a list of layer numbers")
     full = set(range(L // 3, L - L // 3) if full_layers is None else full_layers)
     if wrong := sorted(full - set(range(L))):
         raise InputError(f"full layers: there is no layer {wrong[0]}; this model has 0 to {L - 1}")
     if len(full) == L:
-        named = "these are" if full_layers is not None else "none are named, and the middle third is"
-        raise InputError(f"full layers: {named} all {L} of the model; none would be left to see a part of its past")
+        raise InputError(f"full layers: these are all {L} of the model; none would be left to see a part of its past")
 
     def kinds(other: str) -> tuple[str, ...]:
         return tuple(FULL_ATTENTION if i in full else other for i in range(L))
@@ -77,31 +71,23 @@ def full_layers_of(config: LlamaConfig) -> list[int]:
     return [i for i, pattern in enumerate(config.patterns()) if pattern == FULL]
 
 
+def _part(config: Any) -> Pattern | None:
+    """What the layers see that do not see all of the past; None where there are none."""
+    patterns = config.patterns() if isinstance(config, LlamaConfig) else []
+    return next((pattern for pattern in patterns if pattern != FULL), None)
+
+
 def describe(config: Any) -> str:
     """What the layers see, in words; empty where that is all of the past, or a state."""
-    patterns = config.patterns() if isinstance(config, LlamaConfig) else []
-    parts = []
-    for pattern in dict.fromkeys(patterns):
-        layers = _ranges([i for i, one in enumerate(patterns) if one == pattern])
-        who = f"layer {layers} sees" if layers.isdecimal() else f"layers {layers} see"
-        parts.append(f"{who} {_words(pattern)}")
-    return ", ".join(parts) if {*patterns} - {FULL} else ""
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] as 0-2, 5."""
-    runs: list[list[int]] = []
-    for i in numbers:
-        runs = [*runs[:-1], [runs[-1][0], i]] if runs and runs[-1][-1] == i - 1 else [*runs, [i]]
-    return ", ".join("-".join(map(str, run)) for run in runs)
-
-
-def _words(pattern: Pattern) -> str:
-    if isinstance(pattern, Strided):
-        return f"the last {pattern.local} blocks of {pattern.block:,} positions and every {pattern.stride}th before"
-    if pattern.window is None:
-        return "all of the past"
-    return f"the last {pattern.window:,} positions" + (f" and the first {pattern.sinks:,}" if pattern.sinks else "")
+    part = _part(config)
+    if part is None:
+        return ""
+    if isinstance(part, Strided):
+        words = f"the last {part.local} blocks of {part.block:,} positions and every {part.stride}th before"
+    else:
+        words = f"the last {part.window:,} positions" + (f" and the first {part.sinks:,}" if part.sinks else "")
+    full = full_layers_of(config)
+    return f"{words}, in all layers" + (f" but {', '.join(map(str, full))}" if full else "")
 
 
 def apply_saved(model: Stack, saved: Any) -> None:
@@ -111,10 +97,5 @@ def apply_saved(model: Stack, saved: Any) -> None:
     pattern, full_layers = pattern_of(saved["pattern"]), saved["full_layers"]
     if not isinstance(full_layers, list) or not all(isinstance(i, int) for i in full_layers):
         raise InputError(f"partial_context: full_layers is {full_layers!r}, but must be a list of layer numbers")
-    config = model.config
-    if not (
-        isinstance(config, LlamaConfig)
-        and {*config.patterns()} - {FULL} == {pattern}
-        and full_layers_of(config) == sorted(full_layers)
-    ):
+    if _part(model.config) != pattern or full_layers_of(model.config) != sorted(full_layers):
         partial_context(model, pattern, full_layers)

@@ -22,43 +22,27 @@ from .quantize import quantize
 from .ssm import StateSpaceConfig
 from .stack import Stack
 
-_FIELDS = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "vocab_size", "rope_theta", "tie_word_embeddings",
-)  # fmt: skip
-_SHAPES: dict[str, tuple[Any, ...]] = {
-    "llama-47m": (576, 1536, 12, 9, 3, 64, 8192, 10000.0, True),
-    "llama-3.2-1b": (2048, 8192, 16, 32, 8, 64, 128256, 500000.0, True),
-    "llama-3.2-3b": (3072, 8192, 28, 24, 8, 128, 128256, 500000.0, True),
-    "llama-3-8b": (4096, 14336, 32, 32, 8, 128, 128256, 500000.0, False),
-    "qwen2.5-14b": (5120, 13824, 48, 40, 8, 128, 152064, 1000000.0, False),
-    "qwen2.5-32b": (5120, 27648, 64, 40, 8, 128, 152064, 1000000.0, False),
-}
-
-
-def _mamba2(hidden_size: int, num_layers: int) -> Mamba2Config:
-    return Mamba2Config(50288, hidden_size, 128, num_layers, hidden_size // 32, 64, 1, tie_word_embeddings=True)
-
-
-# As many parameters as adjoint sharding's largest model (arXiv 2501.00692), which says no more of its shape. Whatever
-# the shape, a state in all layers has a third as many numbers as the layers have parameters.
-_RECURRENT: dict[str, Any] = {
-    "mamba2-130m": _mamba2(768, 24),
-    "mamba2-2.7b": _mamba2(2560, 64),
+_QWEN2: dict[str, Any] = {"model_type": "qwen2", "attention_bias": True, "rope_theta": 1e6}
+_SHAPES: dict[str, Any] = {
+    "llama-47m": LlamaConfig(8192, 576, 1536, 12, 9, 3, 64, 8192, tie_word_embeddings=True),
+    "llama-3.2-1b": LlamaConfig(128256, 2048, 8192, 16, 32, 8, 64, 8192, rope_theta=5e5, tie_word_embeddings=True),
+    "llama-3.2-3b": LlamaConfig(128256, 3072, 8192, 28, 24, 8, 128, 8192, rope_theta=5e5, tie_word_embeddings=True),
+    "llama-3-8b": LlamaConfig(128256, 4096, 14336, 32, 32, 8, 128, 8192, rope_theta=5e5),
+    "qwen2.5-14b": LlamaConfig(152064, 5120, 13824, 48, 40, 8, 128, 8192, **_QWEN2),
+    "qwen2.5-32b": LlamaConfig(152064, 5120, 27648, 64, 40, 8, 128, 8192, **_QWEN2),
+    "mamba2-130m": Mamba2Config(50288, 768, 128, 24, 24, 64, 1, tie_word_embeddings=True),
+    "mamba2-2.7b": Mamba2Config(50288, 2560, 128, 64, 80, 64, 1, tie_word_embeddings=True),
+    # As many parameters as adjoint sharding's largest model (arXiv 2501.00692), which says no more of its shape.
+    # Whatever the shape, a state in all layers has a third as many numbers as the layers have parameters.
     "state-space-1.27b": StateSpaceConfig(32768, 4096, 256, 318),
 }
-NAMES = (*_SHAPES, *_RECURRENT)
+NAMES = tuple(_SHAPES)
 
 
 def shape(name: str) -> Any:
     """The config of a named shape, or of a checkpoint directory (its config.json alone). Raises InputError."""
-    if name in _RECURRENT:
-        return _RECURRENT[name]
     if name in _SHAPES:
-        fields = dict(zip(_FIELDS, _SHAPES[name], strict=True))
-        if name.startswith("qwen2"):
-            fields |= {"model_type": "qwen2", "attention_bias": True}
-        return LlamaConfig(**fields, max_position_embeddings=8192)
+        return _SHAPES[name]
     if (Path(name) / "config.json").is_file():
         return read_model_config(read_json(Path(name) / "config.json"))
     raise InputError(f"--model {name!r} is neither a directory with a config.json nor one of {', '.join(NAMES)}")
@@ -77,22 +61,18 @@ def random_model(
     shaped: a config, or a name for `shape`. targets: of LoRA, see `add_lora`.
     """
     config = shape(shaped) if isinstance(shaped, str) else shaped
-    model = _random(config, dtype, device)
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # so that no wider copy of the weights is ever made
+    try:
+        with torch.device(device):
+            model: Stack = class_of(config)(config)
+    finally:
+        torch.set_default_dtype(previous)
     if load_in_4bit:
         quantize(model)
     if rank:
         add_lora(model, rank, 2 * rank, targets)
     return model
-
-
-def _random(config: Any, dtype: torch.dtype, device: str) -> Stack:
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # so that no wider copy of the weights is ever made
-    try:
-        with torch.device(device):
-            return class_of(config)(config)
-    finally:
-        torch.set_default_dtype(previous)
 
 
 def alike(config: Any) -> bool:
@@ -115,17 +95,15 @@ def layer_memory_bytes(
     config: Any, dtype: torch.dtype, kept: Sequence[Chunk], options: Options = DEFAULTS, batch: int = 1
 ) -> list[tuple[int, int]]:
     """The same for each layer."""
-    times, model = _without_memory(config, dtype)
-    with torch.device("meta"):
-        memory = model.new_memory(batch, kept[-1].start, kept[:-1], options)
-    return [layer.tensors().bytes() for layer in memory.layers] * times
-
-
-@lru_cache(maxsize=8)
-def _without_memory(config: Any, dtype: torch.dtype) -> tuple[int, Stack]:
-    """A model on meta tensors, and how many times its layers stand for the config's."""
     times = config.num_hidden_layers if alike(config) else 1
     if times > 1:
         kinds = {"layer_types": config.layer_types[:1]} if getattr(config, "layer_types", ()) else {}
         config = replace(config, num_hidden_layers=1, **kinds)
-    return times, _random(config, dtype, "meta")
+    with torch.device("meta"):
+        memory = _meta_model(config, dtype).new_memory(batch, kept[-1].start, kept[:-1], options)
+    return [layer.tensors().bytes() for layer in memory.layers] * times
+
+
+@lru_cache(maxsize=8)
+def _meta_model(config: Any, dtype: torch.dtype) -> Stack:
+    return random_model(config, dtype, device="meta")

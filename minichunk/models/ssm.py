@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..memory.layer_memory import MemorySpec, wide
 from ..memory.state import Before, Handed, LayerState, scan_chunks
-from .config import FULL_ATTENTION, Config, EndTokens, Flag, LlamaConfig, Names, Number, Size, check_layer_types
+from .config import FULL_ATTENTION, Config, EndTokens, LlamaConfig, check_layer_types
 from .llama import Layer, Rope, rope_tables
-from .stack import Decoder
+from .stack import Stack
 
 
 @dataclass(frozen=True)
@@ -32,20 +32,20 @@ class StateSpaceConfig(Config):
     name = "state_space"
     beside: ClassVar = {"model_type": "state_space"}
 
-    vocab_size: Size
-    hidden_size: Size
-    state_size: Size
-    num_hidden_layers: Size
-    layer_types: Names = ()
-    max_position_embeddings: Size = 2048
-    rms_norm_eps: Number = 1e-6
-    tie_word_embeddings: Flag = False
+    vocab_size: int
+    hidden_size: int
+    state_size: int
+    num_hidden_layers: int
+    layer_types: tuple[str, ...] = ()
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
     eos_token_id: EndTokens = None
     intermediate_size: int | None = None
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
     head_dim: int | None = None
-    rope_theta: Number = 10000.0
+    rope_theta: float = 10000.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,10 +103,9 @@ class StateLayer(nn.Module):
         a, b, c = (project(u).to(wide(u)) for project in (self.a_proj, self.b_proj, self.c_proj))
         return u.to(b.dtype), F.logsigmoid(a), b, c
 
-    def fill(self, x: Tensor, past: Before | None, *shared: Any) -> tuple[Tensor, ...]:
+    def fill(self, x: Tensor, past: Before | None, *_: Any) -> Any:
         """What `forward` writes."""
-        written: tuple[Tensor, ...] = self(x, past, *shared)[1]
-        return written
+        return self(x, past)[1]
 
     def new_memory(self, spec: MemorySpec) -> LayerState:
         """For the states at the ends of chunks, and their adjoints."""
@@ -119,13 +118,12 @@ class StateLayer(nn.Module):
         return u.new_zeros(u.shape[0], u.shape[2], self.state_size, dtype=wide(u))
 
 
-class StateSpace(Decoder):
+class StateSpace(Stack):
     """State-space layers, and attention layers where the config's `layer_types` has them.
 
     `StateSpace(config)` has random weights; `StateSpace.from_pretrained(directory)` has trained ones.
     """
 
-    config: StateSpaceConfig
     config_class = StateSpaceConfig
 
     def __init__(self, config: StateSpaceConfig) -> None:
@@ -133,7 +131,7 @@ class StateSpace(Decoder):
             Layer(config.attention) if config.attention and kind == FULL_ATTENTION else StateLayer(config)
             for kind in config.layer_types
         )
-        super().__init__(config, layers)
+        super().__init__(config, layers, nn.RMSNorm(config.hidden_size, config.rms_norm_eps))
         for layer in self.layers:
             if isinstance(layer, StateLayer):
                 layer.spread_gates()

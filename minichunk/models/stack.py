@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,34 +21,48 @@ class Stack(nn.Module):
     A layer is called as `layer(x, past, *shared)` with x (B, T, E) and returns the next x and what it writes;
     `layer.fill(x, past, *shared)` returns the latter alone. `past` is what it sees of its memory (None: it runs
     the whole sequence at once), `shared` what all layers get. `layer.new_memory(spec)` makes that memory.
+
+    Made with random weights. config: with vocab_size, hidden_size and tie_word_embeddings, in config.json's terms.
     """
 
-    config: Any  # with `to_dict` and `from_dict`, in the terms of config.json
+    config_class: ClassVar[Any]  # with `to_dict` and `from_dict`
+    from_pretrained: ClassVar[Any]  # load.py sets these two: a model needs no files
+    save_pretrained: ClassVar[Any]
+    embedding_class: ClassVar[type[nn.Embedding]] = nn.Embedding
+    names: ClassVar = ("model", "embed_tokens", "norm")  # of all but the LM head, and of two things in there
+    model: Any
     lm_head: nn.Linear
-    config_class: Any  # of `config`
     lora: Any = None  # what `add_lora` was told, if there is an adapter
     masks: Any = None  # lora.py's DropoutMasks, if there are dropouts
     partial: Any = None  # what `partial_context` changed since the checkpoint was loaded
 
-    if TYPE_CHECKING:  # load.py sets these two: a model needs no files
-
-        @classmethod
-        def from_pretrained(cls, directory: str | Path, *options: Any, **named: Any) -> Self: ...
-        def save_pretrained(self, directory: str | Path, *options: Any) -> None: ...
-
-    model: Any  # all but the LM head, with Hugging Face's names for the Llama
+    def __init__(self, config: Any, layers: Iterable[nn.Module], norm: nn.Module) -> None:
+        super().__init__()
+        self.config: Any = config
+        body = nn.Module()
+        self.add_module(self.names[0], body)
+        body.add_module(self.names[1], self.embedding_class(config.vocab_size, config.hidden_size))
+        body.layers = nn.ModuleList(layers)
+        body.add_module(self.names[2], norm)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(parameter)
+        self.tie_weights()
 
     @property
-    def embedding(self) -> nn.Embedding:
-        return self.model.embed_tokens
+    def embedding(self) -> Any:
+        return self.get_submodule(f"{self.names[0]}.{self.names[1]}")
 
     @property
-    def layers(self) -> nn.ModuleList:
-        return self.model.layers
+    def layers(self) -> Any:
+        return self.get_submodule(f"{self.names[0]}.layers")
 
     @property
-    def norm(self) -> nn.Module:
-        return self.model.norm
+    def norm(self) -> Any:
+        return self.get_submodule(f"{self.names[0]}.{self.names[2]}")
 
     def tie_weights(self) -> None:
         """Let embedding and LM head be one parameter, where the config says so."""
@@ -70,8 +83,7 @@ class Stack(nn.Module):
     ) -> LayerMemories:
         """See protocol.Model."""
         spec = MemorySpec(batch, capacity, receiving, options, self.like)
-        layers: Any = self.layers
-        return LayerMemories([layer.new_memory(spec) for layer in layers], receiving)
+        return LayerMemories([layer.new_memory(spec) for layer in self.layers], receiving)
 
     def dropout_seed(self) -> int | None:
         """See protocol.Model."""
@@ -91,7 +103,8 @@ class Stack(nn.Module):
 
         Returns the last layer's normalized output (B, T, E) and what these tokens write, one tuple for each layer.
         """
-        x, shared = self._begin(input_ids, chunks)
+        x = self.embedding(input_ids)  # (B, T, E)
+        shared = self.shared(x, chunks[0].start if chunks else 0)
         written = []
         for i, layer in enumerate(self.layers):
             # Below the first layer that learns, the past needs no gradient either: there is nothing to hand it to.
@@ -114,14 +127,15 @@ class Stack(nn.Module):
         self, input_ids: Tensor, memory: LayerMemories, chunks: Sequence[Chunk], options: Options = DEFAULTS
     ) -> Written:
         """As `run`, without gradients and only as far as memory needs it: the last layer stops at what it writes."""
-        x, shared = self._begin(input_ids, chunks)
-        *layers, last = list(self.layers)
+        x = self.embedding(input_ids)  # (B, T, E)
+        shared = self.shared(x, chunks[0].start if chunks else 0)
+        *layers, last = zip(self.layers, memory.layers, strict=True)
         written = []
-        for layer, layer_memory in zip(layers, memory.layers[:-1], strict=True):
+        for layer, layer_memory in layers:
             x, wrote = self._layer(layer, chunks, options, x, layer_memory.past(chunks, save=False), *shared)
             written.append(wrote)
-        past = memory.layers[-1].past(chunks, save=False)
-        return [*written, self._layer(last.fill, chunks, options, x, past, *shared)]
+        past = last[1].past(chunks, save=False)
+        return [*written, self._layer(last[0].fill, chunks, options, x, past, *shared)]
 
     @torch.no_grad()
     def run_chunks(
@@ -145,10 +159,6 @@ class Stack(nn.Module):
         for rows, hidden in self.run_chunks(input_ids, memory, chunk_size):
             yield rows, token_losses(hidden, self.lm_head.weight, targets[:, rows])
 
-    def _begin(self, input_ids: Tensor, chunks: Sequence[Chunk]) -> tuple[Tensor, tuple[Any, ...]]:
-        x = self.embedding(input_ids)  # (B, T, E)
-        return x, self.shared(x, chunks[0].start if chunks else 0)
-
     def _layer(self, layer: Any, chunks: Sequence[Chunk], options: Options, *inputs: Any) -> Any:
         """One layer; its dropouts draw the masks of these chunks, also when recompute runs it again."""
         if self.masks is None:
@@ -160,36 +170,3 @@ class Stack(nn.Module):
         """Logits (B, T, V) of a whole sequence, without a memory."""
         hidden, _ = self.run(input_ids)
         return self.lm_head(hidden)
-
-
-class Body(nn.Module):
-    """Everything but the LM head, with the Llama's names."""
-
-    def __init__(self, config: Any, layers: Iterable[nn.Module]) -> None:
-        super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(layers)
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-
-
-class Decoder(Stack):
-    """A Stack in Hugging Face's layout, with random weights: a body, for the Llama called `model`, and an LM head.
-
-    config: with vocab_size, hidden_size, rms_norm_eps and tie_word_embeddings.
-    """
-
-    def __init__(self, config: Any, layers: Iterable[nn.Module]) -> None:
-        super().__init__()
-        self.config = config
-        self.model = Body(config, layers)
-        self.finish(0.02)
-
-    def finish(self, std: float) -> None:
-        """Add the LM head, draw all matrices with this deviation, and tie what the config says is one."""
-        self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 2:
-                nn.init.normal_(parameter, std=std)
-            elif name.endswith(".bias"):
-                nn.init.zeros_(parameter)
-        self.tie_weights()

@@ -35,7 +35,7 @@ class PipelineStage(Stack):
     """
 
     def __init__(self, model: Stack, counts: Sequence[int] | None = None, links: Links | None = None) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.links = links = links or Links()
         layers, counts = list(model.layers), split_layers(model, links.ranks) if counts is None else counts
         if len(counts) != links.ranks or min(counts) < 1 or sum(counts) != len(layers):

@@ -19,10 +19,10 @@ from torch import Tensor
 from ..errors import InputError
 from ..files.atomic import open_tensors
 from ..training.options import check_options, option
-from .mistakes import Difference, likely_mistakes
+from .mistakes import Golden, likely_mistakes
 
 FORMAT = "minichunk golden 2"  # in a golden file's metadata
-PRECISIONS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 SLACK = 2  # rounding was measured on a few runs; other orders of the same steps may do more
 JUDGED = 0.2  # of a tensor's norm: where rounding may do more than that, it hides mistakes
 GIVEN = re.compile(r"^(masks|weights)\.|(^|\.)(input_ids|labels)$")  # which a port reads and does not compute
@@ -55,15 +55,6 @@ BACKWARD = (
     "down_proj", "up_proj", "gate_proj", "post_attention_layernorm", "o_proj", "v_proj", "k_norm", "k_proj",
     "q_norm", "q_proj", "input_layernorm", "c_proj", "b_proj", "a_proj", "norm",
 )  # fmt: skip
-
-
-class Golden(NamedTuple):
-    """A golden file: its tensors in the order of comparison, its name, and how much one rounding in every step moves
-    its worst tensor."""
-
-    tensors: dict[str, Tensor]
-    case: str
-    rounding: float
 
 
 class Verdict(NamedTuple):
@@ -102,9 +93,7 @@ def describe(name: str) -> str:
     if not (found := COMPUTED.fullmatch(name)):
         ordinary = f"ordinary backpropagation: {name.removeprefix('full.')}"
         return ordinary if name.startswith("full.") else "what the file gives, for you to begin with"
-    words = "the sum of the chunks' losses"
-    if found["chunk"] is not None:
-        words = (FORWARD | WALK)[found["kind"]].format(**found.groupdict())
+    words = (FORWARD | WALK)[found["kind"]].format(**found.groupdict()) if found["chunk"] else "the sum of all losses"
     words += ", in SpaCO" if found["method"].endswith("spaco") else ", in SeCO"
     words += " of the second batch" if found["method"].startswith("second") else ""
     return words + (", its factors included" if "SpaCO" in words and found["kind"] in WALK else "")
@@ -115,18 +104,9 @@ def read_golden(path: str | Path) -> Golden:
     with open_tensors(path) as file:
         metadata = file.metadata() or {}
         if metadata.get("format") != FORMAT:
-            raise InputError(
-                f"{path} is no golden file of this version (its metadata must have the format '{FORMAT}'): "
-                "take one of tests/golden"
-            )
+            raise InputError(f"{path} is no golden file of this version, '{FORMAT}': take one of tests/golden")
         names = sorted(file.keys(), key=lambda name: (order(name), name))
         return Golden({name: file.get_tensor(name) for name in names}, metadata["case"], float(metadata["rounding"]))
-
-
-def coarsest(tensors: dict[str, Tensor]) -> str:
-    """The precision of a port, if nothing is said: of its floating-point tensors the coarsest."""
-    found = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()} & PRECISIONS.keys()
-    return max(found, key=lambda name: torch.finfo(PRECISIONS[name]).eps, default="float64")
 
 
 def difference(got: Tensor, expected: Tensor, bound: float) -> str | None:
@@ -149,8 +129,7 @@ def difference(got: Tensor, expected: Tensor, bound: float) -> str | None:
     if norm == 0:
         return "must be all zeros, and is not"
     worst = (got - expected).abs().argmax()
-    index = [int(i) for i in torch.unravel_index(worst, got.shape)]
-    place = f"worst at {index}: " if index else ""
+    place = f"worst at {[int(i) for i in torch.unravel_index(worst, got.shape)]}: " if got.shape else ""
     digits = 4 if error > 1e-3 * norm else 12
     numbers = ", expected ".join(f"{float(x.flatten()[worst]):.{digits}g}" for x in (got, expected))
     factor = float((got * expected).sum() / norm**2)
@@ -160,26 +139,28 @@ def difference(got: Tensor, expected: Tensor, bound: float) -> str | None:
 
 
 def compare(mine: dict[str, Tensor], golden: Golden, precision: str | None = None) -> Verdict:
-    """Up to the first difference. Raises InputError for a precision in which this file shows nothing."""
-    precision = precision or coarsest(mine)
+    """Up to the first difference. Raises InputError for a precision in which this file shows nothing.
+
+    precision: of the port; None: that of its coarsest floating-point tensor.
+    """
+    dtypes = {tensor.dtype for tensor in mine.values()}
+    precision = precision or ([name for name, dtype in PRECISIONS.items() if dtype in dtypes] or ["float64"])[0]
     bound = SLACK * torch.finfo(PRECISIONS[precision]).eps / 2 * golden.rounding
     if bound > JUDGED:
-        raise InputError(
-            f"{golden.case} cannot judge {precision}: rounding alone may do {bound:.2g} of a tensor's norm to it. "
-            "Take calm.safetensors, which can judge bfloat16, or compute in float32 or float64"
-        )
+        reason = f"{golden.case} cannot judge {precision}: rounding alone may do {bound:.2g} of a tensor's norm to it"
+        raise InputError(f"{reason}. Take calm.safetensors, which can judge bfloat16, or compute in float32 or float64")
     there = [name for name in golden.tensors if name in mine]
     for n, name in enumerate(there):
         if words := difference(mine[name], golden.tensors[name], bound):
             before = f"{n} tensors before it agree, the last of them {there[n - 1]}" if n else "it is the first one"
-            about = likely_mistakes(Difference(name, golden.case, golden.tensors, mine, there[:n], bound))
+            about = likely_mistakes(name, golden, mine, there[:n], bound)
             lines = [f"{name} {words}", f"  {before}", f"it is {describe(name)}", *about]
             return Verdict(False, "\n".join(lines), name)
     missing = [name for name in golden.tensors if name not in mine and not OPTIONAL.search(name)]
     counted = f"{len(there)} tensors agree in {precision}, within {bound:.1g} of their norms"
     if missing:
-        lines = [counted, f"not there yet: {missing[0]} and {len(missing) - 1} more"]
-        lines.append(f"the next one is {describe(missing[0])}")
+        more = f"not there yet: {missing[0]} and {len(missing) - 1} more"
+        lines = [counted, more, f"the next one is {describe(missing[0])}"]
         if unknown := sorted(mine.keys() - golden.tensors.keys()):
             close = get_close_matches(missing[0], unknown, 1) or unknown
             lines.append(f"the golden file has no {close[0]} ({len(unknown)} such names of yours)")
@@ -192,32 +173,27 @@ def compare(mine: dict[str, Tensor], golden: Golden, precision: str | None = Non
 class CompareOptions:
     """Compare a port's tensors with a golden file's, up to the first difference, and say what it usually means.
 
-    Your port reads a golden file (they lie in tests/golden, and its README.md describes them), begins
-    with its weights and input_ids, runs SeCO and SpaCO as the file's metadata says, and writes what it
-    has computed into a safetensors file of its own, by the golden file's names. From NumPy, JAX,
-    PyTorch, ...:
+    Your port reads a golden file (they lie in tests/golden, and its README.md describes them), begins with
+    its weights and input_ids, runs SeCO and SpaCO as the file's metadata says, and writes what it has
+    computed by the golden file's names. From NumPy, JAX, PyTorch, ...:
 
       from safetensors.numpy import save_file
       save_file({"seco.chunk.0.layer.0.keys": keys, ...}, "mine.safetensors")
 
       minichunk compare mine.safetensors --golden tests/golden/plain.safetensors
 
-    Begin with a few tensors and add more: what is there is compared in the order in which a port is
-    built (the forward pass chunk after chunk, the losses, then back from the last chunk), and what
-    comes next is named. What lies within a layer (hidden, attention, residual, logits), rope and full
-    may be left out for good.
+    Begin with a few tensors and add more: what is there is compared in the order in which a port is built
+    (the forward pass chunk after chunk, the losses, then back from the last chunk), and what comes next is
+    named. What lies within a layer (hidden, attention, residual, logits), rope and full may be left out.
 
     A tensor is equal if it is off by no more than rounding can do, relative to its norm: about 1e-14 in
     float64 and 1e-5 in float32. In bfloat16 only calm.safetensors shows more than rounding.
-
     Exit status 0: all is there and equal. 1: something differs or is missing. 2: a file cannot be used.
     """
 
     mine: str = option(MISSING, "safetensors file that your port has written", positional=True)
     golden: str = option(MISSING, "the golden file that it has read", metavar="FILE")
-    precision: str | None = option(
-        None, "what your port computes in", choices=tuple(PRECISIONS), absent="the coarsest dtype in MINE"
-    )
+    precision: str | None = option(None, "of your port", choices=tuple(PRECISIONS), absent="the coarsest dtype in MINE")
 
 
 def run_compare(options: CompareOptions) -> bool:

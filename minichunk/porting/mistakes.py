@@ -14,63 +14,37 @@ import torch
 from torch import Tensor
 
 NEAR = 1e-3  # of a norm: where rounding may do more, equal numbers tell nothing
-# Where a mistake shows first: a regular expression for the names of tensors (its dots match themselves, too).
 FIRST_KEYS = "seco.chunk.0.layer.0.keys"
 FIRST_NORM = "seco.chunk.0.layer.0.(keys|state)"
 ATTENTION = "seco.chunk.0.layer.(0.(attention|residual)|1.(hidden|keys|state))"
 RESIDUAL = "seco.chunk.0.layer.(0.residual|1.(hidden|keys|state))"
 MLP = "seco.chunk.0.layer.1.(hidden|keys|state)"
-SECOND_KEYS = "seco.chunk.1.layer.0.keys"
 PAST = "seco.chunk.1.layer.(0.(attention|residual)|1.(hidden|keys|state))"
 LAST_LOSS = "seco.chunk.3.loss"
 LAST_GRAD = "seco.chunk.3.grad."
-LAST_V_GRAD = "seco.chunk.3.grad..*v_proj"
+LAST_V_GRAD = LAST_GRAD + ".*v_proj"
 FIRST_LEARNT = "(lm_head|model.norm|.*v_proj.lora_B)"  # of what a backward pass comes to
-RELAY = "seco.chunk.2.layer.[012].(key|value)_grads"
-SUMMED = "seco.chunk.1.layer.[012].(key|value)_grads"
-SINKS = "seco.chunk.[01].layer.[012].(key|value)_grads"
+RELAYED = ".layer.[012].(key|value)_grads"
 HANDED = "seco.chunk.2.grad."
-SPARSE_RELAY = "spaco.chunk.2.layer.[012].(key|value)_grads"
-SPARSE_SUM = "spaco.chunk.0.layer.[012].(key|value)_grads"
+SPARSE_RELAY = "spaco.chunk.2" + RELAYED
+SPARSE_SUM = "spaco.chunk.0" + RELAYED
 FIRST_ADJOINT = "seco.chunk.2.layer.[012].adjoint"
 ADJOINT = "seco.chunk.1.layer.[012].adjoint"
 CARRY = "spaco.chunk.0.layer.[012].adjoint"
 SHARED, STATES, WINDOW = ("grouped", "qk-norm", "window", "hybrid"), ("state", "hybrid"), ("window",)
 
 
-class Difference(NamedTuple):
-    """A tensor that differs. golden, mine: all tensors of the file and of the port. agreed: the names of those before
-    this one, which are right. bound: what rounding may do, relative to a norm."""
+class Golden(NamedTuple):
+    """A golden file: tensors in the order of comparison, name, and how far one rounding a step moves the worst one."""
 
-    name: str
+    tensors: dict[str, Tensor]
     case: str
-    golden: dict[str, Tensor]
-    mine: dict[str, Tensor]
-    agreed: list[str]
-    bound: float
-
-    @property
-    def got(self) -> Tensor:
-        return self.mine[self.name].double()
-
-    @property
-    def expected(self) -> Tensor:
-        return self.golden[self.name]
-
-    def equal(self, a: Tensor, b: Tensor) -> bool:
-        """Up to rounding."""
-        return self.bound < NEAR and a.shape == b.shape and float((a - b).norm()) <= self.bound * float(b.norm())
-
-    def other_chunk(self, n: int) -> str:
-        """The same tensor's name at chunk n."""
-        return re.sub(r"chunk\.\d+", f"chunk.{n}", self.name)
+    rounding: float
 
 
 class Mistake(NamedTuple):
-    """key: a name for it. first: where it shows first, whether or not a port has the tensors that can be left out.
-
-    cases: the golden files that show it; none: those of all Llamas.
-    """
+    """key: a name for it. first: where it shows first, whether or not a port has the tensors that can be left out, as a
+    regular expression (its dots match themselves, too). cases: the golden files that show it; none: all Llamas'."""
 
     key: str
     first: str
@@ -101,7 +75,7 @@ MISTAKES = [Mistake(*row) for row in (
     ("gate and up", MLP, "gate_proj and up_proj are exchanged: silu(gate) · up is right"),
     ("another activation", MLP, "the activation is not silu(x) = x · sigmoid(x)"),
     ("no final norm", f"seco.chunk.0.logits|{LAST_LOSS}", "the final norm before the LM head is left out"),
-    ("positions of the chunk", SECOND_KEYS, "positions count from the chunk's beginning, not from the text's"),
+    ("positions of the chunk", "seco.chunk.1.layer.0.keys", "positions count from the chunk's start, not the text's"),
     ("top-left mask", PAST, "the mask is aligned top left: a chunk's queries stand at the end of the keys"),
     ("no past", PAST, "the chunk does not see its past"),
     ("window by one", PAST, "the window is one too wide: seen is i - j < window, the own position included", WINDOW),
@@ -117,9 +91,9 @@ MISTAKES = [Mistake(*row) for row in (
     ("the past with its graph", LAST_V_GRAD, "the past still has its graph: the gradient must stop at it"),
     ("heads not summed", LAST_V_GRAD, "the gradients of query heads that share a key head are not summed", SHARED),
     ("one use of the tied", LAST_GRAD + "model.embed", "the tied embedding lacks the gradient of one use", ("tied",)),
-    ("nothing sent", RELAY, "nothing is sent back: what arrives at the past as gradient must be kept"),
-    ("replaced", SUMMED, "a chunk's gradient replaces those of later chunks; they must add up"),
-    ("sinks hear nothing", SINKS, "gradients reach the window alone; they must reach the sinks, too", WINDOW),
+    ("nothing sent", "seco.chunk.2" + RELAYED, "nothing is sent back: the past's gradient must be kept"),
+    ("replaced", "seco.chunk.1" + RELAYED, "a chunk's gradient replaces those of later chunks; they must add up"),
+    ("sinks hear nothing", "seco.chunk.[01]" + RELAYED, "gradients reach the window alone, not the sinks", WINDOW),
     ("not handed over", HANDED + ".*[kv]_proj", "what was sent back is not handed to the backward pass"),
     ("handed over twice", HANDED + ".*[kv]_proj", "what was sent back is handed to the backward pass twice"),
     ("handed over before the rotation", HANDED + ".*k_(proj|norm)", "the relay belongs to the keys after the rotation"),
@@ -132,8 +106,7 @@ MISTAKES = [Mistake(*row) for row in (
     ("no relay factor", SPARSE_RELAY, "the relay is not multiplied by its factor"),
     ("one factor for both", SPARSE_RELAY, "the relay is multiplied by the loss's factor"),
     ("the sender's factor", SPARSE_RELAY, "the relay has the sender's factor; it must have the receiver's"),
-    ("all that arrived", SPARSE_SUM,
-     "all that has arrived is multiplied by a chunk's factor, not that chunk's part alone"),
+    ("all that arrived", SPARSE_SUM, "all that has arrived is multiplied by a chunk's factor, not its own part alone"),
     ("skipped chunks relay", SPARSE_SUM, "a skipped chunk relays: what was sent to it must end there"),
     # A state.
     ("no way back through the state", FIRST_ADJOINT, "nothing is sent back to the state before a chunk", STATES),
@@ -146,22 +119,25 @@ MISTAKES = [Mistake(*row) for row in (
 # fmt: on
 
 
-def likely_mistakes(found: Difference) -> list[str]:
-    """Lines that say what is wrong for certain, or what usually is; none where there are no numbers to compare."""
-    mine = found.mine[found.name]
-    if mine.shape != found.expected.shape or not mine.is_floating_point() or not mine.isfinite().all():
+def likely_mistakes(name: str, golden: Golden, mine: dict[str, Tensor], agreed: list[str], bound: float) -> list[str]:
+    """Lines that say what is wrong for certain, or what usually is; none where there are no numbers to compare.
+
+    name: of the first tensor that differs. mine: all tensors of the port. agreed: the names of those before this one,
+    which are right. bound: what rounding may do, relative to a norm.
+    """
+    got, case = mine[name], golden.case
+    if got.shape != golden.tensors[name].shape or not got.is_floating_point() or not got.isfinite().all():
         return []
-    if certain := _certain(found):
+    if certain := _certain(name, golden, mine, agreed, bound):
         return [certain]
     # What would show in an earlier tensor of the same forward pass is not wrong.
-    run = re.match(r"(second\.)?\w+\.chunk\.\d+\.layer\.", found.name)
-    forward = [n for n in found.agreed if run and n.startswith(run[0]) and not n.endswith(("_grads", "adjoint"))]
-    here = [m for m in MISTAKES if (found.case in m.cases or not m.cases) and _shows(m, found.name, found.case)]
-    usual = [m for m in here if not any(_shows(m, name, found.case) for name in forward)]
-    if not usual:
-        return ["no known mistake begins here"]
+    run = re.match(r"(second\.)?\w+\.chunk\.\d+\.layer\.", name)
+    forward = [n for n in agreed if run and n.startswith(run[0]) and not n.endswith(("_grads", "adjoint"))]
+    here = [m for m in MISTAKES if (case in m.cases or not m.cases) and _shows(m, name, case)]
+    usual = [m for m in here if not any(_shows(m, n, case) for n in forward)]
     usual.sort(key=lambda mistake: not mistake.cases)  # those of this file alone come first
-    return ["what usually begins here:", *(f"  - {mistake.words}" for mistake in usual)]
+    words = [f"  - {mistake.words}" for mistake in usual]
+    return ["what usually begins here:", *words] if words else ["no known mistake begins here"]
 
 
 def _shows(mistake: Mistake, name: str, case: str) -> bool:
@@ -172,31 +148,35 @@ def _shows(mistake: Mistake, name: str, case: str) -> bool:
     return any(re.match(mistake.first, n) for n in (name, name.removeprefix("second.")))
 
 
-def _certain(found: Difference) -> str | None:
+def _certain(name: str, golden: Golden, mine: dict[str, Tensor], agreed: list[str], bound: float) -> str | None:
     """What the numbers tell by themselves: whose they are, and what is in them too often."""
-    if not (place := re.search(r"chunk\.(\d+)\.(grad\.)?", found.name)):
+
+    def equal(expected: Tensor) -> bool:
+        far = bound >= NEAR or got.shape != expected.shape
+        return not far and float((got - expected).norm()) <= bound * float(expected.norm())
+
+    if not (place := re.search(r"chunk\.(\d+)\.(grad\.)?", name)):
         return None
-    chunk, is_grad, zeros = int(place[1]), place[2] is not None, not found.got.any()
-    if is_grad and any(name.startswith(found.name[: place.end()]) for name in found.agreed):  # so it was kept in time
-        return "yours is all zeros: no gradient comes to this parameter" if zeros else None
-    others = [name for n in range(4) if (name := found.other_chunk(n)) in found.mine.keys() & found.golden.keys()]
-    alike = [name for name in others if found.golden[name].shape == found.expected.shape]
-    differ = any(not torch.equal(found.golden[name], found.expected) for name in alike)
-    if (is_grad or not zeros) and differ and all(torch.equal(found.mine[name].double(), found.got) for name in alike):
+    right, chunk, is_grad = golden.tensors, int(place[1]), place[2] is not None
+    got, expected = mine[name].double(), right[name]
+    if is_grad and any(n.startswith(name[: place.end()]) for n in agreed):  # so it was kept in time
+        return None if got.any() else "yours is all zeros: no gradient comes to this parameter"
+    at = {n: re.sub(r"chunk\.\d+", f"chunk.{n}", name) for n in range(4)}  # the same tensor, by chunks
+    alike = [x for x in at.values() if x in mine and x in right and right[x].shape == expected.shape]
+    differ = any(not torch.equal(right[x], expected) for x in alike)
+    if (is_grad or got.any()) and differ and all(torch.equal(mine[x].double(), got) for x in alike):
         return "yours is the same for all chunks: a view of one buffer, which goes on changing; keep a copy"
-    if is_grad and zeros:
+    if is_grad and not got.any():
         return "yours is all zeros: it was kept before the backward pass"
-    for n in range(4):
-        other = found.golden.get(found.other_chunk(n))
-        if n == chunk or other is None or not other.any() or not found.equal(found.got, other):
-            continue
-        if not is_grad:
-            return f"yours is chunk {n}'s: chunks are numbered from 0, from the text's beginning on"
-        if n > chunk:  # the whole gradient at an earlier one is what a walk from the first chunk on may give
-            return f"yours is chunk {n}'s: it was kept before this chunk's backward pass"
-    parameter = found.name.partition(".grad.")[2]  # "": of none
+    for n, other in at.items():
+        if n != chunk and other in right and right[other].any() and equal(right[other]):
+            if not is_grad:
+                return f"yours is chunk {n}'s: chunks are numbered from 0, from the text's beginning on"
+            if n > chunk:  # the whole gradient at an earlier one is what a walk from the first chunk on may give
+                return f"yours is chunk {n}'s: it was kept before this chunk's backward pass"
+    parameter = name.partition(".grad.")[2]  # "": of none
     ends = [f"full.grad.{parameter}", *(f"{n}spaco.chunk.0.grad.{parameter}" for n in ("second.", ""))]
-    for end in (found.golden[name] for name in ends if name in found.golden):
-        if any(end.any() and found.equal(found.got, found.expected + times * end) for times in (1, 2)):
+    for end in (right[x] for x in ends if x in right):
+        if any(end.any() and equal(expected + times * end) for times in (1, 2)):
             return "yours has another method's whole gradient in it: `.grad` was not cleared before this method"
     return None

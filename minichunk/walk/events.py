@@ -41,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..files.atomic import write_text
+from ..files.atomic import json_lines, write_text
 
 Event = dict[str, Any]
 FORMAT = "minichunk trace 1"
@@ -69,21 +69,15 @@ def write_events(path: str | Path, events: Iterable[Event]) -> None:
 def read_events(path: str | Path) -> list[Event]:
     """Read a log. Raises InputError, naming file, line and field, for anything that the page could not draw."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     events: list[Event] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            event = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"{path}, line {number}: not JSON: {error}") from None
+    for where, event in json_lines(path, text):
         try:
             check_event(event, events[0] if events else None)
         except InputError as error:
-            raise InputError(f"{path}, line {number}: {error}") from None
+            raise InputError(f"{where}: {error}") from None
         events.append(event)
     if not events:
         raise InputError(f"{path} holds no event")

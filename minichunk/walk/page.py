@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import inspect
 import json
-import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Sequence
@@ -38,10 +37,6 @@ MOST = 1_000_000  # bytes
 METHODS = ("seco", "spaco", "full", "full-recompute")
 MOST_CHUNKS = 32  # narrower columns cannot be read
 ALGORITHMS: dict[str, Callable[..., Any]] = {"seco": seco, "spaco": spaco, "full": full}
-SMALL = {
-    "model_type": "llama", "vocab_size": 8, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-}  # fmt: skip
 
 
 def make_page(logs: Sequence[Sequence[Event]], names: Sequence[str | None] | None = None) -> str:
@@ -61,56 +56,44 @@ def make_page(logs: Sequence[Sequence[Event]], names: Sequence[str | None] | Non
     ):
         page = page.replace(place, content, 1)
     if (size := len(page.encode())) >= MOST:
-        raise InputError(
-            f"the page would have {size:,} bytes, but must have fewer than {MOST:,}: take fewer or larger chunks, or "
-            "fewer methods (--chunk-size, --method)"
-        )
+        words = f"the page would have {size:,} bytes, but must have fewer than {MOST:,}"
+        raise InputError(f"{words}: take fewer or larger chunks, or fewer methods (--chunk-size, --method)")
     return page
 
 
-def logs_of(page: str) -> list[list[Event]]:
-    """The logs that a page was made of."""
-    start = page.index('id="data">') + len('id="data">')
-    return [run["events"] for run in json.loads(page[start : page.index("</script>", start)])["runs"]]
-
-
 def listing(method: str) -> dict[str, Any]:
-    """What the page shows of an algorithm's code.
+    """What the page shows of an algorithm's code, seen in a small real step by the frames of the functions that run.
 
     functions: name, file, number of the first line, and lines behind the docstring, of each. where: for each kind of
-    event, the lines that are at work, as [function, line], the outermost first. Both are seen in a small real step:
-    at each event, by the frames of the functions that run.
+    event, the lines that are at work, as [function, line], the outermost first.
     """
-    functions: list[Callable[..., Any]] = []
+    functions: dict[str, dict[str, Any]] = {}
     where: dict[str, list[list[int]]] = {}
 
     def look(event: Event) -> None:
-        where[event["kind"]] = []
-        for frame, number in reversed(list(traceback.walk_stack(sys._getframe()))):
+        where[event["kind"]] = running = []
+        for frame, number in reversed(list(traceback.walk_stack(None))):
             if frame.f_globals["__name__"] in {algorithm.__module__ for algorithm in ALGORITHMS.values()}:
-                function = frame.f_globals[frame.f_code.co_name]
-                if function not in functions:
-                    functions.append(function)
-                where[event["kind"]].append([functions.index(function), number - body(function)[0]])
+                name = frame.f_code.co_name
+                function = functions.setdefault(name, shown(frame.f_globals[name]))
+                running.append([list(functions).index(name), number - function["first"]])
 
     with torch.random.fork_rng(devices=[]):
-        model, ids = Llama(LlamaConfig.from_dict(SMALL)), torch.zeros(1, 4, dtype=torch.int64)
+        model, ids = Llama(LlamaConfig(8, 4, 4, 1, 1, 1, 4)), torch.zeros(1, 4, dtype=torch.int64)
     sampler = {"sampler": Bernoulli(1.0)} if method == "spaco" else {}
     trace(ALGORITHMS[method], model, ids, ids, *([] if method == "full" else [2]), on_event=look, **sampler)
-    shown = [(f.__name__, f"{f.__module__.split('.', 1)[1]}.py", *body(f)) for f in functions]
-    return {
-        "functions": [dict(zip(("name", "file", "first", "lines"), each, strict=True)) for each in shown],
-        "where": where,
-    }
+    return {"functions": list(functions.values()), "where": where}
 
 
-def body(function: Callable[..., Any]) -> tuple[int, list[str]]:
-    """The number of the first line behind a function's docstring, and the lines from there on, moved to the left."""
+def shown(function: Callable[..., Any]) -> dict[str, Any]:
+    """A function without its docstring, moved to the left."""
     lines, first = inspect.getsourcelines(function)
     (tree,) = ast.parse("".join(lines)).body
     assert isinstance(tree, ast.FunctionDef)
     start = tree.body[ast.get_docstring(tree) is not None].lineno - 1
-    return first + start, textwrap.dedent("".join(lines[start:])).splitlines()
+    file = f"{function.__module__.split('.', 1)[1]}.py"
+    code = textwrap.dedent("".join(lines[start:])).splitlines()
+    return {"name": function.__name__, "file": file, "first": first + start, "lines": code}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,23 +112,17 @@ class WalkOptions(ModelOptions):
     `python -c "import minichunk.walk.events as e; help(e)"` describes the log.
     """
 
-    data: tuple[str, ...] | None = option(
-        None, "text or JSONL files", group="model and data", metavar="FILE", absent="a shipped novel"
-    )
+    data: tuple[str, ...] | None = option(None, "text or JSONL files", metavar="FILE", absent="a shipped novel")
     seq_len: int = option(512, "tokens", group="the step", metavar="N", least=2)
-    chunk_size: tuple[int, ...] = option(
-        (128, 64, 256), "tokens per chunk, one or more to choose from", group="the step", metavar="C", least=1
-    )
-    method: tuple[str, ...] = option(METHODS, "of these", group="the step", choices=METHODS)
-    budget: int | None = changed(StepOptions, "budget", group="the step", absent="half of them")
-    rank: int = option(0, "of LoRA; 0 trains all", group="the step", metavar="R", least=0)
-    recompute: bool = option(False, "keep layers' inputs within a chunk, run the rest again", group="the step")
-    seed: int = option(17, "of SpaCO's coins", group="the step", metavar="N", least=0)
-    output: str = option("walk.html", "where to write the page", metavar="FILE")
+    chunk_size: tuple[int, ...] = option((128, 64, 256), "tokens per chunk, one or more to choose from", least=1)
+    method: tuple[str, ...] = option(METHODS, "of these", choices=METHODS)
+    budget: int | None = changed(StepOptions, "budget", absent="half of them")
+    rank: int = option(0, "of LoRA; 0 trains all", metavar="R", least=0)
+    recompute: bool = option(False, "keep layers' inputs within a chunk, run the rest again")
+    seed: int = option(17, "of SpaCO's coins", metavar="N", least=0)
+    output: str = option("walk.html", "where to write the page", group="", metavar="FILE")
     log: str | None = option(None, "write the log of each method and chunk size there too", group="logs", metavar="DIR")
-    events: tuple[str, ...] | None = option(
-        None, "take no step: make the page of these logs", group="logs", metavar="FILE"
-    )
+    events: tuple[str, ...] | None = option(None, "take no step: make the page of these logs", metavar="FILE")
 
 
 def run_walk(options: WalkOptions) -> None:
@@ -179,13 +156,10 @@ def record(options: WalkOptions) -> list[list[Event]]:
     check_options(options)
     model, tokenizer = load_as_told(options)
     directory, sizes = options.model or SHIPPED_MODEL, options.chunk_size
-    texts, chat = options.data or [novel(EXTENDED_ON)], load_chat_template(directory)
-    (text, *_), _ = read_pieces(texts, model, tokenizer, chat, options.seq_len)
+    texts = options.data or [novel(EXTENDED_ON)]
+    (text, *_), _ = read_pieces(texts, model, tokenizer, load_chat_template(directory), options.seq_len)
     if (most := len(cut(len(text), min(sizes)))) > MOST_CHUNKS:
-        raise InputError(
-            f"--chunk-size {min(sizes)} cuts {len(text):,} tokens into {most} chunks, but the page has room for "
-            f"{MOST_CHUNKS}"
-        )
+        raise InputError(f"--chunk-size {min(sizes)} makes {most} chunks, but the page has room for {MOST_CHUNKS}")
     if options.rank:
         add_lora(model, options.rank, 2 * options.rank)
     ids, labels = (x[None].clone().to(model.lm_head.weight.device) for x in (text.input_ids, text.labels))
@@ -203,7 +177,7 @@ def record(options: WalkOptions) -> list[list[Event]]:
                 keywords["sampler"] = Bernoulli(min(1.0, (options.budget or len(chunks) / 2) / len(chunks)))
                 keywords["generator"] = torch.Generator().manual_seed(options.seed)
             events = trace(ALGORITHMS[method.removesuffix("-recompute")], model, ids, labels, **keywords)
-            events[0]["text"] = [tokenizer.decode(text.input_ids[span([chunk])].tolist()) for chunk in chunks]
-            events[0]["model"] = Path(directory).resolve().name
+            said = [tokenizer.decode(text.input_ids[span([chunk])].tolist()) for chunk in chunks]
+            events[0] |= {"text": said, "model": Path(directory).resolve().name}
             logs.append(events)
     return logs
