@@ -12,7 +12,6 @@ import torch
 
 import minichunk as mc
 from minichunk.batch import prepare
-from minichunk.chunks import cut
 from minichunk.command.main import main
 from minichunk.costs.baselines import tiled_full
 from minichunk.costs.count import CountBytes
@@ -60,8 +59,7 @@ def real_peak(setting: Setting, tokens: int) -> int:
 
     Of a chunked step, what would be in host memory is among them: on the CPU both are one memory.
     """
-    chunks = cut(tokens, setting.chunk_size)
-    kept = setting.kept(len(chunks))
+    chunks, kept = setting.chunks(tokens)
     keywords = setting.keywords()
     with CountBytes() as count:
         model = random_model(setting.config(), setting.torch_dtype, setting.rank, setting.targets)
@@ -80,7 +78,7 @@ def real_peak(setting: Setting, tokens: int) -> int:
         if setting.method == "seco":
             mc.seco(model, ids, ids, setting.chunk_size, **keywords)
         elif setting.method == "spaco":
-            entries = [None] * (len(chunks) - kept) + [mc.Weight(1.0, 2.0)] * kept
+            entries = [None] * (len(chunks) - len(kept)) + [mc.Weight(1.0, 2.0)] * len(kept)
             mc.spaco(model, ids, ids, setting.chunk_size, sampler=lambda *_: entries, **keywords)
         elif setting.method in ("full", "full-recompute"):
             mc.full(model, ids, ids, recompute=setting.method == "full-recompute")
@@ -204,8 +202,7 @@ def test_counting_forgets_what_is_freed() -> None:
 
 
 def test_amounts_of_memory() -> None:
-    assert [parse_bytes(text) for text in ("24GiB", "80 GB", "512")] == [24 * 2**30, 80 * 10**9, 512]
-    assert parse_bytes("1.5 MiB") == 3 * 2**19
+    assert [*map(parse_bytes, ("24GiB", "80 GB", "512", "1.5 MiB"))] == [24 * 2**30, 80 * 10**9, 512, 3 * 2**19]
     for text in ("", "GiB", "24 apples", "-1GiB", "1..5GiB"):
         with pytest.raises(mc.InputError, match="not an amount of memory"):
             parse_bytes(text)

@@ -22,7 +22,7 @@ from minichunk.files.shipped import novel
 from minichunk.full import full
 from minichunk.memory.attention import BLOCK
 from minichunk.memory.cache import LayerCache
-from minichunk.models.llama import Llama
+from minichunk.models.load import Llama
 from minichunk.models.lora import linear_layers
 from minichunk.seco import seco
 

@@ -179,13 +179,12 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw time and peak memory against the length, a line for each method."""
     figure = new_figure(11, 5)
     panels = figure.subplots(1, 2)
-    lengths = sorted({row.seq_len for row in rows})
     for axes, title in zip(panels, ("Seconds of a step", "Peak memory, GiB"), strict=True):
         for method in dict.fromkeys(row.method for row in rows):
             points = [row for row in rows if row.method == method and row.error is None]
             heights = [median(r.seconds) if axes is panels[0] else median(r.peak_bytes) / 2**30 for r in points]
             axes.loglog([row.seq_len for row in points], heights, "o-", base=2, label=method)
-        axes.set_xticks(lengths, [f"{tokens:,}" for tokens in lengths])
+        axes.set_xticks([row.seq_len for row in rows], [f"{row.seq_len:,}" for row in rows])
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.set(xlabel="tokens", title=title)
         axes.grid(alpha=0.3)
