@@ -258,12 +258,11 @@ def counted(rank: int, setting: Setting, counts: Sequence[int], tokens: int) -> 
     num_chunks = -(-tokens // setting.chunk_size)
     kept = setting.kept(num_chunks)
     entries = [None] * (num_chunks - kept) + [mc.Weight(1.0, 2.0)] * kept
-    original, host = DeviceBlocks.host, 0
+    original = DeviceBlocks.host
 
     def make_host(*arguments: Any, **options: Any) -> Tensor:
-        nonlocal host
-        made = count.elsewhere(lambda: original(*arguments, **options), lambda made: [made])
-        host += made.nbytes
+        peak, made = count.peak, original(*arguments, **options)
+        count.leave_out(made, peak=peak)
         return made
 
     gc.collect()
@@ -274,4 +273,4 @@ def counted(rank: int, setting: Setting, counts: Sequence[int], tokens: int) -> 
         draw = {"sampler": lambda *_: entries} if setting.method == "spaco" else {}
         getattr(mc, f"pipeline_{setting.method}")(stage, ids, ids, setting.chunk_size, **draw, **setting.keywords())
     assert states
-    return count.peak, host
+    return count.peak, count.left_out
