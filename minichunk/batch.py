@@ -1,7 +1,5 @@
 """What comes before the first chunk: a batch is checked, its labels become targets, gradients become wide enough."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

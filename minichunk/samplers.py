@@ -6,8 +6,6 @@ where it starts and by the relay factor of every further one. An estimate is unb
 probability to survive times these factors is 1.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """SpaCO: backpropagate through a random few of the chunks (Algorithm 2)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """What minichunk is measured against: checkpointing as other trainers have it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import nullcontext
 

@@ -1,7 +1,5 @@
 """Counting the bytes of live tensors, whether they hold numbers or only have shapes."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 from weakref import ref

@@ -1,7 +1,5 @@
 """The memory of a step of any length: one is counted, and what is remembered more of a longer text is computed."""
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -32,11 +30,14 @@ class Forecast:
     def at(self, tokens: int) -> StepBytes:
         """What a step of so many tokens takes on the rank that needs most; in host memory, on all ranks together."""
         found = bytes_of_share(self.setting, tokens, self.largest_share(tokens))
-        return replace(found, host=self._host(tokens)) if self.gpus > 1 and self.setting.offload else found
+        if self.gpus > 1 and self.setting.offload:
+            return replace(found, host=int(self.setting.memory_bytes(tokens).sum()))
+        return found
 
     def counts(self, tokens: int) -> tuple[int, ...]:
         """How many layers each rank gets."""
-        return split_costs(self._costs(tokens), self.gpus)
+        remembered = None if self.setting.offload else self.setting.memory_bytes(tokens).sum(1).tolist()
+        return split_costs(tuple(layer_costs(self._model, remembered)), self.gpus)
 
     def largest_share(self, tokens: int) -> Share | None:
         """Of the rank that needs most at this length; None: one process has all layers.
@@ -74,14 +75,6 @@ class Forecast:
         while fits(too_many):
             too_many *= 2
         return size * bisect_left(range(1, too_many), True, key=lambda num_chunks: not fits(num_chunks))
-
-    def _host(self, tokens: int) -> int:
-        return int(self.setting.memory_bytes(tokens).sum())
-
-    def _costs(self, tokens: int) -> tuple[int, ...]:
-        """Bytes of each layer on the device."""
-        remembered = None if self.setting.offload else self.setting.memory_bytes(tokens).sum(1).tolist()
-        return tuple(layer_costs(self._model, remembered))
 
     @cached_property
     def _model(self) -> Stack:

@@ -5,8 +5,6 @@ to be run. Of the fill, those on the longest past are enough. Of the rebuilds, t
 one before it also receives some, and the earlier ones do the same on a shorter past.
 """
 
-from __future__ import annotations
-
 import functools
 from collections import deque
 from collections.abc import Sequence

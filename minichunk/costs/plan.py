@@ -1,7 +1,5 @@
 """`minichunk plan`: will it fit? The forecast, against the memory that there is."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import asdict, dataclass, replace
 from json import dumps

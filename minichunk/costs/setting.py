@@ -1,7 +1,5 @@
 """What is to be trained and how, as a forecast is told."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Writing a file so that it is either whole or absent, and reading with errors in words."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

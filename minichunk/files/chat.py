@@ -1,7 +1,5 @@
 """Conversations as text: the chat template that a checkpoint brings along."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """The tensors of a Hugging Face checkpoint directory, in and out: safetensors, in one file or in shards."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path

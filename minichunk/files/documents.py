@@ -1,7 +1,5 @@
 """Text to documents of tokens: reading files, cutting to length, batching."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -12,8 +12,6 @@ Shapes: B batch, H query heads, G key-value heads, C tokens of the chunk, D head
 q (B, H, C, D); k, v of the chunk (B, G, C, D), of the past (B, G, n, D); out (B, H, C, D); lse (B, H, C).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ Room for keys and values is there from the start. Chunks are written into it and
 gradients that later chunks send back are added in place, so that the past is never copied.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """A model's memory: one for each of its layers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol

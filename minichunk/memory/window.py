@@ -8,8 +8,6 @@ Attention is again made of two: to a band of positions that ends with the query'
 before that band. Shapes are those of attention.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple

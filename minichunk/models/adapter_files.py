@@ -4,8 +4,6 @@ An adapter that was trained on a base made to see a part of its past is none tha
 stored, it would be part of another function. Its `peft_type` is therefore one that PEFT refuses.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

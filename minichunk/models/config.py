@@ -1,7 +1,5 @@
 """A model's shape, in Hugging Face's terms: fields, each checked by its type, read from and written as config.json."""
 
-from __future__ import annotations
-
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar, Self, get_type_hints
 

@@ -1,7 +1,5 @@
 """Gemma 3's text model: a Llama whose layers have norms at both ends, and a rope for each kind of layer."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self

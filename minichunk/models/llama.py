@@ -4,8 +4,6 @@ Shapes: B batch, T tokens of this call, H query heads, G key-value heads, D head
 E hidden size, V vocabulary. Parameter names are Hugging Face's.
 """
 
-from __future__ import annotations
-
 import math
 from functools import partial
 

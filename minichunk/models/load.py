@@ -4,8 +4,6 @@ Models know no files: this module gives them `from_pretrained` and `save_pretrai
 `to_dict` for its family's several layouts of config.json.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path

@@ -1,7 +1,5 @@
 """LoRA: a trainable low-rank product beside frozen weights, and dropout that can be replayed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b

@@ -6,8 +6,6 @@ Shapes: B batch, T tokens of this call, K kernel of the convolution, E hidden si
 G groups that share the N numbers of b and of c. Parameter names are Hugging Face's.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A pretrained model made a hybrid: some layers see all of the past, the others a part of it (LongGen, 2410.01485)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any

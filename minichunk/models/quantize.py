@@ -4,8 +4,6 @@ QLoRA (arXiv 2305.14314): the adapter trains in full precision beside a base tha
 and unpacked layer by layer when it is needed, once in the forward pass and again in the backward.
 """
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Named model shapes, for measurements and forecasts that need no weights."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache

@@ -3,8 +3,6 @@
 Shapes: B batch, T tokens of this call, P hidden size, N state size.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 

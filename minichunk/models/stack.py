@@ -1,7 +1,5 @@
 """Layers one after the other, each with a memory of its own: what `seco` asks of a model, for any kind of layer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """The page: one HTML file with everything in it, made of logs; and `minichunk walk`, which takes the steps for it."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import json

@@ -11,8 +11,6 @@ is where it listens, and what it writes down there:
 - `torch.autograd.backward`, when it returns: `done`
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 import sys
