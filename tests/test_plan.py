@@ -21,7 +21,7 @@ from minichunk.costs.peak import optimizer_states, step_memory
 from minichunk.costs.plan import parse_bytes
 from minichunk.costs.setting import CHUNKED, METHODS, Setting
 from minichunk.memory.kernels import kernel_for
-from minichunk.models.shapes import memory_bytes, random_model
+from minichunk.models.shapes import layer_memory_bytes, random_model
 from minichunk.samplers import most_kept
 
 from .strategies import tiny
@@ -174,8 +174,8 @@ def test_without_chunks_windows_take_what_full_attention_takes(directory: str) -
 def test_what_a_state_remembers() -> None:
     """P · N numbers in float32 per chunk and layer, and a decay of N; a thousand times the length adds no gradients."""
     config, chunks = mc.StateSpaceConfig(512, 64, 8, 3), cut(6400, 64)
-    assert memory_bytes(config, torch.bfloat16, chunks) == (100 * 3 * (64 * 8 + 2 * 8) * 4, 0)
-    assert memory_bytes(config, torch.bfloat16, chunks[-4:])[0] == 4 * 3 * (64 * 8 + 2 * 8) * 4
+    assert layer_memory_bytes(config, torch.bfloat16, chunks) == [(100 * (64 * 8 + 2 * 8) * 4, 0)] * 3
+    assert layer_memory_bytes(config, torch.bfloat16, chunks[-4:]) == [(4 * (64 * 8 + 2 * 8) * 4, 0)] * 3
 
 
 def test_float32_on_cuda_is_counted_with_the_plain_kernel(directory: str) -> None:

@@ -19,7 +19,7 @@ from ..models.adapter_files import load_adapter
 from ..models.load import load_model
 from ..models.lora import add_lora, linear_layers
 from ..models.partial import partial_context
-from ..models.shapes import layer_memory_bytes, memory_bytes, random_model
+from ..models.shapes import layer_memory_bytes, random_model
 from ..models.stack import Stack
 from ..pipeline.links import Links
 from ..pipeline.pipeline_seco import pipeline_seco, pipeline_spaco
@@ -88,7 +88,8 @@ def check_host_room(model: Stack, batch: int, kept: Sequence[Chunk], grad_dtype:
     batch: sequences at a time. kept: the most chunks that a step backpropagates.
     """
     how = Options(cache_grad_dtype=grad_dtype, offload=True)
-    remembered, gradients = memory_bytes(model.config, model.like.dtype, kept, how, batch)
+    of_layers = layer_memory_bytes(model.config, model.like.dtype, kept, how, batch)
+    remembered, gradients = map(sum, zip(*of_layers, strict=True))
     wide = grad_dtype is None or grad_dtype.itemsize > 2
     ways = ["--cache-grad-dtype bfloat16"] if gradients and wide else []
     ways += ["a smaller --batch-size"] if batch > 1 else []
