@@ -61,7 +61,8 @@ class Mamba2Config(Config):
         super().__post_init__()
         E, H, D, G = self.hidden_size, self.num_heads, self.head_dim, self.n_groups
         if self.expand * E != H * D:
-            raise InputError(f"config: num_heads ({H}) times head_dim ({D}) must be expand x hidden_size ({E})")
+            product = f"expand ({self.expand}) times hidden_size ({E})"
+            raise InputError(f"config: num_heads ({H}) times head_dim ({D}) must be {product}")
         if H % G:
             raise InputError(f"config: num_heads ({H}) must be a multiple of n_groups ({G})")
         given: Any = self.time_step_limit
