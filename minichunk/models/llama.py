@@ -126,8 +126,10 @@ class Layer(nn.Module):
         B, G, D, pattern = spec.batch, self.self_attn.groups, self.self_attn.head_dim, self.self_attn.pattern
         grad_dtype = spec.options.cache_grad_dtype or wide(spec.like)
         if spec.options.offload:
-            blocks = spec.common(DeviceBlocks, lambda: DeviceBlocks((2, B, G, D), spec.like, grad_dtype))
-            return WindowCache(lambda rows: HostStore(blocks, rows), pattern, spec.capacity, spec.receiving)
+            if spec.device_blocks is None:  # the first layer makes what all share
+                spec.device_blocks = DeviceBlocks((2, B, G, D), spec.like, grad_dtype)
+            new_host_store = partial(HostStore, spec.device_blocks)
+            return WindowCache(new_host_store, pattern, spec.capacity, spec.receiving)
         if pattern == FULL:
             return LayerCache((B, G, spec.capacity, D), spec.receiving, spec.like, grad_dtype)
         new_store = partial(DeviceStore, (B, G, D), like=spec.like, grad_dtype=grad_dtype)
