@@ -134,14 +134,14 @@ def test_mixed_dtypes_become_one(checkpoint: Path) -> None:
 def test_a_model_that_no_config_describes_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(mc.InputError, match=r"no config\.json describes this model"):
         build(tiny(qk_norm=True), seed=0).save_pretrained(tmp_path)
-    with pytest.raises(mc.InputError, match="is not a directory"):
+    with pytest.raises(mc.InputError, match=r"nowhere/config\.json cannot be read"):
         mc.Llama.from_pretrained(tmp_path / "nowhere")
 
 
 def test_an_unmerged_adapter_is_refused(tmp_path: Path) -> None:
     model = build(tiny(), seed=0)
     mc.add_lora(model)
-    with pytest.raises(mc.InputError, match=r"merge_lora\(model\)"):
+    with pytest.raises(mc.InputError, match="call merge_lora first"):
         model.save_pretrained(tmp_path)
     mc.merge_lora(model)
     model.save_pretrained(tmp_path)
@@ -184,7 +184,7 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_read(
     with pytest.raises(mc.InputError, match=r"needs .* on cpu, but only .* free there: take --dtype bfloat16, "):
         mc.Llama.from_pretrained(checkpoint, dtype=torch.float32)
     monkeypatch.setattr(atomic, "free_memory", lambda _: 1)
-    with pytest.raises(mc.InputError, match="free there: take --load-in-4bit, a smaller model, or free memory"):
+    with pytest.raises(mc.InputError, match="free there: take --dtype bfloat16, --load-in-4bit, a smaller model"):
         mc.Llama.from_pretrained(checkpoint, dtype=torch.bfloat16)
 
 

@@ -18,7 +18,7 @@ from ..models.adapter_files import load_adapter
 from ..models.load import load_model
 from ..models.lora import add_lora, linear_layers
 from ..models.partial import partial_context
-from ..models.shapes import layer_memory_bytes, memory_bytes, random_model
+from ..models.shapes import layer_memory_bytes, random_model
 from ..models.stack import Stack
 from ..pipeline.links import Links
 from ..pipeline.pipeline_seco import pipeline_seco, pipeline_spaco
@@ -85,11 +85,11 @@ def check_host_room(model: Stack, options: TrainOptions) -> None:
     model: or this rank's part of it, where all ranks of this machine are taken to have as many layers.
     """
     batch, kept, how = options.batch_size, options.most_kept(), Options(**options.keywords())
-    remembered, gradients = memory_bytes(model.config, model.like.dtype, kept, how, batch)
+    memory = sum(map(sum, layer_memory_bytes(model.config, model.like.dtype, kept, how, batch)))
     of_machine = len(model.layers) / model.config.num_hidden_layers * started().local_world
     what = f"--offload of {batch} times {kept[-1].start:,} tokens"
     advice = "take --cache-grad-dtype bfloat16, a smaller --batch-size, a shorter --seq-len, or free memory"
-    check_room(what, (remembered + gradients) * of_machine, torch.device("cpu"), advice)
+    check_room(what, memory * of_machine, torch.device("cpu"), advice)
 
 
 def read_pieces(
