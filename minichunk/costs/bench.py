@@ -1,7 +1,5 @@
 """`minichunk bench`: time and peak memory of a training step, a row for each length and method."""
 
-from __future__ import annotations
-
 import platform
 import re
 import sys
@@ -69,7 +67,7 @@ class BenchOptions:
     plot: str | None = option(None, "draw time and memory against the length, as a PNG", metavar="FILE")
     json: bool = option(False, "print all samples as one JSON object")
 
-    def resolved(self) -> BenchOptions:
+    def resolved(self) -> "BenchOptions":
         """Check every value, and fill in device and dtype. Raises InputError."""
         check_options(self)
         check_fill_size(self.fill_size, self.chunk_size)

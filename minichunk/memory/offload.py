@@ -10,8 +10,6 @@ Rows are positions: a block is (positions, 2, B, G, D), keys and values together
 positions is one piece of memory and one copy.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import cycle
@@ -49,7 +47,7 @@ class Lane:
         """What is issued within the block runs in this lane."""
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def follow(self, other: Lane) -> None:
+    def follow(self, other: "Lane") -> None:
         """Go on only after all that has been issued in the other lane."""
         if self.device is not None:
             self.stream.wait_stream(other.stream)
