@@ -169,7 +169,7 @@ def test_a_bias_that_stock_transformers_would_leave_out(bias: str) -> None:
 
 
 def test_models_of_another_kind_are_refused() -> None:
-    with pytest.raises(mc.InputError, match="a model of the Llama family, not StateSpace"):
+    with pytest.raises(mc.InputError, match="a model of the Llama family, not a state_space"):
         mc.partial_context(mc.StateSpace(mc.StateSpaceConfig(23, 8, 4, 2)), mc.Window(4))
     for model in (hybrid(mc.Window(5)), hybrid(mc.Window(5, 1))):
         with pytest.raises(mc.InputError, match=r"past already: the last 5 positions.*, in all layers but 1"):
@@ -229,9 +229,9 @@ def test_the_adapter_of_a_stored_hybrid_is_an_ordinary_one(tmp_path: Path) -> No
     [
         ({"partial_context": None}, "peft_type is 'PARTIAL_CONTEXT_LORA', but must be 'LORA'"),
         ({"peft_type": "LORA"}, "peft_type is 'LORA', but must be 'PARTIAL_CONTEXT_LORA'"),
-        ({"partial_context": 3}, "must have pattern and full_layers"),
+        ({"partial_context": 3}, "must have a pattern and a list of full_layers"),
         ({"partial_context": {"pattern": {"window": 5}, "full_layers": [1]}}, "must have window and sinks"),
-        ({"partial_context": {"pattern": {"window": 5, "sinks": 0}, "full_layers": 1}}, "full_layers is 1"),
+        ({"partial_context": {"pattern": {"window": 5, "sinks": 0}, "full_layers": 1}}, "'full_layers': 1}, but must"),
         ({"partial_context": {"pattern": {"window": 5, "sinks": 0}, "full_layers": [9]}}, "there is no layer 9"),
     ],
 )

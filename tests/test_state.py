@@ -199,7 +199,7 @@ def test_a_checkpoint_is_found_and_read_again(layers: str, tied: bool, tmp_path:
         ({"layer_types": ["state"]}, r"layer_types is \['state'\], but must be .* for each of the 3 layers"),
         ({"layer_types": ["state", "state", "conv"]}, "layer_types is .*'conv'.*'state' or 'full_attention'"),
         ({"layer_types": "state"}, "layer_types is 'state', but must be a list"),
-        ({"head_dim": None}, "head_dim is missing, which the attention layers need"),
+        ({"head_dim": None}, "head_dim is None, but must be a whole number"),
         ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) must be a multiple"),
         ({"rms_norm_eps": 0}, "rms_norm_eps is 0, but must be a number above 0"),
         ({"state_sise": 4}, "the field state_sise is not one of a state_space model"),

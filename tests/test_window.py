@@ -18,7 +18,7 @@ from minichunk.chunks import Chunk, cut
 from minichunk.memory import kernels
 from minichunk.memory.window import FULL, Pattern, Strided, Window, WindowCache, WindowPast
 from minichunk.models.partial import partial_config
-from minichunk.models.shapes import memory_bytes, shape
+from minichunk.models.shapes import layer_memory_bytes, shape
 from minichunk.protocol import Options
 from tutorials.concatenating import Concatenating
 
@@ -150,12 +150,16 @@ def test_an_8b_llama_of_128k_tokens(pattern: Pattern, remembered: float, trained
     """GiB of keys and values in inference; and with gradients, in bfloat16, in training, by the chunk."""
     config, T = shape("llama-3-8b"), 131072
     config = config if pattern == FULL else partial_config(config, pattern)
+
+    def memory_bytes(kept: Sequence[Chunk], *options: Options) -> list[int]:
+        return torch.tensor(layer_memory_bytes(config, torch.bfloat16, kept, *options)).sum(0).tolist()
+
     in_bfloat16 = Options(cache_grad_dtype=torch.bfloat16)
-    assert memory_bytes(config, torch.bfloat16, [Chunk(T, T)])[0] / GIB == pytest.approx(remembered, abs=0.01)
+    assert memory_bytes([Chunk(T, T)])[0] / GIB == pytest.approx(remembered, abs=0.01)
     for chunk_size, expected in trained.items():
-        found = memory_bytes(config, torch.bfloat16, cut(T, chunk_size), in_bfloat16)
+        found = memory_bytes(cut(T, chunk_size), in_bfloat16)
         assert sum(found) / GIB == pytest.approx(expected, abs=0.01)
-        offloaded = memory_bytes(config, torch.bfloat16, cut(T, chunk_size), Options(None, False, torch.bfloat16, True))
+        offloaded = memory_bytes(cut(T, chunk_size), Options(None, False, torch.bfloat16, True))
         assert offloaded[0] == found[0]  # the host has no more either
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .atomic import make_directory, open_tensors, read_json, write_json, write_tensors
+from .atomic import open_tensors, read_json, write_json, write_tensors
 
 _INDEX = "model.safetensors.index.json"
 
@@ -23,48 +22,39 @@ def checkpoint_bytes(directory: Path) -> int:
 
 
 def read_checkpoint(
-    directory: Path,
-    shapes: Mapping[str, Sequence[int]],
-    tied: Collection[str],
-    here: Collection[str],
+    directory: Path, shapes: Mapping[str, Sequence[int]], tied: Collection[str], here: Collection[str],
     device: str | torch.device,
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
     """Yield the tensors one by one, on the device; the host holds one at a time.
 
-    shapes: what the model needs, by name. tied: names of copies of those, which may be there too and are not read.
+    shapes: what the model needs, by name. tied: names of copies of those, which are not read.
     here: which of `shapes` this process needs; the others have to be there, and are not read.
     Raises InputError, naming the file and the tensor, for one that is missing, unknown or of another shape.
     """
     from tqdm import tqdm
 
-    names_by_file = _find_tensors(directory)
-    size = checkpoint_bytes(directory)
-    total, quiet = size * len(here) // max(1, len(shapes)), size < 10**9 or os.environ.get("RANK", "0") != "0"
-    bar = tqdm(total=total, desc=f"load {directory.name}", unit="B", unit_scale=True, leave=False, disable=quiet)
-    found: set[str] = set()
-    for path, names in names_by_file.items():
+    quiet = checkpoint_bytes(directory) < 10**9 or os.environ.get("RANK", "0") != "0"
+    bar = tqdm(total=len(here), desc=f"load {directory.name}", unit="tensor", leave=False, disable=quiet)
+    found = set[str]()
+    for path, names in _find_tensors(directory).items():
         with open_tensors(path, str(device)) as file:
             for name in names or file.keys():
                 if name in tied or name.endswith("rotary_emb.inv_freq"):
                     continue  # a copy, or derived from the config
                 if name not in shapes:
                     raise InputError(f"{path} has the tensor {name}, which a model of this config.json lacks")
-                if name not in file.keys():  # noqa: SIM118 (not a dict)
-                    raise InputError(f"{path} lacks the tensor {name} that {_INDEX} says is in it")
                 shape, expected = file.get_slice(name).get_shape(), list(shapes[name])
                 if shape != expected:
                     raise InputError(f"{path}: {name} has the shape {shape}, but config.json makes it {expected}")
                 found.add(name)
-                if name not in here:
-                    continue
-                tensor = file.get_tensor(name)
-                if not tensor.is_floating_point():
-                    raise InputError(f"{path}: {name} is {tensor.dtype}, but must be floating point (unquantized)")
-                bar.update(tensor.nbytes)
-                yield name, tensor
+                if name in here:
+                    tensor = file.get_tensor(name)
+                    if not tensor.is_floating_point():
+                        raise InputError(f"{path}: {name} is {tensor.dtype}, but must be floating point (unquantized)")
+                    bar.update()
+                    yield name, tensor
     bar.close()
-    missing = [name for name in shapes if name not in found]
-    if missing:
+    if missing := [name for name in shapes if name not in found]:
         raise InputError(f"{directory}: the tensor {missing[0]} is missing (and {len(missing) - 1} more)")
 
 
@@ -76,24 +66,21 @@ def _find_tensors(directory: Path) -> dict[Path, list[str]]:
         weight_map = read_json(directory / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{directory / _INDEX} lacks the object weight_map")
-        by_file = defaultdict(list)
+        by_file: dict[Path, list[str]] = {}
         for name, file in weight_map.items():
             if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
                 raise InputError(f"{directory / _INDEX} puts {name} into {file!r}; it must be a file name alone")
-            by_file[directory / file].append(name)
+            by_file.setdefault(directory / file, []).append(name)
         return by_file
-    pickled = sorted([*directory.glob("*.bin"), *directory.glob("*.pth"), *directory.glob("*.pt")])
-    if pickled:
-        raise InputError(
-            f"{pickled[0]} is pickled, and unpickling runs whatever code the file holds; convert it where you trust "
-            "it, with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
-        )
+    if pickled := [path for path in directory.iterdir() if path.suffix in (".bin", ".pth", ".pt")]:
+        how = "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+        raise InputError(f"{pickled[0]} is pickled, and may run any code; convert it with transformers: {how}")
     raise InputError(f"{directory} has neither model.safetensors nor {_INDEX}")
 
 
 def write_checkpoint(directory: str | Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write `model.safetensors` and, once that is there, `config.json`. Raises InputError."""
-    directory = make_directory(directory)
+    directory = Path(directory)
     write_tensors(directory / "model.safetensors", tensors, {"format": "pt"})
     (directory / _INDEX).unlink(missing_ok=True)  # of a sharded checkpoint that was here before
     write_json(directory / "config.json", config)

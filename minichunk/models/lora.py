@@ -31,12 +31,11 @@ class DropoutMasks:
     @contextmanager
     def of(self, seed: int | None, chunks: Sequence[Chunk]) -> Iterator[None]:
         """Within the block: the masks of `chunks`, one after the other. No seed, or outside: ordinary dropout."""
-        previous = self.seed, self.chunks
         self.seed, self.chunks = seed, chunks
         try:
             yield
         finally:
-            self.seed, self.chunks = previous
+            self.seed, self.chunks = None, ()
 
     def draw(self, x: Tensor, module: str, rate: float) -> Tensor:
         """A mask for x (B, T, ·): 0 with probability `rate`, else 1 / (1 - rate)."""
@@ -117,9 +116,8 @@ def add_lora(
     if not targets or not {*targets} <= {*known}:
         raise InputError(f"LoRA targets are {list(targets)}, but must be some of {', '.join(known)}")
     if rank < 1 or not alpha > 0 or not 0 <= dropout < 1:
-        raise InputError(
-            f"LoRA needs rank >= 1, alpha > 0 and 0 <= dropout < 1, got rank {rank}, alpha {alpha}, dropout {dropout}"
-        )
+        given = f"rank {rank}, alpha {alpha}, dropout {dropout}"
+        raise InputError(f"LoRA needs rank >= 1, alpha > 0 and 0 <= dropout < 1, got {given}")
     if adapters(model):
         raise InputError("the model has an adapter already: call merge_lora(model) first")
     model.requires_grad_(False)
@@ -156,10 +154,7 @@ def merge_lora(model: Stack) -> None:
     Raises InputError for a 4-bit base, whose 16 levels would swallow the update.
     """
     if is_in_4bit(model):
-        raise InputError(
-            "a 4-bit base cannot take an adapter in: save_adapter(model, directory), load the model without "
-            "load_in_4bit, load the adapter into that and merge it there"
-        )
+        raise InputError("a 4-bit base cannot take an adapter in: save it, and merge it into the unquantized base")
     for layer in adapters(model).values():
         layer.weight.copy_(layer.weight + layer.scale * (layer.lora_B.weight @ layer.lora_A.weight))
         layer.hook.remove()

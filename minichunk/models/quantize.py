@@ -30,7 +30,6 @@ class Linear4bit(nn.Module):
 
     packed: Tensor
     scales: Tensor
-    bias: nn.Parameter | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -44,8 +43,7 @@ class Linear4bit(nn.Module):
         """W, unpacked, (out, in)."""
         shape = (self.out_features, self.in_features)
         direct = dtype if dtype.itemsize <= 4 else torch.float32
-        arguments = (self.packed, self.scales, BLOCK, "nf4", shape, direct)
-        return torch.ops.bitsandbytes.dequantize_4bit(*arguments).to(dtype)
+        return torch.ops.bitsandbytes.dequantize_4bit(self.packed, self.scales, BLOCK, "nf4", shape, direct).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return _Linear.apply(x, self)
@@ -61,8 +59,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        return grad @ ctx.layer.weight_as(grad.dtype), None
+        return grads[0] @ ctx.layer.weight_as(grads[0].dtype), None
 
 
 def is_stored_in_4bit(name: str) -> bool:

@@ -75,35 +75,25 @@ def random_model(
     return model
 
 
+_random_model = lru_cache(maxsize=8)(random_model)
+
+
 def alike(config: Any) -> bool:
     """Whether all layers are of one kind."""
     return len(set(getattr(config, "layer_types", ()))) <= 1
 
 
-def memory_bytes(
-    config: Any, dtype: torch.dtype, kept: Sequence[Chunk], options: Options = DEFAULTS, batch: int = 1
-) -> tuple[int, int]:
-    """What is remembered in a step whose kept chunks are these, and the gradients sent back to it, in bytes.
-
-    As the model's own memory has it: keys and values of all positions before the last kept chunk, or states.
-    """
-    remembered, gradients = zip(*layer_memory_bytes(config, dtype, kept, options, batch), strict=True)
-    return sum(remembered), sum(gradients)
-
-
 def layer_memory_bytes(
     config: Any, dtype: torch.dtype, kept: Sequence[Chunk], options: Options = DEFAULTS, batch: int = 1
 ) -> list[tuple[int, int]]:
-    """The same for each layer."""
+    """Bytes that each layer remembers in a step whose kept chunks are these, and of the gradients sent back to that.
+
+    As the model's own memory has it: keys and values of all positions before the last kept chunk, or states.
+    """
     times = config.num_hidden_layers if alike(config) else 1
     if times > 1:
         kinds = {"layer_types": config.layer_types[:1]} if getattr(config, "layer_types", ()) else {}
         config = replace(config, num_hidden_layers=1, **kinds)
     with torch.device("meta"):
-        memory = _meta_model(config, dtype).new_memory(batch, kept[-1].start, kept[:-1], options)
+        memory = _random_model(config, dtype, device="meta").new_memory(batch, kept[-1].start, kept[:-1], options)
     return [layer.tensors().bytes() for layer in memory.layers] * times
-
-
-@lru_cache(maxsize=8)
-def _meta_model(config: Any, dtype: torch.dtype) -> Stack:
-    return random_model(config, dtype, device="meta")

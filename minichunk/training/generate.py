@@ -13,15 +13,9 @@ from .options import ReadOptions, check_options, option
 
 @torch.no_grad()
 def generate(
-    model: Stack,
-    input_ids: Tensor,
-    max_new_tokens: int,
-    *,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    generator: torch.Generator | None = None,
-    chunk_size: int = 512,
-) -> Tensor:
+    model: Stack, input_ids: Tensor, max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0,
+    generator: torch.Generator | None = None, chunk_size: int = 512,
+) -> Tensor:  # fmt: skip
     """Continue `input_ids`, int64 (B, T) without padding; returns int64 (B, T + new).
 
     temperature: 0 takes the likeliest token; otherwise the logits are divided by it and sampled.
@@ -69,9 +63,7 @@ def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(ReadOptions):
-    """Continue a text, and print it with its continuation.
-
-    The prompt is continued as it stands: no chat template is put around it.
+    """Continue a text as it stands, without a chat template, and print it with its continuation.
 
       minichunk generate "It is a truth"
       minichunk generate "It is a truth" --model DIR --adapter runs/1/adapter
@@ -95,11 +87,7 @@ def continue_text(options: GenerateOptions) -> str:
     model, tokenizer = load_as_told(options)
     input_ids = torch.tensor([tokenizer.encode(options.prompt).ids], device=model.lm_head.weight.device)
     out = generate(
-        model,
-        input_ids,
-        options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
+        model, input_ids, options.max_new_tokens, temperature=options.temperature, top_p=options.top_p,
         generator=torch.Generator().manual_seed(options.seed),
-    )
+    )  # fmt: skip
     return tokenizer.decode(out[0].tolist())

@@ -118,7 +118,6 @@ class Recorder(CountBytes):
         self.sums: Sums = {}  # what has been sent back before
         self.loss = 0.0
         self.add(*self.weights, *self.gradients())
-        self.lasting()
 
     @contextmanager
     def watching(self, given: dict[str, Any]) -> Iterator[None]:
@@ -141,7 +140,6 @@ class Recorder(CountBytes):
 
     def write(self, kind: str, **fields: Any) -> None:
         """Write an event down, with the bytes that are alive, and the most that were since the event before."""
-        self.settle()
         tensors = getattr(self.memory, "tensors", None)
         of_memory = tensors().bytes() if tensors else (0, 0)
         known = (storage_bytes(self.weights), storage_bytes(self.gradients()), *of_memory)
