@@ -147,36 +147,30 @@ class WindowPast(Past):
         """The gradients of q, k and v; those of the past go to the memory."""
         runs, start = self.runs(q, kernel), self.start
         low = runs[0].low
-        band = [(low, start), (start, start + k.shape[2])]  # of the past, and the chunk
-        keys, values = self.read(band, k, v)
-        dq, dk, dv = (x.new_zeros(x.shape, dtype=lse.dtype) for x in (q, k, v))
-        dk_band, dv_band = (x.new_zeros(x.shape, dtype=lse.dtype) for x in (keys, values))
-
-        def send(spans: Sequence[Span], key_grads: Tensor, value_grads: Tensor) -> None:
-            sizes = [last - first for first, last in spans]
-            parts = zip(spans, key_grads.split(sizes, 2), value_grads.split(sizes, 2), strict=True)
-            for (first, last), dk_part, dv_part in parts:
-                if first >= start:
-                    dk[:, :, first - start : last - start] += dk_part
-                    dv[:, :, first - start : last - start] += dv_part
-                elif sends_back:
-                    self.memory.add_grads(first, dk_part, dv_part)
-
+        keys, values = self.read([(low, start), (start, start + k.shape[2])], k, v)  # the band
+        dq, dk, dv = (x.new_zeros(x.shape, dtype=lse.dtype) for x in (q, keys, values))
         for run in runs:
             rows, columns = slice(run.start - start, run.stop - start), slice(run.low - low, run.stop - low)
             grad_, q_, out_, lse_ = (x[:, :, rows] for x in (grad, q, out, lse))
             keys_, values_ = keys[:, :, columns], values[:, :, columns]
             grads = kernel.backward(grad_, q_, keys_, values_, out_, lse_, run.window)
-            for total, place, part in zip((dq, dk_band, dv_band), (rows, columns, columns), grads, strict=True):
+            for total, place, part in zip((dq, dk, dv), (rows, columns, columns), grads, strict=True):
                 total[:, :, place] += part
-        send(band, dk_band, dv_band)
+        if sends_back:
+            self.memory.add_grads(low, dk[:, :, : start - low], dv[:, :, : start - low])
+        dk, dv = (x[:, :, start - low :] for x in (dk, dv))  # the chunk's own
         for row, spans in self.pinned(runs):
             keys, values = self.read(spans, k, v)
-            of_rows = (fold(x[:, :, row:], k.shape[1]) for x in (grad, q, out, lse))
-            grad_, q_, out_, lse_ = kernel.prepare(*of_rows)
+            grad_, q_, out_, lse_ = (fold(x[:, :, row:], k.shape[1]) for x in (grad, q, out, lse))
             dq_part, *parts = kernel.backward(grad_, q_, keys, values, out_, lse_)
             dq[:, :, row:] += dq_part.reshape(dq[:, :, row:].shape)
-            send(spans, *parts)
+            sizes = [last - first for first, last in spans]
+            for (first, last), dk_part, dv_part in zip(spans, *(x.split(sizes, 2) for x in parts), strict=True):
+                if first >= start:
+                    dk[:, :, first - start : last - start] += dk_part
+                    dv[:, :, first - start : last - start] += dv_part
+                elif sends_back:
+                    self.memory.add_grads(first, dk_part, dv_part)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
     def runs(self, q: Tensor, kernel: Kernel) -> list[QueryRun]:
