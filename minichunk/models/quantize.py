@@ -4,7 +4,6 @@ QLoRA (arXiv 2305.14314): the adapter trains in full precision beside a base tha
 and unpacked layer by layer when it is needed, once in the forward pass and again in the backward.
 """
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,9 +17,10 @@ BLOCK = 64  # numbers that share a scale
 
 def check_bitsandbytes() -> None:
     """Raise InputError unless the library is installed."""
-    if find_spec("bitsandbytes") is None:
-        raise InputError("a 4-bit base needs bitsandbytes: pip install 'minichunk[4bit]'")
-    import bitsandbytes  # type: ignore[import-not-found,unused-ignore]  # noqa: F401 (registers the operators)
+    try:
+        import bitsandbytes  # type: ignore[import-not-found,unused-ignore]  # noqa: F401 (registers the operators)
+    except ImportError:
+        raise InputError("a 4-bit base needs bitsandbytes: pip install 'minichunk[4bit]'") from None
 
 
 class Linear4bit(nn.Module):

@@ -59,7 +59,10 @@ def load_to_train(options: TrainOptions, links: Links | None = None) -> tuple[An
         if (pattern := options.pattern()) is not None:
             partial_context(model, pattern, options.full_layers)
         if links is not None:
-            stages.append(PipelineStage(model, layers_of_ranks(options, model, links.ranks), links=links))
+            shaped = model.config, DTYPES[options.dtype], options.rank, options.targets or linear_layers(model)
+            memory = None if options.offload else memory_of_layers(options, model.config, DTYPES[options.dtype])
+            split = split_layers(random_model(*shaped, "meta", options.load_in_4bit), links.ranks, memory)
+            stages.append(PipelineStage(model, split, links=links))
 
     model, tokenizer = load_as_told(replace(options, device=local_device(options.device)), prepare)
     if options.rank:
@@ -67,16 +70,10 @@ def load_to_train(options: TrainOptions, links: Links | None = None) -> tuple[An
     return (stages[0] if stages else model), tokenizer
 
 
-def layers_of_ranks(options: TrainOptions, model: Stack, ranks: int) -> list[int]:
-    """How many layers each rank gets, with their adapters and their memory of a piece; as `minichunk plan --gpus` does.
-
-    Raises InputError for fewer layers than ranks.
-    """
-    config, dtype, how = model.config, DTYPES[options.dtype], Options(**options.keywords())
-    targets = options.targets or linear_layers(model)
-    shaped = random_model(config, dtype, options.rank, targets, "meta", options.load_in_4bit)
-    memory = layer_memory_bytes(config, dtype, options.most_kept(), how, options.batch_size)
-    return split_layers(shaped, ranks, None if options.offload else [sum(both) for both in memory])
+def memory_of_layers(options: TrainOptions, config: Any, dtype: torch.dtype) -> list[int]:
+    """Bytes that each layer remembers of a batch of pieces, with the gradients sent back to that."""
+    how = options.most_kept(), Options(**options.keywords()), options.batch_size
+    return [sum(both) for both in layer_memory_bytes(config, dtype, *how)]
 
 
 def check_host_room(model: Stack, options: TrainOptions) -> None:
@@ -84,10 +81,9 @@ def check_host_room(model: Stack, options: TrainOptions) -> None:
 
     model: or this rank's part of it, where all ranks of this machine are taken to have as many layers.
     """
-    batch, kept, how = options.batch_size, options.most_kept(), Options(**options.keywords())
-    memory = sum(map(sum, layer_memory_bytes(model.config, model.like.dtype, kept, how, batch)))
+    memory = sum(memory_of_layers(options, model.config, model.like.dtype))
     of_machine = len(model.layers) / model.config.num_hidden_layers * started().local_world
-    what = f"--offload of {batch} times {kept[-1].start:,} tokens"
+    what = f"--offload of {options.batch_size} times {options.most_kept()[-1].start:,} tokens"
     advice = "take --cache-grad-dtype bfloat16, a smaller --batch-size, a shorter --seq-len, or free memory"
     check_room(what, memory * of_machine, torch.device("cpu"), advice)
 
