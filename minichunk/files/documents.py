@@ -48,11 +48,9 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 
 def read_documents(
-    paths: Sequence[str | Path],
-    tokenizer: Tokenizer,
-    eos_token_id: int | None = None,
+    paths: Sequence[str | Path], tokenizer: Tokenizer, eos_token_id: int | None = None,
     chat: ChatTemplate | None = None,
-) -> list[Document]:
+) -> list[Document]:  # fmt: skip
     """Read text files (one document each) and JSONL files (one document a line).
 
     A JSONL line is an object with `text`; with `prompt` and `completion`, of which the completion is

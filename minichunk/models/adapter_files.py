@@ -32,11 +32,9 @@ _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {"init_lora_weights": (True, False
 
 
 def save_adapter(
-    model: Stack,
-    directory: str | Path,
-    base_model: str | Path = "",
+    model: Stack, directory: str | Path, base_model: str | Path = "",
     whole: Callable[[dict[str, Tensor]], dict[str, Tensor] | None] = lambda tensors: tensors,
-) -> None:
+) -> None:  # fmt: skip
     """Write the model's adapter as PEFT's `adapter_model.safetensors` and `adapter_config.json`.
 
     base_model: path or hub name of the base model, which PEFT reads from the config.

@@ -52,13 +52,9 @@ def read_model_config(config: dict[str, Any]) -> Any:
 
 
 def load(
-    kind: Any,
-    directory: str | Path,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-    load_in_4bit: bool = False,
-    prepare: Callable[[Any], object] = lambda model: None,
-) -> Any:
+    kind: Any, directory: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
+    load_in_4bit: bool = False, prepare: Callable[[Any], object] = lambda model: None,
+) -> Any:  # fmt: skip
     """`kind.from_pretrained`: a Hugging Face checkpoint directory (`config.json` and safetensors) as such a model.
 
     As `load_model` it makes a model of the class that the config's `model_type` names.
@@ -103,10 +99,9 @@ def load(
 
 
 def save(
-    model: Stack,
-    directory: str | Path,
+    model: Stack, directory: str | Path,
     whole: Callable[[dict[str, Tensor]], dict[str, Tensor] | None] = lambda tensors: tensors,
-) -> None:
+) -> None:  # fmt: skip
     """`model.save_pretrained`: write `config.json` and `model.safetensors`.
 
     whole: makes all tensors by name of those that are here, or None where nothing is to be written.

@@ -47,13 +47,9 @@ def shape(name: str) -> Any:
 
 
 def random_model(
-    shaped: Any,
-    dtype: torch.dtype,
-    rank: int = 0,
-    targets: Sequence[str] | None = None,
-    device: str = "cpu",
+    shaped: Any, dtype: torch.dtype, rank: int = 0, targets: Sequence[str] | None = None, device: str = "cpu",
     load_in_4bit: bool = False,
-) -> Stack:
+) -> Stack:  # fmt: skip
     """A model of this shape with random weights, and LoRA of `rank` unless that is 0. Raises InputError.
 
     shaped: a config, or a name for `shape`. targets: of LoRA, see `add_lora`.

@@ -80,12 +80,9 @@ class Stack(nn.Module):
         return None if self.masks is None else int(torch.randint(2**62, ()))
 
     def run(
-        self,
-        input_ids: Tensor,
-        memory: LayerMemories | None = None,
-        chunks: Sequence[Chunk] = (),
+        self, input_ids: Tensor, memory: LayerMemories | None = None, chunks: Sequence[Chunk] = (),
         options: Options = DEFAULTS,
-    ) -> tuple[Tensor, Written]:
+    ) -> tuple[Tensor, Written]:  # fmt: skip
         """Run some tokens, on top of the memory if there is one.
 
         input_ids: int64 (B, T). memory: of all positions before; read, not written.

@@ -45,14 +45,9 @@ Sums = dict[tuple[int, int], list[Tensor]]  # by layer and chunk
 
 
 def trace(
-    function: Callable[..., Tensor],
-    model: Any,
-    input_ids: Tensor,
-    labels: Tensor,
-    *arguments: Any,
-    on_event: Callable[[Event], object] = lambda event: None,
-    **keywords: Any,
-) -> list[Event]:
+    function: Callable[..., Tensor], model: Any, input_ids: Tensor, labels: Tensor, *arguments: Any, on_event:
+    Callable[[Event], object] = lambda event: None, **keywords: Any,
+) -> list[Event]:  # fmt: skip
     """Call `function(model, input_ids, labels, …)`, one of `seco`, `spaco` and `full`; return the log of its events.
 
     The function is run as it is and adds to `.grad` what it adds alone, bit for bit; events.py describes the log. The
