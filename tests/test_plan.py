@@ -96,21 +96,21 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 @pytest.mark.parametrize(
     ("config", "method", "options"),
     [  # of the first eight, every pair of values is in some row
-        (llama(4), "seco", {}),
-        (llama(4), "seco", {"rank": 0, "offload": True}),
-        (llama(4), "seco", {"rank": 0, "offload": True, "recompute": False, "dtype": "bfloat16", "fill_size": 1024}),
-        (llama(4), "seco", {"recompute": False, "dtype": "bfloat16"}),
-        (llama(4), "spaco", {"dtype": "bfloat16", "offload": True}),
-        (llama(4), "spaco", {"rank": 0, "fill_size": 1024}),
-        (llama(4), "spaco", {"rank": 0, "recompute": False}),
-        (llama(4), "spaco", {"recompute": False, "offload": True, "fill_size": 1024}),
-        *((llama(4), m, o) for m in METHODS if m not in CHUNKED for o in ({}, {"dtype": "bfloat16", "rank": 0})),
+        (llama(2), "seco", {}),
+        (llama(2), "seco", {"rank": 0, "offload": True}),
+        (llama(2), "seco", {"rank": 0, "offload": True, "recompute": False, "dtype": "bfloat16", "fill_size": 1024}),
+        (llama(2), "seco", {"recompute": False, "dtype": "bfloat16"}),
+        (llama(2), "spaco", {"dtype": "bfloat16", "offload": True}),
+        (llama(2), "spaco", {"rank": 0, "fill_size": 1024}),
+        (llama(2), "spaco", {"rank": 0, "recompute": False}),
+        (llama(2), "spaco", {"recompute": False, "offload": True, "fill_size": 1024}),
+        *((llama(2), m, o) for m in METHODS if m not in CHUNKED for o in ({}, {"dtype": "bfloat16", "rank": 0})),
         (state_space("state", FULL, "state"), "seco", {"rank": 0, "offload": True}),
         (state_space("state", FULL, "state"), "spaco", {"rank": 0, "recompute": False}),
         (state_space("state", "state", "state"), "spaco", {"rank": 0, "offload": True}),
         (llama(3, **WINDOWS, layer_types=(SLIDING, FULL, SLIDING)), "seco", {"recompute": False}),
-        (llama(4, **WINDOWS, layer_types=(SLIDING,) * 4), "seco", {"offload": True}),
-        (llama(4, **WINDOWS, layer_types=(SLIDING,) * 4), "spaco", {}),
+        (llama(2, **WINDOWS, layer_types=(SLIDING,) * 2), "seco", {"offload": True}),
+        (llama(2, **WINDOWS, layer_types=(SLIDING,) * 2), "spaco", {}),
     ],
 )
 def test_the_forecast_is_the_peak_of_a_real_step(
@@ -180,14 +180,6 @@ def test_nothing_fits_or_whole_chunks(directory: str, method: str) -> None:
     found = forecast(of(directory, method, 1500))
     assert found.longest(64 * 2**20) % 1500 == 0
     assert found.longest(0) == 0
-
-
-def test_an_8b_llama_on_24_gib() -> None:
-    """LoRA of rank 8 on q and v, bfloat16, chunks of 512, 1 GiB reserve; the paper reaches 16,000 tokens."""
-    seco = forecast(Setting(cache_grad_dtype="bfloat16"))
-    assert seco.longest(23 * 2**30) >= 30_000
-    assert seco.growth(30_000)[0] == pytest.approx(256 * 1024, rel=0.001)
-    assert seco.at(4096).chunk < 0.5 * 2**30
 
 
 def test_counting_forgets_what_is_freed() -> None:

@@ -181,10 +181,10 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         for method in dict.fromkeys(row.method for row in rows):
             points = [row for row in rows if row.method == method and row.error is None]
             heights = [median(r.seconds) if axes is panels[0] else median(r.peak_bytes) / 2**30 for r in points]
-            axes.loglog([row.seq_len for row in points], heights, "o-", base=2, label=method)
-        axes.set_xticks([row.seq_len for row in rows], [f"{row.seq_len:,}" for row in rows])
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.set(xlabel="tokens", title=title)
+            axes.semilogx([row.seq_len for row in points], heights, "o-", base=2, label=method)
+        lengths = sorted({row.seq_len for row in rows})
+        axes.set_xticks(lengths, [f"{tokens:,}" for tokens in lengths])
+        axes.set(xlabel="tokens", title=title, ylim=(0, None))
         axes.grid(alpha=0.3)
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=5)
     save_figure(figure, path)
