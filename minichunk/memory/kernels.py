@@ -7,9 +7,9 @@ Shapes: q (B, H, C, D); k, v (B, G, C or past, D); out (B, H, C, D); lse (B, H, 
 """
 
 import functools
+import math
 import warnings
 from dataclasses import dataclass
-from math import log
 from typing import ClassVar
 
 import torch
@@ -60,10 +60,15 @@ class Kernel:
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
 class Plain(Kernel):
-    """Softmax attention written out: any dtype, any device, C x past scores in memory."""
+    """Softmax attention written out: any dtype, any device, C x past scores in memory.
+
+    cap: scores s become cap · tanh(s / cap), as in Gemma 2; infinite: they stay as they are.
+    """
 
     block = 2048  # or the scores would grow with the past
+    cap: float = math.inf
 
     def scores(self, q: Tensor, k: Tensor, window: int | None) -> Tensor:
         B, H, C, D = q.shape
@@ -71,6 +76,8 @@ class Plain(Kernel):
         # H/G query heads share a key head. Scores in at least float32, as in the fast kernels.
         wide = torch.promote_types(q.dtype, torch.float32)
         s = q.reshape(B, G, H // G, C, D).to(wide) @ k.unsqueeze(2).to(wide).mT / D**0.5
+        if self.cap < math.inf:
+            s = self.cap * (s / self.cap).tanh()
         if window is not None:
             s = s.masked_fill(~visible(q, k, window), -torch.inf)
         return s  # (B, G, H/G, C, past)
@@ -87,9 +94,11 @@ class Plain(Kernel):
         B, H, C, D = q.shape
         shape = (B, k.shape[1], H // k.shape[1], C)
         grad_, q_ = grad.reshape(*shape, D), q.reshape(*shape, D)
-        p = (self.scores(q, k, window) - lse.reshape(*shape, 1)).exp()
+        s = self.scores(q, k, window)
+        p = (s - lse.reshape(*shape, 1)).exp()
         delta = (grad * out).to(p.dtype).sum(-1).reshape(*shape, 1)
-        ds = (p * (grad_ @ v.unsqueeze(2).mT - delta) / D**0.5).to(q.dtype)
+        slope = 1 - (s.masked_fill(s == -torch.inf, 0) / self.cap).square() if self.cap < math.inf else 1  # of the cap
+        ds = (p * slope * (grad_ @ v.unsqueeze(2).mT - delta) / D**0.5).to(q.dtype)
         dq = (ds @ k.unsqueeze(2)).reshape(q.shape)
         dk = (ds.mT @ q_).sum(2)  # summed over the query heads that share the key head
         dv = (p.to(q.dtype).mT @ grad_).sum(2)
@@ -229,7 +238,7 @@ def _difference(kernel: Kernel, device: torch.device, dtype: torch.dtype, D: int
         q_, k_, v_ = q.double(), k.double(), v.double()
         out, lse = Plain().forward(q_, k_, v_, window)
         # Backward as if there were as much again beside these keys: the kernel must take what it is given.
-        merged, merged_lse = (out / 2).to(dtype), lse + log(2)
+        merged, merged_lse = (out / 2).to(dtype), lse + math.log(2)
         expected = [out, lse, *Plain().backward(grad.double(), q_, k_, v_, merged.double(), merged_lse, window)]
         got = list(kernel.forward(q, k, v, window))
         given = grad, q, merged, merged_lse.to(got[1].dtype)
