@@ -17,7 +17,7 @@ from ..files.shipped import EXTENDED_ON, MEASURED_ON, SHIPPED_MODEL, novel
 from ..full import full
 from ..models.adapter_files import load_adapter
 from ..models.load import load_model
-from ..models.lora import add_lora, linear_layers
+from ..models.lora import add_lora, default_targets
 from ..models.partial import partial_context
 from ..models.shapes import layer_memory_bytes, memory_bytes, random_model
 from ..models.stack import Stack
@@ -65,7 +65,7 @@ def load_to_train(options: TrainOptions, links: Links | None = None) -> tuple[An
 
     model, tokenizer = load_as_told(replace(options, device=local_device(known(options.device))), prepare)
     if options.rank:
-        add_lora(model, options.rank, options.alpha, options.targets or linear_layers(model), options.dropout)
+        add_lora(model, options.rank, options.alpha, options.targets or default_targets(model), options.dropout)
     return (stages[0] if stages else model), tokenizer
 
 
@@ -75,7 +75,7 @@ def layers_of_ranks(options: TrainOptions, model: Stack, ranks: int) -> list[int
     Raises InputError for fewer layers than ranks.
     """
     config, dtype, how = model.config, DTYPES[known(options.dtype)], Options(**options.keywords())
-    targets = options.targets or linear_layers(model)
+    targets = options.targets or default_targets(model)
     shaped = random_model(config, dtype, options.rank, targets, "meta", options.load_in_4bit)
     memory = layer_memory_bytes(config, dtype, options.most_kept(), how, options.batch_size)
     return split_layers(shaped, ranks, None if options.offload else [sum(both) for both in memory])

@@ -1,7 +1,6 @@
 """What a run shows and leaves behind at its end: the losses by position, a plot, and the adapter or the model."""
 
 import resource
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -51,10 +50,6 @@ def write_results(
         model.save_pretrained(run.model, ranks.whole)
     if not ranks.is_first:
         return []
-    if not options.rank:
-        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-            if (path := Path(known(options.model)) / name).is_file():
-                shutil.copy(path, run.model)
     written = [run.metrics, *sorted((run.adapter if options.rank else run.model).iterdir())]
     losses, plot = run.directory / "loss_by_position.json", run.directory / "loss.png"
     write_json(losses, {"before": [asdict(s) for s in before], "after": [asdict(s) for s in after], "context": context})
