@@ -1,7 +1,5 @@
 """What comes before the first chunk: a batch is checked, its labels become targets, gradients become wide enough."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -57,9 +55,8 @@ def check_tokens(input_ids: Tensor, labels: Tensor, num_targets: float | None, v
     """Raise InputError for a batch that no model of this vocabulary can be trained on."""
     for name, tensor in (("input_ids", input_ids), ("labels", labels)):
         if tensor.ndim != 2 or tensor.dtype != torch.int64 or tensor.shape[0] == 0:
-            raise InputError(
-                f"{name} is {tensor.dtype} of shape {list(tensor.shape)}, but must be int64 [B, T], B >= 1"
-            )
+            given = f"{tensor.dtype} of shape {list(tensor.shape)}"
+            raise InputError(f"{name} is {given}, but must be int64 [B, T], B >= 1")
     if labels.shape != input_ids.shape:
         raise InputError(f"labels has shape {list(labels.shape)}, but input_ids has {list(input_ids.shape)}")
     if input_ids.shape[1] < 2:

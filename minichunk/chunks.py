@@ -1,7 +1,5 @@
 """Cutting: a sequence into chunks, chunks into groups for the fill."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -2,8 +2,5 @@
 
 
 class InputError(ValueError):
-    """Something that the user gave is wrong.
-
-    The message is one sentence that names the file, field or value and says what
-    would be right. The command line prints it without a traceback.
-    """
+    """Its message names the file, field or value that is wrong, and says what would be right. The command line prints
+    it without a traceback."""

@@ -3,8 +3,6 @@
 Shares nothing with the memory, the chunk attention or the tiled loss, so that it can check them.
 """
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import Tensor
 

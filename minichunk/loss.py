@@ -7,8 +7,6 @@ are computed twice: first for the log-sum-exp, then, last one first, for the gra
 Shapes: N tokens (B*C), E hidden size, V vocabulary; hidden (N, E), weight (V, E), targets int64 (N).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

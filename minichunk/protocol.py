@@ -5,8 +5,6 @@ backpropagated, the gradients of what they have read gather in the memory, until
 is *handed* them. What is remembered, keys and values or a state, is between the model and its memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol

@@ -6,8 +6,6 @@ where it starts and by the relay factor of every further one. An estimate is unb
 probability to survive times these factors is 1.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -64,14 +62,10 @@ class Bernoulli:
         """All (probability, entries) pairs: 2^num_chunks, or fewer where a rate is 1."""
         rates = self.rates(num_chunks)
         for coins in product((False, True), repeat=num_chunks):
-            probability = 1.0
-            for keep, rate in zip(coins, rates, strict=True):
-                probability *= rate if keep else 1 - rate
+            falls = list(zip(coins, rates, strict=True))
+            probability = math.prod(rate if keep else 1 - rate for keep, rate in falls)
             if probability > 0:
-                yield (
-                    probability,
-                    [Weight(1 / r, 1 / r) if keep else None for keep, r in zip(coins, rates, strict=True)],
-                )
+                yield probability, [Weight(1 / rate, 1 / rate) if keep else None for keep, rate in falls]
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,6 @@ the memory adds, in its own backward pass, the gradients of what it has read *to
 memory/attention.py, which hands them to memory/cache.py). Once all later chunks are done, they are complete.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

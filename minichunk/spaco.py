@@ -1,7 +1,5 @@
 """SpaCO: backpropagate through a random few of the chunks (Algorithm 2)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 
@@ -71,10 +69,9 @@ def check_weights(weights: Sequence[Weight | None], num_chunks: int) -> Sequence
         found = f"{len(weights)} entries" if isinstance(weights, Sequence) else repr(weights)
         raise InputError(f"the sampler returned {found}, but there are {num_chunks} chunks")
     for i, weight in enumerate(weights):
-        if weight is None:
-            continue
-        if not isinstance(weight, Weight) or not all(isinstance(x, int | float) and math.isfinite(x) for x in weight):
+        finite = isinstance(weight, Weight) and all(isinstance(x, int | float) and math.isfinite(x) for x in weight)
+        if weight is not None and not finite:
             raise InputError(
-                f"the sampler gave chunk {i} {weight!r}; it must be None or a Weight of two numbers that must be finite"
+                f"the sampler gave chunk {i} {weight!r}; it must be None or a Weight, which must be finite"
             )
     return weights

@@ -80,13 +80,10 @@ def full(p: Parameters, config: Config, ids: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fill(p: Parameters, config: Config, ids: Tensor, targets: Tensor, chunk_size: int) -> Cache:
-    """All m'_j side by side: keys and values of the whole text, (B, G, T, D), numbers without a graph.
-
-    For speed, seco.py leaves out the LM head here, and the last chunk, which no later one reads.
-    """
+    """All m'_j side by side: keys and values of the whole text, (B, G, T, D), numbers without a graph."""
     memory: Cache = []
     for x_j, y_j in zip(ids.split(chunk_size, dim=1), targets.split(chunk_size, dim=1), strict=True):  # line 1
-        _, m_j = llama(p, config, x_j, y_j, memory)  # line 2; the loss is not used
+        _, m_j = llama(p, config, x_j, y_j, memory)  # line 2; seco.py leaves the loss out
         memory = [torch.cat(pair, dim=2) for pair in zip(memory, m_j, strict=True)] if memory else m_j  # line 3
     return memory
 
@@ -144,6 +141,7 @@ if __name__ == "__main__":
     ids = torch.randint(50, (2, 48))
     targets = F.pad(ids[:, 1:], (0, 1), value=-100)  # the next token, also across a cut: shift before cutting
     coins = [[j for j in range(6) if number >> j & 1] for number in range(64)]  # the kept chunks: all falls of 6 coins
+    threes = [kept for kept in coins if len(kept) == 3]
 
     def mean_spaco(p: Parameters, config: Config, ids: Tensor, targets: Tensor, draws: list[list[int]]) -> Tensor:
         """The mean over these draws, with the factor 2 = 1/rate = k/t on loss and relay."""
@@ -156,9 +154,7 @@ if __name__ == "__main__":
         "full backpropagation": full,
         "SeCO, 6 chunks of 8": partial(seco, chunk_size=8),
         "SpaCO, coins of 1/2, factors 2, mean of all 64 draws": partial(mean_spaco, draws=coins),
-        "SpaCO, 3 of 6, the paper's factor 6/3, mean of all 20": partial(
-            mean_spaco, draws=[kept for kept in coins if len(kept) == 3]
-        ),
+        "SpaCO, 3 of 6, the paper's factor 6/3, mean of all 20": partial(mean_spaco, draws=threes),
     }
     exact = None
     for name, method in methods.items():

@@ -29,7 +29,8 @@ settings.load_profile("same")
 
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # a process for each core, not all cores for each process
+    torch.set_num_threads(1)  # a process for each core, not all cores for each process, nor for those that it starts
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -163,12 +163,12 @@ def in_one_process(case: Case) -> Tensors:
     return {"loss": torch.stack(losses), **take_gradients(model)}
 
 
-def in_several(rank: int, case: Case) -> tuple[Tensors, Tensors]:
+def in_several(rank: int, case: Case, method: Callable[..., Tensor] | None = None) -> tuple[Tensors, Tensors]:
     """What this rank finds; and on the first one, what one process does. The others have seeds of their own."""
     expected = in_one_process(case) if rank == 0 else {}
     stage = stage_of(case)
     torch.manual_seed(case.seed + rank)
-    losses = [case.run(getattr(mc, f"pipeline_{case.method}"), stage) for _ in range(case.steps)]
+    losses = [case.run(method or getattr(mc, f"pipeline_{case.method}"), stage) for _ in range(case.steps)]
     assert not stage.links.on_the_way
     return {"loss": torch.stack(losses), **take_gradients(stage.model)}, expected
 
@@ -199,11 +199,8 @@ def works(rank: int, case: Case) -> tuple[list[tuple[str, int, float, float]], i
 
 
 def by_torch(rank: int, case: Case) -> tuple[Tensors, Tensors]:
-    """What this rank finds with PyTorch's own engine; and on the first one, what one process does."""
-    expected = in_one_process(case) if rank == 0 else {}
-    stage = stage_of(case)
-    loss = case.run(tutorial("torch_pipeline").torch_seco, stage)
-    return {"loss": loss[None], **take_gradients(stage.model)}, expected
+    """The same with PyTorch's own engine."""
+    return in_several(rank, case, tutorial("torch_pipeline").torch_seco)
 
 
 def peaks(rank: int, case: Case) -> tuple[int, int]:
@@ -226,11 +223,6 @@ def copies_of_which_one_is_idle(rank: int, case: Case) -> tuple[Tensors, Tensors
         case.run(mc.pipeline_seco, stage)
     stage.add_copies()
     return take_gradients(stage.model), take_gradients(expected)
-
-
-def parameter_names(rank: int, case: Case) -> list[str]:
-    """The names of the parameters that a rank has."""
-    return [name for name, _ in stage_of(case).model.named_parameters()]
 
 
 def mistake(rank: int, method: str, others_are_shorter: bool, case: Case) -> str:
@@ -266,15 +258,11 @@ def counted(rank: int, setting: Setting, counts: Sequence[int], tokens: int) -> 
     num_chunks = -(-tokens // setting.chunk_size)
     kept = setting.kept(num_chunks)
     entries = [None] * (num_chunks - kept) + [mc.Weight(1.0, 2.0)] * kept
-    options = setting.options()
-    keywords: dict[str, Any] = {"recompute": options.recompute, "cache_grad_dtype": options.cache_grad_dtype}
-    keywords |= {"offload": options.offload, "fill_size": options.fill_size}
-    original, host = DeviceBlocks.host, 0
+    original = DeviceBlocks.host
 
     def make_host(*arguments: Any, **options: Any) -> Tensor:
-        nonlocal host
-        made = count.elsewhere(lambda: original(*arguments, **options), lambda made: [made])
-        host += made.nbytes
+        peak, made = count.peak, original(*arguments, **options)
+        count.leave_out(made, peak=peak)
         return made
 
     gc.collect()
@@ -282,9 +270,7 @@ def counted(rank: int, setting: Setting, counts: Sequence[int], tokens: int) -> 
         count.add(*stage.parameters(), *stage.buffers())
         states = optimizer_states(stage)
         ids = torch.zeros(1, tokens, dtype=torch.int64)
-        if setting.method == "seco":
-            mc.pipeline_seco(stage, ids, ids, setting.chunk_size, **keywords)
-        else:
-            mc.pipeline_spaco(stage, ids, ids, setting.chunk_size, sampler=lambda *_: entries, **keywords)
+        draw = {"sampler": lambda *_: entries} if setting.method == "spaco" else {}
+        getattr(mc, f"pipeline_{setting.method}")(stage, ids, ids, setting.chunk_size, **draw, **setting.keywords())
     assert states
-    return count.peak, host
+    return count.peak, count.left_out

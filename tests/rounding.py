@@ -112,11 +112,6 @@ class Exact:
             noise = self.noise[name] + (beside.noise[name] if beside is not None else 0.0)
             _check(name, got[name].detach(), expected, noise, unit)
 
-    def ratios(self, got: Tensors) -> Noise:
-        """error / (2^-53 · noise) by name: what SLACK bounds, for those who want to see it."""
-        errors = {name: float((got[name].double() - e).norm()) for name, e in self.values.items()}
-        return {name: error / (2.0**-53 * self.noise[name]) if error else 0.0 for name, error in errors.items()}
-
 
 def _check(name: str, got: Tensor, expected: Tensor, noise: float, unit: float | None) -> None:
     assert got.shape == expected.shape, f"{name} has the shape {list(got.shape)}, expected {list(expected.shape)}"

@@ -80,6 +80,18 @@ def build(config: Any, seed: int, scale: float = 0.25) -> Any:
     return model
 
 
+def with_adapter(
+    model: Any, rank: int = 3, alpha: float = 6, targets: Sequence[str] | None = PROJECTIONS, dropout: float = 0.0
+) -> Any:
+    """The model, with an adapter that changes what it computes: no B is zero, which would hide the gradient of A."""
+    mc.add_lora(model, rank, alpha, targets, dropout)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn_like(parameter))
+    return model
+
+
 def tiny(layers: int = 2, **changes: object) -> mc.LlamaConfig:
     """A fixed tiny config for tests that do not vary it."""
     fields = {
@@ -144,11 +156,7 @@ def models(draw: st.DrawFn, lora: bool = True) -> mc.Llama:
     if kind != "all":
         targets = draw(st.lists(st.sampled_from(PROJECTIONS), min_size=1, max_size=7, unique=True))
         dropout = 0.3 if kind == "dropout" else 0.0
-        mc.add_lora(model, draw(st.integers(1, 3)), 4, targets, dropout)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:  # zero at first, which would hide the gradient of A
-                    parameter.copy_(torch.randn_like(parameter))
+        with_adapter(model, draw(st.integers(1, 3)), 4, targets, dropout)
     return model
 
 

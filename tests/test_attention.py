@@ -135,6 +135,7 @@ def run(
     pattern=st.just(FULL) | windows(24, 12) | strided(),
 )
 @example(B=1, G=1, per_group=1, C=1, past=2, D=4, transposed=False, block=64, pattern=Strided(2, 1, 2))
+@example(B=1, G=1, per_group=1, C=3, past=2, D=4, transposed=False, block=64, pattern=Window(1))
 def test_attention_over_the_cache(
     kernel: Kernel,
     B: int,
@@ -242,9 +243,6 @@ CPU_FORWARD, CPU_BACKWARD = (
 )
 
 
-def another_signature(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None: ...
-
-
 def raises(*_: object) -> None:
     raise RuntimeError("no kernel image is available\nand much more")
 
@@ -257,15 +255,6 @@ def another_lse(*args: Any) -> Any:
 def lse_of_positions_before_heads(*args: Any) -> Any:
     out, lse = ops._scaled_dot_product_flash_attention_for_cpu(*args)
     return out, lse.transpose(1, 2)
-
-
-def causal_from_the_other_end(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: float, causal: bool) -> Any:
-    out, lse = ops._scaled_dot_product_flash_attention_for_cpu(q, k, v, p, causal)
-    return (out.flip(2), lse.flip(2)) if causal else (out, lse)
-
-
-def three_results(*args: Any) -> Any:
-    return *ops._scaled_dot_product_flash_attention_for_cpu(*args), None
 
 
 def own_lse(
@@ -297,15 +286,11 @@ def a_little_off(*args: Any) -> Any:
 @pytest.mark.parametrize(
     ("operator", "changed", "told"),
     [
-        (CPU_FORWARD, another_signature, "TypeError: another_signature"),
         (CPU_FORWARD, raises, "RuntimeError: no kernel image is available. Attention"),
-        (CPU_FORWARD, three_results, "ValueError: too many values"),
         (CPU_FORWARD, another_lse, "lse of a causal piece is off by 0.44"),
         (CPU_FORWARD, lse_of_positions_before_heads, r"lse of a causal piece has shape \(1, 6, 4\), not \(1, 4, 6\)"),
-        (CPU_FORWARD, causal_from_the_other_end, "out of a causal piece is off by"),
         (CPU_FORWARD, without_a_mask, "out of a windowed piece is off by"),
         (CPU_BACKWARD, backward_without_a_mask, "dq of a windowed piece is off by"),
-        (CPU_BACKWARD, another_signature, "TypeError: another_signature"),
         (CPU_BACKWARD, raises, "RuntimeError: no kernel image"),
         (CPU_BACKWARD, own_lse, "dq of a causal piece is off by"),
         (CPU_BACKWARD, no_number, "dv of a causal piece is off by nan"),

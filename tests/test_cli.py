@@ -14,7 +14,7 @@ import torch
 import minichunk as mc
 from minichunk.command.main import COMMANDS, main
 from minichunk.models.load import class_of
-from minichunk.training import load, report
+from minichunk.training import load, run_directory
 from minichunk.training.options import BOUNDS, flag, form
 
 
@@ -22,7 +22,7 @@ from minichunk.training.options import BOUNDS, flag, form
 def train(model_directory: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A small training command; changes at its end override what it says."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(report, "plot_run", lambda *_: True)  # drawing takes longer than training
+    monkeypatch.setattr(run_directory, "plot_run", lambda *_: True)  # drawing takes longer than training
     return [
         "train", "--model", str(model_directory), "--data", str(text), "--device", "cpu",
         "--seq-len", "40", "--chunk-size", "8", "--steps", "2", "--rank", "2",
@@ -64,14 +64,14 @@ def test_all_commands_take_models_of_other_kinds(
         assert "nats per token" in capsys.readouterr().out
         assert main(["generate", "It is", *model, "--max-new-tokens", "5"]) == 0
         assert capsys.readouterr().out.startswith("It is")
-    assert main(["plan", "--model", "model", "--seq-len", "4096", "--json"]) == 0
+    assert main(["plan", "--model", "model", "--seq-len", "4096", "--memory", "1GiB", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["breakdown"]["cache"] > 0
 
 
 MISTAKES = {
     "TRAIN --budget 2": "--budget, --sampler and --cap belong to --method spaco",
     "TRAIN --sampler fixed": "--budget, --sampler and --cap belong to --method spaco",
-    "TRAIN --method full --offload": "--offload belongs to --method seco and spaco",
+    "TRAIN --method full --offload": "and --offload belong to --method seco and spaco",
     "TRAIN --fill-size 7": "--fill-size is 7, but must be at least 8",
     "TRAIN --load-in-4bit --rank 0": "--load-in-4bit freezes the base",
     "TRAIN --targets q": "LoRA targets are ['q']",
@@ -79,7 +79,7 @@ MISTAKES = {
     "TRAIN --model nowhere": "nowhere",
     "TRAIN --data nowhere.txt": "nowhere.txt cannot be read (No such file or directory)",
     "TRAIN --val-data nowhere.txt": "nowhere.txt cannot be read (No such file or directory)",
-    "TRAIN --output {text}": "is a file, but must be a directory",
+    "TRAIN --output {text}": "cannot make the directory ",
     "TRAIN --bogus 1": "unrecognized arguments: --bogus 1",
     "train --resume": "found no run in runs/",
     "train --resume --output x": "x holds no run",
@@ -87,7 +87,7 @@ MISTAKES = {
     "evaluate --model nowhere": "nowhere",
     "evaluate --data nowhere.txt": "nowhere.txt cannot be read",
     "evaluate --adapter nowhere": "nowhere",
-    "generate x --adapter nowhere": "nowhere/adapter_config.json is missing",
+    "generate x --adapter nowhere": "nowhere/adapter_config.json cannot be read",
     "generate x --device tpu": "--device is 'tpu'",
     "": "the following arguments are required: COMMAND",
 }

@@ -1,4 +1,4 @@
-"""The house: imports go one way only, between files and between wings, and no file outgrows its idea."""
+"""The house keeps its size: a student reads all of it. Imports go one way, between files and between wings."""
 
 from __future__ import annotations
 
@@ -14,17 +14,7 @@ PACKAGE = Path(minichunk.__file__).parent
 # A wing may import those before it. "" is the top of the package: the algorithm.
 WINGS = ("", "files", "memory", "models", "pipeline", "training", "costs", "porting", "walk", "command")
 DOORS = ("__init__.py", "__main__.py")  # what the package offers, made of all of it
-# The algorithm and what it stands on, the Llama.
-CORE = (
-    "*.py", "memory/*.py", "models/stack.py", "models/decoder.py", "models/llama.py", "models/rope.py",
-    "models/config.py",
-)  # fmt: skip
-# The idea by itself; speed, to be read later; the other kinds of memory: a state, a part of the past.
-BESIDE = (
-    "tiny.py", "memory/kernels.py", "memory/band.py", "memory/offload.py", "memory/state.py", "memory/scan.py",
-    "memory/pattern.py", "memory/places.py",
-)  # fmt: skip
-
+ROOT = PACKAGE.parent
 NO_CODE = (
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER,
 )  # fmt: skip
@@ -72,18 +62,36 @@ def test_imports_go_one_way_between_wings() -> None:
     assert not upward
 
 
-def test_no_file_is_over_250_lines() -> None:
-    assert not [str(path) for path in files() if lines(path) > 250]
+def test_the_package_is_small() -> None:
+    paths = list(PACKAGE.rglob("*.py"))
+    assert len(paths) <= 70
+    assert sum(lines(path) for path in paths) <= 8000
+    assert sum(lines(path) for path in PACKAGE.rglob("*.js")) <= 500
 
 
-def test_the_algorithm_and_what_it_stands_on_are_at_most_1000_lines() -> None:
-    assert lines_of_core() <= 1000
+def test_what_is_around_it_is_small() -> None:
+    assert sum(lines(path) for path in (ROOT / "tests").rglob("*.py")) <= 9500
+    assert len((ROOT / "README.md").read_bytes()) <= 15_000
 
 
-def lines_of_core() -> int:
-    """Of code: docstrings, comments and blank lines are for the reader, and not counted."""
-    core = {path for pattern in CORE for path in PACKAGE.glob(pattern)} - {PACKAGE / name for name in BESIDE}
-    return sum(lines_of_code(path) for path in core if path.name not in DOORS)
+def test_the_algorithm_and_what_it_stands_on() -> None:
+    """All that `seco.py` and a Llama import, and what those import; the README names these numbers."""
+    assert size(Path("seco.py"))[0] <= 7
+    counted, code = size(Path("seco.py"), Path("models/llama.py"))
+    assert counted <= 18
+    assert code <= 1300
+
+
+def size(*start: Path) -> tuple[int, int]:
+    """The import closure of some files: how many they are, and their lines of code.
+
+    Docstrings, comments and blank lines are for the reader, and not counted.
+    """
+    closure, waiting = set[Path](), set(start)
+    while waiting:
+        closure |= waiting
+        waiting = {target for path in waiting for target in imports(path)} - closure
+    return len(closure), sum(lines_of_code(PACKAGE / path) for path in closure)
 
 
 def lines_of_code(path: Path) -> int:
@@ -101,8 +109,10 @@ def lines_of_code(path: Path) -> int:
 
 
 def lines(path: Path) -> int:
-    return len((PACKAGE / path).read_text().splitlines())
+    return len(path.read_text().splitlines())
 
 
 if __name__ == "__main__":
-    print(lines_of_core())
+    for start in (["seco.py"], ["seco.py", "models/llama.py"]):
+        print(*start, *size(*map(Path, start)))
+    print("package", sum(lines(path) for path in PACKAGE.rglob("*.py")), len(list(PACKAGE.rglob("*.py"))))

@@ -9,22 +9,16 @@ import pytest
 import torch
 
 import minichunk as mc
+from minichunk.chunks import Chunk
+from minichunk.models.lora import DropoutMasks
 
 from .gradients import take_gradients
 from .rounding import exactly, measure, outcome
-from .strategies import build, tiny
-
-ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+from .strategies import PROJECTIONS, build, tiny, with_adapter
 
 
-def with_adapter(seed: int = 0, targets: tuple[str, ...] = ALL, dropout: float = 0.0) -> mc.Llama:
-    model = build(tiny(), seed)
-    mc.add_lora(model, 3, 6, targets, dropout)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
-    return model
+def adapted(dropout: float = 0.0) -> mc.Llama:
+    return with_adapter(build(tiny(), 0), dropout=dropout)
 
 
 def test_a_new_adapter_changes_nothing_and_freezes_the_rest() -> None:
@@ -48,7 +42,7 @@ def test_adapters_of_a_bfloat16_model_are_float32() -> None:
 
 
 def test_merging_keeps_the_function() -> None:
-    model, ids = with_adapter(), torch.arange(9)[None]
+    model, ids = adapted(), torch.arange(9)[None]
     exact = measure(lambda: {"logits": model(ids)})
     names = {name for name in model.state_dict() if "lora" not in name}
     mc.merge_lora(model)
@@ -58,7 +52,7 @@ def test_merging_keeps_the_function() -> None:
 
 
 def test_save_and_load(tmp_path: Path) -> None:
-    model, ids = with_adapter(dropout=0.1), torch.arange(9)[None]
+    model, ids = adapted(dropout=0.1), torch.arange(9)[None]
     mc.save_adapter(model, tmp_path, base_model="somewhere/base")
     other = build(tiny(), 0)
     mc.load_adapter(other, tmp_path)
@@ -70,9 +64,6 @@ def test_save_and_load(tmp_path: Path) -> None:
 
 
 def test_masks_are_those_of_the_chunk_the_module_and_the_seed() -> None:
-    from minichunk.chunks import Chunk
-    from minichunk.models.lora import DropoutMasks
-
     x = torch.zeros(2, 6, 4, dtype=torch.float64)
     masks = DropoutMasks()
 
@@ -90,9 +81,7 @@ def test_masks_are_those_of_the_chunk_the_module_and_the_seed() -> None:
 
 
 def test_dropout_drops_at_its_rate_and_only_in_training() -> None:
-    from minichunk.chunks import Chunk
-
-    model = with_adapter(dropout=0.25)
+    model = adapted(dropout=0.25)
     masks = model.masks
     assert masks is not None
     with masks.of(3, [Chunk(0, 400)]):
@@ -132,7 +121,7 @@ def test_wrong_values_are_named(arguments: dict[str, object], words: str) -> Non
     ],
 )
 def test_unsupported_adapters_are_refused(tmp_path: Path, field: str, value: object, words: str) -> None:
-    mc.save_adapter(with_adapter(), tmp_path)
+    mc.save_adapter(adapted(), tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
     model = build(tiny(), 0)
@@ -142,16 +131,16 @@ def test_unsupported_adapters_are_refused(tmp_path: Path, field: str, value: obj
 
 
 def test_the_alpha_is_that_of_the_file(tmp_path: Path) -> None:
-    mc.save_adapter(with_adapter(), tmp_path)
+    mc.save_adapter(adapted(), tmp_path)
     other = build(tiny(), 0)
-    mc.add_lora(other, 3, 99, ALL)
+    mc.add_lora(other, 3, 99, PROJECTIONS)
     mc.load_adapter(other, tmp_path)
     ids = torch.arange(9)[None]
-    torch.testing.assert_close(other(ids), with_adapter()(ids), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(other(ids), adapted()(ids), rtol=1e-6, atol=1e-6)
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
-    mc.save_adapter(with_adapter(), tmp_path)
+    mc.save_adapter(adapted(), tmp_path)
     with pytest.raises(mc.InputError, match=r"has model\.layers\.1"):
         mc.load_adapter(build(tiny(layers=1), 0), tmp_path)
     with pytest.raises(mc.InputError, match=r"has the shape .*, but the model needs \[12, 3\]"):
@@ -159,7 +148,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(mc.InputError, match="no adapter to save"):
         mc.save_adapter(build(tiny(), 0), tmp_path)
     with pytest.raises(mc.InputError, match="already"):
-        mc.add_lora(with_adapter())
+        mc.add_lora(adapted())
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
     with pytest.raises(mc.InputError, match=r"adapter_model\.bin is pickled"):
         mc.load_adapter(build(tiny(), 0), tmp_path)
@@ -172,7 +161,7 @@ def test_peft_reads_ours_and_we_read_pefts(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     base = build(tiny(), 0)
     base.save_pretrained(tmp_path / "base")
-    ours = with_adapter(0)
+    ours = adapted()
     for name, parameter in base.named_parameters():  # the adapter draws moved nothing of the base
         assert torch.equal(parameter, ours.get_parameter(name))
     mc.save_adapter(ours, tmp_path / "ours", base_model=tmp_path / "base")

@@ -15,7 +15,7 @@ from minichunk.batch import prepare
 from minichunk.chunks import cut
 from minichunk.memory.cache import LayerCache
 from minichunk.memory.layer_memory import LayerMemories
-from minichunk.memory.window import Pattern
+from minichunk.memory.window import FULL, Pattern, WindowCache
 from minichunk.protocol import Options
 from minichunk.seco import fill, new_memory, rebuild
 from tutorials.concatenating import Concatenating
@@ -102,17 +102,25 @@ def test_the_fill_does_only_what_the_cache_needs() -> None:
     assert calls == [(name, n) for n in (6, 3) for name in ("k0", "o0", "k1", "o1", "k2")]
 
 
-def test_no_gradient_is_sent_to_a_past_that_needs_none() -> None:
+def with_pattern(pattern: Pattern) -> mc.Llama:
+    model: mc.Llama = build(tiny(), seed=0)
+    for layer in model.layers:
+        layer.self_attn.pattern = pattern
+    return model
+
+
+@pytest.mark.parametrize(("kind", "pattern"), [(LayerCache, FULL), (WindowCache, mc.Window(2, 1))])
+def test_no_gradient_is_sent_to_a_past_that_needs_none(kind: type, pattern: Pattern) -> None:
     """With LoRA on q alone, the first layer's keys and values do not depend on a trained parameter."""
-    model = build(tiny(), seed=0)
+    model = with_pattern(pattern)
     mc.add_lora(model, 2, 4, ["q_proj"])
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.ones_(parameter)
     ids = torch.randint(23, (1, 12))
     layers: list[int] = []
-    original = LayerCache.add_grads
-    with mock.patch.object(LayerCache, "add_grads", lambda self, *a: layers.append(id(self)) or original(self, *a)):
+    original = kind.add_grads
+    with mock.patch.object(kind, "add_grads", lambda self, *a: layers.append(id(self)) or original(self, *a)):
         mc.seco(model, ids, ids, 4)
     assert len(set(layers)) == 1  # the second layer's
 
@@ -124,13 +132,6 @@ def test_the_textbook_baseline_computes_the_same(entries: list[mc.Weight | None]
     kept = entries or [mc.Weight(1, 1)] * 5
     exact = exactly(model, lambda: mc.spaco(Concatenating(model), ids, ids, 3, sampler=lambda *_: kept))
     exact.check(outcome(model, lambda: mc.spaco(model, ids, ids, 3, sampler=lambda *_: kept)))
-
-
-def with_pattern(pattern: Pattern) -> mc.Llama:
-    model: mc.Llama = build(tiny(), seed=0)
-    for layer in model.layers:
-        layer.self_attn.pattern = pattern
-    return model
 
 
 KINDS: dict[str, tuple[Callable[[], Any], Options]] = {

@@ -110,15 +110,15 @@ def test_parity_with_transformers(name: str, tmp_path: Path) -> None:
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0"),
         ({"model_type": "ministral", "sliding_window": None, "layer_types": [SLIDING] * 3}, "sliding_window is None"),
         ({"model_type": "qwen2", "layer_types": [SLIDING] * 3}, "sliding_window is None"),
-        ({"model_type": "mistral", "layer_types": [SLIDING, FULL, FULL]}, "'ministral' is the same model"),
+        ({"model_type": "mistral", "layer_types": [SLIDING, FULL, FULL]}, "'mistral'; take 'ministral'"),
         ({"use_sliding_window": True, "sliding_window": 9}, "sliding_window = 9"),
-        ({"layer_types": [FULL, SLIDING]}, "layer_types is .* for each of the 3 layers"),
-        ({"layer_types": [FULL, FULL, SLIDING], "sliding_window": 3}, "sliding_window is None"),
+        ({"model_type": "qwen3", "layer_types": [FULL, SLIDING]}, "layer_types is .* for each of the 3 layers"),
+        ({"layer_types": [FULL, FULL, SLIDING], "sliding_window": 3}, "not supported for model_type 'llama'"),
         ({"model_type": "qwen3", "layer_types": [FULL, FULL, "chunked_attention"]}, "layer_types is .*chunked"),
         ({**WINDOWS, "max_window_layers": "2"}, "max_window_layers is '2'"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type 'yarn'"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.rope_type 'linear'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "rope_scaling.low_freq_factor"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "the field low_freq_factor is missing"),
         ({"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "yarn"}}, "rope_scaling.rope_type 'yarn'"),
         ({"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": LLAMA3}, "rope_scaling and rope_parameters do not"),
         ({"rope_parameters": {FULL: {"rope_theta": 5e5}}}, "rope_parameters is .* the same for all layers"),
@@ -138,7 +138,7 @@ def test_parity_with_transformers(name: str, tmp_path: Path) -> None:
         ({"rms_norm_eps": None}, "rms_norm_eps is None"),
         ({"rope_theta": "x"}, "rope_theta is 'x'"),
         ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn'"),
-        ({"rope_scaling": {**LLAMA3, "factor": 0}}, "rope_scaling.factor is 0"),
+        ({"rope_scaling": {**LLAMA3, "factor": 0}}, "factor is 0, but must be a number"),
         ({"layer_types": 5}, "layer_types"),
         ({"eos_token_id": "x"}, "eos_token_id is 'x'"),
         ({**GEMMA, "hidden_activation": "silu"}, "hidden_activation = 'silu'"),
@@ -163,12 +163,6 @@ def test_the_two_layouts_of_rope_are_the_same() -> None:
     new = {**BASE, "rope_parameters": {"rope_theta": 500000.0, **LLAMA3}}
     older = {**BASE, "rope_theta": 500000.0, "rope_scaling": {**LLAMA3, "type": "llama3"}}
     assert mc.LlamaConfig.from_dict(old) == mc.LlamaConfig.from_dict(new) == mc.LlamaConfig.from_dict(older)
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_config_survives_the_round_trip(name: str) -> None:
-    config = read_model_config({**BASE, **ARCHITECTURES[name], "eos_token_id": [1, 2]})
-    assert read_model_config(config.to_dict()) == config
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from minichunk.training.options import ReadOptions, TrainOptions, options_of
 
 from .gradients import visible
 from .rounding import exactly, measure, outcome
-from .strategies import build, tiny
+from .strategies import build, tiny, with_adapter
 from .test_model import ARCHITECTURES, BASE
 
 IDS = torch.randint(23, (2, 30), generator=torch.Generator().manual_seed(0))
@@ -34,18 +34,8 @@ def hybrid(pattern: Pattern, layers: int = 3, adapter: bool = False, **fields: A
     """The middle one of three layers sees everything."""
     model = build(tiny(layers, **fields), seed=1)
     if adapter:
-        with_adapter(model)
+        with_adapter(model, targets=None)
     mc.partial_context(model, pattern)
-    return model
-
-
-def with_adapter(model: mc.Llama) -> mc.Llama:
-    mc.add_lora(model, 2, 4)
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_()
     return model
 
 
@@ -179,7 +169,7 @@ def test_a_bias_that_stock_transformers_would_leave_out(bias: str) -> None:
 
 
 def test_models_of_another_kind_are_refused() -> None:
-    with pytest.raises(mc.InputError, match="a model of the Llama family, not StateSpace"):
+    with pytest.raises(mc.InputError, match="a model of the Llama family, not a state_space"):
         mc.partial_context(mc.StateSpace(mc.StateSpaceConfig(23, 8, 4, 2)), mc.Window(4))
     for model in (hybrid(mc.Window(5)), hybrid(mc.Window(5, 1))):
         with pytest.raises(mc.InputError, match=r"past already: the last 5 positions.*, in all layers but 1"):
@@ -203,7 +193,7 @@ def test_words() -> None:
 def test_an_adapter_brings_its_hybrid_along(pattern: Pattern, adapter_first: bool, tmp_path: Path) -> None:
     model = hybrid(pattern, adapter=adapter_first)
     if not adapter_first:
-        with_adapter(model)
+        with_adapter(model, targets=None)
     mc.save_adapter(model, tmp_path)
     for base in (build(tiny(3), seed=1), hybrid(pattern)):
         mc.load_adapter(base, tmp_path)
@@ -226,7 +216,7 @@ def test_peft_refuses_the_adapter_of_a_hybrid(tmp_path: Path) -> None:
 
 def test_the_adapter_of_a_stored_hybrid_is_an_ordinary_one(tmp_path: Path) -> None:
     hybrid(mc.Window(5, 2)).save_pretrained(tmp_path / "base")
-    model = with_adapter(mc.Llama.from_pretrained(tmp_path / "base"))
+    model = with_adapter(mc.Llama.from_pretrained(tmp_path / "base"), targets=None)
     mc.save_adapter(model, tmp_path / "adapter", tmp_path / "base")
     assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["peft_type"] == "LORA"
     again = mc.Llama.from_pretrained(tmp_path / "base")
@@ -239,9 +229,9 @@ def test_the_adapter_of_a_stored_hybrid_is_an_ordinary_one(tmp_path: Path) -> No
     [
         ({"partial_context": None}, "peft_type is 'PARTIAL_CONTEXT_LORA', but must be 'LORA'"),
         ({"peft_type": "LORA"}, "peft_type is 'LORA', but must be 'PARTIAL_CONTEXT_LORA'"),
-        ({"partial_context": 3}, "must have pattern and full_layers"),
+        ({"partial_context": 3}, "must have a pattern and a list of full_layers"),
         ({"partial_context": {"pattern": {"window": 5}, "full_layers": [1]}}, "must have window and sinks"),
-        ({"partial_context": {"pattern": {"window": 5, "sinks": 0}, "full_layers": 1}}, "full_layers is 1"),
+        ({"partial_context": {"pattern": {"window": 5, "sinks": 0}, "full_layers": 1}}, "'full_layers': 1}, but must"),
         ({"partial_context": {"pattern": {"window": 5, "sinks": 0}, "full_layers": [9]}}, "there is no layer 9"),
     ],
 )
@@ -274,7 +264,7 @@ def test_merged_and_saved_it_is_the_same_hybrid(tmp_path: Path) -> None:
 
 def test_a_4_bit_base(model_directory: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    model = with_adapter(mc.Llama.from_pretrained(model_directory, load_in_4bit=True))
+    model = with_adapter(mc.Llama.from_pretrained(model_directory, load_in_4bit=True), targets=None)
     before = model(IDS).detach()
     mc.partial_context(model, mc.Window(5), [0])
     exact = exactly(model, lambda: mc.full(model, IDS, IDS))

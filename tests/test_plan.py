@@ -12,7 +12,6 @@ import torch
 
 import minichunk as mc
 from minichunk.batch import prepare
-from minichunk.chunks import cut
 from minichunk.command.main import main
 from minichunk.costs.baselines import tiled_full
 from minichunk.costs.count import CountBytes
@@ -21,7 +20,8 @@ from minichunk.costs.peak import optimizer_states, step_memory
 from minichunk.costs.plan import parse_bytes
 from minichunk.costs.setting import CHUNKED, METHODS, Setting
 from minichunk.memory.kernels import kernel_for
-from minichunk.models.shapes import memory_bytes, random_model
+from minichunk.models.shapes import random_model
+from minichunk.pipeline.split_layers import layer_costs
 from minichunk.samplers import most_kept
 
 from .strategies import tiny
@@ -29,13 +29,14 @@ from .strategies import tiny
 BEYOND = 3328  # tokens: longer than the step that is counted
 
 
-def write(directory: Path, config: Any, **changes: Any) -> str:
-    (directory / "config.json").write_text(json.dumps(config.to_dict() | changes))
+def write(directory: Path, config: Any) -> str:
+    (directory / "config.json").write_text(json.dumps(config.to_dict()))
     return str(directory)
 
 
-def llama(layers: int) -> mc.LlamaConfig:
-    return tiny(layers, vocab_size=512, hidden_size=64, intermediate_size=128, head_dim=16)
+def llama(layers: int, **changes: Any) -> mc.LlamaConfig:
+    fields = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    return tiny(layers, **(fields | changes))
 
 
 def state_space(*kinds: str) -> mc.StateSpaceConfig:
@@ -58,12 +59,8 @@ def real_peak(setting: Setting, tokens: int) -> int:
 
     Of a chunked step, what would be in host memory is among them: on the CPU both are one memory.
     """
-    chunks, options = cut(tokens, setting.chunk_size), setting.options()
-    kept = setting.kept(len(chunks))
-    keywords: dict[str, Any] = {
-        "recompute": options.recompute, "cache_grad_dtype": options.cache_grad_dtype, "offload": options.offload,
-        "fill_size": options.fill_size,
-    }  # fmt: skip
+    chunks, kept = setting.chunks(tokens)
+    keywords = setting.keywords()
     with CountBytes() as count:
         model = random_model(setting.config(), setting.torch_dtype, setting.rank, setting.targets)
         make = model.new_memory
@@ -81,74 +78,48 @@ def real_peak(setting: Setting, tokens: int) -> int:
         if setting.method == "seco":
             mc.seco(model, ids, ids, setting.chunk_size, **keywords)
         elif setting.method == "spaco":
-            entries = [None] * (len(chunks) - kept) + [mc.Weight(1.0, 2.0)] * kept
+            entries = [None] * (len(chunks) - len(kept)) + [mc.Weight(1.0, 2.0)] * len(kept)
             mc.spaco(model, ids, ids, setting.chunk_size, sampler=lambda *_: entries, **keywords)
         elif setting.method in ("full", "full-recompute"):
             mc.full(model, ids, ids, recompute=setting.method == "full-recompute")
         else:
-
-            def room(x: torch.Tensor) -> torch.Tensor:
-                return count.elsewhere(lambda: torch.empty_like(x), lambda made: [made])
-
             offload = setting.method == "full-recompute-offload"
-            tiled_full(model, prepare(model, ids, ids, None), offload=offload, room=room)
+            tiled_full(model, prepare(model, ids, ids, None), offload=offload, room=count.room)
     assert states
     return count.peak
 
 
-def check_forecast(setting: Setting) -> None:
-    found = forecast(setting).at(BEYOND)
-    host = found.host if setting.method in CHUNKED else 0
-    assert found.peak + host == pytest.approx(real_peak(setting, BEYOND), rel=0.02)
-
-
-@pytest.mark.parametrize(
-    ("method", "recompute", "dtype", "rank", "offload", "fill_size"),
-    [  # every pair of values is in some row
-        ("seco", True, "float32", 4, False, None),
-        ("seco", True, "float32", 0, True, None),
-        ("seco", False, "bfloat16", 0, True, 1024),
-        ("seco", False, "bfloat16", 4, False, None),
-        ("spaco", True, "bfloat16", 4, True, None),
-        ("spaco", True, "float32", 0, False, 1024),
-        ("spaco", False, "float32", 0, False, None),
-        ("spaco", False, "float32", 4, True, 1024),
-    ],
-)
-def test_the_forecast_is_the_peak_of_a_real_step(
-    directory: str, method: str, recompute: bool, dtype: str, rank: int, offload: bool, fill_size: int | None
-) -> None:
-    options = {"recompute": recompute, "dtype": dtype, "offload": offload, "fill_size": fill_size}
-    check_forecast(of(directory, method, rank=rank, **options))
-
-
-@pytest.mark.parametrize("method", [method for method in METHODS if method not in CHUNKED])
-@pytest.mark.parametrize(("dtype", "rank"), [("float32", 4), ("bfloat16", 0)])
-def test_the_forecast_without_chunks(directory: str, method: str, dtype: str, rank: int) -> None:
-    check_forecast(of(directory, method, dtype=dtype, rank=rank))
+WINDOWS = {"model_type": "ministral", "sliding_window": 200}
+SLIDING, FULL = "sliding_attention", "full_attention"
 
 
 @pytest.mark.parametrize(
     ("config", "method", "options"),
-    [
-        (state_space("state", "full_attention", "state"), "seco", {"rank": 0, "offload": True}),
-        (state_space("state", "full_attention", "state"), "spaco", {"rank": 0, "recompute": False}),
+    [  # of the first eight, every pair of values is in some row
+        (llama(2), "seco", {}),
+        (llama(2), "seco", {"rank": 0, "offload": True}),
+        (llama(2), "seco", {"rank": 0, "offload": True, "recompute": False, "dtype": "bfloat16", "fill_size": 1024}),
+        (llama(2), "seco", {"recompute": False, "dtype": "bfloat16"}),
+        (llama(2), "spaco", {"dtype": "bfloat16", "offload": True}),
+        (llama(2), "spaco", {"rank": 0, "fill_size": 1024}),
+        (llama(2), "spaco", {"rank": 0, "recompute": False}),
+        (llama(2), "spaco", {"recompute": False, "offload": True, "fill_size": 1024}),
+        *((llama(2), m, o) for m in METHODS if m not in CHUNKED for o in ({}, {"dtype": "bfloat16", "rank": 0})),
+        (state_space("state", FULL, "state"), "seco", {"rank": 0, "offload": True}),
+        (state_space("state", FULL, "state"), "spaco", {"rank": 0, "recompute": False}),
         (state_space("state", "state", "state"), "spaco", {"rank": 0, "offload": True}),
+        (llama(3, **WINDOWS, layer_types=(SLIDING, FULL, SLIDING)), "seco", {"recompute": False}),
+        (llama(2, **WINDOWS, layer_types=(SLIDING,) * 2), "seco", {"offload": True}),
+        (llama(2, **WINDOWS, layer_types=(SLIDING,) * 2), "spaco", {}),
     ],
 )
-def test_a_state_space_model_is_forecast(tmp_path: Path, config: Any, method: str, options: dict[str, Any]) -> None:
-    check_forecast(of(write(tmp_path, config), method, **options))
-
-
-@pytest.mark.parametrize(
-    ("method", "options", "layers"),
-    [("seco", {"recompute": False}, "sfs"), ("seco", {"offload": True}, "ssss"), ("spaco", {}, "ssss")],
-)
-def test_windows_are_forecast(tmp_path: Path, method: str, options: dict[str, Any], layers: str) -> None:
-    """Layers of both kinds, and of one."""
-    kinds = [{"s": "sliding_attention", "f": "full_attention"}[kind] for kind in layers]
-    windows = {"model_type": "ministral", "sliding_window": 200, "layer_types": kinds}
-    check_forecast(of(write(tmp_path, llama(len(layers)), **windows), method, **options))
+def test_the_forecast_is_the_peak_of_a_real_step(
+    tmp_path: Path, config: Any, method: str, options: dict[str, Any]
+) -> None:
+    setting = of(write(tmp_path, config), method, **options)
+    found = forecast(setting).at(BEYOND)
+    host = found.host if method in CHUNKED else 0
+    assert found.peak + host == pytest.approx(real_peak(setting, BEYOND), rel=0.02)
 
 
 def test_a_large_fill_peaks_above_the_rebuilds(directory: str) -> None:
@@ -169,13 +140,6 @@ def test_without_chunks_windows_take_what_full_attention_takes(directory: str) -
     """As with a kernel that knows them. Masks would grow with the square of the length, and a forecast does not."""
     full = of(directory, "full-recompute-tiled")
     assert step_memory(replace(full, partial_context="window", window=40, sinks=4), 2048) == step_memory(full, 2048)
-
-
-def test_what_a_state_remembers() -> None:
-    """P · N numbers in float32 per chunk and layer, and a decay of N; a thousand times the length adds no gradients."""
-    config, chunks = mc.StateSpaceConfig(512, 64, 8, 3), cut(6400, 64)
-    assert memory_bytes(config, torch.bfloat16, chunks) == (100 * 3 * (64 * 8 + 2 * 8) * 4, 0)
-    assert memory_bytes(config, torch.bfloat16, chunks[-4:])[0] == 4 * 3 * (64 * 8 + 2 * 8) * 4
 
 
 def test_float32_on_cuda_is_counted_with_the_plain_kernel(directory: str) -> None:
@@ -218,14 +182,6 @@ def test_nothing_fits_or_whole_chunks(directory: str, method: str) -> None:
     assert found.longest(0) == 0
 
 
-def test_an_8b_llama_on_24_gib() -> None:
-    """LoRA of rank 8 on q and v, bfloat16, chunks of 512, 1 GiB reserve; the paper reaches 16,000 tokens."""
-    seco = forecast(Setting(cache_grad_dtype="bfloat16"))
-    assert seco.longest(23 * 2**30) >= 30_000
-    assert seco.growth(30_000)[0] == pytest.approx(256 * 1024, rel=0.001)
-    assert seco.at(4096).chunk < 0.5 * 2**30
-
-
 def test_counting_forgets_what_is_freed() -> None:
     with CountBytes() as count:
         a = torch.zeros(1000)
@@ -233,21 +189,24 @@ def test_counting_forgets_what_is_freed() -> None:
         torch.zeros(500) + 1
         del a
         c = torch.zeros(100)
-        count.settle()
     assert (count.live, count.peak) == (4400, 8000)
     assert len(b) + len(c) == 1090
 
 
 def test_amounts_of_memory() -> None:
-    assert [parse_bytes(text) for text in ("24GiB", "80 GB", "512", "1.5 MiB")] == [
-        24 * 2**30,
-        80 * 10**9,
-        512,
-        3 * 2**19,
-    ]
+    assert [*map(parse_bytes, ("24GiB", "80 GB", "512", "1.5 MiB"))] == [24 * 2**30, 80 * 10**9, 512, 3 * 2**19]
     for text in ("", "GiB", "24 apples", "-1GiB", "1..5GiB"):
         with pytest.raises(mc.InputError, match="not an amount of memory"):
             parse_bytes(text)
+
+
+def test_a_layer_in_4_bits_costs_what_is_stored(directory: str) -> None:
+    """Half a byte for a number and four bytes for 64 of them, where bfloat16 has two for one."""
+    wide, narrow = (of(directory, dtype="bfloat16", load_in_4bit=narrow) for narrow in (False, True))
+    numbers = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128  # of a layer's projections
+    saved = numbers * 2 - numbers // 2 - numbers // 64 * 4
+    assert layer_costs(wide.meta_model())[1] - layer_costs(narrow.meta_model())[1] == saved
+    assert step_memory(wide, 700).weights - step_memory(narrow, 700).weights == 4 * saved
 
 
 def test_the_command(directory: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -269,13 +228,20 @@ def test_the_command(directory: str, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model", "nowhere"], "--model 'nowhere' is neither a directory with a config.json nor one of llama-47m"),
-        (["--memory", "much"], "'much' is not an amount of memory"),
-        (["--targets", "q"], "LoRA targets are ['q']"),
-        (["--fill-size", "256"], "--fill-size is 256, but must be at least 512"),
-        (["--method", "naive"], "--method is 'naive', but must be one of seco, spaco, full, full-recompute"),
+        ("plan --model nowhere", "--model 'nowhere' is neither a directory with a config.json nor one of llama-47m"),
+        ("plan --memory much", "'much' is not an amount of memory"),
+        ("plan --targets q", "LoRA targets are ['q']"),
+        ("plan --fill-size 256", "--fill-size is 256, but must be at least 512"),
+        ("plan --method naive", "--method is 'naive', but must be one of seco, spaco, full, full-recompute"),
+        ("plan --gpus 0", "--gpus is 0, but must be at least 1"),
+        ("plan --gpus 33", "has 32 layers, and each GPU needs one at least"),
+        ("plan --gpus 2 --method full", "--method is 'full', but on several GPUs must be one of seco, spaco"),
+        ("bench --repeats 0", "--repeats is 0"),
+        ("bench --methods full naive", "--methods is 'naive', but must be one of full, full-recompute"),
+        ("bench --seq-len 512 1", "--seq-len is 1"),
+        ("bench --fill-size 256", "256"),
     ],
 )
-def test_mistakes(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", *arguments]) == 2
+def test_mistakes(arguments: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments.split()) == 2
     assert words in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 from minichunk.command.main import main
 from minichunk.models.shapes import shape
 
-from .test_house import DOORS, PACKAGE, imports, lines_of_code
+from .test_house import DOORS, PACKAGE, size
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -38,21 +38,9 @@ def test_the_numbers_of_lines_are_so() -> None:
     assert found is not None
     counted = []
     for starts in (["seco.py"], ["seco.py", "models/llama.py"]):
-        reached = closure(starts)
-        counted += [sum(lines_of_code(PACKAGE / path) for path in reached), len(reached)]
+        files, lines = size(*map(Path, starts))
+        counted += [lines, files]
     assert [int(number.replace(",", "")) for number in found.groups()] == counted
-
-
-def closure(starts: list[str]) -> set[Path]:
-    """These files and all that they import, and so on."""
-    found: set[Path] = set()
-    todo = [Path(start) for start in starts]
-    while todo:
-        path = todo.pop()
-        if path not in found and path.name not in DOORS:
-            found.add(path)
-            todo += imports(path)
-    return found
 
 
 def test_the_forecast_is_what_plan_prints(capsys: pytest.CaptureFixture[str]) -> None:

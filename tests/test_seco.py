@@ -7,6 +7,8 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -57,32 +59,21 @@ def full_with_masks(
 @given(
     model=models(),
     batch=batches(),
-    chunk_size=st.integers(1, 16),
-    fill_chunks=st.integers(0, 4),
-    extra=st.integers(0, 3),
+    size=st.integers(1, 16),
+    fill=st.tuples(st.integers(0, 4), st.integers(0, 3)),
     block=st.integers(1, 6),
-    recompute=st.booleans(),
-    offload=st.booleans(),
+    options=st.fixed_dictionaries({"recompute": st.booleans(), "offload": st.booleans()}),
     seed=st.integers(0, 2**31),
 )
 def test_seco_equals_full(
-    model: mc.Llama,
-    batch: Batch,
-    chunk_size: int,
-    fill_chunks: int,
-    extra: int,
-    block: int,
-    recompute: bool,
-    offload: bool,
-    seed: int,
+    model: mc.Llama, batch: Batch, size: int, fill: tuple[int, int], block: int, options: dict[str, Any], seed: int
 ) -> None:
     """Chunks shorter and longer than a block, and blocks that end within a chunk, on the device and in host memory."""
-    fill_size = fill_chunks * chunk_size + extra if fill_chunks else None
-    exact = exactly(model, lambda: full_with_masks(model, batch, seed, chunk_size))
+    options |= {"fill_size": fill[0] * size + fill[1] if fill[0] else None}
+    exact = exactly(model, lambda: full_with_masks(model, batch, seed, size))
     torch.manual_seed(seed)
-    keywords = {"fill_size": fill_size, "recompute": recompute, "offload": offload}
     with blocks_of(block):
-        exact.check(outcome(model, lambda: mc.seco(model, batch.input_ids, batch.labels, chunk_size, **keywords)))
+        exact.check(outcome(model, lambda: mc.seco(model, batch.input_ids, batch.labels, size, **options)))
 
 
 @examples(25)
@@ -117,13 +108,6 @@ def test_full_equals_naive_attention(model: mc.Llama, batch: Batch) -> None:
     whole = [Chunk(0, batch.input_ids.shape[1])]
     exact = exactly(model, lambda: oracle(model, batch.input_ids, batch.labels, whole, [mc.Weight(1, 1)]))
     exact.check(outcome(model, lambda: mc.full(model, batch.input_ids, batch.labels)))
-
-
-def test_full_with_recompute_is_the_same() -> None:
-    model = build(tiny(), seed=1)
-    ids = torch.randint(23, (2, 12))
-    exact = exactly(model, lambda: mc.full(model, ids, ids))
-    exact.check(outcome(model, lambda: mc.full(model, ids, ids, recompute=True)))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -192,18 +176,9 @@ def wrong_order(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(spaco_module, "reversed", iter, raising=False)
 
 
-def forgotten_relay_factor(patch: pytest.MonkeyPatch) -> None:
+def forgotten(patch: pytest.MonkeyPatch, **factor: float) -> None:
     original = spaco_module.check_weights
-    patch.setattr(
-        spaco_module, "check_weights", lambda *a: [mc.Weight(w.loss, 1.0) if w else None for w in original(*a)]
-    )
-
-
-def forgotten_loss_factor(patch: pytest.MonkeyPatch) -> None:
-    original = spaco_module.check_weights
-    patch.setattr(
-        spaco_module, "check_weights", lambda *a: [mc.Weight(1.0, w.relay) if w else None for w in original(*a)]
-    )
+    patch.setattr(spaco_module, "check_weights", lambda *a: [w and w._replace(**factor) for w in original(*a)])
 
 
 def top_left_mask(patch: pytest.MonkeyPatch) -> None:
@@ -230,8 +205,8 @@ def every_block_is_the_first(patch: pytest.MonkeyPatch) -> None:
 
 
 MISTAKES = [
-    no_relay, wrong_order, forgotten_relay_factor, forgotten_loss_factor, top_left_mask, shuffled_dropout,
-    every_block_is_the_first,
+    no_relay, wrong_order, partial(forgotten, relay=1.0), partial(forgotten, loss=1.0), top_left_mask,
+    shuffled_dropout, every_block_is_the_first,
 ]  # fmt: skip
 
 
@@ -266,20 +241,23 @@ def test_negative_controls(break_it: Callable[[pytest.MonkeyPatch], None] | None
             exact.check(got)
 
 
-def test_gradients_are_added_to_those_there() -> None:
+IDS = torch.randint(23, (2, 9), generator=torch.Generator().manual_seed(3))
+PADDED = torch.nn.functional.pad(IDS, (0, 5)), torch.nn.functional.pad(IDS, (0, 5), value=-100)
+
+
+@pytest.mark.parametrize(
+    ("step", "times"),
+    [
+        (lambda model: mc.full(model, IDS, IDS, recompute=True), 1),
+        (lambda model: mc.seco(model, IDS, IDS, 4) + mc.seco(model, IDS, IDS, 4), 2),  # adds to the gradients there
+        (lambda model: mc.seco(model, *PADDED, 4), 1),
+    ],
+    ids=["full, recomputed", "twice", "padded on the right"],
+)
+def test_also_equal(step: Callable[[mc.Llama], torch.Tensor], times: int) -> None:
     model = build(tiny(), seed=3)
-    ids = torch.randint(23, (1, 9))
-    exact = exactly(model, lambda: mc.full(model, ids, ids) + mc.full(model, ids, ids))
-    exact.check(outcome(model, lambda: mc.seco(model, ids, ids, 4) + mc.seco(model, ids, ids, 4)))
-
-
-def test_padding_on_the_right_changes_nothing() -> None:
-    model = build(tiny(), seed=4)
-    ids = torch.randint(23, (1, 9))
-    exact = exactly(model, lambda: mc.full(model, ids, ids))
-    padded = torch.cat([ids, torch.zeros(1, 5, dtype=torch.int64)], dim=1)
-    labels = torch.cat([ids, torch.full((1, 5), -100)], dim=1)
-    exact.check(outcome(model, lambda: mc.seco(model, padded, labels, 4)))
+    exact = exactly(model, lambda: sum(mc.full(model, IDS, IDS) for _ in range(times)))
+    exact.check(outcome(model, lambda: step(model)))
 
 
 def test_bfloat16_parameters_get_float32_gradients() -> None:
@@ -325,9 +303,5 @@ def test_wrong_arguments_are_named(change: dict[str, object], words: str) -> Non
     with pytest.raises(mc.InputError, match=words):
         mc.seco(model, **arguments)
     assert all(p.grad is None for p in model.parameters())
-
-
-def test_a_frozen_model_is_refused() -> None:
-    model = build(tiny(), seed=6).requires_grad_(False)
     with pytest.raises(mc.InputError, match="nothing to train"):
-        mc.seco(model, torch.tensor([[1, 2]]), torch.tensor([[1, 2]]), 1)
+        mc.seco(model.requires_grad_(False), IDS, IDS, 1)

@@ -57,16 +57,6 @@ def change_tensors(directory: Path, **changes: torch.Tensor | None) -> None:
     save_file(tensors, directory / "model.safetensors")
 
 
-def test_one_file_and_shards_are_the_same(checkpoint: Path) -> None:
-    expected = build(tiny(), seed=0).state_dict()
-    one = mc.Llama.from_pretrained(checkpoint).state_dict()
-    shard(checkpoint)
-    two = mc.Llama.from_pretrained(checkpoint).state_dict()
-    for name, value in expected.items():
-        assert torch.equal(one[name], value)
-        assert torch.equal(two[name], value)
-
-
 def test_tied_embeddings_stay_one_parameter(tmp_path: Path) -> None:
     build(tiny(tie_word_embeddings=True), seed=0).save_pretrained(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
@@ -99,10 +89,10 @@ def index_with(file: str) -> Callable[[Path], None]:
         (lambda d: (d / FILE).rename(d / "pytorch_model.bin"), "pytorch_model.bin is pickled.*save_pretrained"),
         (index_with("/model-1-of-2.safetensors"), "index.json puts model.norm.weight into.*a file name alone"),
         (index_with("../model-1-of-2.safetensors"), "index.json puts model.norm.weight into.*a file name alone"),
-        (index_with("model-3-of-2.safetensors"), "model-3-of-2.safetensors is missing"),
-        (index_of_the_wrong_file, "lacks the tensor model.norm.weight"),
+        (index_with("model-3-of-2.safetensors"), "model-3-of-2.safetensors is not a whole"),
+        (index_of_the_wrong_file, "model-.-of-2.safetensors is not a whole .*model.norm.weight"),
         (lambda d: (d / "config.json").write_text("{"), "config.json is not JSON"),
-        (lambda d: (d / "config.json").unlink(), "config.json is missing"),
+        (lambda d: (d / "config.json").unlink(), "config.json cannot be read"),
         (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor"),
         (lambda d: change_tensors(d, **{NORM: None}), "the tensor model.norm.weight is missing"),
         (
@@ -144,14 +134,14 @@ def test_mixed_dtypes_become_one(checkpoint: Path) -> None:
 def test_a_model_that_no_config_describes_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(mc.InputError, match=r"no config\.json describes this model"):
         build(tiny(qk_norm=True), seed=0).save_pretrained(tmp_path)
-    with pytest.raises(mc.InputError, match="is not a directory"):
+    with pytest.raises(mc.InputError, match=r"nowhere/config\.json cannot be read"):
         mc.Llama.from_pretrained(tmp_path / "nowhere")
 
 
 def test_an_unmerged_adapter_is_refused(tmp_path: Path) -> None:
     model = build(tiny(), seed=0)
     mc.add_lora(model)
-    with pytest.raises(mc.InputError, match=r"merge_lora\(model\)"):
+    with pytest.raises(mc.InputError, match="call merge_lora first"):
         model.save_pretrained(tmp_path)
     mc.merge_lora(model)
     model.save_pretrained(tmp_path)
@@ -194,26 +184,22 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_read(
     with pytest.raises(mc.InputError, match=r"needs .* on cpu, but only .* free there: take --dtype bfloat16, "):
         mc.Llama.from_pretrained(checkpoint, dtype=torch.float32)
     monkeypatch.setattr(atomic, "free_memory", lambda _: 1)
-    with pytest.raises(mc.InputError, match="free there: take --load-in-4bit, a smaller model, or free memory"):
+    with pytest.raises(mc.InputError, match="free there: take --dtype bfloat16, --load-in-4bit, a smaller model"):
         mc.Llama.from_pretrained(checkpoint, dtype=torch.bfloat16)
 
 
 def test_the_host_memory_of_offload_is_checked_first(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = mc.Llama.from_pretrained(checkpoint, dtype=torch.float32)
-    layer = model.new_memory(3, 10, [Chunk(0, 6)]).layers[0]
+    layer = model.new_memory(3, 6, [Chunk(0, 6)]).layers[0]
     assert isinstance(layer, LayerCache)
     parts = [layer.keys, layer.values, layer.key_grads, layer.value_grads]
     needed = sum(x.nbytes for x in parts) * model.config.num_hidden_layers
     monkeypatch.setattr(atomic, "free_memory", lambda _: needed)
-    kept = [Chunk(0, 6), Chunk(10, 12)]
-    check_host_room(model, 3, kept, None)
+    told = TrainOptions(seq_len=10, chunk_size=6, batch_size=3, offload=True)
+    check_host_room(model, told)
     monkeypatch.setattr(atomic, "free_memory", lambda _: needed - 1)
-    with pytest.raises(mc.InputError, match=r"--offload of 10 tokens in each of 3 .* take --cache-grad-dtype bfloat16"):
-        check_host_room(model, 3, kept, None)
-    states = mc.StateSpace(mc.StateSpaceConfig(23, 8, 3, 2))  # have no gradients that would grow
-    monkeypatch.setattr(atomic, "free_memory", lambda _: 1)
-    with pytest.raises(mc.InputError, match=r"free there: take a smaller --batch-size, a shorter --seq-len, or free"):
-        check_host_room(states, 3, kept, None)
+    with pytest.raises(mc.InputError, match=r"--offload of 3 times 6 tokens .* take --cache-grad-dtype bfloat16"):
+        check_host_room(model, told)
     opened = TrainOptions(model=str(checkpoint), seq_len=18, chunk_size=4, method="spaco", budget=2, sampler="fixed")
     assert opened.most_kept() == [Chunk(12, 16), Chunk(16, 18)]
     assert TrainOptions(seq_len=18, chunk_size=4).most_kept() == cut(18, 4)

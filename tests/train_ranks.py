@@ -14,11 +14,11 @@ from minichunk.errors import InputError
 from minichunk.files import checkpoint
 from minichunk.pipeline.links import Links
 from minichunk.pipeline.start import started
-from minichunk.training import loop, report
+from minichunk.training import loop, run_directory
 from minichunk.training.load import load_to_train
 from minichunk.training.loop import NonFiniteLoss
 from minichunk.training.options import TrainOptions, options_of
-from minichunk.training.train import Interrupted, train
+from minichunk.training.train import train
 
 
 @contextmanager
@@ -42,11 +42,11 @@ def train_here(
             signal.raise_signal(signal.SIGINT)
         return step(trainer)
 
-    plot = patch.object(report, "plot_run", lambda *_: True)  # drawing takes longer than training
+    plot = patch.object(run_directory, "plot_run", lambda *_: True)  # drawing takes longer than training
     with under_torchrun(rank, world), patch.object(loop.Trainer, "run_step", run_step), plot:
         try:
             train(options_of(TrainOptions, {**values, "resume": resume}), lines.append)
-        except (InputError, NonFiniteLoss, Interrupted) as error:
+        except (InputError, NonFiniteLoss, KeyboardInterrupt) as error:
             return lines, f"{type(error).__name__}: {error}"
     return lines, ""
 

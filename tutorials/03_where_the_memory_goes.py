@@ -81,7 +81,6 @@ class Timeline(CountBytes):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        self.settle()
         self.points.append(self.live - self.always)
         return result
 

@@ -102,7 +102,7 @@ def draw_memory() -> None:
 def draw_state_memory() -> None:
     """The same for a state-space model of 1.27 billion parameters, all of them trained; and tutorial 8's table."""
     figure, axes = plt.subplots(figsize=(8, 4.2))
-    lengths = [4096 * n for n in range(1, 65)]
+    lengths = [16384 * n for n in range(1, 17)]
     rows = {
         "full": Setting(model="state-space-1.27b", method="full", rank=0),
         "full, layers recomputed": Setting(model="state-space-1.27b", method="full-recompute", rank=0),

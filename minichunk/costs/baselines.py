@@ -1,7 +1,5 @@
 """What minichunk is measured against: checkpointing as other trainers have it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -31,9 +29,8 @@ def tiled_full(
     shape = (*batch.input_ids.shape, model.lm_head.weight.shape[1])
 
     def pack(x: Tensor) -> tuple[torch.device | None, Tensor]:
-        if x.shape != shape or not x.is_floating_point():
-            return None, x
-        return x.device, room(x).copy_(x, non_blocking=True)
+        moves = x.shape == shape and x.is_floating_point()
+        return (x.device, room(x).copy_(x, non_blocking=True)) if moves else (None, x)
 
     def unpack(packed: tuple[torch.device | None, Tensor]) -> Tensor:
         device, x = packed

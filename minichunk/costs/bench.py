@@ -1,14 +1,14 @@
 """`minichunk bench`: time and peak memory of a training step, a row for each length and method."""
 
-from __future__ import annotations
-
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
+from itertools import product
 from json import dumps
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,7 +29,7 @@ from ..samplers import FixedBudget
 from ..seco import seco
 from ..spaco import spaco
 from ..training.options import DTYPES, StepOptions, changed, check_device, check_options, default_dtype, option
-from ..training.report import new_figure, peak_memory, save_figure
+from ..training.run_directory import new_figure, peak_memory, save_figure
 from .baselines import tiled_full
 from .setting import Setting
 
@@ -56,10 +56,10 @@ class BenchOptions:
 
     methods: tuple[str, ...] = option(SHOWN, f"of {', '.join(METHODS)}", metavar="M", choices=METHODS)
     seq_len: tuple[int, ...] = option((1024, 2048, 4096), "tokens", metavar="N", least=2)
-    model: str = changed(Setting, "model", default="llama-47m")
-    chunk_size: int = changed(Setting, "chunk_size", group="")
-    fill_size: int | None = changed(Setting, "fill_size", group="")
-    budget: int | None = changed(StepOptions, "budget", group="", help="spaco: chunks kept")
+    model: str = changed(Setting, "model", default="llama-47m", group="")
+    chunk_size: int = changed(Setting, "chunk_size")
+    fill_size: int | None = changed(Setting, "fill_size")
+    budget: int | None = changed(StepOptions, "budget", help="spaco: chunks kept")
     rank: int = changed(Setting, "rank", default=0, group="")
     dtype: str | None = changed(Setting, "dtype", default=None, absent="bfloat16 on CUDA, else float32")
     device: str = option("cpu", "cpu, cuda or cuda:N")
@@ -67,7 +67,7 @@ class BenchOptions:
     plot: str | None = option(None, "draw time and memory against the length, as a PNG", metavar="FILE")
     json: bool = option(False, "print all samples as one JSON object")
 
-    def resolved(self) -> BenchOptions:
+    def resolved(self) -> "BenchOptions":
         """Check every value, and fill in device and dtype. Raises InputError."""
         check_options(self)
         check_fill_size(self.fill_size, self.chunk_size)
@@ -94,42 +94,34 @@ def measure(options: BenchOptions, method: str, seq_len: int, seed: int = 0) -> 
     device = torch.device(options.device)
     torch.manual_seed(0)
     model = random_model(options.model, DTYPES[options.dtype or "float32"], options.rank, device=options.device)
-    step = step_of(model, options, method, seq_len, seed)
     ids = torch.randint(shape(options.model).vocab_size, (1, seq_len), generator=torch.Generator().manual_seed(0))
     ids = ids.to(device)
-    step(ids[:, : min(seq_len, 2 * min(options.chunk_size, 64))])
+    run_step(model, options, method, ids[:, : 2 * min(options.chunk_size, 64)], seed)
     model.zero_grad(set_to_none=True)
-    began = _now(device)
-    loss = step(ids)
-    return _now(device) - began, peak_memory(device), float(loss)
+    began = time.perf_counter()
+    loss = run_step(model, options, method, ids, seed)
+    return time.perf_counter() - began, peak_memory(device), loss
 
 
-def step_of(model: Any, options: BenchOptions, method: str, seq_len: int, seed: int) -> Callable[[Tensor], Tensor]:
-    """A function of token ids (1, T) that adds to the gradients by this method, and returns the loss."""
+def run_step(model: Any, options: BenchOptions, method: str, ids: Tensor, seed: int) -> float:
+    """Add to the gradients by this method, of token ids (1, T). Returns the loss, when the device has done it all."""
     name, _, suffix = method.partition("-")
     recompute, tiled, offload = (word in suffix for word in ("recompute", "tiled", "offload"))
     size = options.chunk_size
-    if name == "full" and (tiled or offload):
-        return lambda ids: tiled_full(model, prepare(model, ids, ids, None), offload=offload)
-    if name == "full":
-        return lambda ids: full(model, ids, ids, recompute=recompute)
     keywords: dict[str, Any] = {"fill_size": options.fill_size, "recompute": recompute, "offload": offload}
     if name == "seco":
-        return lambda ids: seco(model, ids, ids, size, **keywords)
-    sampler = FixedBudget(options.budget or max(1, len(cut(seq_len, size)) // 4))
-
-    def draw_and_step(ids: Tensor) -> Tensor:
+        loss = seco(model, ids, ids, size, **keywords)
+    elif name == "spaco":
+        sampler = FixedBudget(options.budget or max(1, len(cut(ids.shape[1], size)) // 4))
         generator = torch.Generator().manual_seed(seed)
-        return spaco(model, ids, ids, size, sampler=sampler, generator=generator, **keywords)
-
-    return draw_and_step
-
-
-def _now(device: torch.device) -> float:
-    """Seconds, when all that was asked of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+        loss = spaco(model, ids, ids, size, sampler=sampler, generator=generator, **keywords)
+    elif tiled or offload:
+        loss = tiled_full(model, prepare(model, ids, ids, None), offload=offload)
+    else:
+        loss = full(model, ids, ids, recompute=recompute)
+    if ids.is_cuda:
+        torch.cuda.synchronize(ids.device)
+    return float(loss)
 
 
 def bench(options: BenchOptions) -> list[Row]:
@@ -140,27 +132,21 @@ def bench(options: BenchOptions) -> list[Row]:
     """
     options = options.resolved()
     rows = [Row(method, seq_len) for seq_len in options.seq_len for method in options.methods]
-    with tqdm(total=options.repeats * len(rows), desc="bench", leave=False, disable=options.json) as bar:
-        for seed in range(options.repeats):
-            for row in rows:
-                bar.set_postfix_str(f"{row.method}, {row.seq_len:,} tokens")
-                if row.error is None:
-                    _measure_in_process(options, row, seed)
-                bar.update()
+    bar = tqdm(list(product(range(options.repeats), rows)), "bench", leave=False, disable=options.json)
+    for seed, row in bar:
+        bar.set_postfix_str(f"{row.method}, {row.seq_len:,} tokens")
+        if row.error is not None:
+            continue
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            try:
+                seconds, peak, _ = process.submit(measure, options, row.method, row.seq_len, seed).result()
+                row.seconds.append(seconds)
+                row.peak_bytes.append(peak)
+            except (BrokenProcessPool, torch.OutOfMemoryError):  # the kernel ends a process that takes too much
+                row.error = "out of memory"
+            except Exception as error:
+                row.error = f"{type(error).__name__}: {error}".splitlines()[0]
     return rows
-
-
-def _measure_in_process(options: BenchOptions, row: Row, seed: int) -> None:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        try:
-            seconds, peak, _ = process.submit(measure, options, row.method, row.seq_len, seed).result()
-        except (BrokenProcessPool, torch.OutOfMemoryError):  # the kernel ends a process that takes too much
-            row.error = "out of memory"
-        except Exception as error:
-            row.error = f"{type(error).__name__}: {error}".splitlines()[0]
-        else:
-            row.seconds.append(seconds)
-            row.peak_bytes.append(peak)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -169,13 +155,11 @@ def table(rows: Sequence[Row]) -> str:
     lines = [f"| tokens | method | seconds | / {first} | peak memory | / {first} |", "|---:|---|---:|---:|---:|---:|"]
     for row in rows:
         beside = next(r for r in rows if r.seq_len == row.seq_len)
-        cells = [f"{row.seq_len:,}", row.method]
-        if row.error is not None:
-            cells += [row.error, "", "", ""]
-        else:
-            cells += [_spread(row.seconds, lambda x: f"{x:.2f}"), _ratio(row.seconds, beside.seconds)]
+        cells = [row.error or "", "", "", ""]
+        if row.error is None:
+            cells = [_spread(row.seconds, lambda x: f"{x:.2f}"), _ratio(row.seconds, beside.seconds)]
             cells += [_spread(row.peak_bytes, human_bytes), _ratio(row.peak_bytes, beside.peak_bytes)]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(f"| {row.seq_len:,} | {row.method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -193,17 +177,14 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw time and peak memory against the length, a line for each method."""
     figure = new_figure(11, 5)
     panels = figure.subplots(1, 2)
-    lengths = sorted({row.seq_len for row in rows})
     for axes, title in zip(panels, ("Seconds of a step", "Peak memory, GiB"), strict=True):
         for method in dict.fromkeys(row.method for row in rows):
             points = [row for row in rows if row.method == method and row.error is None]
             heights = [median(r.seconds) if axes is panels[0] else median(r.peak_bytes) / 2**30 for r in points]
-            axes.plot([row.seq_len for row in points], heights, "o-", label=method)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log", base=2)
+            axes.semilogx([row.seq_len for row in points], heights, "o-", base=2, label=method)
+        lengths = sorted({row.seq_len for row in rows})
         axes.set_xticks(lengths, [f"{tokens:,}" for tokens in lengths])
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        axes.set(xlabel="tokens", title=title)
+        axes.set(xlabel="tokens", title=title, ylim=(0, None))
         axes.grid(alpha=0.3)
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=5)
     save_figure(figure, path)
@@ -211,12 +192,11 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 def describe_machine() -> dict[str, Any]:
     """What the figures are measured on."""
-    found = {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        found["cpu"] = next((x.partition(": ")[2] for x in lines if x.startswith("model name")), found["cpu"])
+    info = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {**found, "gpu": gpu, "torch": torch.__version__}
+    name, threads = cpu[1] if cpu else platform.machine(), torch.get_num_threads()
+    return {"cpu": name, "threads": threads, "gpu": gpu, "torch": torch.__version__}
 
 
 def run_bench(options: BenchOptions) -> None:

@@ -1,76 +1,59 @@
 """Counting the bytes of live tensors, whether they hold numbers or only have shapes."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-aten = torch.ops.aten
-T = TypeVar("T")
 
 
 class CountBytes(TorchDispatchMode):
     """Counts the storages of all tensors that operators make inside the block, and what is freed again.
 
-    live: bytes now. peak: the most that was live at once. `add` counts what was made before.
+    live: bytes now. peak: the most that was live at once. left_out: bytes of all that would be in host memory. `add`
+    counts what was made before.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
-        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._fleeting: set[int] = set()  # of them, those that are looked at to see whether they are gone
+        self.live = self.peak = self.left_out = 0
+        self._storages: dict[int, tuple[ref[Any], int]] = {}  # by id
 
     def add(self, *tensors: Tensor, workspace: int = 0) -> None:
         """Count these tensors' storages, each once; workspace: bytes an operator used within itself."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            known, _ = self._storages.get(storage._cdata, (None, 0))
-            if known is None or known.expired():
-                self._forget(storage._cdata)
-                self._storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-                self._fleeting.add(storage._cdata)
+            if id(storage) not in self._storages:
+                self._storages[id(storage)] = ref(storage, partial(self._forget, id(storage))), storage.nbytes()
                 self.live += storage.nbytes()
-        if self.live + workspace > self.peak:  # perhaps only because what is gone has not been looked for
-            self.settle()
-            self.peak = max(self.peak, self.live + workspace)
+        self.peak = max(self.peak, self.live + workspace)
 
-    def settle(self) -> None:
-        """Stop counting what is gone."""
-        expired = torch.UntypedStorage._expired  # what StorageWeakRef.expired asks, without its checks
-        for key in [key for key in self._fleeting if expired(self._storages[key][0].cdata)]:
-            self._forget(key)
-
-    def lasting(self) -> None:
-        """All that is counted now will live on: look no more whether it is gone."""
-        self._fleeting.clear()
-
-    def elsewhere(self, make: Callable[[], T], tensors: Callable[[T], Sequence[Tensor]]) -> T:
-        """Call make() and return what it makes, without counting the `tensors` of that: they would be on the host."""
-        peak, made = self.peak, make()
-        for tensor in tensors(made):
-            key = tensor.untyped_storage()._cdata
-            reference, size = self._storages[key]
-            self._storages[key] = (reference, 0)
+    def leave_out(self, *tensors: Tensor, peak: int) -> None:
+        """Count these as nothing: they would be in host memory. peak: that of before they were made."""
+        for tensor in tensors:
+            known, size = self._storages[id(tensor.untyped_storage())]
+            self._storages[id(tensor.untyped_storage())] = known, 0
             self.live -= size
+            self.left_out += size
         self.peak = max(peak, self.live)
+
+    def room(self, x: Tensor) -> Tensor:
+        """As `host_like`, but on x's device and left out."""
+        peak, made = self.peak, torch.empty_like(x)
+        self.leave_out(made, peak=peak)
         return made
 
-    def _forget(self, key: int) -> None:
-        self._fleeting.discard(key)
-        self.live -= self._storages.pop(key, (None, 0))[1]
+    def _forget(self, key: int, _: ref[Any]) -> None:
+        self.live -= self._storages.pop(key)[1]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if made:
-            flash = func is aten._flash_attention_backward.default
+            flash = func is torch.ops.aten._flash_attention_backward.default
             self.add(*made, workspace=_flash_backward_workspace(args[1], args[2]) if flash else 0)
         return result
 

@@ -1,17 +1,15 @@
 """The memory of a step of any length: one is counted, and what is remembered more of a longer text is computed."""
 
-from __future__ import annotations
-
-import functools
-from collections.abc import Callable
+from bisect import bisect_left
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
 from ..errors import InputError
-from ..models.shapes import alike, random_model
+from ..models.shapes import alike
 from ..models.stack import Stack
-from ..pipeline.split_layers import layer_costs, split_costs, split_layers
+from ..pipeline.split_layers import layer_costs, split_costs
 from .peak import StepBytes, step_memory
 from .setting import CHUNKED, Setting, Share
 
@@ -33,12 +31,13 @@ class Forecast:
         """What a step of so many tokens takes on the rank that needs most; in host memory, on all ranks together."""
         found = bytes_of_share(self.setting, tokens, self.largest_share(tokens))
         if self.gpus > 1 and self.setting.offload:
-            return replace(found, host=self._host(tokens))
+            return replace(found, host=int(self.setting.memory_bytes(tokens).sum()))
         return found
 
     def counts(self, tokens: int) -> tuple[int, ...]:
         """How many layers each rank gets."""
-        return tuple(split_layers(_meta_model(self.setting), self.gpus, self._remembered(tokens)))
+        remembered = None if self.setting.offload else self.setting.memory_bytes(tokens).sum(1).tolist()
+        return split_costs(tuple(layer_costs(self._model, remembered)), self.gpus)
 
     def largest_share(self, tokens: int) -> Share | None:
         """Of the rank that needs most at this length; None: one process has all layers.
@@ -64,8 +63,7 @@ class Forecast:
     def longest(self, available: int, host: int | None = None) -> int:
         """Tokens, in whole chunks, that fit into `available` bytes on each device and `host` bytes in host memory.
 
-        host: None for any number. Returns 0 if even one chunk does not fit. On several GPUs, where the ranks of each
-        split have to be counted, the search begins near the length that the layers' bytes alone allow.
+        host: None for any number. Returns 0 if even one chunk does not fit.
         """
         size = self.setting.chunk_size
 
@@ -73,23 +71,14 @@ class Forecast:
             found = self.at(num_chunks * size)
             return found.peak <= available and (host is None or found.host <= host)
 
-        def layers_fit(num_chunks: int) -> bool:
-            if self.setting.offload and host is not None and self._host(num_chunks * size) > host:
-                return False
-            each = tuple(layer_costs(_meta_model(self.setting), self._remembered(num_chunks * size)))
-            counts = split_costs(each, self.gpus)
-            largest = max(sum(each[Share(counts, rank).layers]) for rank in range(self.gpus))
-            return largest + BATCH * num_chunks * size <= available
+        too_many = max(1, self.setting.even_from() // size)  # longer ones are computed, shorter ones counted
+        while fits(too_many):
+            too_many *= 2
+        return size * bisect_left(range(1, too_many), True, key=lambda num_chunks: not fits(num_chunks))
 
-        near = self.setting.even_from() // size if self.gpus == 1 else most(layers_fit, 1)
-        return most(fits, near) * size
-
-    def _host(self, tokens: int) -> int:
-        return int(self.setting.memory_bytes(tokens).sum())
-
-    def _remembered(self, tokens: int) -> list[int] | None:
-        """Bytes of each layer's memory on the device; None: it has none there."""
-        return None if self.setting.offload else self.setting.memory_bytes(tokens).sum(1).tolist()
+    @cached_property
+    def _model(self) -> Stack:
+        return self.setting.meta_model()
 
 
 def forecast(setting: Setting, gpus: int = 1) -> Forecast:
@@ -110,39 +99,15 @@ def bytes_of_share(setting: Setting, tokens: int, share: Share | None) -> StepBy
     last, gradients of all kept chunks but the last, or states. Of the others the activations grow.
     """
     base = setting.even_from(share)
-    first, more = step_memory(setting, min(tokens, base), share), max(0, tokens - base)
-    if more == 0:
-        return first
+    if tokens <= base:
+        return step_memory(setting, tokens, share)
+    first, more = step_memory(setting, base, share), tokens - base
     if setting.method not in CHUNKED:
         second = step_memory(setting, 2 * base)
         device, host = (round(more * (getattr(second, n) - getattr(first, n)) / base) for n in ("peak", "host"))
         return replace(first, peak=first.peak + device, chunk=first.chunk + device, host=first.host + host)
     cache, grads = setting.memory_bytes(tokens)[share.layers if share else slice(None)].sum(0).tolist()
+    cache, grads, host = (0, 0, cache + grads) if setting.offload else (cache, grads, 0)
     chunk = first.chunk + BATCH * more
-    if setting.offload:
-        return replace(first, peak=first.peak + BATCH * more, chunk=chunk, host=cache + grads)
     peak = first.weights + first.adapter_and_optimizer + cache + grads + chunk
-    return replace(first, peak=peak, cache=cache, cache_gradients=grads, chunk=chunk)
-
-
-def most(fits: Callable[[int], bool], near: int) -> int:
-    """The largest number that fits, if all smaller ones do; found by few questions where it is not far from `near`.
-
-    0 if not even 1 fits.
-    """
-    low, high, step = near, near + 1, 1
-    while low > 0 and not fits(low):
-        low, high, step = max(0, low - step), low, 2 * step
-    while fits(high):
-        low, high, step = high, high + step, 2 * step
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-@functools.cache
-def _meta_model(setting: Setting) -> Stack:
-    """What is trained, without numbers."""
-    base = setting.config(), setting.torch_dtype
-    return random_model(*base, setting.rank, setting.targets, "meta", setting.load_in_4bit)
+    return StepBytes(peak, first.weights, first.adapter_and_optimizer, cache, grads, chunk, host)

@@ -5,12 +5,9 @@ to be run. Of the fill, those on the longest past are enough. Of the rebuilds, t
 one before it also receives some, and the earlier ones do the same on a shorter past.
 """
 
-from __future__ import annotations
-
 import functools
 from collections import deque
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -20,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch import Batch, shift, widen_gradients
-from ..chunks import Chunk, span
+from ..chunks import Chunk
 from ..full import backpropagate
 from ..memory.cache import LayerCache
 from ..memory.kernels import kernel_for
@@ -28,7 +25,6 @@ from ..memory.layer_memory import LayerMemories
 from ..memory.window import FULL, WindowCache
 from ..models.llama import Attention
 from ..models.quantize import Linear4bit, check_bitsandbytes
-from ..models.shapes import random_model
 from ..models.stack import Stack
 from ..pipeline import pipeline_seco as pipeline
 from ..pipeline.links import MOST_ON_THE_WAY, Links
@@ -39,9 +35,6 @@ from ..seco import fill, rebuild
 from .baselines import tiled_full
 from .count import CountBytes
 from .setting import CHUNKED, Setting, Share
-
-# Bytes of the memory and of the gradients that have room in it from the start, both on the device; and in host memory.
-Remembered = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -61,42 +54,36 @@ class StepBytes:
 def step_memory(setting: Setting, tokens: int, share: Share | None = None) -> StepBytes:
     """What a step of `tokens` tokens takes, on one rank of a pipeline or in one process (None). Raises InputError."""
     setting.check()
-    if setting.load_in_4bit:
-        _first_use_of_bitsandbytes(setting.torch_dtype)
-    with ExitStack() as stack:
-        # Not a function mode: recompute runs layers within the backward pass, where such modes are off.
-        stack.enter_context(patch.object(F, "scaled_dot_product_attention", _flash))
-        count = stack.enter_context(CountBytes())
-        model: Stack = random_model(
-            setting.config(), setting.torch_dtype, setting.rank, setting.targets, "meta", setting.load_in_4bit
-        )
-        step: Any = _chunked_step if setting.method in CHUNKED else _whole_step
+    if setting.load_in_4bit:  # the library makes the table of its levels once: or the first step would have taken more
+        check_bitsandbytes()
+        Linear4bit(torch.empty(64, 64, device="meta"), None).weight_as(setting.torch_dtype)
+    # Not a function mode: recompute runs layers within the backward pass, where such modes are off.
+    with patch.object(F, "scaled_dot_product_attention", _flash), CountBytes() as count:
+        model, step = setting.meta_model(), _chunked_step if setting.method in CHUNKED else _whole_step
         if share is not None:
-            step = functools.partial(_rank_step, _learns_before(model, share))
+            learns_before = any(p.requires_grad for p in model.layers[: share.layers.start].parameters())
+            step = functools.partial(_rank_step, learns_before=learns_before)
             model = PipelineStage(model, share.counts, links=LinksToNobody(share))
         states = optimizer_states(model)
         trained = [p for p in model.parameters() if p.requires_grad]
-        frozen = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]
-        weights = sum(x.numel() * x.element_size() for x in frozen)
-        adapter = sum(p.numel() * p.element_size() for p in trained) + sum(s.numel() * 4 for s in states)
-        adapter += sum(p.numel() * max(4, p.element_size()) for p in trained)  # their gradients
+        weights = sum(x.nbytes for x in (*model.parameters(), *model.buffers()) if not x.requires_grad)
+        adapter = sum(x.nbytes for x in (*trained, *states))
+        adapter += sum(p.numel() * max(4, p.itemsize) for p in trained)  # their gradients
         widen_gradients(model)
         ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
         batch = Batch(ids, shift(ids), float(tokens))
-        count.settle()
-        count.lasting()
         count.peak = count.live  # making the model took more, for 4 bits much more; loading it does not
-        cache, grads, host = step(model, batch, setting, count)
+        cache, grads = step(model, batch, setting, count)
     chunk = count.peak - weights - adapter - cache - grads
-    return StepBytes(count.peak, weights, adapter, cache, grads, chunk, host)
+    return StepBytes(count.peak, weights, adapter, cache, grads, chunk, count.left_out)
 
 
-def _chunked_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes) -> Remembered:
+# Each step returns bytes on the device: of the memory, and of the gradients that have room in it from the start.
+
+
+def _chunked_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes) -> tuple[int, int]:
     """SeCO or SpaCO: what seco.py and spaco.py call."""
-    chunks, kept = setting.chunks(batch.input_ids.shape[1])
-    memory, options, remembered = _new_memory(model, kept, setting, count)
-    group = (setting.fill_size or setting.chunk_size) // setting.chunk_size
-    fill(model, batch.input_ids, chunks[:-1][-group:], memory, options)
+    kept, memory, options, remembered = _filled(model, batch, setting, count)
     for chunk in kept[:-3:-1]:
         loss, written, received = rebuild(model, batch, chunk, memory, options)
         if setting.method == "spaco":
@@ -107,16 +94,11 @@ def _chunked_step(model: Stack, batch: Batch, setting: Setting, count: CountByte
 
 
 def _rank_step(
-    learns_before: bool, stage: PipelineStage, batch: Batch, setting: Setting, count: CountBytes
-) -> Remembered:
+    stage: PipelineStage, batch: Batch, setting: Setting, count: CountBytes, learns_before: bool
+) -> tuple[int, int]:
     """One rank of a pipeline: what pipeline_seco.py calls, until the pipeline is full."""
-    chunks, kept = setting.chunks(batch.input_ids.shape[1])
-    memory, options, remembered = _new_memory(stage, kept, setting, count)
-    links = stage.links
-    group = (setting.fill_size or setting.chunk_size) // setting.chunk_size
-    groups = [chunks[:-1][max(0, stop - group) : stop] for stop in range(len(chunks) - 1, 0, -group)]
-    for some in reversed(groups[: MOST_ON_THE_WAY + 1]):  # what they have handed on lives on
-        memory.write(some, stage.fill(batch.input_ids[:, span(some)], memory, some, options))
+    links, passes = stage.links, MOST_ON_THE_WAY + 1  # what the passes of the fill have handed on lives on
+    kept, memory, options, remembered = _filled(stage, batch, setting, count, passes)
     weight = Weight(1.0, 2.0 if setting.method == "spaco" else 1.0)
     walk = [(chunk, weight) for chunk in kept[-1 - max(links.ranks - links.rank, MOST_ON_THE_WAY) :]]
     with pipeline.tied_weight_summed(stage):
@@ -126,40 +108,36 @@ def _rank_step(
     return remembered
 
 
-def _whole_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes) -> Remembered:
+def _whole_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes) -> tuple[int, int]:
     """A step without chunks."""
     for layer in model.modules():
         if isinstance(layer, Attention):  # or each made a mask of (tokens, tokens), as no trainer of long texts does
             layer.pattern = FULL
     if setting.method in ("full", "full-recompute"):
         backpropagate(model, batch, recompute=setting.method == "full-recompute")
-        return 0, 0, 0
-    host = 0
-
-    def room(x: Tensor) -> Tensor:
-        nonlocal host
-        host += x.numel() * x.element_size()
-        return count.elsewhere(lambda: torch.empty_like(x), lambda made: [made])
-
-    tiled_full(model, batch, offload=setting.method.endswith("offload"), room=room)
-    return 0, 0, host
+    else:
+        tiled_full(model, batch, offload=setting.method.endswith("offload"), room=count.room)
+    return 0, 0
 
 
-def _new_memory(
-    model: Stack, kept: Sequence[Chunk], setting: Setting, count: CountBytes
-) -> tuple[LayerMemories, Options, Remembered]:
-    """The memory of a step, its options, and what it takes; with offload it is not on the device, and not counted."""
-    options = setting.options()
+def _filled(
+    model: Any, batch: Batch, setting: Setting, count: CountBytes, passes: int = 1
+) -> tuple[Sequence[Chunk], LayerMemories, Options, tuple[int, int]]:
+    """The chunks that a step keeps, its memory after the last passes of the fill, its options, and what the memory
+    takes; with offload that is not on the device, and not counted."""
+    (chunks, kept), options, peak = setting.chunks(batch.input_ids.shape[1]), setting.options(), count.peak
     with torch.device("meta"):  # the host's part too
-        memory: LayerMemories = count.elsewhere(
-            lambda: model.new_memory(1, kept[-1].start, kept[:-1], options),
-            lambda made: [x for use in made.tensors() for x in use] if setting.offload else [],
-        )
-    cache, grads = memory.tensors().bytes()  # and not what comes later and goes: that is a chunk's
+        memory = model.new_memory(1, kept[-1].start, kept[:-1], options)
+    found = memory.tensors()  # and not what comes later and goes: that is a chunk's
+    remembered = (0, 0) if setting.offload else found.bytes()
+    if setting.offload:
+        count.leave_out(*found.remembered, *found.gradients, peak=peak)
     for layer in memory.layers:
         if isinstance(layer, LayerCache | WindowCache):
             layer.kernel = kernel_for(setting.device, setting.torch_dtype, model.config.head_dim)
-    return memory, options, ((0, 0, cache + grads) if setting.offload else (cache, grads, 0))
+    last = passes * ((setting.fill_size or setting.chunk_size) // setting.chunk_size)
+    fill(model, batch.input_ids, chunks[:-1][-last:], memory, options)
+    return kept, memory, options, remembered
 
 
 class LinksToNobody(Links):
@@ -183,19 +161,6 @@ class LinksToNobody(Links):
 
     def add(self, x: Tensor, group: Any = None) -> None:
         """Nothing comes from others."""
-
-
-def _learns_before(model: Stack, share: Share) -> bool:
-    """Whether anything learns on the ranks before this one."""
-    before = [model.embedding, *model.layers[: share.layers.start]] if share.rank else []
-    return any(parameter.requires_grad for module in before for parameter in module.parameters())
-
-
-@functools.cache
-def _first_use_of_bitsandbytes(dtype: torch.dtype) -> None:
-    """Let the library make the table of its levels, which it does once: or the first step would have taken more."""
-    check_bitsandbytes()
-    Linear4bit(torch.empty(64, 64, dtype=dtype, device="meta"), None).weight_as(dtype)
 
 
 def optimizer_states(model: nn.Module) -> list[Tensor]:

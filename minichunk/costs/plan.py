@@ -1,7 +1,5 @@
 """`minichunk plan`: will it fit? The forecast, against the memory that there is."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import asdict, dataclass, replace
 from json import dumps
@@ -11,15 +9,14 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..files.atomic import human_bytes
+from ..memory.window import FULL
 from ..training.options import StepOptions, changed, option
 from .forecast import forecast
 from .setting import CHUNKED, METHODS, Setting, Share
 
 UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-LEFT_OUT = (
-    "the CUDA context, the allocator's fragmentation and the libraries' own buffers (the reserve stands for them); and"
-    " the masks (tokens x tokens) that methods without chunks make for layers with windows, where a kernel needs none"
-)
+LEFT_OUT = "the CUDA context, the allocator's fragmentation, the libraries' own buffers (the reserve stands for them)"
+MASKS = "masks (tokens x tokens) that methods without chunks make for layers with windows, where a kernel needs none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +43,10 @@ class PlanOptions(Setting):
 
 def parse_bytes(text: str) -> int:
     """'24GiB', '80 GB' or a plain number of bytes. Raises InputError."""
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", text)
-    try:
-        assert match is not None
-        return int(float(match[1]) * UNITS[match[2].lower()])
-    except (AssertionError, KeyError, ValueError):
-        raise InputError(f"{text!r} is not an amount of memory; write it like 24GiB, 80GB or 512MiB") from None
+    match = re.fullmatch(r"\s*(\d+|\d*\.\d+)\s*([a-z]*)\s*", text.lower())
+    if match is None or match[2] not in UNITS:
+        raise InputError(f"{text!r} is not an amount of memory; write it like 24GiB, 80GB or 512MiB")
+    return int(float(match[1]) * UNITS[match[2]])
 
 
 def run_plan(options: PlanOptions) -> None:
@@ -64,20 +59,17 @@ def plan(options: PlanOptions) -> dict[str, Any]:
     """The forecast as one JSON object: of the method, and with `compare` of the others too. Raises InputError."""
     memory, reserve, host = (parse_bytes(text) for text in (options.memory, options.reserve, options.host_memory))
     others = (METHODS if options.gpus == 1 else CHUNKED) if options.compare else ()
-    methods, here = {}, forecast(options, options.gpus)
-    for method in tqdm(
-        dict.fromkeys([options.method, *others]), "plan", unit="method", leave=False, disable=options.json
-    ):
+    methods: dict[str, Any] = {}
+    for method in tqdm({options.method: 0} | dict.fromkeys(others), "plan", leave=False, disable=options.json):
         line = forecast(replace(options, method=method), options.gpus)
         longest = line.longest(memory - reserve, host)
-        device_growth, host_growth = line.growth(longest or options.seq_len or options.chunk_size)
-        methods[method] = {
-            "max_tokens": longest, "bytes_per_token": device_growth, "host_bytes_per_token": host_growth
-        }  # fmt: skip
-    longest = int(methods[options.method]["max_tokens"])
+        device, on_host = line.growth(longest or options.seq_len or options.chunk_size)
+        methods[method] = {"max_tokens": longest, "bytes_per_token": device, "host_bytes_per_token": on_host}
+    longest, here = methods[options.method]["max_tokens"], forecast(options, options.gpus)
     length = options.seq_len or longest or options.chunk_size
     at, share = here.at(length), here.largest_share(length)
-    num_chunks = -(-length // options.chunk_size)
+    chunks, kept = options.chunks(length)
+    makes_masks = {*options.patterns()} - {FULL} and {*methods} - {*CHUNKED}
     return {
         "model": options.model,
         "gpus": options.gpus,
@@ -92,31 +84,31 @@ def plan(options: PlanOptions) -> dict[str, Any]:
         "max_tokens": longest,
         "breakdown": {name: value for name, value in asdict(at).items() if name not in ("peak", "host")},
         "methods": methods,
-        "chunks": num_chunks,
-        "most_kept": options.kept(num_chunks),
+        "chunks": len(chunks),
+        "most_kept": len(kept),
         "sampler": options.sampler,
-        "left_out": LEFT_OUT,
+        "left_out": f"{LEFT_OUT}; {MASKS}" if makes_masks else LEFT_OUT,
     }
 
 
 def describe(found: dict[str, Any]) -> str:
     """The forecast in words."""
     fits = "fits" if found["fits"] else "does NOT fit"
-    several, who = found["gpus"] > 1, ""
-    if several:
-        layers = Share(tuple(found["layers_per_rank"]), found["largest_rank"]).layers
-        which = f"rank {found['largest_rank']}, layers {layers.start} to {layers.stop - 1}"
+    who, split, of = "", "", ""
+    if found["gpus"] > 1:
+        counts, rank = tuple(found["layers_per_rank"]), found["largest_rank"]
+        layers, of = Share(counts, rank).layers, " of all GPUs"
+        which = f"rank {rank}, layers {layers.start} to {layers.stop - 1}"
         who = f", on that of {found['gpus']} GPUs which needs most ({which})"
+        split = f"\nlayers of each rank: {', '.join(map(str, counts))}"
     lines = [
         f"{found['model']}, {found['method']}: the longest sequence that fits has {found['max_tokens']:,} tokens",
         f"peak at {found['seq_len']:,} tokens{who}: {human_bytes(found['peak_bytes'])}; {fits} into "
-        f"{human_bytes(found['memory_bytes'])} less a reserve of {human_bytes(found['reserve_bytes'])}",
-        *([f"layers of each rank: {', '.join(map(str, found['layers_per_rank']))}"] if several else []),
+        f"{human_bytes(found['memory_bytes'])} less a reserve of {human_bytes(found['reserve_bytes'])}{split}",
         "",
+        *(f"  {name.replace('_', ' '):22} {human_bytes(n):>10}" for name, n in found["breakdown"].items()),
     ]
-    lines += [f"  {name.replace('_', ' '):22} {human_bytes(n):>10}" for name, n in found["breakdown"].items()]
     if found["host_bytes"]:
-        of = " of all GPUs" if several else ""
         lines.append(f"  {'in host memory' + of:22} {human_bytes(found['host_bytes']):>10}")
     lines += ["", "  method                    longest   grows per token"]
     for method, row in found["methods"].items():

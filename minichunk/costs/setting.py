@@ -1,7 +1,5 @@
 """What is to be trained and how, as a forecast is told."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +8,11 @@ from torch import Tensor
 
 from ..chunks import Chunk, cut
 from ..memory.attention import BLOCK
-from ..memory.window import Strided
+from ..memory.window import Pattern, Strided
 from ..models.config import LlamaConfig
 from ..models.partial import partial_config
-from ..models.shapes import NAMES, layer_memory_bytes, shape
+from ..models.shapes import NAMES, layer_memory_bytes, random_model, shape
+from ..models.stack import Stack
 from ..pipeline.links import MOST_ON_THE_WAY
 from ..protocol import Options
 from ..samplers import most_kept
@@ -64,6 +63,16 @@ class Setting(StepOptions):
         config, pattern = shape(self.model), self.pattern()
         return config if pattern is None else partial_config(config, pattern, self.full_layers)
 
+    def meta_model(self) -> Stack:
+        """What is trained, without numbers."""
+        shaped = self.config(), self.torch_dtype, self.rank, self.targets
+        return random_model(*shaped, "meta", self.load_in_4bit)
+
+    def patterns(self) -> list[Pattern]:
+        """What each layer of attention sees; nothing of a model with states."""
+        config = self.config()
+        return config.patterns() if isinstance(config, LlamaConfig) else []
+
     def kept(self, num_chunks: int) -> int:
         """The most chunks that a step keeps, see `most_kept`."""
         return most_kept(self.sampler, self.budget, num_chunks) if self.method == "spaco" else num_chunks
@@ -90,10 +99,8 @@ class Setting(StepOptions):
         """
         if self.method not in CHUNKED:
             return 1024
-        config = self.config()
-        patterns = config.patterns() if isinstance(config, LlamaConfig) else []
-        stride = max((p.stride for p in patterns if isinstance(p, Strided)), default=1)
-        reach = max((p.reach + getattr(p, "sinks", 0) for p in patterns), default=0)
+        stride = max((p.stride for p in self.patterns() if isinstance(p, Strided)), default=1)
+        reach = max((p.reach + getattr(p, "sinks", 0) for p in self.patterns()), default=0)
         passes = 1 if share is None else MOST_ON_THE_WAY + 1  # a rank still has what it has handed on in them
         tokens = max(BLOCK * stride, passes * (self.fill_size or 0), reach)
         in_flight = 0 if share is None else len(share.counts) - share.rank

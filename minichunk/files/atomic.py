@@ -1,16 +1,10 @@
-"""Writing a file so that it is either whole or absent, and reading safetensors with errors in words.
+"""Writing a file so that it is either whole or absent, and reading with errors in words."""
 
-The library of safetensors is imported where it is used: a model with random weights needs PyTorch alone.
-"""
-
-from __future__ import annotations
-
-import errno
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import blake2b, file_digest
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +16,20 @@ from ..errors import InputError
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, which takes its place once the block has ended well."""
+    """Yield a temporary path beside `path`, which takes its place once the block has ended well. Raises InputError."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
+        temporary.chmod(mode)  # safetensors writes for the owner alone
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())  # the content is on the disk before the name is
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -52,8 +42,7 @@ def write_json(path: str | Path, value: object) -> None:
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save_file  # here, because a model with random weights needs PyTorch alone
 
     with replacing(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
@@ -61,33 +50,15 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[s
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """Read a JSON object. Raises InputError."""
-    path = Path(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing") from None
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} must hold a JSON object")
     return value
-
-
-def digest(path: Path) -> str:
-    """Of a file's size and bytes: of a safetensors file of more than 64 MiB those of 256 blocks; "" of no file."""
-    if not path.is_file():
-        return ""
-    size, block = path.stat().st_size, 2**18
-    found = blake2b(str(size).encode(), digest_size=16)
-    with path.open("rb") as file:
-        if path.suffix != ".safetensors" or size <= 256 * block:
-            return file_digest(file, lambda: found).hexdigest()
-        for i in range(256):
-            file.seek(i * (size - block) // 255)
-            found.update(file.read(block))
-    return found.hexdigest()
 
 
 def json_lines(path: str | Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -106,46 +77,37 @@ def open_tensors(path: str | Path, device: str = "cpu") -> Iterator[Any]:
     """Open a safetensors file to read tensor by tensor. Raises InputError if it is missing or damaged."""
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).is_file():
-        raise InputError(f"{path} is missing")
     try:
         with safe_open(str(path), framework="pt", device=device) as file:
             yield file
-    except SafetensorError as error:
-        raise InputError(f"{path} is not a whole safetensors file (get it again): {error}") from None
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is not a whole safetensors file: {error}") from None
 
 
 def make_directory(directory: str | Path) -> Path:
     """Create a directory to write into. Raises InputError where that is impossible."""
-    directory = Path(directory)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        Path(directory).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        if error.errno in (errno.EEXIST, errno.ENOTDIR):
-            raise InputError(f"{directory} or a folder above it is a file, but must be a directory") from None
-        raise InputError(f"cannot make the directory {directory}: {error.strerror}") from None
-    return directory
+        raise InputError(f"cannot make the directory {directory} ({error.strerror})") from None
+    return Path(directory)
 
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes that are free on the device; None where that is not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if device.type == "cpu" and Path("/proc/meminfo").exists():
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), None)
-    return None
+    info = Path("/proc/meminfo")
+    found = re.search(r"MemAvailable: *(\d+)", info.read_text()) if device.type == "cpu" and info.exists() else None
+    return int(found[1]) * 1024 if found else None
 
 
 def check_room(what: str, needed: float, device: torch.device, advice: str) -> None:
-    """Raise InputError unless `needed` bytes are free on the device: before anything is read, not half-way.
-
-    advice: what to do about it, for the message.
-    """
+    """Raise InputError, with advice, unless `needed` bytes are free: before anything is read, not half-way."""
     free = free_memory(device)
     if free is not None and needed > free:
-        where = f"{what} needs {human_bytes(needed)} on {device}, but only {human_bytes(free)} are free there"
-        raise InputError(f"{where}: {advice}")
+        where = f"on {device}, but only {human_bytes(free)} are free there"
+        raise InputError(f"{what} needs {human_bytes(needed)} {where}: {advice}")
 
 
 def human_bytes(count: float) -> str:

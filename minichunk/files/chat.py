@@ -5,8 +5,6 @@ is the assistant's. For the others, marks are put around what each message says.
 message went, and a few renderings of the beginning show what the template itself writes between messages.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -1,12 +1,10 @@
 """The tensors of a Hugging Face checkpoint directory, in and out: safetensors, in one file or in shards."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
-from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from hashlib import blake2b, file_digest
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +32,30 @@ def checkpoint_directory(directory: str | Path) -> Path:
     return Path(directory)
 
 
+def digest(path: Path) -> str:
+    """Of a file's size and bytes: of a safetensors file of more than 64 MiB those of 256 blocks; "" of no file."""
+    if not path.is_file():
+        return ""
+    size, block = path.stat().st_size, 2**18
+    found = blake2b(str(size).encode(), digest_size=16)
+    with path.open("rb") as file:
+        if path.suffix != ".safetensors" or size <= 256 * block:
+            return file_digest(file, lambda: found).hexdigest()
+        for i in range(256):
+            file.seek(i * (size - block) // 255)
+            found.update(file.read(block))
+    return found.hexdigest()
+
+
 def checkpoint_bytes(directory: Path) -> int:
     """Size of the files that hold the tensors. Raises InputError if there are none."""
     return sum(path.stat().st_size for path in _find_tensors(directory) if path.is_file())
 
 
 def read_checkpoint(
-    directory: Path,
-    shapes: Mapping[str, Sequence[int]],
-    tied: Mapping[str, str],
-    here: Collection[str],
+    directory: Path, shapes: Mapping[str, Sequence[int]], tied: Mapping[str, str], here: Collection[str],
     device: str | torch.device,
-) -> Iterator[tuple[str, Tensor]]:
+) -> Iterator[tuple[str, Tensor]]:  # fmt: skip
     """Yield the tensors one by one, on the device; the host holds one at a time.
 
     shapes: what the model needs, by name. tied: names of copies, each with what it must equal if it is there.
@@ -54,12 +64,10 @@ def read_checkpoint(
     """
     from tqdm import tqdm
 
-    names_by_file = _find_tensors(directory)
-    size = checkpoint_bytes(directory)
-    total, quiet = size * len(here) // max(1, len(shapes)), size < 10**9 or os.environ.get("RANK", "0") != "0"
-    bar = tqdm(total=total, desc=f"load {directory.name}", unit="B", unit_scale=True, leave=False, disable=quiet)
+    quiet = checkpoint_bytes(directory) < 10**9 or os.environ.get("RANK", "0") != "0"
+    bar = tqdm(total=len(here), desc=f"load {directory.name}", unit="tensor", leave=False, disable=quiet)
     found: dict[str, Path] = {}
-    for path, names in names_by_file.items():
+    for path, names in _find_tensors(directory).items():
         with open_tensors(path, str(device)) as file:
             for name in names or file.keys():
                 if name in tied or name.endswith("rotary_emb.inv_freq"):
@@ -67,22 +75,18 @@ def read_checkpoint(
                     continue
                 if name not in shapes:
                     raise InputError(f"{path} has the tensor {name}, which a model of this config.json lacks")
-                if name not in file.keys():  # noqa: SIM118 (not a dict)
-                    raise InputError(f"{path} lacks the tensor {name} that {_INDEX} says is in it")
                 shape, expected = file.get_slice(name).get_shape(), list(shapes[name])
                 if shape != expected:
                     raise InputError(f"{path}: {name} has the shape {shape}, but config.json makes it {expected}")
                 found[name] = path
-                if name not in here:
-                    continue
-                tensor = file.get_tensor(name)
-                if not tensor.is_floating_point():
-                    raise InputError(f"{path}: {name} is {tensor.dtype}, but must be floating point (unquantized)")
-                bar.update(tensor.nbytes)
-                yield name, tensor
+                if name in here:
+                    tensor = file.get_tensor(name)
+                    if not tensor.is_floating_point():
+                        raise InputError(f"{path}: {name} is {tensor.dtype}, but must be floating point (unquantized)")
+                    bar.update()
+                    yield name, tensor
     bar.close()
-    missing = [name for name in shapes if name not in found]
-    if missing:
+    if missing := [name for name in shapes if name not in found]:
         raise InputError(f"{directory}: the tensor {missing[0]} is missing (and {len(missing) - 1} more)")
     for copy in tied.keys() & found.keys():
         with open_tensors(found[copy]) as a, open_tensors(found[tied[copy]]) as b:
@@ -101,18 +105,15 @@ def _find_tensors(directory: Path) -> dict[Path, list[str]]:
         weight_map = read_json(directory / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{directory / _INDEX} lacks the object weight_map")
-        by_file = defaultdict(list)
+        by_file: dict[Path, list[str]] = {}
         for name, file in weight_map.items():
             if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
                 raise InputError(f"{directory / _INDEX} puts {name} into {file!r}; it must be a file name alone")
-            by_file[directory / file].append(name)
+            by_file.setdefault(directory / file, []).append(name)
         return by_file
-    pickled = sorted([*directory.glob("*.bin"), *directory.glob("*.pth"), *directory.glob("*.pt")])
-    if pickled:
-        raise InputError(
-            f"{pickled[0]} is pickled, and unpickling runs whatever code the file holds; convert it where you trust "
-            "it, with transformers: AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
-        )
+    if pickled := [path for path in directory.iterdir() if path.suffix in (".bin", ".pth", ".pt")]:
+        how = "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
+        raise InputError(f"{pickled[0]} is pickled, and may run any code; convert it with transformers: {how}")
     raise InputError(f"{directory} has neither model.safetensors nor {_INDEX}")
 
 
@@ -123,7 +124,7 @@ def write_checkpoint(
 
     origin: where tokenizer, chat template and generation config are taken from, but for those that are there.
     """
-    directory = make_directory(directory)
+    directory = Path(directory)
     for path in [path for pattern in _BESIDE for path in (origin.glob(pattern) if origin else ())]:
         target = directory / path.relative_to(origin or "")
         if path.is_file() and not target.exists():

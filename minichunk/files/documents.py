@@ -5,8 +5,6 @@ has a character of a span: so the tokens are those that the model will meet, wha
 beginning and end.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -80,11 +78,9 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 
 def read_documents(
-    paths: Sequence[str | Path],
-    tokenizer: Tokenizer,
-    eos_token_id: int | None = None,
+    paths: Sequence[str | Path], tokenizer: Tokenizer, eos_token_id: int | None = None,
     chat: ChatTemplate | None = None,
-) -> list[Document]:
+) -> list[Document]:  # fmt: skip
     """Read files of text (one document each) and of JSON, lines or an array (one document a row), told by content.
 
     A row is an object with `text`; with `prompt` and `completion`, of which the completion is learnt; or with

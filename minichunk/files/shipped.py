@@ -1,7 +1,5 @@
 """What comes with the package: a small trained model, a smaller one with a state, and novels."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 ASSETS = Path(__file__).parents[1] / "assets"

@@ -12,10 +12,7 @@ Shapes: B batch, H query heads, G key-value heads, C tokens of the chunk, D head
 q (B, H, C, D); k, v of the chunk (B, G, C, D), of the past (B, G, n, D); out (B, H, C, D); lse (B, H, C).
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,19 +20,6 @@ from torch import Tensor
 from .kernels import Kernel, pick_kernel
 
 BLOCK = 2048  # positions of the past whose gradients are computed at a time: bounds what is in flight
-
-
-class KeyValues(Protocol):
-    """What attention asks of a layer's memory: keys and values of its past, and to take gradients."""
-
-    def blocks(self, stop: int, size: int | None) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield (position, keys, values) of the positions before `stop`, at most `size` at a time; None: any number.
-
-        keys, values: (B, G, n, D) with n at least 1, from that position on.
-        """
-
-    def add_grads(self, position: int, key_grads: Tensor, value_grads: Tensor) -> None:
-        """Add the gradients (B, G, n, D) that a later chunk sends back to the n positions from that one."""
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,7 +36,7 @@ def fold(x: Tensor, G: int) -> Tensor:
 
 
 class Past:
-    """What a chunk's attention holds by reference instead of saving: a layer's memory and its place in it.
+    """What a chunk's attention holds by reference instead of saving: a layer's memory (cache.py) and its place in it.
 
     save: for a layer that recompute runs twice. The first run leaves the attention's output and log-sum-exp
     here and the second takes them, so that only what lies before and after the attention is run again.

@@ -4,8 +4,6 @@ Room for keys and values is there from the start. Chunks are written into it and
 gradients that later chunks send back are added in place, so that the past is never copied.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -71,11 +69,16 @@ class LayerCache:
         self.keys[:, :, here], self.values[:, :, here] = written  # (B, G, C, D) each
 
     def blocks(self, stop: int, size: int | None) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """(position, keys, values) of what comes before `stop`, at most `size` positions at a time; None: any number.
+
+        keys, values: (B, G, n, D) with n at least 1, from that position on.
+        """
         for start in range(0, stop, size or stop or 1):
             here = slice(start, min(start + size, stop) if size else stop)
             yield start, self.keys[:, :, here], self.values[:, :, here]
 
     def add_grads(self, position: int, key_grads: Tensor, value_grads: Tensor) -> None:
+        """Add the gradients (B, G, n, D) that a later chunk sends back to the n positions from that one."""
         for start, stop, row in self.rows.of(position, position + key_grads.shape[2]):
             here, sent = slice(row, row + stop - start), slice(start - position, stop - position)
             self.key_grads[:, :, here] += key_grads[:, :, sent]

@@ -6,8 +6,6 @@ Another version may change them, so each is tried on a few numbers before it is 
 Shapes: q (B, H, C, D); k, v (B, G, C or past, D); out (B, H, C, D); lse (B, H, C).
 """
 
-from __future__ import annotations
-
 import functools
 import warnings
 from dataclasses import dataclass

@@ -1,9 +1,7 @@
 """A model's memory: one for each of its layers."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -23,7 +21,7 @@ class MemorySpec:
     """What a layer is told that makes a memory of its own.
 
     Room for `batch` sequences of up to `capacity` positions, and for the gradients of the receiving chunks alone.
-    like: a tensor of the model's dtype, on its device.
+    like: a tensor of the model's dtype, on its device. device_blocks: what layers with offload share (offload.py).
     """
 
     batch: int
@@ -31,13 +29,7 @@ class MemorySpec:
     receiving: Sequence[Chunk]
     options: Options
     like: Tensor
-    _common: dict[Any, Any] = field(default_factory=dict)
-
-    def common(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What layers of the same kind share: the first one to ask makes it."""
-        if key not in self._common:
-            self._common[key] = make()
-        return self._common[key]
+    device_blocks: Any = None
 
 
 class MemoryUse(NamedTuple):

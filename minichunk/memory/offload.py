@@ -10,10 +10,9 @@ Rows are positions: a block is (positions, 2, B, G, D), keys and values together
 positions is one piece of memory and one copy.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -48,7 +47,7 @@ class Lane:
         """What is issued within the block runs in this lane."""
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
-    def follow(self, other: Lane) -> None:
+    def follow(self, other: "Lane") -> None:
         """Go on only after all that has been issued in the other lane."""
         if self.device is not None:
             self.stream.wait_stream(other.stream)
@@ -97,15 +96,7 @@ class DeviceBlocks:
         self.sums = like.new_empty((BLOCK, *row), dtype=grad_dtype)
         device = streams_of(like)
         self.main, self.bring, self.send = Lane("main", device), Lane("bring", device), Lane("send", device)
-        self.turn = self.departure = 0
-
-    def next_arrival(self) -> Slot:
-        self.turn += 1
-        return self.arrivals[self.turn % 2]
-
-    def next_departure(self) -> Slot:
-        self.departure += 1
-        return self.departures[self.departure % 2]
+        self.coming, self.going = cycle(self.arrivals), cycle(self.departures)  # in turn
 
     def host(self, rows: int, dtype: torch.dtype, zero: bool = False) -> Tensor:
         """A block (rows, 2, B, G, D) in host memory, pinned where the device is a GPU."""
@@ -137,10 +128,11 @@ class HostStore(DeviceStore):
         """Up to the ends of blocks, one after the other on the device: the next one comes while one is at work."""
         main = self.device.main
         parts = [part for start, stop, row in runs for part in by_block(start, row, stop - start)]
-        coming = self._bring(parts[0]) if parts else None
-        for i, (at, low, high) in enumerate(parts):
-            assert coming is not None
-            slot, coming = coming, self._bring(parts[i + 1]) if i + 1 < len(parts) else None
+        slots = map(self._bring, parts)  # each is brought when it is asked for
+        coming = next(slots, None)
+        for at, low, high in parts:
+            slot, coming = coming, next(slots, None)
+            assert slot is not None
             slot.wait(FILLED, main)
             keys, values = slot.buffer[: high - low].permute(1, 2, 3, 0, 4)  # (B, G, n, D) each
             yield at, keys, values
@@ -148,7 +140,7 @@ class HostStore(DeviceStore):
 
     def _bring(self, part: tuple[int, int, int]) -> Slot:
         """Start to copy these rows to the device."""
-        slot, bring, (_, low, high) = self.device.next_arrival(), self.device.bring, part
+        slot, bring, (_, low, high) = next(self.device.coming), self.device.bring, part
         with bring():
             slot.wait(FREE, bring)
             rows = self.blocks[low // BLOCK][low % BLOCK :][: high - low]
@@ -164,7 +156,7 @@ class HostStore(DeviceStore):
         main, send = self.device.main, self.device.send
         for low in range(0, key_grads.shape[2], BLOCK):
             part = slice(low, low + BLOCK)
-            slot, n = self.device.next_departure(), min(BLOCK, key_grads.shape[2] - low)
+            slot, n = next(self.device.going), min(BLOCK, key_grads.shape[2] - low)
             slot.wait(FREE, main)
             slot.buffer[:n, 0] = key_grads[:, :, part].permute(2, 0, 1, 3)
             slot.buffer[:n, 1] = value_grads[:, :, part].permute(2, 0, 1, 3)

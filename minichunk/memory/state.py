@@ -10,8 +10,6 @@ is run again leaves it out. SeCO's gradient is the same either way. In SpaCO wha
 needs all chunks on the way to be kept.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -8,8 +8,6 @@ Attention is again made of two: to a band of positions that ends with the query'
 before that band. Shapes are those of attention.py.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -126,7 +124,8 @@ class WindowPast(Past):
     def forward(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """out and lse."""
         runs, start = self.runs(q, kernel), self.start
-        low, keys, values = self.band(runs[0].low, k, v)
+        low = runs[0].low
+        keys, values = self.read([(low, start), (start, start + k.shape[2])], k, v)  # the band
         parts = []
         for run in runs:
             rows, columns = slice(run.start - start, run.stop - start), slice(run.low - low, run.stop - low)
@@ -146,9 +145,10 @@ class WindowPast(Past):
         self, kernel: Kernel, sends_back: bool, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of q, k and v; those of the past go to the memory."""
-        runs, start, wide = self.runs(q, kernel), self.start, lse.dtype
-        low, keys, values = self.band(runs[0].low, k, v)
-        dq, dk, dv = (x.new_zeros(x.shape, dtype=wide) for x in (q, keys, values))  # dk, dv: of the band
+        runs, start = self.runs(q, kernel), self.start
+        low = runs[0].low
+        keys, values = self.read([(low, start), (start, start + k.shape[2])], k, v)  # the band
+        dq, dk, dv = (x.new_zeros(x.shape, dtype=lse.dtype) for x in (q, keys, values))
         for run in runs:
             rows, columns = slice(run.start - start, run.stop - start), slice(run.low - low, run.stop - low)
             grad_, q_, out_, lse_ = (x[:, :, rows] for x in (grad, q, out, lse))
@@ -156,20 +156,16 @@ class WindowPast(Past):
             grads = kernel.backward(grad_, q_, keys_, values_, out_, lse_, run.window)
             for total, place, part in zip((dq, dk, dv), (rows, columns, columns), grads, strict=True):
                 total[:, :, place] += part
-        before = start - low
-        if before and sends_back:
-            self.memory.add_grads(low, dk[:, :, :before], dv[:, :, :before])
-        dk, dv = dk[:, :, before:], dv[:, :, before:]  # the chunk's own
+        if sends_back:
+            self.memory.add_grads(low, dk[:, :, : start - low], dv[:, :, : start - low])
+        dk, dv = (x[:, :, start - low :] for x in (dk, dv))  # the chunk's own
         for row, spans in self.pinned(runs):
             keys, values = self.read(spans, k, v)
-            of_rows = (fold(x[:, :, row:], k.shape[1]) for x in (grad, q, out, lse))
-            grad_, q_, out_, lse_ = kernel.prepare(*of_rows)
+            grad_, q_, out_, lse_ = (fold(x[:, :, row:], k.shape[1]) for x in (grad, q, out, lse))
             dq_part, *parts = kernel.backward(grad_, q_, keys, values, out_, lse_)
             dq[:, :, row:] += dq_part.reshape(dq[:, :, row:].shape)
-            at = 0
-            for first, last in spans:
-                dk_part, dv_part = (x[:, :, at : at + last - first] for x in parts)
-                at += last - first
+            sizes = [last - first for first, last in spans]
+            for (first, last), dk_part, dv_part in zip(spans, *(x.split(sizes, 2) for x in parts), strict=True):
                 if first >= start:
                     dk[:, :, first - start : last - start] += dk_part
                     dv[:, :, first - start : last - start] += dv_part
@@ -187,13 +183,6 @@ class WindowPast(Past):
                 found.append(QueryRun(start, min(start + most, run.stop), low, run.window))
         return found
 
-    def band(self, low: int, k: Tensor, v: Tensor) -> tuple[int, Tensor, Tensor]:
-        """The positions from `low` to the chunk's end, side by side: (low, keys, values)."""
-        if low >= self.start:
-            return self.start, k, v
-        keys, values = self.memory.read([(low, self.start)])
-        return low, torch.cat((keys, k), 2), torch.cat((values, v), 2)
-
     def pinned(self, runs: Sequence[QueryRun]) -> Iterator[tuple[int, list[Span]]]:
         """Pinned positions, at most BLOCK at a time, with the row of the first query of the chunk that sees them."""
         seen, start = 0, self.start
@@ -205,14 +194,11 @@ class WindowPast(Past):
             seen = max(seen, run.low)
 
     def read(self, spans: Sequence[Span], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, G, n, D) of pinned positions, those of the past first."""
-        past = [span for span in spans if span[0] < self.start]
-        found = [self.memory.read(past)] if past else []
-        for first, last in spans[len(past) :]:
-            here = slice(first - self.start, last - self.start)
-            found.append((k[:, :, here], v[:, :, here]))
-        keys, values = zip(*found, strict=True)
-        return torch.cat(keys, 2), torch.cat(values, 2)
+        """Copies of the keys and values (B, G, n, D) of these positions, those of the past before the chunk's own."""
+        past = self.memory.read([span for span in spans if span[0] < self.start])
+        own = [slice(first - self.start, last - self.start) for first, last in spans if first >= self.start]
+        keys, values = (torch.cat([x, *(y[:, :, here] for here in own)], 2) for x, y in zip(past, (k, v), strict=True))
+        return keys, values
 
 
 def at_most(count: int, spans: Sequence[Span]) -> Iterator[list[Span]]:
@@ -310,7 +296,7 @@ class WindowCache:
         return kind(self, chunks[0].start, save, self.kernel)
 
     def blocks(self, stop: int, size: int | None) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Of full attention: see attention.KeyValues. The pieces are the store's, whatever `size` is."""
+        """Of full attention: see cache.LayerCache. The pieces are the store's, whatever `size` is."""
         return self.store.pieces([(0, stop, 0)] if stop else [])
 
     def write(self, chunks: Sequence[Chunk], written: tuple[Tensor, ...]) -> None:
@@ -344,7 +330,7 @@ class WindowCache:
         return keys, values
 
     def add_grads(self, position: int, key_grads: Tensor, value_grads: Tensor) -> None:
-        """See attention.KeyValues."""
+        """See cache.LayerCache."""
         stop = position + key_grads.shape[2]
         for chunk, parts in self.sums.items():
             for i, (start, end, sums) in enumerate(parts if chunk.start < stop and position < chunk.stop else ()):
@@ -364,7 +350,7 @@ class WindowCache:
             return tuple(x.to(like.dtype) for x in self.store.take(parts[0][2]))
         totals = [like.new_zeros((B, G, chunk.stop - chunk.start, D)) for _ in range(2)]
         for start, stop, sums in parts:
-            for total, part in zip(totals, self.store.take(sums) if sums is not None else (), strict=False):
+            for total, part in zip(totals, () if sums is None else self.store.take(sums), strict=sums is not None):
                 total[:, :, start - chunk.start : stop - chunk.start] = part
         return tuple(totals)
 

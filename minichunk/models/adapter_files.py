@@ -4,8 +4,6 @@ An adapter that was trained on a base made to see a part of its past is none tha
 stored, it would be part of another function. Its `peft_type` is therefore one that PEFT refuses.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,11 +33,9 @@ _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {"init_lora_weights": (True, False
 
 
 def save_adapter(
-    model: Stack,
-    directory: str | Path,
-    base_model: str | Path = "",
+    model: Stack, directory: str | Path, base_model: str | Path = "",
     whole: Callable[[dict[str, Tensor]], dict[str, Tensor] | None] = lambda tensors: tensors,
-) -> None:
+) -> None:  # fmt: skip
     """Write the model's adapter as PEFT's `adapter_model.safetensors` and `adapter_config.json`.
 
     base_model: path or hub name of the base model, which PEFT reads from the config.

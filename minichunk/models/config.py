@@ -1,7 +1,5 @@
 """A model's shape, in Hugging Face's terms: fields, each checked by its type, read from and written as config.json."""
 
-from __future__ import annotations
-
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar, Self, get_type_hints
 
@@ -103,8 +101,7 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` and, for models of theirs, transformers 4 and 5 read back to the same."""
         values = {name: value for name, value in asdict(self).items() if name not in self.not_written}
-        lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
-        return {**self.beside, **values, **lists}
+        return self.beside | {name: list(x) if isinstance(x, tuple) else x for name, x in values.items()}
 
     def first_eos(self) -> int | None:
         """The end token that a written text gets, if there is any; a model may know several."""
@@ -113,7 +110,7 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Llama3Rope:
+class Llama3Rope(Config):
     """The llama3 rule that slows the low frequencies of RoPE down (Llama 3.1 and later)."""
 
     factor: float
@@ -138,9 +135,7 @@ class LlamaConfig(Config):
     only: ClassVar = {
         "hidden_act": ("silu", "swish"), "attention_dropout": (0, None), "partial_rotary_factor": (1.0, None),
     }  # fmt: skip
-    not_written: ClassVar[tuple[str, ...]] = (
-        "attention_out_bias", "qk_norm", "sliding_window", "layer_types", "pattern", "model_type",
-    )  # fmt: skip
+    not_written = ("attention_out_bias", "qk_norm", "sliding_window", "layer_types", "pattern", "model_type")
 
     vocab_size: int
     hidden_size: int

@@ -1,9 +1,8 @@
 """Gemma 3's text model: a Llama whose layers have norms at both ends, and a rope for each kind of layer."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -15,13 +14,10 @@ from ..memory.attention import Past
 from ..memory.layer_memory import wide
 from ..memory.window import FULL, Pattern
 from .config import FULL_ATTENTION, SLIDING_ATTENTION, Config, LlamaConfig, names, needed, number, size
-from .llama import MLP, Attention, Layer, Rope, rope_tables
+from .llama import Layer, Rope, rope_tables
 from .stack import Stack
 
-_DEFAULTS = {  # transformers'
-    "head_dim": 256, "sliding_window": 4096, "max_position_embeddings": 131072, "query_pre_attn_scalar": 256,
-    "tie_word_embeddings": True,
-}  # fmt: skip
+_DEFAULTS = {"head_dim": 256, "sliding_window": 4096, "max_position_embeddings": 131072, "tie_word_embeddings": True}
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class Gemma3Config(LlamaConfig):
     }  # fmt: skip
     # No `pad_token_id` would be 0, and that token's embedding would learn nothing.
     beside: ClassVar = {"architectures": ["Gemma3ForCausalLM"], "pad_token_id": None}
-    not_written: ClassVar[tuple[str, ...]] = ("attention_out_bias", "mlp_bias", "qk_norm", "pattern")
+    not_written: ClassVar[Any] = ("attention_out_bias", "mlp_bias", "qk_norm", "pattern")
     to_dict = Config.to_dict
 
     qk_norm: bool = True
@@ -51,7 +47,7 @@ class Gemma3Config(LlamaConfig):
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Self:
         """From a parsed `config.json`. Raises InputError, naming the field, for what this model does not compute."""
-        c = _DEFAULTS | config
+        c = _DEFAULTS | config  # transformers' defaults
         bias = c.get("attention_bias", False)
         c |= {"qk_norm": True, "attention_bias": bias, "attention_out_bias": bias, "mlp_bias": False, "pattern": None}
         c["rope_theta"] = _theta(c, FULL_ATTENTION, "rope_theta", 1e6)
@@ -94,21 +90,15 @@ class Embedding(nn.Embedding):
         return super().forward(input_ids) * root
 
 
-class GeluMLP(MLP):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
-
-
 class Gemma3Layer(Layer):
     """Called with two ropes: of layers that see all of the past, and of those that see a window."""
 
     def __init__(self, config: Gemma3Config, pattern: Pattern) -> None:
-        nn.Module.__init__(self)
+        super().__init__(config, pattern)
         E, D, eps = config.hidden_size, config.head_dim, config.rms_norm_eps
-        self.self_attn = Attention(config, pattern)
         self.self_attn.q_norm = Norm(D, eps, math.sqrt(D / config.query_pre_attn_scalar))
         self.self_attn.k_norm = Norm(D, eps)
-        self.mlp = GeluMLP(config)
+        self.mlp.activation = partial(F.gelu, approximate="tanh")
         self.input_layernorm, self.post_attention_layernorm = Norm(E, eps), Norm(E, eps)
         self.pre_feedforward_layernorm, self.post_feedforward_layernorm = Norm(E, eps), Norm(E, eps)
         self.which = 0 if pattern == FULL else 1
@@ -117,9 +107,6 @@ class Gemma3Layer(Layer):
         y, written = self.self_attn(self.input_layernorm(x), past, ropes[self.which])
         x = x + self.post_attention_layernorm(y)
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))), written
-
-    def fill(self, x: Tensor, past: Past | None, *ropes: Rope) -> tuple[Tensor, Tensor]:
-        return super().fill(x, past, ropes[self.which])
 
 
 class Gemma3(Stack):

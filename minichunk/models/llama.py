@@ -4,9 +4,8 @@ Shapes: B batch, T tokens of this call, H query heads, G key-value heads, D head
 E hidden size, V vocabulary. Parameter names are Hugging Face's.
 """
 
-from __future__ import annotations
-
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -95,12 +94,15 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(E, inner, bias=bias)
         self.up_proj = nn.Linear(E, inner, bias=bias)
         self.down_proj = nn.Linear(inner, E, bias=bias)
+        self.activation: Callable[[Tensor], Tensor] = F.silu
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nn.Module):
+    which = 0  # of the ropes that it is called with
+
     def __init__(self, config: LlamaConfig, pattern: Pattern = FULL) -> None:
         super().__init__()
         self.self_attn = Attention(config, pattern)
@@ -108,22 +110,24 @@ class Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, past: Past | None, rope: Rope) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        y, written = self.self_attn(self.input_layernorm(x), past, rope)
+    def forward(self, x: Tensor, past: Past | None, *ropes: Rope) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        y, written = self.self_attn(self.input_layernorm(x), past, ropes[self.which])
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), written
 
-    def fill(self, x: Tensor, past: Past | None, rope: Rope) -> tuple[Tensor, Tensor]:
+    def fill(self, x: Tensor, past: Past | None, *ropes: Rope) -> tuple[Tensor, Tensor]:
         """What `forward` writes, and no more."""
-        return self.self_attn.keys_values(self.input_layernorm(x), rope)
+        return self.self_attn.keys_values(self.input_layernorm(x), ropes[self.which])
 
     def new_memory(self, spec: MemorySpec) -> LayerMemory:
         """For keys and values, as far as the pattern needs them, and the gradients that are sent back to them."""
         B, G, D, pattern = spec.batch, self.self_attn.groups, self.self_attn.head_dim, self.self_attn.pattern
         grad_dtype = spec.options.cache_grad_dtype or wide(spec.like)
         if spec.options.offload:
-            blocks = spec.common(DeviceBlocks, lambda: DeviceBlocks((2, B, G, D), spec.like, grad_dtype))
-            return WindowCache(lambda rows: HostStore(blocks, rows), pattern, spec.capacity, spec.receiving)
+            if spec.device_blocks is None:  # the first layer makes what all share
+                spec.device_blocks = DeviceBlocks((2, B, G, D), spec.like, grad_dtype)
+            new_host_store = partial(HostStore, spec.device_blocks)
+            return WindowCache(new_host_store, pattern, spec.capacity, spec.receiving)
         if pattern == FULL:
             return LayerCache((B, G, spec.capacity, D), spec.receiving, spec.like, grad_dtype)
         new_store = partial(DeviceStore, (B, G, D), like=spec.like, grad_dtype=grad_dtype)

@@ -4,10 +4,8 @@ Models know no files: this module gives them `from_pretrained` and `save_pretrai
 `to_dict` for its family's several layouts of config.json.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ from .config import (
     Config,
     Llama3Rope,
     LlamaConfig,
-    check_layer_types,
     end_tokens,
     names,
     needed,
@@ -53,32 +50,22 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 # Models that no other library computes have this model_type in their config.json, and a `base_model_type`, a `pattern`
 # and layers of `partial_attention`, which transformers refuses even where it is told to overlook the type.
 _PARTIAL_CONTEXT = "partial_context"
-_WINDOW = 4096  # what transformers takes an absent `sliding_window` for
 
 
 def class_of(config: Any) -> Any:
-    """The model's class of a config object."""
-    return OTHERS.get(config.name, Llama)
+    """The model's class of a config object, or of a parsed config.json: a Llama unless it is another's."""
+    return OTHERS.get(str(config.get("model_type") if isinstance(config, dict) else config.name), Llama)
 
 
 def read_model_config(config: dict[str, Any]) -> Any:
     """The config object of a parsed config.json. Raises InputError."""
-    return _class_named(config).config_class.from_dict(config)
-
-
-def _class_named(config: dict[str, Any]) -> Any:
-    """The class of a parsed config.json; a Llama, which says what it does not know, unless it is another's."""
-    return OTHERS.get(str(config.get("model_type")), Llama)
+    return class_of(config).config_class.from_dict(config)
 
 
 def load(
-    kind: Any,
-    directory: str | Path,
-    dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
-    load_in_4bit: bool = False,
-    prepare: Callable[[Any], object] = lambda model: None,
-) -> Any:
+    kind: Any, directory: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
+    load_in_4bit: bool = False, prepare: Callable[[Any], object] = lambda model: None,
+) -> Any:  # fmt: skip
     """`kind.from_pretrained`: a Hugging Face checkpoint directory (`config.json` and safetensors) as such a model.
 
     As `load_model` it makes a model of the class that the config's `model_type` names.
@@ -92,7 +79,7 @@ def load(
         check_bitsandbytes()
     path, generation = checkpoint_directory(directory) / "config.json", Path(directory) / "generation_config.json"
     config = read_json(path)
-    kind = _class_named(config) if kind is Stack else kind
+    kind = class_of(config) if kind is Stack else kind
     try:
         with torch.device("meta"):  # shapes without memory
             model = kind(kind.config_class.from_dict(config))
@@ -109,32 +96,26 @@ def load(
     bytes_here = checkpoint_bytes(path.parent)
     if dtype is not None:
         bytes_here = sum(wanted[name].numel() for name in here) * dtype.itemsize
-    advice = "take " + ("" if dtype is not None and dtype.itemsize == 2 else "--dtype bfloat16, ")
-    advice += ("" if load_in_4bit else "--load-in-4bit, ") + "a smaller model, or free memory"
+    advice = "take --dtype bfloat16, --load-in-4bit, a smaller model, or free memory"
     check_room(str(directory), bytes_here * (0.3 if load_in_4bit else 1), torch.device(device), advice)
     shapes = {name: p.shape for name, p in wanted.items()}
     for name, tensor in read_checkpoint(path.parent, shapes, tied, here.keys(), device):
         dtype = dtype or tensor.dtype  # one for all: the memory has the model's
-        _assign(model, here[name], tensor.to(dtype), load_in_4bit)
+        module_name, _, child = here[name].rpartition(".")
+        module, tensor = model.get_submodule(module_name), tensor.to(dtype)
+        if load_in_4bit and child == "weight" and isinstance(module, nn.Linear) and is_stored_in_4bit(module_name):
+            model.set_submodule(module_name, Linear4bit(tensor, module.bias))
+        else:
+            setattr(module, child, nn.Parameter(tensor, requires_grad=not isinstance(module, Linear4bit)))
     if len(here) == len(wanted):
         model.tie_weights()
     return model.eval()
 
 
-def _assign(model: nn.Module, name: str, tensor: Tensor, load_in_4bit: bool) -> None:
-    module_name, _, child = name.rpartition(".")
-    module = model.get_submodule(module_name)
-    if load_in_4bit and child == "weight" and isinstance(module, nn.Linear) and is_stored_in_4bit(module_name):
-        model.set_submodule(module_name, Linear4bit(tensor, module.bias))
-    else:
-        setattr(module, child, nn.Parameter(tensor, requires_grad=not isinstance(module, Linear4bit)))
-
-
 def save(
-    model: Stack,
-    directory: str | Path,
+    model: Stack, directory: str | Path,
     whole: Callable[[dict[str, Tensor]], dict[str, Tensor] | None] = lambda tensors: tensors,
-) -> None:
+) -> None:  # fmt: skip
     """`model.save_pretrained`: write `config.json` and `model.safetensors`.
 
     Tokenizer, chat template and generation config of the directory that it was loaded from come along.
@@ -142,17 +123,11 @@ def save(
     Raises InputError for an adapter or a 4-bit base.
     """
     if adapters(model):
-        raise InputError(
-            "the model has an unmerged LoRA adapter: call merge_lora(model) first to fold it in, "
-            "or save_adapter(model, directory) to save it alone"
-        )
+        raise InputError("the model has an unmerged LoRA adapter: call merge_lora first, or save it with save_adapter")
     if is_in_4bit(model):
         raise InputError("a model in 4 bits is not written: load it without load_in_4bit first")
     if model.config_class.from_dict(model.config.to_dict()) != model.config:
-        raise InputError(
-            f"no config.json describes this model: a {model.config.model_type} implies other biases or q/k norms "
-            "than its config has; choose the model_type that has them"
-        )
+        raise InputError(f"no config.json describes this model: a {model.config.model_type} has other biases or norms")
     tensors = whole({name: parameter.detach() for name, parameter in model.named_parameters()})
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     if tensors is not None:
@@ -172,10 +147,8 @@ def read_llama_config(cls: type[LlamaConfig], config: dict[str, Any]) -> LlamaCo
             f"config: {field} is missing, as in what mamba_ssm writes: convert the checkpoint for transformers"
         )
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
-        raise InputError(
-            f"config: {field} {model_type!r} is not supported; supported are {', '.join(sorted(_FAMILIES))}, and "
-            f"by minichunk.load_model also {', '.join(OTHERS)}"
-        )
+        known = f"{', '.join(sorted(_FAMILIES))}, and by minichunk.load_model also {', '.join(OTHERS)}"
+        raise InputError(f"config: {field} {model_type!r} is not supported; supported are {known}")
     c = {**config, "model_type": model_type}
     heads = size("num_attention_heads", needed(c, "num_attention_heads"))
     hidden = size("hidden_size", needed(c, "hidden_size"))
@@ -226,28 +199,23 @@ def pattern_of(value: Any) -> Pattern:
 
 def _read_windows(c: dict[str, Any]) -> tuple[int | None, tuple[str, ...]]:
     """`sliding_window` and `layer_types`, as transformers reads them; (None, ()) if no layer has a window."""
-    model_type, first = c["model_type"], 0
+    model_type = c["model_type"]
     num_layers = size("num_hidden_layers", needed(c, "num_hidden_layers"))
-    window = c.get("sliding_window", None if model_type == "llama" else _WINDOW)
+    window = c.get("sliding_window", None if model_type == "llama" else 4096)  # transformers' default
     if model_type not in ("mistral", "ministral"):
         window = window if c.get("use_sliding_window") else None
+    first = num_layers if window is None else 0
     if model_type in ("qwen2", "qwen3") and window is not None:
         first = c.get("max_window_layers", 28)
         if not isinstance(first, int) or isinstance(first, bool) or first < 0:
             raise InputError(f"config: max_window_layers is {first!r}, but must be a whole number of at least 0")
-    implied = tuple(
-        SLIDING_ATTENTION if window is not None and i >= first else FULL_ATTENTION for i in range(num_layers)
-    )
+    implied = tuple(FULL_ATTENTION if i < first else SLIDING_ATTENTION for i in range(num_layers))
     kinds = names("layer_types", c.get("layer_types")) or implied
-    check_layer_types(kinds, (FULL_ATTENTION, SLIDING_ATTENTION), num_layers)
-    if SLIDING_ATTENTION not in kinds:
+    if kinds == (FULL_ATTENTION,) * num_layers:
         return None, ()
-    size("sliding_window", window)
-    if model_type == "llama" or (model_type == "mistral" and kinds != implied):
-        raise InputError(
-            f"config: layer_types = {list(kinds)}, sliding_window = {window} is not supported for model_type "
-            f"{model_type!r}; 'ministral' is the same model with windows in some layers"
-        )
+    if SLIDING_ATTENTION in kinds and (model_type == "llama" or (model_type == "mistral" and kinds != implied)):
+        given = f"layer_types = {list(kinds)}, sliding_window = {window}"
+        raise InputError(f"config: {given} is not supported for model_type {model_type!r}; take 'ministral'")
     return window, kinds
 
 
@@ -271,11 +239,10 @@ def _read_rope_field(c: dict[str, Any], field: str) -> tuple[float, Llama3Rope |
         return theta, None
     if kind != "llama3":
         raise InputError(f"config: {field}.rope_type {kind!r} is not supported; supported are 'default' and 'llama3'")
-    for part in fields(Llama3Rope):
-        number(f"{field}.{part.name}", rope.get(part.name))
-    if rope["high_freq_factor"] <= rope["low_freq_factor"]:
+    rule = Llama3Rope.from_dict(rope)
+    if rule.high_freq_factor <= rule.low_freq_factor:
         raise InputError(f"config: {field}.high_freq_factor must be larger than {field}.low_freq_factor")
-    return theta, Llama3Rope(**{part.name: rope[part.name] for part in fields(Llama3Rope)})
+    return theta, rule
 
 
 Stack.from_pretrained = classmethod(load)

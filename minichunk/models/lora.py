@@ -1,7 +1,5 @@
 """LoRA: a trainable low-rank product beside frozen weights, and dropout that can be replayed."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
@@ -31,12 +29,11 @@ class DropoutMasks:
     @contextmanager
     def of(self, seed: int | None, chunks: Sequence[Chunk]) -> Iterator[None]:
         """Within the block: the masks of `chunks`, one after the other. No seed, or outside: ordinary dropout."""
-        previous = self.seed, self.chunks
         self.seed, self.chunks = seed, chunks
         try:
             yield
         finally:
-            self.seed, self.chunks = previous
+            self.seed, self.chunks = None, ()
 
     def draw(self, x: Tensor, module: str, rate: float) -> Tensor:
         """A mask for x (B, T, ·): 0 with probability `rate`, else 1 / (1 - rate)."""
@@ -112,11 +109,7 @@ def is_target(name: str, targets: Sequence[str]) -> bool:
 
 
 def add_lora(
-    model: Stack,
-    rank: int = 8,
-    alpha: float = 16,
-    targets: Sequence[str] | None = None,
-    dropout: float = 0.0,
+    model: Stack, rank: int = 8, alpha: float = 16, targets: Sequence[str] | None = None, dropout: float = 0.0
 ) -> None:
     """Freeze the model and put a trainable adapter beside each linear layer named in `targets`.
 
@@ -135,9 +128,8 @@ def add_lora(
         ends = dict.fromkeys(name.rpartition(".")[2] for name in known)
         raise InputError(f"LoRA targets are {list(targets)}, but must be some of {', '.join(ends)}")
     if rank < 1 or not alpha > 0 or not 0 <= dropout < 1:
-        raise InputError(
-            f"LoRA needs rank >= 1, alpha > 0 and 0 <= dropout < 1, got rank {rank}, alpha {alpha}, dropout {dropout}"
-        )
+        given = f"rank {rank}, alpha {alpha}, dropout {dropout}"
+        raise InputError(f"LoRA needs rank >= 1, alpha > 0 and 0 <= dropout < 1, got {given}")
     if adapters(model):
         raise InputError("the model has an adapter already: call merge_lora(model) first")
     model.requires_grad_(False)
@@ -175,10 +167,7 @@ def merge_lora(model: Stack) -> None:
     Raises InputError for a 4-bit base, whose 16 levels would swallow the update.
     """
     if is_in_4bit(model):
-        raise InputError(
-            "a 4-bit base cannot take an adapter in: save_adapter(model, directory), load the model without "
-            "load_in_4bit, load the adapter into that and merge it there"
-        )
+        raise InputError("a 4-bit base cannot take an adapter in: save it, and merge it into the unquantized base")
     for layer in adapters(model).values():
         layer.weight.copy_(layer.weight + layer.scale * (layer.lora_B.weight @ layer.lora_A.weight))
         layer.hook.remove()

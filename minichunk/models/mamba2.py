@@ -6,8 +6,6 @@ Shapes: B batch, T tokens of this call, K kernel of the convolution, E hidden si
 G groups that share the N numbers of b and of c. Parameter names are Hugging Face's.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,7 +58,7 @@ class Mamba2Config(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         E, H, D, G = self.hidden_size, self.num_heads, self.head_dim, self.n_groups
-        if self.inner_size != H * D:
+        if self.expand * E != H * D:
             product = f"expand ({self.expand}) times hidden_size ({E})"
             raise InputError(f"config: num_heads ({H}) times head_dim ({D}) must be {product}")
         if H % G:
@@ -74,11 +72,6 @@ class Mamba2Config(Config):
             raise InputError(f"config: time_step_limit is {[low, high]}, but must be [least, greatest], both from 0 on")
         object.__setattr__(self, "time_step_limit", (low, high))
 
-    @property
-    def inner_size(self) -> int:
-        """Of a mixer: that of all heads."""
-        return self.expand * self.hidden_size
-
 
 class StreamNorm(nn.RMSNorm):
     """RMSNorm of the residual stream, which may be wider than the weights: the result has their dtype."""
@@ -87,17 +80,16 @@ class StreamNorm(nn.RMSNorm):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
 
 
-class GatedNorm(nn.Module):
-    """RMSNorm of each group of y · silu(z)."""
+class GroupedNorm(nn.RMSNorm):
+    """RMSNorm of each group."""
 
     def __init__(self, size: int, groups: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.group_size, self.eps = size // groups, eps
+        super().__init__(size, eps)
+        self.group_size = size // groups
 
-    def forward(self, y: Tensor, z: Tensor) -> Tensor:
-        y = (y * F.silu(z.to(y.dtype))).unflatten(-1, (-1, self.group_size))
-        return F.rms_norm(y, (self.group_size,), eps=self.eps).flatten(-2) * self.weight
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(-1, (-1, self.group_size))
+        return F.rms_norm(x, (self.group_size,), eps=self.eps).flatten(-2) * self.weight
 
 
 class Mixer(nn.Module):
@@ -111,38 +103,30 @@ class Mixer(nn.Module):
         E, H, G, N = config.hidden_size, config.num_heads, config.n_groups, config.state_size
         self.heads, self.state_shape = (G, H // G), (G, H // G, config.head_dim, N)
         self.limits, self.kernel = config.time_step_limit, config.conv_kernel
-        self.inner, self.outer = config.inner_size, G * N  # sizes of x; of b and of c
+        self.inner, self.outer = H * config.head_dim, G * N  # sizes of x; of b and of c
         channels = self.inner + 2 * self.outer
         self.in_proj = nn.Linear(E, self.inner + channels + H, bias=config.use_bias)
         self.conv1d = nn.Conv1d(channels, channels, self.kernel, groups=channels, bias=config.use_conv_bias)
         # Heads that decay by 1 to H, and time steps of 0.001 to 0.1, which softplus makes of dt_bias.
         self.A_log, self.D = nn.Parameter(torch.arange(1, H + 1).log()), nn.Parameter(torch.ones(H))
         self.dt_bias = nn.Parameter(torch.empty(H).uniform_(math.log(0.001), math.log(0.1)).exp().expm1().log())
-        self.norm = GatedNorm(self.inner, G, config.layer_norm_epsilon)
+        self.norm = GroupedNorm(self.inner, G, config.layer_norm_epsilon)
         self.out_proj = nn.Linear(self.inner, E, bias=config.use_bias)
 
     def forward(self, u: Tensor, past: Before | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         z, convolved, dt = self.in_proj(u).split([self.inner, self.conv1d.in_channels, self.dt_bias.numel()], dim=-1)
         if past is None:  # the whole sequence at once
             past = Before(self.nothing(u), [u.shape[1]])
-        convolved, tails = self.convolve(convolved, past.states[1], past.lengths)
-        y, states = self.scan(convolved, dt, past.states[0], past.lengths)
+        convolved = torch.cat([past.states[1], convolved], dim=1)  # (B, K-1+T, C)
+        # The tail at each chunk's end, a copy, for a slice would keep all of them in memory. Its decay is 0: what a
+        # short chunk passes on of the tail before it is in its graph, and nothing is left for the memory.
+        ends = accumulate(past.lengths)
+        tails = [(convolved[:, end : end + self.kernel - 1].clone(), u.new_zeros(())) for end in ends]
+        y, states = self.scan(F.silu(self.conv1d(convolved.mT).mT), dt, past.states[0], past.lengths)
         written = tuple(tensor for pairs in zip(states, tails, strict=True) for pair in pairs for tensor in pair)
-        return self.out_proj(self.norm(y, z).to(u.dtype)), written
+        return self.out_proj(self.norm(y * F.silu(z.to(y.dtype))).to(u.dtype)), written
 
-    def convolve(self, x: Tensor, tail: Tensor, lengths: Sequence[int]) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """The convolution of x (B, T, C), and for each chunk the tail (B, K-1, C) at its end with a decay of 0.
-
-        What a short chunk passes on of the tail before it is in its graph: there is nothing left for the memory.
-        """
-        x = torch.cat([tail, x], dim=1)  # (B, K-1+T, C)
-        # Copies: a slice would keep the whole of x in memory.
-        tails = [(x[:, end : end + self.kernel - 1].clone(), x.new_zeros(())) for end in accumulate(lengths)]
-        return F.silu(self.conv1d(x.mT).mT), tails
-
-    def scan(
-        self, convolved: Tensor, dt: Tensor, h: Tensor, lengths: Sequence[int]
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    def scan(self, convolved: Tensor, dt: Tensor, h: Tensor, lengths: Sequence[int]) -> tuple[Tensor, list[Any]]:
         """y (B, T, H·P), and for each chunk the state (B, G, H/G, P, N) at its end with its decay (B, G, H/G, 1, 1)."""
         x, b, c = convolved.to(h.dtype).split([self.inner, self.outer, self.outer], dim=-1)
         dt = F.softplus(dt.to(h.dtype) + self.dt_bias).clamp(*self.limits)
@@ -175,7 +159,6 @@ class Mamba2Layer(nn.Module):
         return x + y, written
 
     def fill(self, x: Tensor, past: Before | None, *_: Any) -> Any:
-        """What `forward` writes."""
         return self(x, past)[1]
 
     def new_memory(self, spec: MemorySpec) -> LayerState:

@@ -1,7 +1,5 @@
 """A pretrained model made a hybrid: some layers see all of the past, the others a part of it (LongGen, 2410.01485)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -9,7 +7,6 @@ from typing import Any
 from ..errors import InputError
 from ..memory.window import FULL, Pattern, Strided, Window
 from .config import FULL_ATTENTION, PARTIAL_ATTENTION, SLIDING_ATTENTION, LlamaConfig
-from .llama import Llama
 from .load import pattern_of, read_model_config
 from .stack import Stack
 
@@ -24,15 +21,12 @@ def partial_context(model: Stack, pattern: Pattern, full_layers: Sequence[int] |
     full_layers: numbers of the layers that keep full attention, from 0; empty for none. None: the middle third, that is
     all but a third, rounded down, at either end, as in the paper.
 
-    Raises InputError for wrong numbers, for a model without attention or with states, and for one that sees a part
-    of its past already.
+    Raises InputError for wrong numbers, another kind of model, and one that sees a part of its past already.
     """
-    if not isinstance(model, Llama):
-        raise InputError(f"partial_context needs a model of the Llama family, not {type(model).__name__}")
     model.config = partial_config(model.config, pattern, full_layers)
-    model.partial = {"pattern": asdict(pattern), "full_layers": full_layers_of(model.config)}
-    for layer, seen in zip(model.layers, model.config.patterns(), strict=True):
-        layer.self_attn.pattern = seen
+    model.partial = {"pattern": asdict(pattern), "full_layers": seen(model.config)[1]}
+    for layer, of_layer in zip(model.layers, model.config.patterns(), strict=True):
+        layer.self_attn.pattern = of_layer
 
 
 def partial_config(config: Any, pattern: Pattern, full_layers: Sequence[int] | None = None) -> LlamaConfig:
@@ -41,8 +35,8 @@ def partial_config(config: Any, pattern: Pattern, full_layers: Sequence[int] | N
     Windows without sinks are what Hugging Face's models have too: those become its `sliding_window`, a Llama or a
     Mistral thereby a Ministral. All else is `pattern`, under a model_type of our own when it is saved.
     """
-    if not isinstance(config, LlamaConfig):
-        raise InputError(f"a {config.model_type} has states: only a model of full attention can see a part of its past")
+    if type(config) is not LlamaConfig:
+        raise InputError(f"partial_context needs a model of the Llama family, not a {config.name}")
     if not isinstance(pattern, Window | Strided):
         raise InputError(f"the pattern is {pattern!r}, but must be a Window or a Strided")
     pattern_of(asdict(pattern))  # checks its numbers
@@ -66,36 +60,31 @@ def partial_config(config: Any, pattern: Pattern, full_layers: Sequence[int] | N
     return stock if read_model_config(stock.to_dict()) == stock else ours
 
 
-def full_layers_of(config: LlamaConfig) -> list[int]:
-    """The layers that see all of the past."""
-    return [i for i, pattern in enumerate(config.patterns()) if pattern == FULL]
-
-
-def _part(config: Any) -> Pattern | None:
-    """What the layers see that do not see all of the past; None where there are none."""
+def seen(config: Any) -> tuple[Pattern | None, list[int]]:
+    """What the layers see that do not see all of the past (None: there are none), and the numbers of the others."""
     patterns = config.patterns() if isinstance(config, LlamaConfig) else []
-    return next((pattern for pattern in patterns if pattern != FULL), None)
+    part = next((pattern for pattern in patterns if pattern != FULL), None)
+    return part, [i for i, pattern in enumerate(patterns) if pattern == FULL]
 
 
 def describe(config: Any) -> str:
     """What the layers see, in words; empty where that is all of the past, or a state."""
-    part = _part(config)
+    part, full = seen(config)
     if part is None:
         return ""
     if isinstance(part, Strided):
         words = f"the last {part.local} blocks of {part.block:,} positions and every {part.stride}th before"
     else:
         words = f"the last {part.window:,} positions" + (f" and the first {part.sinks:,}" if part.sinks else "")
-    full = full_layers_of(config)
     return f"{words}, in all layers" + (f" but {', '.join(map(str, full))}" if full else "")
 
 
 def apply_saved(model: Stack, saved: Any) -> None:
     """Make of the model what had the attribute `partial`, unless it is that already. Raises InputError."""
-    if not isinstance(saved, dict) or saved.keys() != {"pattern", "full_layers"}:
-        raise InputError(f"partial_context is {saved!r}, but must have pattern and full_layers")
-    pattern, full_layers = pattern_of(saved["pattern"]), saved["full_layers"]
+    known = isinstance(saved, dict) and saved.keys() == {"pattern", "full_layers"}
+    full_layers = saved["full_layers"] if known else None
     if not isinstance(full_layers, list) or not all(isinstance(i, int) for i in full_layers):
-        raise InputError(f"partial_context: full_layers is {full_layers!r}, but must be a list of layer numbers")
-    if _part(model.config) != pattern or full_layers_of(model.config) != sorted(full_layers):
+        raise InputError(f"partial_context is {saved!r}, but must have a pattern and a list of full_layers")
+    pattern = pattern_of(saved["pattern"])
+    if seen(model.config) != (pattern, sorted(full_layers)):
         partial_context(model, pattern, full_layers)

@@ -4,9 +4,6 @@ QLoRA (arXiv 2305.14314): the adapter trains in full precision beside a base tha
 and unpacked layer by layer when it is needed, once in the forward pass and again in the backward.
 """
 
-from __future__ import annotations
-
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,9 +17,10 @@ BLOCK = 64  # numbers that share a scale
 
 def check_bitsandbytes() -> None:
     """Raise InputError unless the library is installed."""
-    if find_spec("bitsandbytes") is None:
-        raise InputError("a 4-bit base needs bitsandbytes: pip install 'minichunk[4bit]'")
-    import bitsandbytes  # type: ignore[import-not-found,unused-ignore]  # noqa: F401 (registers the operators)
+    try:
+        import bitsandbytes  # type: ignore[import-not-found,unused-ignore]  # noqa: F401 (registers the operators)
+    except ImportError:
+        raise InputError("a 4-bit base needs bitsandbytes: pip install 'minichunk[4bit]'") from None
 
 
 class Linear4bit(nn.Module):
@@ -30,7 +28,6 @@ class Linear4bit(nn.Module):
 
     packed: Tensor
     scales: Tensor
-    bias: nn.Parameter | None
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -44,8 +41,7 @@ class Linear4bit(nn.Module):
         """W, unpacked, (out, in)."""
         shape = (self.out_features, self.in_features)
         direct = dtype if dtype.itemsize <= 4 else torch.float32
-        arguments = (self.packed, self.scales, BLOCK, "nf4", shape, direct)
-        return torch.ops.bitsandbytes.dequantize_4bit(*arguments).to(dtype)
+        return torch.ops.bitsandbytes.dequantize_4bit(self.packed, self.scales, BLOCK, "nf4", shape, direct).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return _Linear.apply(x, self)
@@ -61,8 +57,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        return grad @ ctx.layer.weight_as(grad.dtype), None
+        return grads[0] @ ctx.layer.weight_as(grads[0].dtype), None
 
 
 def is_stored_in_4bit(name: str) -> bool:

@@ -1,7 +1,5 @@
 """Named model shapes, for measurements and forecasts that need no weights."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -23,17 +21,14 @@ from .quantize import quantize
 from .ssm import StateSpaceConfig
 from .stack import Stack
 
+_QWEN2: dict[str, Any] = {"model_type": "qwen2", "attention_bias": True, "rope_theta": 1e6}
 _SHAPES: dict[str, Any] = {
     "llama-47m": LlamaConfig(8192, 576, 1536, 12, 9, 3, 64, 8192, tie_word_embeddings=True),
     "llama-3.2-1b": LlamaConfig(128256, 2048, 8192, 16, 32, 8, 64, 8192, rope_theta=5e5, tie_word_embeddings=True),
     "llama-3.2-3b": LlamaConfig(128256, 3072, 8192, 28, 24, 8, 128, 8192, rope_theta=5e5, tie_word_embeddings=True),
     "llama-3-8b": LlamaConfig(128256, 4096, 14336, 32, 32, 8, 128, 8192, rope_theta=5e5),
-    "qwen2.5-14b": LlamaConfig(
-        152064, 5120, 13824, 48, 40, 8, 128, 8192, rope_theta=1e6, model_type="qwen2", attention_bias=True
-    ),
-    "qwen2.5-32b": LlamaConfig(
-        152064, 5120, 27648, 64, 40, 8, 128, 8192, rope_theta=1e6, model_type="qwen2", attention_bias=True
-    ),
+    "qwen2.5-14b": LlamaConfig(152064, 5120, 13824, 48, 40, 8, 128, 8192, **_QWEN2),
+    "qwen2.5-32b": LlamaConfig(152064, 5120, 27648, 64, 40, 8, 128, 8192, **_QWEN2),
     "mamba2-130m": Mamba2Config(50288, 768, 128, 24, 24, 64, 1, tie_word_embeddings=True),
     "mamba2-2.7b": Mamba2Config(50288, 2560, 128, 64, 80, 64, 1, tie_word_embeddings=True),
     # As many parameters as adjoint sharding's largest model (arXiv 2501.00692), which says no more of its shape.
@@ -55,13 +50,9 @@ def shape(name: str) -> Any:
 
 
 def random_model(
-    shaped: Any,
-    dtype: torch.dtype,
-    rank: int = 0,
-    targets: Sequence[str] | None = None,
-    device: str = "cpu",
+    shaped: Any, dtype: torch.dtype, rank: int = 0, targets: Sequence[str] | None = None, device: str = "cpu",
     load_in_4bit: bool = False,
-) -> Stack:
+) -> Stack:  # fmt: skip
     """A model of this shape with random weights, and LoRA of `rank` unless that is 0. Raises InputError.
 
     shaped: a config, or a name for `shape`. targets: of LoRA, see `add_lora`.
@@ -81,35 +72,25 @@ def random_model(
     return model
 
 
+_random_model = lru_cache(maxsize=8)(random_model)
+
+
 def alike(config: Any) -> bool:
     """Whether all layers are of one kind."""
     return len(set(getattr(config, "layer_types", ()))) <= 1
 
 
-def memory_bytes(
-    config: Any, dtype: torch.dtype, kept: Sequence[Chunk], options: Options = DEFAULTS, batch: int = 1
-) -> tuple[int, int]:
-    """What is remembered in a step whose kept chunks are these, and the gradients sent back to it, in bytes.
-
-    As the model's own memory has it: keys and values of all positions before the last kept chunk, or states.
-    """
-    remembered, gradients = zip(*layer_memory_bytes(config, dtype, kept, options, batch), strict=True)
-    return sum(remembered), sum(gradients)
-
-
 def layer_memory_bytes(
     config: Any, dtype: torch.dtype, kept: Sequence[Chunk], options: Options = DEFAULTS, batch: int = 1
 ) -> list[tuple[int, int]]:
-    """The same for each layer."""
+    """Bytes that each layer remembers in a step whose kept chunks are these, and of the gradients sent back to that.
+
+    As the model's own memory has it: keys and values of all positions before the last kept chunk, or states.
+    """
     times = config.num_hidden_layers if alike(config) else 1
     if times > 1:
         kinds = {"layer_types": config.layer_types[:1]} if getattr(config, "layer_types", ()) else {}
         config = replace(config, num_hidden_layers=1, **kinds)
     with torch.device("meta"):
-        memory = _meta_model(config, dtype).new_memory(batch, kept[-1].start, kept[:-1], options)
+        memory = _random_model(config, dtype, device="meta").new_memory(batch, kept[-1].start, kept[:-1], options)
     return [layer.tensors().bytes() for layer in memory.layers] * times
-
-
-@lru_cache(maxsize=8)
-def _meta_model(config: Any, dtype: torch.dtype) -> Stack:
-    return random_model(config, dtype, device="meta")

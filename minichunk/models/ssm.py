@@ -3,8 +3,6 @@
 Shapes: B batch, T tokens of this call, P hidden size, N state size.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
 
@@ -52,9 +50,6 @@ class StateSpaceConfig(Config):
         if not self.layer_types:
             object.__setattr__(self, "layer_types", ("state",) * self.num_hidden_layers)
         check_layer_types(self.layer_types, ("state", FULL_ATTENTION), self.num_hidden_layers)
-        for name in ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
-            if FULL_ATTENTION in self.layer_types and getattr(self, name) is None:
-                raise InputError(f"config: {name} is missing, which the attention layers need")
         _ = self.attention  # checks its fields
 
     @property
@@ -104,7 +99,6 @@ class StateLayer(nn.Module):
         return u.to(b.dtype), F.logsigmoid(a), b, c
 
     def fill(self, x: Tensor, past: Before | None, *_: Any) -> Any:
-        """What `forward` writes."""
         return self(x, past)[1]
 
     def new_memory(self, spec: MemorySpec) -> LayerState:
@@ -113,8 +107,7 @@ class StateLayer(nn.Module):
         return LayerState([Handed(zero, zero[:, :1], spec)])
 
     def nothing(self, u: Tensor) -> Tensor:
-        """The state (B, P, N) before the first token, in float32 at least: a product of many gates near 1 has no use
-        for eight bits."""
+        """The state (B, P, N) before the first token; float32 at least: products of gates need more than eight bits."""
         return u.new_zeros(u.shape[0], u.shape[2], self.state_size, dtype=wide(u))
 
 

@@ -1,8 +1,7 @@
 """Layers one after the other, each with a memory of its own: what `seco` asks of a model, for any kind of layer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,7 +31,6 @@ class Stack(nn.Module):
     embedding_class: ClassVar[type[nn.Embedding]] = nn.Embedding
     names: ClassVar = ("model", "embed_tokens", "norm")  # of all but the LM head, and of two things in there
     model: Any
-    lm_head: nn.Linear
     lora: Any = None  # what `add_lora` was told, if there is an adapter
     masks: Any = None  # lora.py's DropoutMasks, if there are dropouts
     partial: Any = None  # what `partial_context` changed since the checkpoint was loaded
@@ -56,17 +54,9 @@ class Stack(nn.Module):
                 nn.init.zeros_(parameter)
         self.tie_weights()
 
-    @property
-    def embedding(self) -> Any:
-        return self.get_submodule(f"{self.names[0]}.{self.names[1]}")
-
-    @property
-    def layers(self) -> Any:
-        return self.get_submodule(f"{self.names[0]}.layers")
-
-    @property
-    def norm(self) -> Any:
-        return self.get_submodule(f"{self.names[0]}.{self.names[2]}")
+    embedding = property(lambda self: self.get_submodule(f"{self.names[0]}.{self.names[1]}"))
+    layers = property(lambda self: self.get_submodule(f"{self.names[0]}.layers"))
+    norm = property(lambda self: self.get_submodule(f"{self.names[0]}.{self.names[2]}"))
 
     def tie_weights(self) -> None:
         """Let embedding and LM head be one parameter, where the config says so."""
@@ -94,12 +84,9 @@ class Stack(nn.Module):
         return None if self.masks is None else int(torch.randint(2**62, ()))
 
     def run(
-        self,
-        input_ids: Tensor,
-        memory: LayerMemories | None = None,
-        chunks: Sequence[Chunk] = (),
+        self, input_ids: Tensor, memory: LayerMemories | None = None, chunks: Sequence[Chunk] = (),
         options: Options = DEFAULTS,
-    ) -> tuple[Tensor, Written]:
+    ) -> tuple[Tensor, Written]:  # fmt: skip
         """Run some tokens, on top of the memory if there is one.
 
         input_ids: int64 (B, T). memory: of all positions before; read, not written.
@@ -109,20 +96,15 @@ class Stack(nn.Module):
         """
         x = self.embedding(input_ids)  # (B, T, E)
         shared = self.shared(x, chunks[0].start if chunks else 0)
-        written = []
+        written, call = [], self._layer
+        if options.recompute:  # on top of a memory dropout draws its masks from seeds: no generator's state to replay
+            call = partial(checkpoint, self._layer, use_reentrant=False, preserve_rng_state=memory is None)
         for i, layer in enumerate(self.layers):
             # Below the first layer that learns, the past needs no gradient either: there is nothing to hand it to.
             learns = x.requires_grad or any(p.requires_grad for p in layer.parameters())
             with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
                 past = memory.layers[i].past(chunks, save=options.recompute) if memory is not None else None
-            if options.recompute:
-                # On top of a memory dropout draws its masks from seeds: no generator's state to replay.
-                x, wrote = checkpoint(
-                    self._layer, layer, chunks, options, x, past, *shared,
-                    use_reentrant=False, preserve_rng_state=memory is None,
-                )  # fmt: skip
-            else:
-                x, wrote = self._layer(layer, chunks, options, x, past, *shared)
+            x, wrote = call(layer, chunks, options, x, past, *shared)
             written.append(wrote)
         return self.norm(x), written
 

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,6 @@ from torch import Tensor
 from ..errors import InputError
 
 MOST_ON_THE_WAY = 2  # messages that nobody has taken yet: without a limit the fill would pile up before a slow rank
-T = TypeVar("T")
 
 
 class RankLost(RuntimeError):
@@ -43,10 +42,7 @@ class Links:
         world = dist.get_world_size()
         self.ranks = ranks = world if ranks is None else ranks
         if ranks < 1 or world % ranks:
-            raise InputError(
-                f"a pipeline of {ranks} ranks needs {ranks} processes, or a multiple of it for copies, but torchrun "
-                f"--nproc-per-node has started {world}"
-            )
+            raise InputError(f"a pipeline of {ranks} ranks needs a multiple of {ranks} processes, not {world}")
         self.copy, self.rank = divmod(dist.get_rank(), ranks)
         self.copies, self.first = world // ranks, self.copy * ranks  # the process that is its pipeline's first rank
         self.is_first, self.is_last = self.rank == 0, self.rank == ranks - 1
@@ -78,7 +74,7 @@ class Links:
             with self._hears(to):
                 work.wait()
 
-    def everyones(self, mine: T, of_all: bool = False) -> list[T]:
+    def everyones(self, mine: Any, of_all: bool = False) -> list[Any]:
         """What each rank says, a picklable object, in the order of the ranks; `of_all` copies, one after the other."""
         said: list[Any] = [None] * self.ranks * (self.copies if of_all else 1)
         with self._hears():

@@ -30,45 +30,24 @@ from ..spaco import QUARTER, Sampler, check_weights
 from .stage import PipelineStage
 
 
-def pipeline_seco(
-    stage: PipelineStage,
-    input_ids: Tensor,
-    labels: Tensor,
-    chunk_size: int,
-    *,
-    fill_size: int | None = None,
-    num_targets: float | None = None,
-    recompute: bool = False,
-    cache_grad_dtype: torch.dtype | None = None,
-    offload: bool = False,
-) -> Tensor:
+def pipeline_seco(stage: PipelineStage, input_ids: Tensor, labels: Tensor, chunk_size: int, **options: Any) -> Tensor:
     """`seco` of a model whose layers are on several ranks: adds to `.grad` what `seco` would add to these parameters.
 
-    Called on all ranks with the same arguments, which are those of `seco`; returns the loss on all of them. A weight
-    that is both embedding and LM head gets its whole gradient on the first and on the last rank.
+    Called on all ranks with the same arguments; returns the loss on all of them. A weight that is both embedding and
+    LM head gets its whole gradient on the first and on the last rank.
+    options: the keywords of `seco`.
     Raises InputError also if ranks do not agree on the batch, and RankLost if one of them ends or does not answer.
     """
     return pipeline_spaco(
-        stage, input_ids, labels, chunk_size, sampler=lambda num_chunks, _: [Weight(1.0, 1.0)] * num_chunks,
-        fill_size=fill_size, num_targets=num_targets, recompute=recompute, cache_grad_dtype=cache_grad_dtype,
-        offload=offload,
-    )  # fmt: skip
+        stage, input_ids, labels, chunk_size, sampler=lambda num_chunks, _: [Weight(1.0, 1.0)] * num_chunks, **options
+    )
 
 
 def pipeline_spaco(
-    stage: PipelineStage,
-    input_ids: Tensor,
-    labels: Tensor,
-    chunk_size: int,
-    *,
-    sampler: Sampler = QUARTER,
-    generator: torch.Generator | None = None,
-    fill_size: int | None = None,
-    num_targets: float | None = None,
-    recompute: bool = False,
-    cache_grad_dtype: torch.dtype | None = None,
-    offload: bool = False,
-) -> Tensor:
+    stage: PipelineStage, input_ids: Tensor, labels: Tensor, chunk_size: int, *, sampler: Sampler = QUARTER,
+    generator: torch.Generator | None = None, fill_size: int | None = None, num_targets: float | None = None,
+    recompute: bool = False, cache_grad_dtype: torch.dtype | None = None, offload: bool = False,
+) -> Tensor:  # fmt: skip
     """`spaco` of a model whose layers are on several ranks; see pipeline_seco. The first rank draws for all of them."""
     check_fill_size(fill_size, chunk_size)
     check_tokens(input_ids, labels, num_targets, stage.vocab_size)
@@ -121,13 +100,9 @@ class Rebuilt(NamedTuple):
 
 
 def walk_back(
-    stage: PipelineStage,
-    batch: Batch,
-    memory: LayerMemories,
-    kept: Sequence[tuple[Chunk, Weight]],
-    options: Options,
+    stage: PipelineStage, batch: Batch, memory: LayerMemories, kept: Sequence[tuple[Chunk, Weight]], options: Options,
     below_learns: bool,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Lines 4-7. Returns the loss on the last rank, 0 on others. below_learns: whether a rank before learns."""
     links, waiting = stage.links, deque[Rebuilt]()
     total = torch.zeros((), dtype=wide(stage.like), device=batch.input_ids.device)

@@ -47,7 +47,11 @@ class PipelineStage(Stack):
         head = [name for name, x in model.named_parameters(remove_duplicate=False) if x is model.lm_head.weight]
         self.is_tied = links.ranks > 1 and len(head) == 2
         ends = ([] if links.is_first else [model.embedding]) + ([] if links.is_last else [model.norm, model.lm_head])
-        _take_out(model, [*layers[:start], *layers[stop:], *ends])
+        elsewhere = {*layers[:start], *layers[stop:], *ends}
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if child in elsewhere:
+                    setattr(parent, name, Placeholder(child))
         self.model = model
         # Of a parameter that the first rank has too, its name there by the name here.
         self.twice = {head[1]: head[0]} if self.is_tied and links.is_last else {}
@@ -133,11 +137,3 @@ class PipelineStage(Stack):
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter, dtype=wide(parameter))
                 self.links.add(parameter.grad, self.links.copies_of_me)
-
-
-def _take_out(model: nn.Module, modules: Sequence[nn.Module]) -> None:
-    """Put a Placeholder in the place of each of these."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if any(child is module for module in modules):
-                setattr(parent, name, Placeholder(child))

@@ -49,19 +49,18 @@ def local_device(device: str) -> str:
     if process.world == 1 or device == "cpu":
         return device
     if process.local_world > (count := torch.cuda.device_count()):
-        raise InputError(
-            f"torchrun has started {process.local_world} processes on this machine, but PyTorch sees {count} "
-            f"GPU{'' if count == 1 else 's'} here: each needs its own (or take --device cpu)"
-        )
+        here = f"{process.local_world} processes on this machine, but PyTorch sees only so many GPUs: {count}"
+        raise InputError(f"torchrun has started {here}. Each needs its own (or take --device cpu)")
     return f"cuda:{process.local_rank}"
 
 
 @contextmanager
-def linked(ranks: int, device: str, timeout: timedelta) -> Iterator[Links | None]:
+def linked(ranks: int, device: str, seconds: float) -> Iterator[Links | None]:
     """Within the block: the links of this process, if torchrun has started several; None where it is alone.
 
-    ranks: processes that share the layers. device: as `local_device` says. timeout: for every message.
+    ranks: processes that share the layers. device: as `local_device` says. seconds: that every message may take.
     """
+    timeout = timedelta(seconds=seconds)
     if started().world == 1:
         yield None
         return

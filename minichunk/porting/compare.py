@@ -5,8 +5,6 @@ whatever comes before the first difference is right, and what it is itself says 
 tests/golden/README.md describes the files.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import MISSING, dataclass
 from difflib import get_close_matches

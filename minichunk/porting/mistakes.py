@@ -5,8 +5,6 @@ tensor (MISTAKES). No row of MISTAKES is from memory: tests/mutants.py makes eac
 tests/test_compare.py keeps the tensors true in which they show.
 """
 
-from __future__ import annotations
-
 import re
 from typing import NamedTuple
 

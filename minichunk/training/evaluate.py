@@ -1,6 +1,6 @@
 """Loss by position: how well a model predicts, near the start of a document and far into it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -14,8 +14,8 @@ from ..files.shipped import MEASURED_ON, SHIPPED_MODEL, novel
 from ..models.partial import describe
 from ..models.stack import Stack
 from .load import load_as_told, read_pieces
+from .loop import Ranks
 from .options import ReadOptions, check_options, option
-from .ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -29,46 +29,38 @@ class Span:
 
 @torch.no_grad()
 def loss_by_position(
-    model: Stack,
-    documents: Sequence[Document],
-    chunk_size: int,
-    spans: Sequence[tuple[int, int]],
-    on_document: Callable[[], object] = lambda: None,
+    model: Stack, documents: Sequence[Document], chunk_size: int, spans: Sequence[tuple[int, int]], title: str = ""
 ) -> list[Span]:
     """Mean loss over the documents for each span of positions; spans without a target are left out.
 
     Runs chunk by chunk over the cache, so that a length that can be trained can be evaluated.
     model: or a `PipelineStage`, on all processes; the copies of a pipeline share the documents.
-    on_document: called after each document (a progress bar).
+    title: of a progress bar; empty for none.
     """
-    ranks = Ranks(model)
-    length = max(len(document) for document in documents)
-    sums = torch.zeros(length, dtype=torch.float64)
-    counts = torch.zeros(length, dtype=torch.float64)
-    was_training = model.training
+    if not documents:
+        return []
+    ranks, was_training = Ranks(model), model.training
+    sums = torch.zeros(2, max(len(document) for document in documents), dtype=torch.float64)  # losses; targets
     model.eval()
-    for _, document in ranks.mine(documents):
+    hidden = not title or not ranks.is_first
+    for _, document in tqdm(ranks.mine(documents), title, unit="document", leave=False, disable=hidden):
         input_ids, labels = collate([document], model.like.device)
         targets = shift(labels)
         for rows, losses in model.chunk_losses(input_ids, targets, chunk_size):
-            sums[rows] += losses[0].double().cpu()
-            counts[rows] += (targets[0, rows] != IGNORE).double().cpu()
-        on_document()
+            sums[:, rows] += torch.stack([losses[0], targets[0, rows] != IGNORE]).double().cpu()
     model.train(was_training)
-    ranks.add_all(sums)
-    ranks.add_all(counts)
-    totals = [(start, stop, sums[start:stop].sum(), counts[start:stop].sum()) for start, stop in spans]
-    return [Span(start, stop, (total / count).item()) for start, stop, total, count in totals if count > 0]
+    ranks.add(sums)
+    totals = [(start, stop, *sums[:, start:stop].sum(1).tolist()) for start, stop in spans]
+    return [Span(start, stop, total / count) for start, stop, total, count in totals if count]
 
 
 def spans_for(context: int, length: int) -> list[tuple[int, int]]:
     """The old context, then doublings beyond it, up to `length`; halvings where all is inside it."""
     if length <= context:
-        edges = [0, *(length >> shift_ for shift_ in (3, 2, 1) if length >> shift_ > 0), length]
-    else:
-        edges = [0, context]
-        while edges[-1] < length:
-            edges.append(min(edges[-1] * 2, length))
+        return list(pairwise([0, *(part for shifted in (3, 2, 1) if (part := length >> shifted)), length]))
+    edges = [0, context]
+    while edges[-1] < length:
+        edges.append(min(edges[-1] * 2, length))
     return list(pairwise(edges))
 
 
@@ -76,20 +68,16 @@ def spans_for(context: int, length: int) -> list[tuple[int, int]]:
 class EvaluateOptions(ReadOptions):
     """Measure the loss by position: how well a model predicts texts, near their start and far into them.
 
-    Cuts the texts into pieces of at most --seq-len tokens and prints the mean loss, in nats per token
-    (lower is better), for each span of positions: inside the length that the model was made for, and
-    beyond it. Run it with and without --adapter to see what a training has changed.
+    Cuts the texts into pieces of at most --seq-len tokens and prints the mean loss, in nats per token,
+    for each span of positions: inside the length that the model was made for, and beyond it.
 
       minichunk evaluate
-      minichunk evaluate --model DIR --data heldout.txt --seq-len 16384
       minichunk evaluate --model DIR --data heldout.txt --seq-len 16384 --adapter runs/1/adapter
 
     DIR and FILE are as `minichunk train` takes them: of a JSONL line, what would be learnt is measured.
     """
 
-    data: tuple[str, ...] = option(
-        (), "text or JSONL files", metavar="FILE", absent="a shipped novel", group="measurement"
-    )
+    data: tuple[str, ...] = option((), "text or JSONL files", metavar="FILE", absent="a shipped novel", group="texts")
     seq_len: int = option(2048, "tokens per piece", least=2)
     documents: int = option(8, "pieces, the longest", least=1)
     chunk_size: int = option(512, "tokens per forward pass: costs memory, changes no result", least=1)
@@ -103,8 +91,7 @@ def evaluate_files(options: EvaluateOptions) -> None:
     pieces, line = read_pieces(options.data or [novel(MEASURED_ON)], model, tokenizer, chat, options.seq_len)
     pieces = sorted(pieces, key=len, reverse=True)[: options.documents]
     spans = spans_for(model.config.max_position_embeddings, len(pieces[0]))
-    with tqdm(total=len(pieces), desc="evaluate", unit="document", leave=False) as bar:
-        losses = loss_by_position(model, pieces, options.chunk_size, spans, bar.update)
+    losses = loss_by_position(model, pieces, options.chunk_size, spans, "evaluate")
     if seen := describe(model.config):
         print(f"seen of the past: {seen}")
     print(f"{line}\n\nmean loss, nats per token ({len(pieces)} documents)")

@@ -14,15 +14,9 @@ from .options import ReadOptions, check_options, option
 
 @torch.no_grad()
 def generate(
-    model: Stack,
-    input_ids: Tensor,
-    max_new_tokens: int,
-    *,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    generator: torch.Generator | None = None,
-    chunk_size: int = 512,
-) -> Tensor:
+    model: Stack, input_ids: Tensor, max_new_tokens: int, *, temperature: float = 0.0, top_p: float = 1.0,
+    generator: torch.Generator | None = None, chunk_size: int = 512,
+) -> Tensor:  # fmt: skip
     """Continue `input_ids`, int64 (B, T) without padding; returns int64 (B, T + new).
 
     temperature: 0 takes the likeliest token; otherwise the logits are divided by it and sampled.
@@ -101,11 +95,7 @@ def continue_text(options: GenerateOptions) -> str:
     found = tokenizer.encode(options.prompt)
     input_ids = torch.tensor([found.ids[: end_of_text(found)]], device=model.lm_head.weight.device)
     out = generate(
-        model,
-        input_ids,
-        options.max_new_tokens,
-        temperature=options.temperature,
-        top_p=options.top_p,
+        model, input_ids, options.max_new_tokens, temperature=options.temperature, top_p=options.top_p,
         generator=torch.Generator().manual_seed(options.seed),
-    )
+    )  # fmt: skip
     return tokenizer.decode(out[0].tolist())

@@ -9,7 +9,6 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..chunks import Chunk
 from ..files.atomic import check_room
 from ..files.chat import ChatTemplate, load_chat_template
 from ..files.documents import Document, check_vocabulary, cut_documents, load_tokenizer, read_documents
@@ -19,7 +18,7 @@ from ..models.adapter_files import load_adapter
 from ..models.load import load_model
 from ..models.lora import add_lora, default_targets
 from ..models.partial import partial_context
-from ..models.shapes import layer_memory_bytes, memory_bytes, random_model
+from ..models.shapes import layer_memory_bytes, random_model
 from ..models.stack import Stack
 from ..pipeline.links import Links
 from ..pipeline.pipeline_seco import pipeline_seco, pipeline_spaco
@@ -29,7 +28,8 @@ from ..pipeline.start import local_device, started
 from ..protocol import Options
 from ..seco import seco
 from ..spaco import spaco
-from .options import DTYPES, ModelOptions, TrainOptions, check_device, default_dtype, known
+from .loop import Gradient
+from .options import DTYPES, ModelOptions, TrainOptions, check_device, default_dtype
 
 
 def load_as_told(
@@ -39,11 +39,9 @@ def load_as_told(
 
     prepare: see `load_model` in models. Raises InputError, for a wrong device before anything is read.
     """
-    device = check_device(options.device)
-    dtype, in_4bit = DTYPES[options.dtype or default_dtype(device)], getattr(options, "load_in_4bit", False)
-    directory = options.model or SHIPPED_MODEL
-    tokenizer = load_tokenizer(directory)
-    model = load_model(directory, dtype, device, in_4bit, prepare)
+    device, directory = check_device(options.device), options.model or SHIPPED_MODEL
+    dtype, tokenizer = DTYPES[options.dtype or default_dtype(device)], load_tokenizer(directory)
+    model = load_model(directory, dtype, device, getattr(options, "load_in_4bit", False), prepare)
     if (adapter := getattr(options, "adapter", None)) is not None:
         load_adapter(model, adapter)
     return model, tokenizer
@@ -61,41 +59,33 @@ def load_to_train(options: TrainOptions, links: Links | None = None) -> tuple[An
         if (pattern := options.pattern()) is not None:
             partial_context(model, pattern, options.full_layers)
         if links is not None:
-            stages.append(PipelineStage(model, layers_of_ranks(options, model, links.ranks), links=links))
+            shaped = model.config, DTYPES[options.dtype], options.rank, options.targets or default_targets(model)
+            memory = None if options.offload else memory_of_layers(options, model.config, DTYPES[options.dtype])
+            split = split_layers(random_model(*shaped, "meta", options.load_in_4bit), links.ranks, memory)
+            stages.append(PipelineStage(model, split, links=links))
 
-    model, tokenizer = load_as_told(replace(options, device=local_device(known(options.device))), prepare)
+    model, tokenizer = load_as_told(replace(options, device=local_device(options.device)), prepare)
     if options.rank:
         add_lora(model, options.rank, options.alpha, options.targets or default_targets(model), options.dropout)
     return (stages[0] if stages else model), tokenizer
 
 
-def layers_of_ranks(options: TrainOptions, model: Stack, ranks: int) -> list[int]:
-    """How many layers each rank gets, with their adapters and their memory of a piece; as `minichunk plan --gpus` does.
-
-    Raises InputError for fewer layers than ranks.
-    """
-    config, dtype, how = model.config, DTYPES[known(options.dtype)], Options(**options.keywords())
-    targets = options.targets or default_targets(model)
-    shaped = random_model(config, dtype, options.rank, targets, "meta", options.load_in_4bit)
-    memory = layer_memory_bytes(config, dtype, options.most_kept(), how, options.batch_size)
-    return split_layers(shaped, ranks, None if options.offload else [sum(both) for both in memory])
+def memory_of_layers(options: TrainOptions, config: Any, dtype: torch.dtype) -> list[int]:
+    """Bytes that each layer remembers of a batch of pieces, with the gradients sent back to that."""
+    how = options.most_kept(), Options(**options.keywords()), options.batch_size
+    return [sum(both) for both in layer_memory_bytes(config, dtype, *how)]
 
 
-def check_host_room(model: Stack, batch: int, kept: Sequence[Chunk], grad_dtype: torch.dtype | None) -> None:
+def check_host_room(model: Stack, options: TrainOptions) -> None:
     """Raise InputError unless the host has room for the memory of `--offload`.
 
     model: or this rank's part of it, where all ranks of this machine are taken to have as many layers.
-    batch: sequences at a time. kept: the most chunks that a step backpropagates.
     """
-    how = Options(cache_grad_dtype=grad_dtype, offload=True)
-    remembered, gradients = memory_bytes(model.config, model.like.dtype, kept, how, batch)
-    wide = grad_dtype is None or grad_dtype.itemsize > 2
-    ways = ["--cache-grad-dtype bfloat16"] if gradients and wide else []
-    ways += ["a smaller --batch-size"] if batch > 1 else []
-    what = f"--offload of {kept[-1].start:,} tokens" + (f" in each of {batch} sequences" if batch > 1 else "")
-    advice = "take " + ", ".join([*ways, "a shorter --seq-len"]) + ", or free memory"
+    memory = sum(memory_of_layers(options, model.config, model.like.dtype))
     of_machine = len(model.layers) / model.config.num_hidden_layers * started().local_world
-    check_room(what, (remembered + gradients) * of_machine, torch.device("cpu"), advice)
+    what = f"--offload of {options.batch_size} times {options.most_kept()[-1].start:,} tokens"
+    advice = "take --cache-grad-dtype bfloat16, a smaller --batch-size, a shorter --seq-len, or free memory"
+    check_room(what, memory * of_machine, torch.device("cpu"), advice)
 
 
 def read_pieces(
@@ -109,7 +99,7 @@ def read_pieces(
 
 def load_data(options: TrainOptions, model: Stack, tokenizer: Tokenizer) -> tuple[list[Document], list[Document], str]:
     """Training and validation pieces, and a line that says what was kept. Raises InputError."""
-    chat = load_chat_template(known(options.model)) if options.chat_template else None
+    chat = load_chat_template(options.model) if options.chat_template else None
     training, line = read_pieces(options.data or [novel(EXTENDED_ON)], model, tokenizer, chat, options.seq_len)
     if options.val_data or not options.data:
         texts = options.val_data or [novel(MEASURED_ON)]
@@ -123,7 +113,7 @@ def load_data(options: TrainOptions, model: Stack, tokenizer: Tokenizer) -> tupl
     return training, longest_first[: options.eval_documents], line
 
 
-def make_gradient(options: TrainOptions) -> Callable[[Any, Tensor, Tensor, int, torch.Generator], Tensor]:
+def make_gradient(options: TrainOptions) -> Gradient:
     """The method of the options as a function of model or stage, input_ids, labels, num_targets, generator."""
     keywords = options.keywords()
 

@@ -1,9 +1,12 @@
-"""The training loop: batches, gradient, optimizer. Its state is tensors and a step number, so a resume is exact."""
+"""The training loop: batches, gradient, optimizer. Its state is tensors and a step number, so a resume is exact.
+
+`Ranks` is what it, and all that goes on around it, asks of the other processes, if there are any.
+"""
 
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +16,12 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..files.documents import Document, collate, step_documents
-from ..models.stack import Stack
-from .ranks import Ranks
+from ..models.quantize import count_parameters
+from ..pipeline.stage import PipelineStage
 
-# Knuth's multiplier: 2^32 divided by the golden ratio. The products of small numbers with it are far apart in 32 bits.
-GOLDEN_RATIO_HASH = 2_654_435_769
-# Adds the gradient of the mean loss of (model, input_ids, labels), given num_targets and a generator.
-Gradient = Callable[[Stack, Tensor, Tensor, int, torch.Generator], Tensor]
+GOLDEN_RATIO_HASH = 2_654_435_769  # Knuth's multiplier: products of small numbers with it are far apart in 32 bits
+# Adds the gradient of the mean loss of (model or stage, input_ids, labels), given num_targets and a generator.
+Gradient = Callable[[Any, Tensor, Tensor, int, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,11 +48,70 @@ def deterministic_kernels(on: bool) -> Iterator[None]:
     before = torch.are_deterministic_algorithms_enabled()
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-        torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(on or before)
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+class Ranks:
+    """The processes that train a model: several copies of a pipeline if it is a `PipelineStage`, else this one alone.
+
+    Everything here is called on all processes at a time, and costs one alone nothing.
+    """
+
+    def __init__(self, model: Any) -> None:
+        stage = model if isinstance(model, PipelineStage) else None
+        self.part = model
+        self.model: Any = model if stage is None else stage.model  # as it is saved
+        self.links = None if stage is None else stage.links
+        self.twice = {} if stage is None else stage.twice  # parameters that another rank has too
+        self.copy, self.copies = (0, 1) if self.links is None else (self.links.copy, self.links.copies)
+        self.is_first = self.links is None or (self.links.is_first and self.copy == 0)  # it speaks and writes the files
+
+    def mine(self, of_all: Sequence[Any]) -> list[tuple[int, Any]]:
+        """What this copy works on, with its number."""
+        return list(enumerate(of_all))[self.copy :: self.copies]
+
+    def once(self, named: dict[str, Any]) -> dict[str, Any]:
+        """Of what each rank has by a parameter's name, what counts here, so that each parameter counts once."""
+        return {name: x for name, x in named.items() if name not in self.twice}
+
+    def everyones(self, mine: Any, of_all: bool = True) -> list[Any]:
+        """What each process says, a picklable object; of this pipeline, or `of_all`."""
+        return [mine] if self.links is None else self.links.everyones(mine, of_all)
+
+    def add(self, x: Tensor, of_all: bool = True) -> None:
+        """Add to x, in place, those of all processes (on the CPU), or only those of the other copies."""
+        if self.links is not None:
+            self.links.add(x, None if of_all else self.links.copies_of_me)
+
+    def norm(self, named: dict[str, Any]) -> Tensor:
+        """Of all ranks' tensors together; on the CPU."""
+        norms = [torch.linalg.vector_norm(x) for x in self.once(named).values()]
+        here = torch.stack(norms).cpu() if norms else torch.zeros(0)
+        return torch.linalg.vector_norm(torch.cat(self.everyones(here, of_all=False)))
+
+    def whole(self, named: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        """The tensors of all ranks by name, on the first process, whose host has room for them; None on the others."""
+        if self.links is None:
+            return named
+        return self.links.to_first(self.once(named)) if self.copy == 0 else None
+
+    def count_parameters(self) -> tuple[int, int]:
+        """How many numbers the model has on all ranks together, and how many of them learn."""
+        named = dict(self.part.named_parameters())
+        total = count_parameters(self.part) - sum(p.numel() for name, p in named.items() if name in self.twice)
+        learnt = sum(p.numel() for p in self.once(named).values() if p.requires_grad)
+        totals, trained = zip(*self.everyones((total, learnt), of_all=False), strict=True)
+        return sum(totals), sum(trained)
+
+    def describe(self) -> str:
+        """The processes in words; empty for one alone."""
+        layers = self.everyones(len(self.part.layers), of_all=False)
+        over = f"over {len(layers)} ranks with {', '.join(map(str, layers))} layers" if len(layers) > 1 else ""
+        return ", each ".join(filter(None, [f"{self.copies} copies" if self.copies > 1 else "", over]))
 
 
 class NonFiniteLoss(RuntimeError):
@@ -68,123 +129,101 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        model: Any,
-        documents: Sequence[Document],
-        gradient: Gradient,
-        schedule: Schedule,
-        batch_size: int = 1,
-        accumulate: int = 1,
-        seed: int = 0,
-    ) -> None:
+        self, model: Any, documents: Sequence[Document], gradient: Gradient, schedule: Schedule, batch_size: int = 1,
+        accumulate: int = 1, seed: int = 0,
+    ) -> None:  # fmt: skip
         self.model, self.documents, self.gradient, self.schedule = model, documents, gradient, schedule
         self.batch_size, self.accumulate, self.seed, self.ranks = batch_size, accumulate, seed, Ranks(model)
         self.step = 0  # steps done
-        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.device = next(model.parameters()).device
-        self.parameters = named
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters = {
-            name: nn.Parameter(p.detach().float()) if p.dtype.itemsize < 4 else p for name, p in named.items()
+            name: nn.Parameter(p.detach().float()) if p.dtype.itemsize < 4 else p for name, p in self.parameters.items()
         }
-        self.optimizer = torch.optim.AdamW(
-            [{"params": list(self.masters.values())}],  # there may be none: a rank on which nothing learns
-            lr=schedule.lr,
-            betas=(0.9, 0.95),
-            weight_decay=schedule.weight_decay,
-            fused=self.device.type == "cuda",
-        )
+        groups = [{"params": list(self.masters.values())}]  # there may be none: a rank on which nothing learns
+        decay, fused = schedule.weight_decay, self.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(groups, schedule.lr, (0.9, 0.95), weight_decay=decay, fused=fused)
 
     def run_step(self) -> dict[str, float]:
         """Do one step; returns loss (nats per token), gradient norm, learning rate, tokens, seconds.
 
         Raises NonFiniteLoss before anything is changed.
         """
-        began = time.perf_counter()
-        per_step, size = self.batch_size * self.accumulate, self.batch_size
-        chosen = step_documents(self.documents, per_step, self.step, self.seed)
-        batches = [chosen[start : start + size] for start in range(0, per_step, size)]
+        began, size = time.perf_counter(), self.batch_size
+        chosen = step_documents(self.documents, size * self.accumulate, self.step, self.seed)
+        batches = [chosen[start : start + size] for start in range(0, len(chosen), size)]
         num_targets = sum(document.num_targets() for document in chosen)
-        losses = []
+        found = {}
         for number, batch in self.ranks.mine(batches):
             # PyTorch's generator on the CPU takes the low 32 bits of a seed, in which each batch has to differ.
             seed = self.seed * 1_000_003 + self.step + number * GOLDEN_RATIO_HASH
             torch.manual_seed(seed)  # dropout
             generator = torch.Generator().manual_seed(seed)  # the sampler
             input_ids, labels = collate(batch, self.device)
-            losses.append((number, self.gradient(self.model, input_ids, labels, num_targets, generator)))
+            found[number] = self.gradient(self.model, input_ids, labels, num_targets, generator)
         norm = self._collect_gradients()
-        of_copies = self.ranks.everyones([(number, float(loss)) for number, loss in losses])
-        by_number = dict(pair for copy in of_copies for pair in copy)
-        loss = sum(by_number[number] for number in range(len(batches)))
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            self._refuse(batches, by_number)
-        lr = self.schedule.lr_at(self.step)
-        self._update(lr)
+        of_copies = self.ranks.everyones({number: float(loss) for number, loss in found.items()})
+        losses = [loss for _, loss in sorted({n: loss for copy in of_copies for n, loss in copy.items()}.items())]
+        if not math.isfinite(sum(losses)) or not math.isfinite(norm):
+            self.optimizer.zero_grad(set_to_none=True)
+            bad = [batch for batch, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)]
+            names = "; ".join(document.name for batch in bad or batches for document in batch)
+            what = f"the {'loss' if bad else 'gradient'} is not a finite number"
+            raise NonFiniteLoss(f"{what} at step {self.step + 1} ({names}): try a lower --lr")
+        self.optimizer.param_groups[0]["lr"] = lr = self.schedule.lr_at(self.step)
+        self._update()
         self.step += 1
-        done = {"step": self.step, "loss": loss, "grad_norm": norm, "lr": lr, "tokens": sum(map(len, chosen))}
+        done = {"step": self.step, "loss": sum(losses), "grad_norm": norm, "lr": lr, "tokens": sum(map(len, chosen))}
         return {**done, "seconds": time.perf_counter() - began}
 
     def _collect_gradients(self) -> float:
         """Move the gradients to the masters, clip them, and return their norm before clipping."""
-        grads = {}
         for name, parameter in self.parameters.items():
             master = self.masters[name]
             # A SpaCO step may keep nothing, a copy may have no batch: the gradient is then zero, not absent.
             grad = torch.zeros_like(master) if parameter.grad is None else parameter.grad.to(master.dtype)
             parameter.grad = None
-            self.ranks.add_copies(grad)
-            grads[name] = master.grad = grad
-        total = self.ranks.norm(grads)
+            self.ranks.add(grad, of_all=False)
+            master.grad = grad
+        total = self.ranks.norm({name: master.grad for name, master in self.masters.items()})
         if self.schedule.clip > 0:
             nn.utils.clip_grads_with_norm_(self.masters.values(), self.schedule.clip, total.to(self.device))
         return float(total)
 
-    def _update(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+    @torch.no_grad()
+    def _update(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                if self.masters[name] is not parameter:
-                    parameter.copy_(self.masters[name])
-
-    def _refuse(self, batches: list[list[Document]], losses: Mapping[int, float]) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        bad = [batches[number] for number, loss in losses.items() if not math.isfinite(loss)]
-        what = "loss" if bad else "gradient"
-        names = "; ".join(document.name for batch in (bad or batches) for document in batch)
-        raise NonFiniteLoss(f"the {what} is not a finite number at step {self.step + 1} ({names})")
+        for name, parameter in self.parameters.items():
+            if self.masters[name] is not parameter:
+                parameter.copy_(self.masters[name])
 
     def state(self) -> dict[str, Tensor]:
         """All that a resume needs of this rank: weights, AdamW's two moments and step count, by parameter name."""
-        tensors = {}
-        for name, master in self.masters.items():
-            if name not in self.ranks.twice:
-                tensors[f"weight.{name}"] = master.detach()
-                for key, value in self.optimizer.state[master].items():
-                    tensors[f"{key}.{name}"] = value
-        return tensors
+        return {
+            f"{key}.{name}": value
+            for name, master in self.ranks.once(self.masters).items()
+            for key, value in {"weight": master.detach(), **self.optimizer.state[master]}.items()
+        }
 
+    @torch.no_grad()
     def load_state(self, keys: Collection[str], read: Callable[[str], Tensor], step: int) -> None:
         """Continue from the `state()` of all ranks after `step` steps. Raises InputError if it is of another model.
 
         keys: of the tensors that there are. read: one of them; a rank reads only its own.
         """
         names = {self.ranks.twice.get(name, name): name for name in self.masters}
-        expected = set[str]().union(*self.ranks.everyones(set(names)))
-        if odd := sorted(expected ^ {key.removeprefix("weight.") for key in keys if key.startswith("weight.")}):
-            raise InputError(f"the checkpoint does not fit the model: weight.{odd[0]} differs")
+        expected = {f"weight.{name}" for each in self.ranks.everyones(set(names)) for name in each}
+        if odd := sorted(expected ^ {key for key in keys if key.startswith("weight.")}):
+            raise InputError(f"the checkpoint does not fit the model: {odd[0]} differs")
         self.step = step
         for stored, name in names.items():
             master, weight = self.masters[name], read(f"weight.{stored}")
             if weight.shape != master.shape:
                 raise InputError(f"the checkpoint does not fit the model: weight.{stored} differs")
-            with torch.no_grad():
-                master.copy_(weight)
-                self.parameters[name].copy_(master)
-            # AdamW keeps its step count on the CPU unless it is fused.
+            self.parameters[name].copy_(master.copy_(weight))
             self.optimizer.state[master] = {
+                # AdamW keeps its step count on the CPU unless it is fused.
                 key: read(f"{key}.{stored}").to("cpu" if key == "step" and self.device.type == "cpu" else self.device)
                 for key in ("step", "exp_avg", "exp_avg_sq")
                 if f"{key}.{stored}" in keys

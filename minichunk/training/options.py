@@ -1,14 +1,14 @@
 """Options of commands, each written once, as a field of a dataclass: parser, help, defaults and checks follow from it.
 
 `option` makes such a field, `check_options` checks an instance (a command's or a library call's alike), and
-command/options.py makes a parser of the dataclass. Its docstring is what `--help` says first.
+command/main.py makes a parser of the dataclass. Its docstring is what `--help` says first.
 """
 
 import math
 import operator
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -20,11 +20,8 @@ from ..pipeline.start import started
 from ..samplers import Bernoulli, FixedBudget, PaperBudget, most_kept
 from ..spaco import Sampler
 
-T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-METHODS = ("seco", "spaco", "full")
-SAMPLERS = ("bernoulli", "fixed", "paper")
-KINDS = {int: "a whole number", float: "a number", bool: "true or false"}
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 WINDOW, STRIDED = ("partial_context", ("window",)), ("partial_context", ("strided",))  # what options belong to
 BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "least": ("at least", operator.ge), "above": ("above", operator.gt), "most": ("at most", operator.le),
@@ -33,23 +30,25 @@ BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
 
 
 def option(
-    default: Any, help: str, *, group: str = "", metavar: str = "", absent: str = "", choices: Collection[str] = (),
-    least: float | None = None, above: float | None = None, most: float | None = None, below: float | None = None,
-    belongs: tuple[str, tuple[str, ...]] | None = None, positional: bool = False, none: bool = False,
+    default: Any, help: str, *, group: str | None = None, metavar: str = "", absent: str = "",
+    choices: Collection[str] = (), least: float | None = None, above: float | None = None, most: float | None = None,
+    below: float | None = None, belongs: tuple[str, tuple[str, ...]] | None = None, positional: bool = False,
+    none: bool = False,
 ) -> Any:  # fmt: skip
     """A field of a dataclass of options. Its annotation says what is read: int, float, str, bool, a tuple of them.
 
-    default: `MISSING` if it has to be given. absent: the default in words, where it is chosen for the case.
-    group: its title in the help, of the options after it too. least, above, most, below: bounds of every number.
-    belongs: another option, and which values it must have for this one; (): any but None.
-    positional: without `--`. none: a tuple may be empty. A flag that is on by default is turned off by `--no-…`.
+    default: `MISSING` if it has to be given; None, whatever the annotation says, if it is chosen for the case.
+    absent: the default in words. group: its title in the help; None: that of the option before it; "": none.
+    least, above, most, below: bounds of every number. belongs: another option, and which values it must have for this
+    one; (): any but None. positional: without `--`. none: a tuple may be empty.
+    A flag that is on by default is turned off by `--no-…`.
     """
     return field(default=default, metadata={name: value for name, value in locals().items() if name != "default"})
 
 
-def changed(options: type, name: str, **changes: Any) -> Any:
+def changed(options: Any, name: str, **changes: Any) -> Any:
     """The option `name` of another dataclass again, with some of its keywords changed."""
-    (found,) = [each for each in fields(options) if each.name == name]
+    found = options.__dataclass_fields__[name]
     return option(**{"default": found.default, **found.metadata, **changes})
 
 
@@ -89,7 +88,7 @@ def _must(value: Any, kind: type, rule: Mapping[str, Any]) -> str:
     """What the value must be and is not; empty if it is all right."""
     allowed: Any = (int, float) if kind is float else kind
     if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
-        return KINDS.get(kind, f"a {kind.__name__}")
+        return KINDS[kind]
     if rule["choices"]:
         return "" if value in rule["choices"] else f"one of {', '.join(rule['choices'])}"
     bounds = [(words, rule[key], holds) for key, (words, holds) in BOUNDS.items() if rule[key] is not None]
@@ -98,7 +97,7 @@ def _must(value: Any, kind: type, rule: Mapping[str, Any]) -> str:
     return " and ".join(f"{words} {bound}" for words, bound, _ in bounds) or "a finite number"
 
 
-def options_of(options: type[T], values: Mapping[str, Any]) -> T:
+def options_of(options: type, values: Mapping[str, Any]) -> Any:
     """An instance of a dataclass of options from what a parser or a JSON file says: lists become tuples."""
     return options(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
@@ -119,21 +118,14 @@ def check_device(name: str | None) -> str:
     return name
 
 
-def known(value: T | None) -> T:
-    """Not None: `TrainOptions.resolved` has filled it in."""
-    assert value is not None
-    return value
-
-
 # fmt: off
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
     """Which model, in which numbers, and where."""
 
-    model: str | None = option(None, "checkpoint directory", absent="the shipped small Llama", metavar="DIR",
-                               group="model and data")
-    dtype: str | None = option(None, "of the model", choices=tuple(DTYPES), absent="bfloat16 on CUDA, else float32")
-    device: str | None = option(None, "cpu, cuda or cuda:N", absent="cuda where there is one")
+    model: str = option(None, "checkpoint directory", absent="the shipped one", metavar="DIR", group="model and data")
+    dtype: str = option(None, "of the model", choices=tuple(DTYPES), absent="bfloat16 on CUDA, else float32")
+    device: str = option(None, "cpu, cuda or cuda:N", absent="cuda where there is one")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,37 +140,27 @@ class ReadOptions(ModelOptions):
 class StepOptions:
     """What one step of a training does: `minichunk train` takes it, `minichunk plan` forecasts its memory."""
 
-    GROUPS: ClassVar[Mapping[str, str]] = {"a part of the past": """\
-Make a hybrid of a model of full attention (LongGen, arXiv 2410.01485): the middle third of its layers
-keeps seeing all of the past, the others see a part of it, which costs less, in training and when text
-is written. That is another function, and the training has to teach it to the model. What is written
-says so: `evaluate` and `generate` take it from the adapter or the checkpoint. Take chunks of at least
-two windows: most of a chunk then needs nothing of what lies before it."""}
-
-    method: str = option("seco", "seco: exact, one chunk in memory; spaco: estimates; full: ordinary backpropagation",
-                         choices=METHODS, group="method")
+    method: str = option("seco", "spaco estimates the gradient", choices=("seco", "spaco", "full"), group="method")
     seq_len: int = option(2048, "tokens per document piece", least=2)
     chunk_size: int = option(256, "tokens per chunk", least=1)
     fill_size: int | None = option(None, "tokens per forward pass of the fill", least=1, absent="the chunk size")
-    budget: int | None = option(None, "spaco: chunks kept per document, with bernoulli on average", least=1,
-                                absent="a quarter")
-    sampler: str = option("bernoulli", "spaco: bernoulli (unbiased), fixed or paper", choices=SAMPLERS)
-    recompute: bool | None = option(None, "run each layer again in its backward, to save memory",
-                                    absent="for models of a billion parameters or more")
+    budget: int | None = option(None, "spaco: chunks kept of a document, on average", least=1, absent="a quarter")
+    sampler: str = option("bernoulli", "of spaco: bernoulli is unbiased", choices=("bernoulli", "fixed", "paper"))
+    recompute: bool | None = option(None, "run layers twice, to save memory", absent="from a billion parameters on")
     cache_grad_dtype: str | None = option(None, "of the gradients summed for the cache", choices=tuple(DTYPES),
                                           absent="float32, or wider with a wider model")
     offload: bool = option(False, "keep the cache and its gradients in host memory")
     partial_context: str | None = option(
-        None, "window: the last positions and the very first, the sinks; strided: in blocks, the last ones and some of "
-        "those before", choices=("window", "strided"), absent="none", group="a part of the past")
+        None, "what all but --full-layers see, as in LongGen; the model has to learn it. window: the last positions "
+        "and the very first, the sinks; strided: in blocks, the last ones and some of those before",
+        choices=("window", "strided"), absent="all", group="a part of the past")
     window: int = option(1024, "window: the last N positions, the own included", least=1, belongs=WINDOW)
     sinks: int = option(64, "window: and the first N, 0 for none", least=0, belongs=WINDOW)
     block: int = option(64, "strided: positions in a block", least=1, belongs=STRIDED)
     local: int = option(16, "strided: the last N blocks, the own included", least=1, belongs=STRIDED)
     stride: int = option(16, "strided: and every Nth block, the first one included", least=1, belongs=STRIDED)
-    full_layers: tuple[int, ...] | None = option(
-        None, "layers that keep seeing all of the past, counted from 0; no number: none", absent="the middle third",
-        none=True, belongs=("partial_context", ()))
+    full_layers: tuple[int, ...] | None = option(None, "these see all of the past, counted from 0; no number: none",
+                                                 absent="the middle third", none=True, belongs=("partial_context", ()))
     rank: int = option(8, "of the adapter; 0 trains all parameters", least=0, group="LoRA")
     targets: tuple[str, ...] | None = option(None, "layers with an adapter", absent="all PEFT takes", metavar="NAME")
     load_in_4bit: bool = option(False, "store the frozen base in 4 bits (bitsandbytes)")
@@ -193,9 +175,8 @@ two windows: most of a chunk then needs nothing of what lies before it."""}
 
     def keywords(self) -> dict[str, Any]:
         """How a step is computed, as keywords of `seco` and fields of `Options`."""
-        sums = DTYPES[self.cache_grad_dtype] if self.cache_grad_dtype else None
         how = {"fill_size": self.fill_size, "recompute": bool(self.recompute), "offload": self.offload}
-        return {**how, "cache_grad_dtype": sums}
+        return {**how, "cache_grad_dtype": self.cache_grad_dtype and DTYPES[self.cache_grad_dtype]}
 
     def pattern(self) -> Pattern | None:
         """What the layers of `--partial-context` see; None without it."""
@@ -214,7 +195,6 @@ class TrainOptions(StepOptions, ModelOptions):
       minichunk train
       minichunk train --model DIR --data notes.txt more.jsonl --seq-len 16384 --chunk-size 512
       minichunk train --model DIR --data book.txt --method spaco --budget 8
-      minichunk train --model DIR --data book.txt --partial-context window --chunk-size 2048 --seq-len 65536
       minichunk train --output runs/1 --resume
       torchrun --nproc-per-node 4 -m minichunk train --pipeline 4 --model DIR --data book.txt
 
@@ -225,12 +205,7 @@ class TrainOptions(StepOptions, ModelOptions):
     checkpoint's chat template is used where it has one: this needs minichunk[hf], and its date is 26 July 2024.
     """
 
-    GROUPS: ClassVar[Mapping[str, str]] = {
-        **StepOptions.GROUPS, "several GPUs": "started by torchrun --nproc-per-node P -m minichunk train …"
-    }
-
-    data: tuple[str, ...] = option((), "text or JSONL files", absent="the shipped novel", metavar="FILE",
-                                   group="model and data")
+    data: tuple[str, ...] = option((), "text or JSONL files", absent="a novel", metavar="FILE", group="model and data")
     val_data: tuple[str, ...] = option((), "held-out files", absent="a part of the data", metavar="FILE")
     val_fraction: float = option(0.1, "part of the data held out", least=0, below=1)
     eval_documents: int = option(8, "held-out documents to measure", least=0)
@@ -239,21 +214,17 @@ class TrainOptions(StepOptions, ModelOptions):
                                belongs=("sampler", ("paper",)), group="method")
     steps: int = option(60, "optimizer steps", least=1, group="training")
     batch_size: int = option(1, "pieces at a time", least=1)
-    accumulate: int | None = option(None, "batches per step, on all copies of the model together", least=1,
-                                    absent="one for each copy")
-    lr: float | None = option(None, "peak learning rate", above=0,
-                              absent="3e-4 with LoRA, 2e-5 without, 4e-3 for the shipped model")
-    warmup: int | None = option(None, "steps of linear warm-up", least=0, absent="a tenth")
+    accumulate: int = option(None, "batches per step, of all copies together", least=1, absent="one for each copy")
+    lr: float = option(None, "peak learning rate", above=0,
+                       absent="3e-4 with LoRA, 2e-5 without, 4e-3 for the shipped model")
+    warmup: int = option(None, "steps of linear warm-up", least=0, absent="a tenth")
     weight_decay: float = option(0.0, "of AdamW", least=0)
     clip: float = option(1.0, "most that the gradient norm may be, 0: any", least=0)
     alpha: float = option(16.0, "the update is alpha / rank · B A", above=0, group="LoRA")
     dropout: float = option(0.0, "on the adapter's input", least=0, below=1)
-    pipeline: int | None = option(
-        None, "let N processes share the layers; P / N copies of them work on other documents (also with --resume: any "
-        "N)", least=1, group="several GPUs")
-    timeout: float = option(
-        7200.0, "seconds after which a process that does not answer is given up; one that ends is noticed at once",
-        above=0)
+    pipeline: int = option(None, "let N of the P processes that torchrun starts share the layers; P / N copies of them "
+                           "work on other documents (also with --resume: any N)", least=1, group="several GPUs")
+    timeout: float = option(7200.0, "seconds after which a process that does not answer is given up", above=0)
     seed: int = option(0, "of adapter, order, dropout and sampler", least=0, below=2**32, group="run")
     deterministic: bool = option(False, "the same bits in every run on CUDA too, if slower")
     save_every: int = option(20, "steps between checkpoints", least=1)
@@ -264,57 +235,31 @@ class TrainOptions(StepOptions, ModelOptions):
     def resolved(self) -> "TrainOptions":
         """Check every value and fill in those that are None. Raises InputError."""
         self.check()
-        device, (pipeline, copies) = check_device(self.device), self._processes()
-        num_chunks = len(cut(self.seq_len, self.chunk_size))
+        device, copies = check_device(self.device), started().world // (self.pipeline or 1)
         # The shipped model, of 3 million parameters, takes larger steps.
         lr = 2e-5 if self.rank == 0 else 4e-3 if self.model is None else 3e-4
-        return replace(
-            self,
-            model=self.model or str(SHIPPED_MODEL),
-            device=device,
-            dtype=self.dtype or default_dtype(device),
-            lr=self.lr or lr,
-            warmup=self.steps // 10 if self.warmup is None else self.warmup,
-            pipeline=pipeline,
-            accumulate=self.accumulate or copies,
-            budget=self.budget or (max(1, num_chunks // 4) if self.method == "spaco" else None),
-        )
+        chosen: dict[str, Any] = {"model": str(SHIPPED_MODEL), "device": device, "dtype": default_dtype(device)}
+        chosen |= {"lr": lr, "warmup": self.steps // 10, "pipeline": 1, "accumulate": copies}
+        if self.method == "spaco":
+            chosen["budget"] = max(1, len(cut(self.seq_len, self.chunk_size)) // 4)
+        return replace(self, **{name: value for name, value in chosen.items() if getattr(self, name) is None})
 
     def check(self) -> None:
         super().check()
-        given = self.budget is not None or self.cap is not None or self.sampler != "bernoulli"
-        if self.method != "spaco" and given:
+        if self.method != "spaco" and (self.budget, self.cap, self.sampler) != (None, None, "bernoulli"):
             raise InputError(f"--budget, --sampler and --cap belong to --method spaco, not to {self.method}")
-        chunked = [name for name in ("fill_size", "cache_grad_dtype", "offload") if getattr(self, name)]
-        if self.method == "full" and chunked:
-            raise InputError(f"{flag(chunked[0])} belongs to --method seco and spaco, not to full")
-
-    def check_resume(self) -> None:
-        """Raise InputError for what cannot be said with `--resume`, which takes all else from the run."""
-        theirs = ("output", "resume", "pipeline", "timeout")
-        if extra := [f.name for f in fields(self) if f.name not in theirs and getattr(self, f.name) != f.default]:
-            raise InputError(f"--resume continues with the run's own options: leave out {flag(min(extra))}")
-
-    def _processes(self) -> tuple[int, int]:
-        """Processes that share the layers, and how many copies there are of such a pipeline."""
-        world = started().world
+        if self.method == "full" and (self.fill_size or self.cache_grad_dtype or self.offload):
+            raise InputError("--fill-size, --cache-grad-dtype and --offload belong to --method seco and spaco")
+        world, ranks = started().world, self.pipeline or 1
         if self.pipeline is None and world > 1:
-            raise InputError(
-                f"torchrun has started {world} processes: say with --pipeline how many of them share the layers "
-                f"({world}: all of them; 1: each has all layers, and documents of its own)"
-            )
-        ranks = self.pipeline or 1
+            raise InputError(f"torchrun has started {world} processes: say with --pipeline how many share the layers")
         if world % ranks:
-            start = f"torchrun --nproc-per-node {ranks} -m minichunk train --pipeline {ranks} …"
-            raise InputError(f"--pipeline is {ranks}, but must divide the number of processes, {world}: start {start}")
+            start = f"start torchrun --nproc-per-node {ranks}"
+            raise InputError(f"--pipeline is {ranks}, but must divide the number of processes, {world}: {start}")
         if self.method == "full" and ranks > 1:
             raise InputError("--method full has no pipeline: take seco or spaco, or --pipeline 1")
-        if self.accumulate is not None and self.accumulate < world // ranks:
-            raise InputError(
-                f"--accumulate is {self.accumulate}, but {world // ranks} copies of the model need a batch each in a "
-                f"step: at least {world // ranks} of them, or fewer processes"
-            )
-        return ranks, world // ranks
+        if self.accumulate is not None and self.accumulate < (copies := world // ranks):
+            raise InputError(f"--accumulate is {self.accumulate}, but {copies} copies of the model need a batch each")
 
     def most_kept(self) -> list[Chunk]:
         """The most chunks of a piece that a step backpropagates: as many, at the end of it."""
@@ -323,12 +268,7 @@ class TrainOptions(StepOptions, ModelOptions):
 
     def make_sampler(self) -> Sampler:
         """The sampler of `--sampler` and `--budget`; Bernoulli keeps `budget` chunks on average."""
-        budget = known(self.budget)
-        if self.sampler == "fixed":
-            return FixedBudget(budget)
-        if self.sampler == "paper":
-            return PaperBudget(budget, self.cap)
-        return lambda num_chunks, generator: Bernoulli(min(1, budget / num_chunks))(num_chunks, generator)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+        budget = self.budget or 1
+        if self.sampler == "bernoulli":
+            return lambda num_chunks, generator: Bernoulli(min(1, budget / num_chunks))(num_chunks, generator)
+        return FixedBudget(budget) if self.sampler == "fixed" else PaperBudget(budget, self.cap)

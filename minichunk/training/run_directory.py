@@ -1,16 +1,25 @@
-"""A run's directory: its options, its metrics, and the checkpoint that a resume continues from."""
+"""A run's directory: its options, metrics, checkpoint, and at the end its losses, a plot, the adapter or the model."""
 
 import json
+import resource
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from contextlib import suppress
+from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import torch
+from tqdm import tqdm
+
 from ..errors import InputError
-from ..files.atomic import digest, make_directory, open_tensors, read_json, write_json, write_tensors, write_text
+from ..files.atomic import make_directory, open_tensors, read_json, replacing, write_json, write_tensors, write_text
+from ..files.checkpoint import digest
 from ..files.shipped import SHIPPED_MODEL
+from ..models.adapter_files import save_adapter
 from .evaluate import Span
-from .loop import Trainer
+from .loop import Ranks, Trainer
 from .options import TrainOptions, check_options, options_of
 
 
@@ -42,12 +51,8 @@ class Run:
     @classmethod
     def new(cls, directory: str | Path | None) -> "Run":
         """A fresh run: in `directory`, or in the first free one of runs/1, runs/2, … Raises InputError."""
-        if directory is None:
-            number = 1
-            while Path("runs", str(number)).exists():
-                number += 1
-            directory = Path("runs", str(number))
-        run = cls(directory)
+        free = (path for number in count(1) if not (path := Path("runs", str(number))).exists())
+        run = cls(directory or next(free))
         if run.info.exists():
             raise InputError(f"{directory} holds a run already: add --resume to continue it, or name another --output")
         make_directory(run.directory)
@@ -68,7 +73,7 @@ class Run:
 
     def write_info(self, options: TrainOptions, before: Sequence[Span]) -> None:
         spans = [asdict(span) for span in before]
-        info = {"options": options.to_dict(), "digests": digests(options), "loss_by_position_before": spans}
+        info = {"options": asdict(options), "digests": digests(options), "loss_by_position_before": spans}
         write_json(self.info, info)
 
     def read_info(self) -> tuple[TrainOptions, list[Span]]:
@@ -93,14 +98,10 @@ class Run:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The steps' metrics, up to the first line that is not whole."""
-        if not self.metrics.exists():
-            return []
         metrics = []
-        for line in self.metrics.read_bytes().split(b"\n")[:-1]:
-            try:
+        with suppress(FileNotFoundError, ValueError):  # a power cut may leave anything behind the last whole line
+            for line in self.metrics.read_bytes().split(b"\n")[:-1]:
                 metrics.append(json.loads(line))
-            except ValueError:  # a power cut may leave anything behind the last line that reached the disk
-                break
         return metrics
 
     def save(self, trainer: Trainer) -> None:
@@ -115,13 +116,76 @@ class Run:
         if any(there) and not all(there):
             raise InputError(f"not all processes see {self.checkpoint}: it must be on a disk that all of them share")
         if all(there):
-            device = str(trainer.device)
-            with open_tensors(self.checkpoint, device) as file:
-                step = int((file.metadata() or {}).get("step", -1))
-                if step < 0:
+            with open_tensors(self.checkpoint, str(trainer.device)) as file:
+                if "step" not in (told := file.metadata() or {}):
                     raise InputError(f"{self.checkpoint} does not say its step: it is not a checkpoint of minichunk")
-                trainer.load_state(set(file.keys()), file.get_tensor, step)
-        if not trainer.ranks.is_first:
-            return
-        lines = [json.dumps(metrics) for metrics in self.read_metrics() if metrics["step"] <= trainer.step]
-        write_text(self.metrics, "".join(line + "\n" for line in lines))
+                trainer.load_state(set(file.keys()), file.get_tensor, int(told["step"]))
+        if trainer.ranks.is_first:
+            lines = [json.dumps(metrics) + "\n" for metrics in self.read_metrics() if metrics["step"] <= trainer.step]
+            write_text(self.metrics, "".join(lines))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the device allocator's peak on CUDA, else the largest size that this process has had."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def loss_table(before: Sequence[Span], after: Sequence[Span], context: int) -> str:
+    """Losses by position before and after training, as aligned text."""
+    lines = [f"{'positions':38}  loss before  after  change"]
+    for old, new in zip(before, after, strict=True):
+        where = "inside the old context" if old.stop <= context else "beyond it"
+        losses = f"{old.loss:11.3f}  {new.loss:5.3f}  {new.loss - old.loss:+.3f}"
+        lines.append(f"{f'{old.start:,} to {old.stop:,}':14}  {where:22}  {losses}")
+    return "\n".join(lines)
+
+
+def write_results(ranks: Ranks, run: Run, options: TrainOptions, before: Sequence[Span], after: Sequence[Span]) -> None:
+    """Write them; called on all processes, of which the first one writes."""
+    model, context = ranks.model, ranks.model.config.max_position_embeddings
+    if options.rank:
+        save_adapter(model, run.adapter, options.model, ranks.whole)
+    else:
+        model.config = replace(model.config, max_position_embeddings=max(context, options.seq_len))
+        model.save_pretrained(run.model, ranks.whole)
+    if not ranks.is_first:
+        return
+    losses = {"before": [asdict(span) for span in before], "after": [asdict(span) for span in after]}
+    write_json(run.directory / "loss_by_position.json", {**losses, "context": context})
+    plot_run(run.directory / "loss.png", run.read_metrics(), before, after, context)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty matplotlib Figure of so many inches, which needs no screen; None if matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write it as a PNG, whole or not at all."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def plot_run(
+    path: Path, metrics: Sequence[dict[str, Any]], before: Sequence[Span], after: Sequence[Span], context: int
+) -> None:
+    """Draw the loss by step and by position into a PNG, if matplotlib is installed."""
+    if (figure := new_figure(10, 3.8)) is None:
+        tqdm.write("no loss plot: pip install 'minichunk[plot]' adds matplotlib")
+        return
+    by_step, by_position = figure.subplots(1, 2)
+    by_step.plot([m["step"] for m in metrics], [m["loss"] for m in metrics])
+    by_step.set(xlabel="step", ylabel="training loss (nats per token)")
+    for spans, label in ((before, "before"), (after, "after")):
+        by_position.plot([(s.start + s.stop) / 2 for s in spans], [s.loss for s in spans], "o-", label=label)
+    by_position.axvline(context, linestyle=":", color="tab:gray", label="the old context")
+    by_position.set(xlabel="position", ylabel="held-out loss (nats per token)")
+    by_position.legend()
+    save_figure(figure, path)

@@ -1,106 +1,93 @@
 """`minichunk train`: everything around the training loop, from options to files."""
 
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
-from datetime import timedelta
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from ..chunks import cut
+from ..errors import InputError
 from ..files.atomic import human_bytes
 from ..models.partial import describe
 from ..pipeline.links import Links, RankLost
 from ..pipeline.start import linked, local_device, started
 from .evaluate import Span, loss_by_position, spans_for
 from .load import check_host_room, load_data, load_to_train, make_gradient
-from .loop import NonFiniteLoss, Schedule, Trainer, deterministic_kernels
-from .options import TrainOptions, known
-from .ranks import Ranks
-from .report import loss_table, peak_memory, write_results
-from .run_directory import Run
+from .loop import NonFiniteLoss, Ranks, Schedule, Trainer, deterministic_kernels
+from .options import TrainOptions, flag
+from .run_directory import Run, loss_table, peak_memory, write_results
 
-Say = Callable[[str], object]
 LARGE = 10**9  # parameters from which on a chunk's activations are recomputed unless told otherwise
 
 
-class Interrupted(Exception):
-    """Ctrl-C: the run is saved, and the message says how to go on."""
-
-
-def train(options: TrainOptions, say: Say = print) -> Path:
+def train(options: TrainOptions, say: Callable[[str], object] = print) -> Path:
     """Run the training that `options` describe; with `resume` continue the one in `options.output`.
 
     Under torchrun, called on all processes; the first one speaks and writes. Of a run that is continued, only
     `pipeline` and `timeout` may be said: it may go on with another number of processes.
 
-    Returns the run's directory. Raises InputError before training for anything wrong in the
-    options, the model or the data, NonFiniteLoss, and Interrupted after saving on Ctrl-C; RankLost if another process
-    ends or does not answer.
+    Returns the run's directory. Raises InputError before training for anything wrong in the options, the model or the
+    data, NonFiniteLoss, and KeyboardInterrupt, which says how to go on, after saving on Ctrl-C; RankLost if another
+    process ends or does not answer.
     """
     resumed, before = None, list[Span]()
     if options.resume:
-        options.check_resume()
+        theirs = ("output", "resume", "pipeline", "timeout")
+        if extra := [f.name for f in fields(options) if f.name not in theirs and getattr(options, f.name) != f.default]:
+            raise InputError(f"--resume continues with the run's own options: leave out {flag(min(extra))}")
         resumed = Run.existing(options.output)
         stored, before = resumed.read_info()
         options = replace(stored, pipeline=options.pipeline, timeout=options.timeout)
     options = options.resolved()
-    ranks, device, timeout = known(options.pipeline), local_device(known(options.device)), options.timeout
-    with deterministic_kernels(options.deterministic), linked(ranks, device, timedelta(seconds=timeout)) as links:
+    reached = linked(options.pipeline, local_device(options.device), options.timeout)
+    with deterministic_kernels(options.deterministic), reached as links:
         return _train(options, resumed, before, links, say)
 
 
-def _train(options: TrainOptions, resumed: Run | None, before: list[Span], links: Links | None, say: Say) -> Path:
+def _train(options: TrainOptions, resumed: Run | None, before: list[Span], links: Links | None, say: Any) -> Path:
     model, tokenizer = load_to_train(options, links)
     ranks = Ranks(model)
     say = say if ranks.is_first else lambda line: None
     if options.offload:
-        check_host_room(model, options.batch_size, options.most_kept(), options.keywords()["cache_grad_dtype"])
+        check_host_room(model, options)
     training, validation, line = load_data(options, model, tokenizer)
     run = resumed or Run(ranks.everyones(Run.new(options.output).directory if ranks.is_first else Path())[0])
     total, trainable = ranks.count_parameters()
     recompute = total >= LARGE if options.recompute is None else options.recompute
     options = replace(options, output=str(run.directory), recompute=recompute)
     say(f"model   {options.model}: {total:,} parameters, {trainable:,} of them trained, {options.dtype}")
-    if seen := describe(model.config):
-        say(f"past    {seen}")
-    if where := ranks.describe():
-        say(f"ranks   {where}")
-    say(f"data    {line}")
+    for title, words in (("past", describe(model.config)), ("ranks", ranks.describe()), ("data", line)):
+        if words:
+            say(f"{title:7} {words}")
     num_chunks = 1 if options.method == "full" else len(cut(options.seq_len, options.chunk_size))
     say(f"method  {options.method}, {options.seq_len:,} tokens in {num_chunks} chunk{'s' if num_chunks > 1 else ''}")
-
     context = model.config.max_position_embeddings
     spans = spans_for(context, max((len(document) for document in validation), default=0))
 
-    def evaluate(title: str) -> list[Span]:
-        if not validation:
-            return []
-        mine = len(ranks.mine(validation))
-        with tqdm(total=mine, desc=title, unit="document", leave=False, disable=not ranks.is_first) as bar:
-            return loss_by_position(ranks.part, validation, options.chunk_size, spans, bar.update)
-
     if not resumed:
-        before = evaluate("loss by position before")
+        before = loss_by_position(model, validation, options.chunk_size, spans, "loss by position before")
         if ranks.is_first:
             run.write_info(options, before)
-    schedule = Schedule(options.steps, known(options.lr), known(options.warmup), options.weight_decay, options.clip)
-    gradient, batches = make_gradient(options), known(options.accumulate)
-    trainer = Trainer(model, training, gradient, schedule, options.batch_size, batches, options.seed)
+    schedule = Schedule(options.steps, options.lr, options.warmup, options.weight_decay, options.clip)
+    how = (make_gradient(options), schedule, options.batch_size, options.accumulate, options.seed)
+    trainer = Trainer(model, training, *how)
     if resumed:
         run.restore(trainer)
         say(f"resume  {run.directory} after step {trainer.step} of {options.steps}")
     try:
         _run_steps(trainer, run, options)
         try:
-            after = evaluate("loss by position after")
-            written = write_results(ranks, run, options, before, after)
+            after = loss_by_position(model, validation, options.chunk_size, spans, "loss by position after")
+            write_results(ranks, run, options, before, after)
         except KeyboardInterrupt:  # the last step is saved
-            raise Interrupted(_how_to_resume(trainer, run)) from None
-    except RankLost as error:
-        raise RankLost(f"{error}{_last_good(run)}") from None
+            raise KeyboardInterrupt(_how_to_resume(trainer, run)) from None
+    except (NonFiniteLoss, RankLost) as error:
+        last_good = f"; {run.checkpoint} is the last good one" if run.checkpoint.exists() else ""
+        raise type(error)(f"{error}{last_good}") from None
 
     if before:
         say(f"\nmean loss on held-out text, nats per token ({len(validation)} documents)")
@@ -108,60 +95,41 @@ def _train(options: TrainOptions, resumed: Run | None, before: list[Span], links
     peaks = ranks.everyones(peak_memory(trainer.device))
     of_ranks = f", on the fullest of {len(peaks)} processes" if len(peaks) > 1 else ""
     say(f"\npeak memory  {human_bytes(max(peaks))}{of_ranks}")
-    say("written      " + "\n             ".join(str(path) for path in written))
+    say(f"written      {run.directory}")
     return run.directory
 
 
 def _run_steps(trainer: Trainer, run: Run, options: TrainOptions) -> None:
-    ranks = trainer.ranks
-    with (
-        interrupt_flag(speaks=ranks.is_first) as interrupted,
-        tqdm(total=options.steps, initial=trainer.step, desc="train", unit="step", disable=not ranks.is_first) as bar,
-    ):
-        while trainer.step < options.steps:
-            try:
-                metrics = trainer.run_step()
-            except NonFiniteLoss as error:
-                raise NonFiniteLoss(f"{error}: try a lower --lr{_last_good(run)}") from None
-            peaks, interrupts = zip(*ranks.everyones((peak_memory(trainer.device), bool(interrupted))), strict=True)
-            peak, stops = max(peaks), any(interrupts)
-            if ranks.is_first:
-                run.append_metrics({**metrics, "peak_bytes": peak})
-            speed = f"{metrics['tokens'] / metrics['seconds']:,.0f}"
-            bar.set_postfix({"loss": f"{metrics['loss']:.3f}", "tokens/s": speed, "peak": human_bytes(peak)})
-            bar.update()
-            if stops or trainer.step % options.save_every == 0 or trainer.step == options.steps:
-                run.save(trainer)
-            if stops:
-                raise Interrupted(_how_to_resume(trainer, run))
-
-
-@contextmanager
-def interrupt_flag(speaks: bool = True) -> Iterator[list[int]]:
-    """A list that is empty until Ctrl-C: the step at work ends first. A second Ctrl-C stops at once.
-
-    speaks: says so; of several processes, all of which are told, one does.
-    """
-    flag: list[int] = []
+    """Ctrl-C lets the step at work end, and saves; a second one stops at once."""
+    ranks, interrupted = trainer.ranks, list[int]()
 
     def on_interrupt(number: int, _: object) -> None:
-        if speaks:
-            tqdm.write("Ctrl-C: finishing this step, then saving (press it again to stop at once)")
-        flag.append(number)
+        interrupted.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if ranks.is_first:
+            tqdm.write("Ctrl-C: finishing this step, then saving (press it again to stop at once)")
 
     previous = signal.getsignal(signal.SIGINT)
     with suppress(ValueError):  # not in the main thread: there is no Ctrl-C to catch
         signal.signal(signal.SIGINT, on_interrupt)
+    bar = tqdm(total=options.steps, initial=trainer.step, desc="train", unit="step", disable=not ranks.is_first)
     try:
-        yield flag
+        while trainer.step < options.steps:
+            metrics = trainer.run_step()
+            peaks, interrupts = zip(*ranks.everyones((peak_memory(trainer.device), bool(interrupted))), strict=True)
+            if ranks.is_first:
+                run.append_metrics({**metrics, "peak_bytes": max(peaks)})
+            speed = f"{metrics['tokens'] / metrics['seconds']:,.0f}"
+            bar.set_postfix({"loss": f"{metrics['loss']:.3f}", "tokens/s": speed, "peak": human_bytes(max(peaks))})
+            bar.update()
+            if any(interrupts) or trainer.step % options.save_every == 0 or trainer.step == options.steps:
+                run.save(trainer)
+            if any(interrupts):
+                raise KeyboardInterrupt(_how_to_resume(trainer, run))
     finally:
+        bar.close()
         with suppress(ValueError):
             signal.signal(signal.SIGINT, previous)
-
-
-def _last_good(run: Run) -> str:
-    return f"; {run.checkpoint} is the last good one" if run.checkpoint.exists() else ""
 
 
 def _how_to_resume(trainer: Trainer, run: Run) -> str:

@@ -33,8 +33,6 @@ parameters'), `memory` (keys and values, states), `memory_gradients` (sent back 
 `peak`, the most that was alive at once since the event before.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The page: one HTML file with everything in it, made of logs; and `minichunk walk`, which takes the steps for it."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import json
@@ -120,7 +118,7 @@ class WalkOptions(ModelOptions):
     rank: int = option(0, "of LoRA; 0 trains all", metavar="R", least=0)
     recompute: bool = option(False, "keep layers' inputs within a chunk, run the rest again")
     seed: int = option(17, "of SpaCO's coins", metavar="N", least=0)
-    output: str = option("walk.html", "where to write the page", metavar="FILE")
+    output: str = option("walk.html", "where to write the page", group="", metavar="FILE")
     log: str | None = option(None, "write the log of each method and chunk size there too", group="logs", metavar="DIR")
     events: tuple[str, ...] | None = option(None, "take no step: make the page of these logs", metavar="FILE")
 

@@ -11,8 +11,6 @@ is where it listens, and what it writes down there:
 - `torch.autograd.backward`, when it returns: `done`
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 import sys
@@ -47,14 +45,9 @@ Sums = dict[tuple[int, int], list[Tensor]]  # by layer and chunk
 
 
 def trace(
-    function: Callable[..., Tensor],
-    model: Any,
-    input_ids: Tensor,
-    labels: Tensor,
-    *arguments: Any,
-    on_event: Callable[[Event], object] = lambda event: None,
-    **keywords: Any,
-) -> list[Event]:
+    function: Callable[..., Tensor], model: Any, input_ids: Tensor, labels: Tensor, *arguments: Any, on_event:
+    Callable[[Event], object] = lambda event: None, **keywords: Any,
+) -> list[Event]:  # fmt: skip
     """Call `function(model, input_ids, labels, …)`, one of `seco`, `spaco` and `full`; return the log of its events.
 
     The function is run as it is and adds to `.grad` what it adds alone, bit for bit; events.py describes the log. The
@@ -118,7 +111,6 @@ class Recorder(CountBytes):
         self.sums: Sums = {}  # what has been sent back before
         self.loss = 0.0
         self.add(*self.weights, *self.gradients())
-        self.lasting()
 
     @contextmanager
     def watching(self, given: dict[str, Any]) -> Iterator[None]:
@@ -141,7 +133,6 @@ class Recorder(CountBytes):
 
     def write(self, kind: str, **fields: Any) -> None:
         """Write an event down, with the bytes that are alive, and the most that were since the event before."""
-        self.settle()
         tensors = getattr(self.memory, "tensors", None)
         of_memory = tensors().bytes() if tensors else (0, 0)
         known = (storage_bytes(self.weights), storage_bytes(self.gradients()), *of_memory)
