@@ -90,7 +90,7 @@ def load(
     tied = {name: in_file[p] for name, p in model.named_parameters(remove_duplicate=False) if name not in wanted}
     if generation.is_file():
         model.ends = end_tokens(f"{generation}: eos_token_id", read_json(generation).get("eos_token_id"))
-    model.origin = directory
+    model.origin = Path(directory)
     prepare(model)
     here = {in_file[parameter]: name for name, parameter in model.named_parameters()}
     bytes_here = checkpoint_bytes(path.parent)
