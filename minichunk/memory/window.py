@@ -79,12 +79,13 @@ class Window:
 class Strided:
     """In blocks: query i in block Q sees j <= i in the blocks K with Q - K < local, or K a multiple of stride.
 
-    The blocks of LongGen (arXiv 2410.01485). All numbers are at least 1.
+    The blocks of LongGen (arXiv 2410.01485). All numbers are at least 1. stride: None: of no multiples, so that
+    Strided(8192, 1, None) are the chunks of Llama 4.
     """
 
     block: int = 64
     local: int = 16
-    stride: int = 16
+    stride: int | None = 16
 
     @property
     def reach(self) -> int:
@@ -93,6 +94,8 @@ class Strided:
 
     def pinned(self, start: int, stop: int) -> list[Span]:
         """See Window."""
+        if self.stride is None:
+            return []
         apart = self.block * self.stride
         blocks = range(start // apart * apart, stop, apart)
         spans = [(max(start, low), min(stop, low + self.block)) for low in blocks]
@@ -111,7 +114,8 @@ class Strided:
         j = torch.arange(length, device=device)
         i = j[start:, None]
         Q, K = i // self.block, j // self.block
-        return (j <= i) & ((Q - self.local < K) | (K % self.stride == 0))
+        far = torch.zeros_like(K, dtype=torch.bool) if self.stride is None else K % self.stride == 0
+        return (j <= i) & ((Q - self.local < K) | far)
 
 
 FULL = Window()
