@@ -38,9 +38,8 @@ def through_blocks(
     if size < 1:
         raise InputError(f"layers_at_once is {size}, but must be at least 1")
     if not hasattr(model, "blocks"):
-        raise InputError(
-            f"layers_at_once and offload need blocks of layers: {type(model).__name__} has no method blocks"
-        )
+        kind = type(model).__name__
+        raise InputError(f"layers_at_once and offload need a model in blocks of layers: {kind} has no method blocks")
     blocks: Sequence[Model] = model.blocks(size)
     first = next(i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters()))
     chunks = [chunk for chunk in chunks if chunk <= kept[-1][0]]

@@ -22,17 +22,19 @@ class _SummedLoss(torch.autograd.Function):
     """Forward computes the gradient too: the last tile's logits are at hand, and none are saved."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        losses, lse, logits = _token_losses(hidden, weight, targets)
-        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None) -> Tensor:
+        losses, lse, logits = _token_losses(hidden, weight, targets, cap)
+        needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         dhidden = torch.zeros_like(hidden, dtype=lse.dtype) if needs_hidden else None
         dweight = torch.zeros_like(weight, dtype=lse.dtype) if needs_weight else None
         tiles = list(_tiles(hidden, weight, targets)) if needs_hidden or needs_weight else []
         for columns, index, inside in reversed(tiles):
-            logits = _logits(hidden, weight[columns]) if logits is None else logits
+            logits = _logits(hidden, weight[columns], cap) if logits is None else logits
+            slope = None if cap is None else 1 - (logits / cap).square()  # of the cap
             p = logits.sub_(lse[:, None]).exp_()  # softmax, in place of the logits
             p.scatter_add_(1, index, -inside.to(p.dtype))
-            dlogits = p.mul_((targets != IGNORE)[:, None]).to(hidden.dtype)  # (N, columns)
+            p = p.mul_((targets != IGNORE)[:, None])
+            dlogits = (p if slope is None else p.mul_(slope)).to(hidden.dtype)  # (N, columns)
             if dhidden is not None:
                 dhidden += dlogits @ weight[columns]
             if dweight is not None:
@@ -50,6 +52,7 @@ class _SummedLoss(torch.autograd.Function):
             None if dhidden is None else (dhidden * grad[None]).to(dhidden.dtype),  # [None]: multiplied in float32
             None if dweight is None else dweight * grad,
             None,
+            None,
         )
 
 
@@ -62,11 +65,14 @@ def _tiles(hidden: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[sl
         yield slice(start, stop), (targets - start).clamp(0, stop - start - 1)[:, None], inside[:, None]
 
 
-def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    return (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
+def _logits(hidden: Tensor, weight: Tensor, cap: float | None) -> Tensor:
+    logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
+    return logits if cap is None else cap * (logits / cap).tanh()
 
 
-def _token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+def _token_losses(
+    hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Loss of each token (N), 0 without a target; the log-sum-exps (N); and the last tile's logits."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     lse = hidden.new_full(targets.shape, -torch.inf, dtype=wide)
@@ -74,7 +80,7 @@ def _token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tens
     logits = None
     for columns, index, inside in _tiles(hidden, weight, targets):
         del logits  # so that the next tile takes the place of this one
-        logits = _logits(hidden, weight[columns])
+        logits = _logits(hidden, weight[columns], cap)
         lse = torch.logaddexp(lse, logits.logsumexp(-1))
         picked += logits.gather(1, index).where(inside, 0)[:, 0]
     return (lse - picked) * (targets != IGNORE), lse, logits
@@ -84,12 +90,14 @@ def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy of `hidden @ weight.T` against `targets`, summed over the valid ones.
 
     hidden: (B, C, E). weight: (V, E), the LM head's. targets: int64 (B, C), -100 for none.
+    Where the weight has an attribute `softcap`, logits x become softcap · tanh(x / softcap), as in Gemma 2.
     Returns a scalar in float32, or in the model's dtype where that is wider.
     """
-    return _SummedLoss.apply(hidden.flatten(0, 1), weight, targets.flatten())
+    return _SummedLoss.apply(hidden.flatten(0, 1), weight, targets.flatten(), getattr(weight, "softcap", None))
 
 
 @torch.no_grad()
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """As `summed_loss`, but each token's own loss (B, C), 0 without a target, and no gradient."""
-    return _token_losses(hidden.flatten(0, 1), weight, targets.flatten())[0].view(targets.shape)
+    cap = getattr(weight, "softcap", None)
+    return _token_losses(hidden.flatten(0, 1), weight, targets.flatten(), cap)[0].view(targets.shape)

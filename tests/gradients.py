@@ -126,7 +126,8 @@ def visible(pattern: Pattern, T: int) -> Tensor:
         seen = torch.block_diag(*blocks)[:T, :T].bool()
         for _ in range(pattern.local - 1):  # each time one block further back
             seen = seen | F.pad(seen, (0, 0, pattern.block, 0))[:T]
-        return (seen | (torch.arange(T) // pattern.block % pattern.stride == 0)).tril()
+        far = [pattern.stride is not None and j // pattern.block % pattern.stride == 0 for j in range(T)]
+        return (seen | torch.tensor(far)).tril()
     seen = torch.ones(T, T, dtype=torch.bool)
     if pattern.window is not None:
         seen = seen.triu(1 - pattern.window)

@@ -119,7 +119,7 @@ def windows(longest: int, sinks: int = 0) -> st.SearchStrategy[Window]:
 
 
 def strided(block: int = 4) -> st.SearchStrategy[Strided]:
-    return st.builds(Strided, st.integers(1, block), st.integers(1, 3), st.integers(1, 4))
+    return st.builds(Strided, st.integers(1, block), st.integers(1, 3), st.none() | st.integers(1, 4))
 
 
 @st.composite

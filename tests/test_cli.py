@@ -40,7 +40,7 @@ OTHERS = {
     ),
 }  # fmt: skip
 ADAPTED = {
-    "hybrid": {"a_proj", "b_proj", "c_proj"}, "mamba2": {"in_proj", "out_proj"}, "gemma 3": {"q_proj", "up_proj"},
+    "hybrid": {"a_proj", "b_proj", "c_proj"}, "mamba2": {"in_proj"}, "gemma 3": {"q_proj", "up_proj"},
 }  # fmt: skip
 
 
@@ -87,7 +87,7 @@ MISTAKES = {
     "evaluate --model nowhere": "nowhere",
     "evaluate --data nowhere.txt": "nowhere.txt cannot be read",
     "evaluate --adapter nowhere": "nowhere",
-    "generate x --adapter nowhere": "nowhere/adapter_config.json cannot be read",
+    "generate x --adapter nowhere": "nowhere is not a directory",
     "generate x --device tpu": "--device is 'tpu'",
     "": "the following arguments are required: COMMAND",
 }

@@ -111,12 +111,10 @@ def test_wrong_values_are_named(arguments: dict[str, object], words: str) -> Non
 @pytest.mark.parametrize(
     ("field", "value", "words"),
     [
-        ("use_dora", True, "use_dora = True is not supported"),
         ("init_lora_weights", "pissa", "init_lora_weights = 'pissa'"),
         ("alora_invocation_tokens", [1], "alora_invocation_tokens"),
         ("r", 2.5, "r is 2.5"),
         ("lora_dropout", "x", "lora_dropout is 'x'"),
-        ("rank_pattern", {"q_proj": 2}, "rank_pattern"),
         ("bias", "all", "bias = 'all'"),
         ("peft_type", "IA3", "peft_type is 'IA3'"),
         ("r", None, "r is None"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,8 +21,8 @@ def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.usefixtures("tile")
-@pytest.mark.parametrize("frozen", ["", "hidden", "weight"])
-def test_loss_and_gradients(frozen: str) -> None:
+@pytest.mark.parametrize(("frozen", "cap"), [("", None), ("hidden", None), ("weight", None), ("", 1.5)])
+def test_loss_and_gradients(frozen: str, cap: float | None) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(2, 5, 7, dtype=torch.float64, requires_grad=frozen != "hidden")
     weight = torch.randn(29, 7, dtype=torch.float64, requires_grad=frozen != "weight")
@@ -33,11 +35,14 @@ def test_loss_and_gradients(frozen: str) -> None:
 
     def expected() -> dict[str, Tensor]:
         logits = (hidden @ weight.T).flatten(0, 1)
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
         each = F.cross_entropy(logits, targets.flatten(), reduction="none")
         return {"sum": each.sum(), "each": each.view(2, 5), **gradients(each.sum())}
 
-    got = summed_loss(hidden, weight, targets)
-    measure(expected).check({"sum": got, "each": token_losses(hidden, weight, targets), **gradients(got)})
+    given: Any = weight.view_as(weight)
+    given.softcap = cap
+    got = summed_loss(hidden, given, targets)
+    measure(expected).check({"sum": got, "each": token_losses(hidden, given, targets), **gradients(got)})
 
 
 def test_no_targets_no_gradient() -> None:
@@ -54,7 +59,9 @@ def test_logits_of_a_chunk_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(loss_module, "_TILE_ELEMENTS", 10 * 40)
     shapes = []
     original = loss_module._logits
-    monkeypatch.setattr(loss_module, "_logits", lambda h, w: shapes.append((len(h), len(w))) or original(h, w))
+    monkeypatch.setattr(
+        loss_module, "_logits", lambda h, w, cap: shapes.append((len(h), len(w))) or original(h, w, cap)
+    )
     summed_loss(torch.randn(1, 10, 3, requires_grad=True), torch.randn(100, 3), torch.randint(100, (1, 10)))
     assert shapes == [(10, 40), (10, 40), (10, 20), (10, 40), (10, 40)]  # the last tile is still there
 

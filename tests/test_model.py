@@ -119,6 +119,11 @@ def test_parity_with_transformers(name: str, tmp_path: Path) -> None:
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type 'yarn'"),
         ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.rope_type 'linear'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "the field low_freq_factor is missing"),
+        ({"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "yarn"}}, "rope_scaling.rope_type 'yarn'"),
+        ({"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": LLAMA3}, "rope_scaling and rope_parameters do not"),
+        ({"rope_parameters": {FULL: {"rope_theta": 5e5}}}, "rope_parameters is .* the same for all layers"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor"),
+        ({"model_type": None, "hidden_size": None, "d_model": 8}, "model_type is missing.* mamba_ssm"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"attention_dropout": 0.1}, "attention_dropout"),
@@ -196,7 +201,7 @@ def test_pytorch_alone_is_enough_for_tiny_and_for_random_weights() -> None:
     script = """
 import runpy, sys
 import torch
-for name in ("numpy", "safetensors", "tokenizers", "tqdm", "jinja2"):
+for name in ("numpy", "safetensors", "tokenizers", "tqdm", "transformers"):
     sys.modules[name] = None
 runpy.run_module("minichunk.tiny", run_name="__main__")
 import minichunk as mc

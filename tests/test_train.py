@@ -115,6 +115,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
         assert torch.equal(tensor, resumed[0][name]), name
 
 
+@pytest.mark.parametrize("name", ["text.txt", "model.safetensors", "tokenizer.json"])
+def test_a_run_does_not_go_on_with_other_data_or_another_base(name: str, options: TrainOptions, tmp_path: Path) -> None:
+    """Known before anything is done; a file is another one if a byte of it is."""
+    base, text = shutil.copytree(str(options.model), tmp_path / "base"), shutil.copy(options.data[0], tmp_path)
+    train(replace(options, model=str(base), data=(str(text),), steps=1), say=quiet)
+    (path,) = [path for path in (Path(text), *base.iterdir()) if path.name == name]
+    path.write_bytes(path.read_bytes()[:-1] + b" ")
+    with pytest.raises(mc.InputError, match=rf"--resume: .*{name} is not what it was when this run began"):
+        train(TrainOptions(output=options.output, resume=True), say=lambda line: pytest.fail(line))
+
+
 def test_large_models_recompute_unless_told_otherwise(
     options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

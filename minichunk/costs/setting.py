@@ -99,7 +99,7 @@ class Setting(StepOptions):
         """
         if self.method not in CHUNKED:
             return 1024
-        stride = max((p.stride for p in self.patterns() if isinstance(p, Strided)), default=1)
+        stride = max((p.stride or 1 for p in self.patterns() if isinstance(p, Strided)), default=1)
         reach = max((p.reach + getattr(p, "sinks", 0) for p in self.patterns()), default=0)
         passes = 1 if share is None else MOST_ON_THE_WAY + 1  # a rank still has what it has handed on in them
         tokens = max(BLOCK * stride, passes * (self.fill_size or 0), reach)

@@ -46,15 +46,16 @@ class Past:
         self.memory, self.start, self.save, self.kernel = memory, start, save, kernel
         self.saved: tuple[Tensor, Tensor] | None = None
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
         """Attention of the chunk to itself and to what lies before it.
 
-        q: (B, H, C, D). k, v: (B, G, C, D), the chunk's own. Returns (B, H, C, D).
+        q: (B, H, C, D). k, v: (B, G, C, D), the chunk's own. sinks: (H), for each head the score of one key more, which
+        is worth nothing, as in gpt-oss. Returns (B, H, C, D).
 
         Backward adds the gradients of the past's keys and values to the memory, in place, instead of
         returning them: they are the relay of Algorithm 1.
         """
-        out: Tensor = _Attention.apply(q, k, v, self)
+        out: Tensor = _Attention.apply(q, k, v, sinks, self)
         return out
 
     def forward(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,23 +87,33 @@ class _Attention(torch.autograd.Function):
     """What autograd sees of it: q, k and v of one chunk, however long the past."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, past: Past) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, past: Past) -> Tensor:
         q, k, v = _rows(q), _rows(k), _rows(v)
         ctx.past, ctx.kernel = past, past.kernel or pick_kernel(q)
         if past.saved is None:
             out, lse = past.forward(ctx.kernel, q, k, v)
+            if sinks is not None:  # one more set of keys: all that is below needs their merged log-sum-exp
+                merged, lse = merge(out, lse, torch.zeros_like(out), sinks.to(lse.dtype)[:, None].expand_as(lse))
+                out = merged.to(out.dtype)
         else:
             out, lse = (x.detach() for x in past.saved)
         if past.save:
             past.saved = out.detach(), lse  # detached: what is returned will hold this node, which holds `past`
-        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.save_for_backward(sinks, q, k, v, out, lse)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # The same projections made the past's keys and values: they need gradients if ours do.
         sends_back = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        return *ctx.past.backward(ctx.kernel, sends_back, _rows(grads[0]), *ctx.saved_tensors), None
+        grad, (sinks, *saved) = _rows(grads[0]), ctx.saved_tensors
+        dq, dk, dv = ctx.past.backward(ctx.kernel, sends_back, grad, *saved)
+        dsinks = None
+        if sinks is not None:
+            out, lse = saved[-2:]
+            p = (sinks.to(lse.dtype)[:, None] - lse).exp()  # (B, H, C): the softmax's share of the sink
+            dsinks = -(p * (grad * out).to(lse.dtype).sum(-1)).sum((0, 2)).to(sinks.dtype)
+        return dq, dk, dv, dsinks, None
 
 
 def _rows(x: Tensor) -> Tensor:

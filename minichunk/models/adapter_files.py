@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..files.atomic import make_directory, open_tensors, read_json, write_json, write_tensors
-from .lora import Lora, adapters, add_lora, linear_layers
+from ..files.checkpoint import checkpoint_directory
+from .lora import Lora, adapters, add_lora, default_targets, is_target, linear_modules
 from .partial import apply_saved
 from .quantize import Linear4bit
 from .stack import Stack
@@ -21,8 +22,8 @@ from .stack import Stack
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # PEFT's wrapping of the base model's names
 _PARTIAL_CONTEXT = "PARTIAL_CONTEXT_LORA"
-# What adapter_config.json may say beyond rank, alpha, dropout and targets without changing what an
-# adapter computes; whatever else is set to something is a variant of LoRA that we do not have.
+# What adapter_config.json may say beyond rank, alpha, dropout and targets without changing what an adapter computes
+# (where it is put, the tensors tell); whatever else is set to something is a variant of LoRA that we do not have.
 _NEUTRAL = {
     "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules",
     "inference_mode", "revision", "auto_mapping", "peft_version", "exclude_modules", "layers_to_transform",
@@ -54,7 +55,7 @@ def save_adapter(
         "r": model.lora.rank,
         "lora_alpha": model.lora.alpha,
         "lora_dropout": model.lora.dropout,
-        "target_modules": sorted({name.split(".")[-3] for name in tensors}),
+        "target_modules": sorted(model.lora.targets),
         "inference_mode": True,
         "bias": "none",
     }
@@ -68,11 +69,11 @@ def save_adapter(
 def load_adapter(model: Stack, directory: str | Path) -> None:
     """Read an adapter that `save_adapter` or PEFT wrote, adding it to the model if it has none.
 
-    If it was trained on a base that `partial_context` had changed, the model is changed so too.
+    If it was trained on a base that `partial_context` had changed, the model is changed so too. Its mode stays.
     Raises InputError, naming the file, for a damaged one, one of another model, and for variants of
     LoRA that are not supported.
     """
-    config_path, path = Path(directory) / _CONFIG, Path(directory) / _TENSORS
+    config_path, path = checkpoint_directory(directory) / _CONFIG, Path(directory) / _TENSORS
     lora, partial = _read_config(config_path)
     pickled = path.with_name("adapter_model.bin")
     if pickled.is_file() and not path.is_file():
@@ -82,18 +83,21 @@ def load_adapter(model: Stack, directory: str | Path) -> None:
         )
     with open_tensors(path) as file:
         tensors = {name.removeprefix(_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    known = linear_layers(model)
-    named = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in tensors}
+    known, named = linear_modules(model), {name.rpartition(".lora_")[0] for name in tensors}
     if not named & {*known}:
-        raise InputError(f"{path} has no LoRA weights of {', '.join(known)}")
-    _check_shapes(model, named & {*known}, lora.rank, tensors, path)
+        raise InputError(f"{path} has no LoRA weights of {', '.join(default_targets(model))}")
+    told = [target for target in lora.targets if any(is_target(name, [target]) for name in known)]
+    targets = told or sorted(named & {*known})
+    _check_shapes(model, targets, lora.rank, tensors, path)
     if partial is not None:
         try:
             apply_saved(model, partial)
         except InputError as error:
             raise InputError(f"{config_path}: {error}") from None
     if not adapters(model):
-        add_lora(model, lora.rank, lora.alpha, sorted(named & {*known}), lora.dropout)
+        training = model.training
+        add_lora(model, lora.rank, lora.alpha, targets, lora.dropout)
+        model.train(training)
     model.lora = model.lora._replace(alpha=lora.alpha)
     for layer in adapters(model).values():
         layer.scale = lora.alpha / lora.rank
@@ -108,9 +112,10 @@ def _weights(model: Stack) -> dict[str, Tensor]:
 
 
 def _read_config(path: Path) -> tuple[Lora, Any]:
-    """Rank, alpha and dropout, and what the base was made, see models/partial.py (None: as it is stored)."""
+    """The adapter, without targets where they are not simply names; and what the base was made, see models/partial.py
+    (None: as it is stored)."""
     config = read_json(path)
-    partial = config.pop("partial_context", None)
+    partial, stabilized = config.pop("partial_context", None), config.pop("use_rslora", False)
     if config.get("peft_type") != (wanted := "LORA" if partial is None else _PARTIAL_CONTEXT):
         raise InputError(f"{path}: peft_type is {config.get('peft_type')!r}, but must be {wanted!r}")
     for field, value in config.items():
@@ -123,15 +128,19 @@ def _read_config(path: Path) -> tuple[Lora, Any]:
         raise InputError(f"{path}: lora_alpha is {alpha!r}, but must be a number above 0")
     if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise InputError(f"{path}: lora_dropout is {dropout!r}, but must be a number from 0 up to, not including, 1")
-    return Lora(rank, alpha, dropout), partial
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    by_name = not isinstance(targets, str) and not config.get("exclude_modules") and layers in (None, [])
+    return Lora(
+        rank, alpha * rank**0.5 if stabilized else alpha, dropout, tuple(targets or ()) if by_name else ()
+    ), partial
 
 
-def _check_shapes(model: Stack, targets: set[str], rank: int, tensors: dict[str, Tensor], path: Path) -> None:
+def _check_shapes(model: Stack, targets: list[str], rank: int, tensors: dict[str, Tensor], path: Path) -> None:
     """Raise InputError unless the tensors are those of the model's adapter, or of one it would get."""
     expected = {name: list(x.shape) for name, x in _weights(model).items()}
     if not expected:
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear | Linear4bit) and name.rpartition(".")[2] in targets:
+            if isinstance(module, nn.Linear | Linear4bit) and is_target(name, targets):
                 expected[f"{name}.lora_A.weight"] = [rank, module.in_features]
                 expected[f"{name}.lora_B.weight"] = [module.out_features, rank]
     if expected.keys() != tensors.keys():

@@ -38,11 +38,12 @@ def names(name: str, value: Any) -> tuple[str, ...]:
 
 
 def end_tokens(name: str, value: Any) -> EndTokens:
-    """Raise InputError unless it is a token id, several, or null."""
-    several = value if isinstance(value, list | tuple) else (value or 0,)
+    """Raise InputError unless it is a token id, several, or null. A negative one is none: no model writes it."""
+    several = value if isinstance(value, list | tuple) else () if value is None else (value,)
     if not all(isinstance(end, int) for end in several):
         raise InputError(f"config: {name} is {value!r}, but must be a token id, a list of them, or null")
-    return tuple(value) if isinstance(value, list) else value
+    ends = tuple(end for end in several if end >= 0)
+    return value if value is None or value in ends else ends
 
 
 _CHECKS: dict[Any, Any] = {int: size, float: number, bool: flag, tuple[str, ...]: names, EndTokens: end_tokens}
@@ -105,7 +106,7 @@ class Config:
     def first_eos(self) -> int | None:
         """The end token that a written text gets, if there is any; a model may know several."""
         ends = getattr(self, "eos_token_id", None)
-        return ends[0] if isinstance(ends, tuple) else ends
+        return (ends[0] if ends else None) if isinstance(ends, tuple) else ends
 
 
 @dataclass(frozen=True)

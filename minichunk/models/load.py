@@ -14,9 +14,20 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..files.atomic import check_room, read_json
-from ..files.checkpoint import checkpoint_bytes, read_checkpoint, write_checkpoint
+from ..files.checkpoint import checkpoint_bytes, checkpoint_directory, read_checkpoint, write_checkpoint
 from ..memory.window import Pattern, Strided, Window
-from .config import FULL_ATTENTION, SLIDING_ATTENTION, Config, Llama3Rope, LlamaConfig, names, needed, number, size
+from .config import (
+    FULL_ATTENTION,
+    SLIDING_ATTENTION,
+    Config,
+    Llama3Rope,
+    LlamaConfig,
+    end_tokens,
+    names,
+    needed,
+    number,
+    size,
+)  # fmt: skip
 from .gemma3 import Gemma3, Gemma3Config
 from .llama import Llama
 from .lora import adapters
@@ -62,11 +73,11 @@ def load(
     dtype: of all parameters; None takes that of the first tensor in the files.
     load_in_4bit: store the linear layers' weights in 4 bits, for LoRA; see quantize.py.
     prepare: called with the model before it has its tensors; those of what it takes out are not read.
-    Tensor by tensor onto the device: the host holds one at a time. Raises InputError.
+    Tensor by tensor onto the device: the host holds one at a time. The model is in eval mode. Raises InputError.
     """
     if load_in_4bit:
         check_bitsandbytes()
-    path = Path(directory) / "config.json"
+    path, generation = checkpoint_directory(directory) / "config.json", Path(directory) / "generation_config.json"
     config = read_json(path)
     kind = class_of(config) if kind is Stack else kind
     try:
@@ -75,8 +86,11 @@ def load(
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     wanted = dict(model.named_parameters())  # a tied LM head is named once, as the embedding
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - wanted.keys()
     in_file = {parameter: name for name, parameter in wanted.items()}
+    tied = {name: in_file[p] for name, p in model.named_parameters(remove_duplicate=False) if name not in wanted}
+    if generation.is_file():
+        model.ends = end_tokens(f"{generation}: eos_token_id", read_json(generation).get("eos_token_id"))
+    model.origin = Path(directory)
     prepare(model)
     here = {in_file[parameter]: name for name, parameter in model.named_parameters()}
     bytes_here = checkpoint_bytes(path.parent)
@@ -95,7 +109,7 @@ def load(
             setattr(module, child, nn.Parameter(tensor, requires_grad=not isinstance(module, Linear4bit)))
     if len(here) == len(wanted):
         model.tie_weights()
-    return model
+    return model.eval()
 
 
 def save(
@@ -104,6 +118,7 @@ def save(
 ) -> None:  # fmt: skip
     """`model.save_pretrained`: write `config.json` and `model.safetensors`.
 
+    Tokenizer, chat template and generation config of the directory that it was loaded from come along.
     whole: makes all tensors by name of those that are here, or None where nothing is to be written.
     Raises InputError for an adapter or a 4-bit base.
     """
@@ -116,7 +131,7 @@ def save(
     tensors = whole({name: parameter.detach() for name, parameter in model.named_parameters()})
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     if tensors is not None:
-        write_checkpoint(directory, {**model.config.to_dict(), "torch_dtype": dtype}, tensors)
+        write_checkpoint(directory, {**model.config.to_dict(), "torch_dtype": dtype}, tensors, model.origin)
 
 
 def read_llama_config(cls: type[LlamaConfig], config: dict[str, Any]) -> LlamaConfig:
@@ -127,6 +142,10 @@ def read_llama_config(cls: type[LlamaConfig], config: dict[str, Any]) -> LlamaCo
     partial = config.get("model_type") == _PARTIAL_CONTEXT
     field = "base_model_type" if partial else "model_type"
     model_type = config.get(field, None if partial else "llama")
+    if config.get(field) is None and "d_model" in config:
+        raise InputError(
+            f"config: {field} is missing, as in what mamba_ssm writes: convert the checkpoint for transformers"
+        )
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         known = f"{', '.join(sorted(_FAMILIES))}, and by minichunk.load_model also {', '.join(OTHERS)}"
         raise InputError(f"config: {field} {model_type!r} is not supported; supported are {known}")
@@ -201,11 +220,19 @@ def _read_windows(c: dict[str, Any]) -> tuple[int | None, tuple[str, ...]]:
 
 
 def _read_rope(c: dict[str, Any]) -> tuple[float, Llama3Rope | None]:
-    """rope_theta and the scaling; transformers 5 keeps both together in rope_parameters."""
-    field = "rope_parameters" if c.get("rope_parameters") else "rope_scaling"
-    rope = c.get(field) or {}
-    if not isinstance(rope, dict):
-        raise InputError(f"config: {field} is {rope!r}, but must be an object or null")
+    """rope_theta and the scaling. transformers 5 keeps both in rope_parameters, but would take rope_scaling first."""
+    read = [_read_rope_field(c, field) for field in ("rope_scaling", "rope_parameters") if c.get(field)]
+    if read and read[0] != read[-1]:
+        raise InputError("config: rope_scaling and rope_parameters do not say the same: drop the one that is wrong")
+    return read[0] if read else (number("rope_theta", c.get("rope_theta", 10000.0)), None)
+
+
+def _read_rope_field(c: dict[str, Any], field: str) -> tuple[float, Llama3Rope | None]:
+    rope = c[field]
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise InputError(f"config: {field} is {rope!r}, but must be an object, the same for all layers, or null")
+    if rope.get("partial_rotary_factor") not in (1.0, None):
+        raise InputError(f"config: {field}.partial_rotary_factor is not supported; it must be 1.0")
     theta = number("rope_theta", rope.get("rope_theta", c.get("rope_theta", 10000.0)))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":

@@ -69,6 +69,7 @@ class Lora(NamedTuple):
     rank: int
     alpha: float
     dropout: float
+    targets: tuple[str, ...]
 
 
 def low_rank(in_features: int, out_features: int, rank: int, like: Tensor) -> tuple[nn.Linear, nn.Linear]:
@@ -86,14 +87,25 @@ def adapters(model: Stack) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
-def linear_layers(model: Stack) -> list[str]:
-    """Names that an adapter can be put at: those of the linear layers, each once, without the LM head."""
-    found: list[str] = []
+def linear_modules(model: Stack) -> list[str]:
+    """Full names of the linear layers that an adapter can be put at: all but the LM head."""
+    names = []
     for name, module in model.named_modules():
-        found += module.linear if isinstance(module, Placeholder) else []
-        found += [name] if isinstance(module, nn.Linear | Linear4bit) else []
-    names = dict.fromkeys(name.rpartition(".")[2] for name in found)
-    return [name for name in names if name not in ("lm_head", "lora_A", "lora_B")]
+        inside = module.linear if isinstance(module, Placeholder) else ()
+        linear = [name] if isinstance(module, nn.Linear | Linear4bit) else [f"{name}.{other}" for other in inside]
+        names += [full for full in linear if full.rpartition(".")[2] not in ("lm_head", "lora_A", "lora_B")]
+    return names
+
+
+def default_targets(model: Stack) -> list[str]:
+    """The last names of all linear layers, each once, but the LM head and what PEFT refuses in this family."""
+    names = dict.fromkeys(name.rpartition(".")[2] for name in linear_modules(model))
+    return [name for name in names if name not in model.unadapted]
+
+
+def is_target(name: str, targets: Sequence[str]) -> bool:
+    """Whether the targets, full names or ends of them, mean this layer, as PEFT reads them."""
+    return any(name == target or name.endswith(f".{target}") for target in targets)
 
 
 def add_lora(
@@ -101,18 +113,20 @@ def add_lora(
 ) -> None:
     """Freeze the model and put a trainable adapter beside each linear layer named in `targets`.
 
-    targets: None: q_proj and v_proj where the model has attention, else all its linear layers but the LM head.
+    targets: names, or ends of them; None: q_proj and v_proj where the model has attention, else `default_targets`.
+    The model is in training mode then, with dropout: `model.eval()` ends that.
 
     Every parameter keeps its name; `<layer>.lora_A.weight` (rank, in) and `<layer>.lora_B.weight`
     (out, rank) come beside it, in float32 (float64 for a float64 model). The update is alpha / rank · B A.
     Raises InputError for a wrong value and for a model that has an adapter already.
     """
-    known = linear_layers(model)
+    known, default = linear_modules(model), default_targets(model)
     if targets is None:
-        targets = [name for name in ("q_proj", "v_proj") if name in known] or known
-    targets = [targets] if isinstance(targets, str) else targets
-    if not targets or not {*targets} <= {*known}:
-        raise InputError(f"LoRA targets are {list(targets)}, but must be some of {', '.join(known)}")
+        targets = [name for name in ("q_proj", "v_proj") if name in default] or default
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    if not targets or not all(any(is_target(name, [target]) for name in known) for target in targets):
+        ends = dict.fromkeys(name.rpartition(".")[2] for name in known)
+        raise InputError(f"LoRA targets are {list(targets)}, but must be some of {', '.join(ends)}")
     if rank < 1 or not alpha > 0 or not 0 <= dropout < 1:
         given = f"rank {rank}, alpha {alpha}, dropout {dropout}"
         raise InputError(f"LoRA needs rank >= 1, alpha > 0 and 0 <= dropout < 1, got {given}")
@@ -123,14 +137,15 @@ def add_lora(
     for name, module in list(model.named_modules()):
         if isinstance(module, Placeholder):  # the same random numbers whoever has which layers
             for inside, sizes in module.linear.items():
-                if inside.rpartition(".")[2] in targets:
+                if is_target(f"{name}.{inside}", targets):
                     low_rank(*sizes, rank, like)
-        elif isinstance(module, nn.Linear | Linear4bit) and name.rpartition(".")[2] in targets:
+        elif isinstance(module, nn.Linear | Linear4bit) and is_target(name, targets):
             layer: Any = module
             layer.lora_A, layer.lora_B = low_rank(layer.in_features, layer.out_features, rank, like)
             layer.name, layer.scale, layer.dropout, layer.masks = name, alpha / rank, dropout, masks
             layer.hook = layer.register_forward_hook(_add_product)
-    model.lora = Lora(rank, alpha, dropout)
+    model.lora = Lora(rank, alpha, dropout, targets)
+    model.train()
     if dropout > 0:
         model.masks = masks
 

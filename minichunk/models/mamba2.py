@@ -175,6 +175,7 @@ class Mamba2(Stack):
 
     config_class = Mamba2Config
     names = ("backbone", "embeddings", "norm_f")
+    unadapted = ("out_proj",)  # PEFT refuses it: transformers' kernels take its weight past the adapter
 
     def __init__(self, config: Mamba2Config) -> None:
         layers = (Mamba2Layer(config) for _ in range(config.num_hidden_layers))

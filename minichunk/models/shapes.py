@@ -11,6 +11,7 @@ import torch
 from ..chunks import Chunk
 from ..errors import InputError
 from ..files.atomic import read_json
+from ..files.checkpoint import advice
 from ..protocol import DEFAULTS, Options
 from .config import LlamaConfig
 from .load import class_of, read_model_config
@@ -43,7 +44,9 @@ def shape(name: str) -> Any:
         return _SHAPES[name]
     if (Path(name) / "config.json").is_file():
         return read_model_config(read_json(Path(name) / "config.json"))
-    raise InputError(f"--model {name!r} is neither a directory with a config.json nor one of {', '.join(NAMES)}")
+    raise InputError(
+        f"--model {name!r} is neither a directory with a config.json nor one of {', '.join(NAMES)}{advice(name)}"
+    )
 
 
 def random_model(

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -34,6 +35,9 @@ class Stack(nn.Module):
     lora: Any = None  # what `add_lora` was told, if there is an adapter
     masks: Any = None  # lora.py's DropoutMasks, if there are dropouts
     partial: Any = None  # what `partial_context` changed since the checkpoint was loaded
+    origin: Path | None = None  # the directory that it was loaded from
+    ends: Any = None  # the end tokens of its generation_config.json, as a config has them; None: those of the config
+    unadapted: tuple[str, ...] = ()  # linear layers that an adapter leaves out unless told otherwise
 
     def __init__(self, config: Any, layers: Iterable[nn.Module], norm: nn.Module) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ from ..files.shipped import EXTENDED_ON, MEASURED_ON, SHIPPED_MODEL, novel
 from ..full import full
 from ..models.adapter_files import load_adapter
 from ..models.load import load_model
-from ..models.lora import add_lora, linear_layers
+from ..models.lora import add_lora, default_targets
 from ..models.partial import partial_context
 from ..models.shapes import layer_memory_bytes, random_model
 from ..models.stack import Stack
@@ -59,14 +59,14 @@ def load_to_train(options: TrainOptions, links: Links | None = None) -> tuple[An
         if (pattern := options.pattern()) is not None:
             partial_context(model, pattern, options.full_layers)
         if links is not None:
-            shaped = model.config, DTYPES[options.dtype], options.rank, options.targets or linear_layers(model)
+            shaped = model.config, DTYPES[options.dtype], options.rank, options.targets or default_targets(model)
             memory = None if options.offload else memory_of_layers(options, model.config, DTYPES[options.dtype])
             split = split_layers(random_model(*shaped, "meta", options.load_in_4bit), links.ranks, memory)
             stages.append(PipelineStage(model, split, links=links))
 
     model, tokenizer = load_as_told(replace(options, device=local_device(options.device)), prepare)
     if options.rank:
-        add_lora(model, options.rank, options.alpha, options.targets or linear_layers(model), options.dropout)
+        add_lora(model, options.rank, options.alpha, options.targets or default_targets(model), options.dropout)
     return (stages[0] if stages else model), tokenizer
 
 
