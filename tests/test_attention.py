@@ -21,7 +21,7 @@ from minichunk.costs.count import CountBytes
 from minichunk.memory import kernels
 from minichunk.memory.attention import Past
 from minichunk.memory.kernels import FlashCPU, FlashCUDA, Kernel, Plain, kernel_for, pick_kernel
-from minichunk.memory.window import FULL, Pattern, Strided, Window
+from minichunk.memory.window import FULL, Pattern, Strided, Window, runs
 
 from .gradients import Tensors, distance, visible
 from .rounding import Exact, measure
@@ -171,14 +171,16 @@ def test_attention_over_the_cache(
 
 
 @examples(50)
-@given(start=st.integers(0, 30), length=st.integers(1, 30), pattern=windows(20, 10) | strided())
-def test_runs_are_the_rule(start: int, length: int, pattern: Pattern) -> None:
+@given(
+    start=st.integers(0, 30), length=st.integers(1, 30), most=st.integers(1, 30), pattern=windows(20, 10) | strided()
+)
+def test_runs_are_the_rule(start: int, length: int, most: int, pattern: Pattern) -> None:
     """Together they see what the rule says, and nothing twice, and no further back than the pattern's reach."""
     stop = start + length
     seen = torch.zeros(length, stop, dtype=torch.int64)
     at = start
-    for run in pattern.runs(start, stop):
-        assert run.start == at
+    for run in runs(pattern, start, stop, most):
+        assert run.start == at and run.stop <= at + most
         pinned = {j for span in pattern.pinned(0, run.start) for j in range(*span)}
         assert pinned >= {*range(run.low, run.start - pattern.reach)}
         for i in range(run.start, run.stop):

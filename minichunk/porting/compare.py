@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..files.atomic import open_tensors
 from ..training.options import check_options, option
-from .mistakes import Golden, likely_mistakes
+from .mistakes import likely_mistakes
 
 FORMAT = "minichunk golden 2"  # in a golden file's metadata
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
@@ -55,12 +55,19 @@ BACKWARD = (
 )  # fmt: skip
 
 
+class Golden(NamedTuple):
+    """A golden file: tensors in the order of comparison, name, and how far one rounding a step moves the worst one."""
+
+    tensors: dict[str, Tensor]
+    case: str
+    rounding: float
+
+
 class Verdict(NamedTuple):
-    """Whether all is there and equal, the words for it, and the tensor that differs first, if one does."""
+    """Whether all is there and equal, and the words for it, which begin with the first tensor that differs."""
 
     equal: bool
     words: str
-    first: str | None = None
 
 
 def order(name: str) -> tuple[int, ...]:
@@ -151,9 +158,9 @@ def compare(mine: dict[str, Tensor], golden: Golden, precision: str | None = Non
     for n, name in enumerate(there):
         if words := difference(mine[name], golden.tensors[name], bound):
             before = f"{n} tensors before it agree, the last of them {there[n - 1]}" if n else "it is the first one"
-            about = likely_mistakes(name, golden, mine, there[:n], bound)
-            lines = [f"{name} {words}", f"  {before}", f"it is {describe(name)}", *about]
-            return Verdict(False, "\n".join(lines), name)
+            numeric = words.startswith(("is off by", "must be all zeros"))
+            about = likely_mistakes(name, golden.case, there[:n]) if numeric else []
+            return Verdict(False, "\n".join([f"{name} {words}", f"  {before}", f"it is {describe(name)}", *about]))
     missing = [name for name in golden.tensors if name not in mine and not OPTIONAL.search(name)]
     counted = f"{len(there)} tensors agree in {precision}, within {bound:.1g} of their norms"
     if missing:
@@ -173,19 +180,13 @@ class CompareOptions:
 
     Your port reads a golden file (they lie in tests/golden, and its README.md describes them), begins with
     its weights and input_ids, runs SeCO and SpaCO as the file's metadata says, and writes what it has
-    computed by the golden file's names. From NumPy, JAX, PyTorch, ...:
-
-      from safetensors.numpy import save_file
-      save_file({"seco.chunk.0.layer.0.keys": keys, ...}, "mine.safetensors")
+    computed by the golden file's names, with safetensors from NumPy, JAX, PyTorch, ...
 
       minichunk compare mine.safetensors --golden tests/golden/plain.safetensors
 
-    Begin with a few tensors and add more: what is there is compared in the order in which a port is built
-    (the forward pass chunk after chunk, the losses, then back from the last chunk), and what comes next is
-    named. What lies within a layer (hidden, attention, residual, logits), rope and full may be left out.
-
-    A tensor is equal if it is off by no more than rounding can do, relative to its norm: about 1e-14 in
-    float64 and 1e-5 in float32. In bfloat16 only calm.safetensors shows more than rounding.
+    Begin with a few tensors and add more: what is there is compared in the order in which a port is built,
+    and what comes next is named. A tensor is equal if it is off by no more than rounding can do, relative to
+    its norm: about 1e-14 in float64 and 1e-5 in float32. In bfloat16 only calm.safetensors shows more.
     Exit status 0: all is there and equal. 1: something differs or is missing. 2: a file cannot be used.
     """
 
