@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from ..batch import check_batch
+from ..batch import check_tokens
 from ..chunks import Chunk, cut
 from ..costs.count import CountBytes
 from ..errors import InputError
@@ -66,7 +66,7 @@ def trace(
     """
     if function not in (seco, spaco, full):
         raise InputError(f"trace watches seco, spaco or full, but was given {getattr(function, '__name__', function)}")
-    check_batch(model, input_ids, labels, None)
+    check_tokens(input_ids, labels, None, model.lm_head.weight.shape[0])
     bound = inspect.signature(function).bind(model, input_ids, labels, *arguments, **keywords)
     bound.apply_defaults()
     given, (batch, tokens) = bound.arguments, input_ids.shape
