@@ -23,9 +23,9 @@ from ..chunks import Chunk, check_fill_size, cut, span
 from ..errors import InputError
 from ..loss import summed_loss
 from ..memory.layer_memory import LayerMemories, wide
-from ..protocol import Options, Written
+from ..protocol import Options, Written, relay
 from ..samplers import Weight
-from ..seco import fill, flat, new_memory
+from ..seco import fill, new_memory
 from ..spaco import QUARTER, Sampler, check_weights
 from .stage import PipelineStage
 
@@ -120,11 +120,10 @@ def _backward(
     elif end.requires_grad:
         grad = links.take(torch.empty_like(end), links.rank + 1)
     if end.requires_grad:  # or nothing from the embedding up to here learns
-        made, sent = flat(written), flat(memory.hand_over(chunk))
+        made, received = relay(written, memory.hand_over(chunk))
         if weight.relay != 1.0:  # or it would be a copy
-            sent = [weight.relay * g for g in sent]
-        relayed = [(m, g) for m, g in zip(made, sent, strict=True) if m.requires_grad] if sent else []
-        torch.autograd.backward([end, *(m for m, _ in relayed)], [grad, *(g for _, g in relayed)])  # line 7
+            received = [weight.relay * g for g in received]
+        torch.autograd.backward([end, *made], [grad, *received])  # line 7
     if x.grad is not None:
         links.hand(x.grad, links.rank - 1)
     return end.detach() if links.is_last else 0.0
