@@ -322,7 +322,7 @@ def test_the_command_writes_page_and_logs(
     for change, words in (
         (["--chunk-size", "1"], "--chunk-size 1 makes 40 chunks, but the page has room for 32"),
         (["--method", "naive"], "--method is 'naive'"),
-        (["--events", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
+        (["--events", "nowhere.jsonl"], "No such file or directory: 'nowhere.jsonl'"),
         (["--output", f"{text}/x.html", "--method", "full"], "cannot make the directory"),
     ):
         assert main([*walk, *change]) == 2

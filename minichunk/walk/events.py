@@ -66,12 +66,8 @@ def write_events(path: str | Path, events: Iterable[Event]) -> None:
 
 def read_events(path: str | Path) -> list[Event]:
     """Read a log. Raises InputError, naming file and line, for an event without what the page needs of it."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
     events: list[Event] = []
-    for where, event in json_lines(path, text):
+    for where, event in json_lines(path, Path(path).read_text(encoding="utf-8", errors="replace")):
         try:
             check_event(event, events[0] if events else event)
         except (TypeError, ValueError, LookupError, AttributeError) as error:  # of another type than events.py says
