@@ -102,7 +102,7 @@ class WalkOptions(ModelOptions):
       minichunk walk --log logs                     # also write the logs, one JSON object a line
       minichunk walk --events mine.jsonl            # look at the log of another implementation
 
-    `python -c "import minichunk.walk.events as e; help(e)"` describes the log.
+    tutorials/walk.md describes the log.
     """
 
     data: tuple[str, ...] | None = option(None, "text or JSONL files", metavar="FILE", absent="a shipped novel")
