@@ -118,6 +118,7 @@ class StateSpace(Stack):
     """
 
     config_class = StateSpaceConfig
+    takes_positions = property(lambda self: self.config.attention is not None)
 
     def __init__(self, config: StateSpaceConfig) -> None:
         layers = (
@@ -129,7 +130,7 @@ class StateSpace(Stack):
             if isinstance(layer, StateLayer):
                 layer.spread_gates()
 
-    def shared(self, x: Tensor, start: int) -> tuple[Rope, ...]:
+    def shared(self, x: Tensor, positions: Tensor, whole: Tensor | None) -> tuple[Rope, ...]:
         """The rotation angles, if there is an attention layer."""
         attention = self.config.attention
-        return (rope_tables(attention, start, start + x.shape[1], x),) if attention else ()
+        return (rope_tables(attention, positions, x, whole),) if attention else ()
