@@ -15,13 +15,13 @@ from torch import Tensor
 from minichunk.command.main import main
 from minichunk.errors import InputError
 from minichunk.files.atomic import write_tensors
-from minichunk.porting.compare import OPTIONAL, Golden, compare, order, read_golden
-from minichunk.porting.mistakes import MISTAKES
+from minichunk.porting.compare import OPTIONAL, Golden, compare, order, read_golden, read_mistakes
 
 from .golden.write import CASES, build, golden
 from .mutants import FORWARD, LOSSES, MUTANTS, Mutant
 from .test_golden import COMMITTED, Numpy
 
+MISTAKES = read_mistakes()
 WORDS = {mistake.key: mistake.words for mistake in MISTAKES}
 
 

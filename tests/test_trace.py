@@ -23,7 +23,6 @@ from minichunk.costs.count import CountBytes
 from minichunk.memory.window import Pattern
 from minichunk.protocol import Options
 from minichunk.seco import fill, new_memory, rebuild
-from minichunk.walk import events as described
 from minichunk.walk.events import BYTES, NEEDS, check_event, read_events, write_events
 from minichunk.walk.page import ALGORITHMS, WalkOptions, listing, make_page, record, title
 from tutorials.concatenating import Concatenating
@@ -261,7 +260,7 @@ def test_the_marked_lines_are_those_that_run(method: str) -> None:
 
 
 def test_a_log_is_written_read_and_described(tmp_path: Path) -> None:
-    words, (model, batch) = described.__doc__ or "", small()
+    words, (model, batch) = COMMITTED.with_name("walk.md").read_text(), small()
     assert all(f"`{name}`" in words for kind, fields in NEEDS.items() for name in (kind, *fields))
     for log in (mc.trace(mc.seco, model, *batch, 9), mc.trace(mc.full, model, *batch)):
         assert all(f"`{field}`" in words for event in log for field in event)
@@ -322,7 +321,7 @@ def test_the_command_writes_page_and_logs(
     for change, words in (
         (["--chunk-size", "1"], "--chunk-size 1 makes 40 chunks, but the page has room for 32"),
         (["--method", "naive"], "--method is 'naive'"),
-        (["--events", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
+        (["--events", "nowhere.jsonl"], "No such file or directory: 'nowhere.jsonl'"),
         (["--output", f"{text}/x.html", "--method", "full"], "cannot make the directory"),
     ):
         assert main([*walk, *change]) == 2
