@@ -206,6 +206,7 @@ def remember(model: mc.StateSpace, logit: float) -> None:
 class Batch:
     input_ids: Tensor
     labels: Tensor
+    positions: Tensor | None = None
 
     @property
     def num_targets(self) -> int:
@@ -213,7 +214,7 @@ class Batch:
 
 
 @st.composite
-def batches(draw: st.DrawFn, max_length: int = 14) -> Batch:
+def batches(draw: st.DrawFn, max_length: int = 14, positions: bool = False) -> Batch:
     B, T = draw(st.integers(1, 3)), draw(st.integers(2, max_length))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     input_ids = torch.randint(VOCAB, (B, T), generator=generator)
@@ -228,4 +229,7 @@ def batches(draw: st.DrawFn, max_length: int = 14) -> Batch:
         labels[:] = IGNORE
     row, position = draw(st.integers(0, B - 1)), draw(st.integers(1, T - 1))
     labels[row, position] = input_ids[row, position]  # at least one target
-    return Batch(input_ids, labels)
+    if not positions or draw(st.booleans()):
+        return Batch(input_ids, labels)
+    steps = torch.randint(0, 7, (B, T), generator=generator)  # some positions are left out, others come twice
+    return Batch(input_ids, labels, steps.cumsum(1) if draw(st.booleans()) else steps)
