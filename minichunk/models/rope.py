@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .config import Config, LlamaConfig, names, number
+from .config import Config, LlamaConfig, checked
 from .llama import periods
 
 
@@ -27,9 +27,10 @@ class RopeRule(Config):
         for name, kind in get_type_hints(type(self)).items():
             value: Any = getattr(self, name)
             if kind == float | None and value is not None:
-                number(name, value)
+                checked(float, name, value)
             if kind == tuple[float, ...]:
-                object.__setattr__(self, name, tuple(number(name, each) for each in names(name, value)))
+                several = checked(tuple[str, ...], name, value)
+                object.__setattr__(self, name, tuple(checked(float, name, each) for each in several))
 
     def check(self, config: LlamaConfig) -> None:
         """Raise InputError unless the rule fits the model's heads."""
