@@ -74,8 +74,7 @@ class Attention(nn.Module):
 
     def keys_values(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """What this chunk puts into the cache: keys and values, each (B, G, T, D)."""
-        k, v = self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
-        return rotate(self.k_norm(k), rope), v
+        return rotate(self.k_norm(self.heads(self.k_proj(x))), rope), self.heads(self.v_proj(x))
 
     def forward(self, x: Tensor, past: Past | None, rope: Rope) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         q = rotate(self.q_norm(self.heads(self.q_proj(x))), rope)  # (B, H, T, D)
@@ -85,8 +84,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         else:
             y = past.attend(q, k, v)
-        y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H*D)
-        return self.o_proj(y), (k, v)
+        return self.o_proj(y.transpose(1, 2).flatten(2)), (k, v)  # (B, H, T, D) -> (B, T, H*D)
 
 
 class MLP(nn.Module):
@@ -128,8 +126,7 @@ class Layer(nn.Module):
         if spec.options.offload:
             if spec.device_blocks is None:  # the first layer makes what all share
                 spec.device_blocks = DeviceBlocks((2, B, G, D), spec.like, grad_dtype)
-            new_host_store = partial(HostStore, spec.device_blocks)
-            return WindowCache(new_host_store, pattern, spec.capacity, spec.receiving)
+            return WindowCache(partial(HostStore, spec.device_blocks), pattern, spec.capacity, spec.receiving)
         if pattern == FULL:
             return LayerCache((B, G, spec.capacity, D), spec.receiving, spec.like, grad_dtype)
         new_store = partial(DeviceStore, (B, G, D), like=spec.like, grad_dtype=grad_dtype)

@@ -128,6 +128,5 @@ class StateSpace(Stack):
                 layer.a_proj.bias.data.copy_(bias)
 
     def shared(self, x: Tensor, positions: Tensor, whole: Tensor | None) -> tuple[Rope, ...]:
-        """The rotation angles, if there is an attention layer."""
         attention = self.config.attention
         return (rope_tables(attention, positions, x, whole),) if attention else ()
