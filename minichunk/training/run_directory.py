@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..files.atomic import make_directory, open_tensors, read_json, replacing, write_json, write_tensors, write_text
-from ..files.checkpoint import digest
+from ..files.checkpoint import BESIDE, digest
 from ..files.shipped import SHIPPED_MODEL
 from ..models.adapter_files import save_adapter
 from .evaluate import Span
@@ -29,7 +29,7 @@ def digests(options: TrainOptions) -> dict[str, str]:
     All of a file counts but of weights, of which 64 MiB do, from all over a file.
     """
     base = Path(options.model or SHIPPED_MODEL)
-    patterns = ("config.json", "tokenizer*.json", "chat_template*", "*.safetensors*")
+    patterns = ("config.json", *BESIDE, "*.safetensors*")
     of_base = [str(path) for pattern in patterns for path in sorted(base.glob(pattern))]
     return {path: digest(Path(path)) for path in [*options.data, *options.val_data, *of_base]}
 
