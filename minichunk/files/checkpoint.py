@@ -117,10 +117,7 @@ def _find_tensors(directory: Path) -> dict[Path, list[str]]:
 def write_checkpoint(
     directory: str | Path, config: dict[str, Any], tensors: dict[str, Tensor], origin: Path | None = None
 ) -> None:
-    """Write `model.safetensors` and, once that is there, `config.json`. Raises InputError.
-
-    origin: where tokenizer, chat template and generation config are taken from, but for those that are there.
-    """
+    """Write `model.safetensors`, then `config.json`, and what `origin` has beside them and `directory` has not."""
     directory = Path(directory)
     for path in [path for pattern in _BESIDE for path in (origin.glob(pattern) if origin else ())]:
         target = directory / path.relative_to(origin or "")

@@ -56,8 +56,8 @@ def needed(config: dict[str, Any], name: str) -> Any:
 class Config:
     """What configs have in common. A field of one of the types in _KINDS is checked by it.
 
-    Of the config.json: `only` has more of its fields, and the values of them that the model computes, `beside` what is
-    written beside the fields, and `not_written` the fields that it lacks.
+    only: values that the model computes, of more fields of a config.json. beside: what is written beside the fields.
+    not_written: fields that are not in it.
     """
 
     name: ClassVar[str] = ""  # the `model_type`, where there is but one
@@ -72,10 +72,7 @@ class Config:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Self:
-        """The fields of a parsed `config.json`.
-
-        Raises InputError, naming the field, for another model_type and for what the model does not compute.
-        """
+        """From a parsed `config.json`. Raises InputError, naming the field, for what the model does not compute."""
         if cls.name and config.get("model_type") != cls.name:
             raise InputError(f"config: model_type is {config.get('model_type')!r}, but must be {cls.name!r}")
         for field in fields(cls):
@@ -114,10 +111,10 @@ FULL_ATTENTION, SLIDING_ATTENTION, PARTIAL_ATTENTION = "full_attention", "slidin
 class LlamaConfig(Config):
     """Shape and constants of a model, with Hugging Face's names.
 
-    Three fields are ours, because `config.json` implies them by `model_type`: `attention_bias` is the bias of q, k and
-    v, `attention_out_bias` that of o, `qk_norm` the RMSNorm on each head's queries and keys. `layer_types` has for each
-    layer full_attention or sliding_attention, to the last `sliding_window` positions, the own included; or ours,
-    partial_attention: what `pattern` says, then in the place of windows. Empty: full_attention for all.
+    `model_type` implies in a `config.json` what three fields say: `attention_bias` is that of q, k and v, and
+    `attention_out_bias` of o; `qk_norm` an RMSNorm on each head's queries and keys. `layer_types` has for each layer
+    full_attention, sliding_attention (the last `sliding_window` positions, the own included) or ours in its place,
+    partial_attention (what `pattern` says); empty: full_attention for all.
     """
 
     only: ClassVar = {

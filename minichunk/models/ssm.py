@@ -127,6 +127,5 @@ class StateSpace(Stack):
                 layer.a_proj.bias.data.copy_(bias)
 
     def shared(self, x: Tensor, start: int) -> tuple[Rope, ...]:
-        """The rotation angles, if there is an attention layer."""
         attention = self.config.attention
         return (rope_tables(attention, start, start + x.shape[1], x),) if attention else ()
