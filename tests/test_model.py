@@ -157,6 +157,8 @@ def test_parity_with_transformers(name: str, tmp_path: Path) -> None:
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"attention_dropout": 0.1}, "attention_dropout"),
         ({"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5, but must be at most 1"),
+        ({"is_causal": False}, "is_causal = False"),
+        ({**GEMMA, "is_causal": False}, "is_causal = False"),
         ({"num_key_value_heads": 4}, r"num_attention_heads \(6\) must be a multiple of num_key_value_heads \(4\)"),
         ({"head_dim": 5}, "head_dim is 5"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),

@@ -78,9 +78,9 @@ class Config:
         for field in fields(cls):
             if field.default is MISSING:
                 needed(config, field.name)
-        for name, values in {"quantization_config": (None, {}), **cls.only}.items():
+        for name, values in {"quantization_config": (None, {}), "is_causal": (True, None), **cls.only}.items():
             if config.get(name, values[0]) not in values:
-                wanted = repr(values[0]) if name in cls.only else "absent: load the unquantized checkpoint"
+                wanted = "absent: load the unquantized checkpoint" if name == "quantization_config" else repr(values[0])
                 raise InputError(f"config: {name} = {config[name]!r} is not supported; it must be {wanted}")
         return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
 
