@@ -8,7 +8,7 @@ one before it also receives some, and the earlier ones do the same on a shorter 
 import functools
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -191,11 +191,27 @@ def _filled(
     model: Any, batch: Batch, setting: Setting, passes: int = 1
 ) -> tuple[Sequence[Chunk], LayerMemories, Options, tuple[int, int]]:
     """The chunks that a step keeps, its memory after the last passes of the fill, its options, and what the memory
+<<<<<<< HEAD
     takes."""
     (chunks, kept), options = setting.chunks(batch.input_ids.shape[1]), setting.options()
     memory = model.new_memory(1, kept[-1].start, kept[:-1], options)
     remembered = memory.tensors().bytes()  # and not what comes later and goes: that is a chunk's
     last = passes * setting.pass_chunks()
+=======
+    takes; with offload that is not on the device, and not counted."""
+    (chunks, kept), options, peak = setting.chunks(batch.input_ids.shape[1]), setting.options(), count.peak
+    options = replace(options, positions=torch.arange(batch.input_ids.shape[1], device="meta"))
+    with torch.device("meta"):  # the host's part too
+        memory = model.new_memory(1, kept[-1].start, kept[:-1], options)
+    found = memory.tensors()  # and not what comes later and goes: that is a chunk's
+    remembered = (0, 0) if setting.offload else found.bytes()
+    if setting.offload:
+        count.leave_out(*found.remembered, *found.gradients, peak=peak)
+    for layer in memory.layers:
+        if isinstance(layer, LayerCache | WindowCache):
+            layer.kernel = kernel_for(setting.device, setting.torch_dtype, model.config.head_dim)
+    last = passes * ((setting.fill_size or setting.chunk_size) // setting.chunk_size)
+>>>>>>> main
     fill(model, batch.input_ids, chunks[:-1][-last:], memory, options)
     return kept, memory, options, remembered
 
