@@ -35,14 +35,10 @@ def flat(written: Written) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Options:
-<<<<<<< HEAD
-    """How chunks are computed, at what cost, with the same result: keywords of `seco`, which describes them."""
-=======
     """How a step is computed, at what cost, with the same result: keywords of `seco`, which describes them.
 
     positions: of the whole text, for rope: int64 (T), which is 0, 1, 2, …, or (B, 1, T) if there are others.
     """
->>>>>>> main
 
     fill_size: int | None = None
     recompute: bool = False

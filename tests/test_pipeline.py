@@ -54,11 +54,7 @@ def cases(draw: st.DrawFn, number: int) -> Case:
         "num_targets": draw(st.none() | st.just(7.0)),
         "recompute": draw(st.booleans()),
         "cache_grad_dtype": draw(st.none() | st.just(torch.float32)),
-<<<<<<< HEAD
-=======
-        "offload": draw(st.booleans()),
         "positions": batch.positions,
->>>>>>> main
     }
     method = draw(st.sampled_from(["seco", "spaco"]))
     if method == "spaco":
