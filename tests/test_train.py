@@ -124,7 +124,7 @@ def test_a_run_does_not_go_on_with_other_data_or_another_base(name: str, options
     train(replace(options, model=str(base), data=(str(text),), steps=1), say=quiet)
     (path,) = [path for path in (Path(text), *base.iterdir()) if path.name == name]
     path.write_bytes(path.read_bytes()[:-1] + b" ")
-    with pytest.raises(mc.InputError, match=rf"--resume: .*{name} is not what it was when this run began"):
+    with pytest.raises(mc.InputError, match=rf"--resume: .*{name} is not what it was: bring it back"):
         train(TrainOptions(output=options.output, resume=True), say=lambda line: pytest.fail(line))
 
 
