@@ -41,6 +41,7 @@ TINY: dict[str, Any] = {
 def tiny_config(model_type: str, **more: Any) -> Any:
     kind = CONFIG_MAPPING[model_type]
     default = kind()
+    default.allow_global_per_layer_attribute_access = True
     known = {name: x for name, x in TINY.items() if hasattr(default, name) or name in default.to_dict()}
     for alias, real in getattr(kind, "attribute_map", {}).items():  # n_head and num_attention_heads are one
         if alias in known:
@@ -48,7 +49,7 @@ def tiny_config(model_type: str, **more: Any) -> Any:
             del known[alias]
     if isinstance(getattr(kind, "head_dim", None), property):
         known.pop("head_dim", None)
-    return kind(**known | more)
+    return kind(**{name: x for name, x in (known | more).items() if x is not ...})
 
 
 def tiny_transformer(model_type: str, **more: Any) -> Any:

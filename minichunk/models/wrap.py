@@ -83,7 +83,9 @@ class Wrapped:
         self.model, self.linear, self.config = model, linear, base.config.get_text_config()
         self.lm_head = Head(linear, getattr(self.config, "final_logit_softcapping", None))
         self.cache_is = "cache" if "cache" in signature(base.forward).parameters else "past_key_values"
-        self.layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+        layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+        inner = {module for layer in layers for module in layer.modules() if module is not layer}
+        self.layers = [layer for layer in layers if layer not in inner]
         ropes = getattr(self.config, "rope_parameters", None) or {}
         ropes = [ropes] if "rope_type" in ropes else [rope for rope in ropes.values() if isinstance(rope, dict)]
         grows = [rope for rope in ropes if rope.get("rope_type") in ("dynamic", "longrope")]
@@ -240,7 +242,8 @@ def wrap(model: Any) -> Wrapped:
     except InputError as error:
         raise InputError(f"{type(model).__name__} cannot be run in chunks: {error}") from None
     except Exception as error:
-        what = f"its code does not take what it is handed here: {type(error).__name__}: {str(error).splitlines()[:1]}"
+        words = str(error).partition("\n")[0]
+        what = f"its code does not take what it is handed: {type(error).__name__}: {words}"
         if not getattr(model, "_supports_attention_backend", True):
             what = "its attention does not go through transformers' AttentionInterface"
         raise InputError(f"{type(model).__name__} cannot be run in chunks: {what}") from error
@@ -272,18 +275,18 @@ def find_draws(wrapped: Any) -> None:
 
 def compare(wrapped: Any, chunks: Sequence[Chunk]) -> None:
     """Find out what the model remembers. Raises InputError unless in chunks it computes what it does as a whole."""
-    model, ids = wrapped.model, some_ids(wrapped)
+    model, ids, options = wrapped.model, some_ids(wrapped), Options(recompute=bool(wrapped.layers))
     for module in model.modules():  # bitsandbytes packs the weights of a layer in evaluation, for good
         module.training = "bitsandbytes" in type(module).__module__
     with leaves_of(model.get_input_embeddings()) as leaves:  # their gradients have passed through all layers
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         (gradient,) = torch.autograd.grad(loss, leaves)
-        memory: Any = new_memory(wrapped, ids, chunks, DEFAULTS)
-        fill(wrapped, ids, chunks[:-1], memory, DEFAULTS)
+        memory: Any = new_memory(wrapped, ids, chunks, options)
+        fill(wrapped, ids, chunks[:-1], memory, options)
         leaves.clear()
         total = torch.zeros_like(loss)
         for chunk in reversed(chunks):
-            part, written, received = rebuild(wrapped, make_batch(ids, ids, None), chunk, memory, DEFAULTS)
+            part, written, received = rebuild(wrapped, make_batch(ids, ids, None), chunk, memory, options)
             torch.autograd.backward([part, *written], [None, *received])
             total += part.detach()
     got = torch.cat([leaf.grad for leaf in reversed(leaves)], 1)
