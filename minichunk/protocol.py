@@ -6,7 +6,7 @@ is *handed* them. What is remembered, keys and values or a state, is between the
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -17,15 +17,35 @@ from .chunks import Chunk
 Written = Sequence[tuple[Tensor, ...]]  # what a chunk writes, one tuple for each layer
 
 
+def relay(written: Written, sent: Written) -> tuple[list[Tensor], list[Tensor]]:
+    """What a chunk wrote, and for each of these tensors the gradient that later chunks have sent back to it.
+
+    Both lists leave out what has no graph: with LoRA, keys and values below the first layer with an adapter. Both are
+    empty for the last chunk, to which nothing is sent.
+    """
+    made, received = flat(written), flat(sent)
+    pairs = [(m, g) for m, g in zip(made, received, strict=True) if m.requires_grad] if received else []
+    return [m for m, _ in pairs], [g for _, g in pairs]
+
+
+def flat(written: Written) -> list[Tensor]:
+    """The tensors of all layers, one after the other."""
+    return [tensor for layer in written for tensor in layer]
+
+
 @dataclass(frozen=True)
 class Options:
-    """How a step is computed, at what cost, with the same result: keywords of `seco`, which describes them."""
+    """How a step is computed, at what cost, with the same result: keywords of `seco`, which describes them.
+
+    positions: of the whole text, for rope: int64 (T), which is 0, 1, 2, …, or (B, 1, T) if there are others.
+    """
 
     fill_size: int | None = None
     recompute: bool = False
     cache_grad_dtype: torch.dtype | None = None
     offload: bool = False
     dropout_seed: int | None = None  # decides the masks of a step's dropouts: those of fill and rebuild are the same
+    positions: Tensor | None = field(default=None, repr=False, compare=False)
 
 
 DEFAULTS = Options()
@@ -70,3 +90,14 @@ class Model(Protocol):
         """The same without gradients, and only as far as the memory needs it."""
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+class LayeredModel(Model, Protocol):
+    """What `layers_at_once` and `offload` ask for beyond that: a model that can be run some layers at a time."""
+
+    def blocks(self, layers_at_once: int) -> Sequence[Model]:
+        """Models of at most so many adjacent layers, first ones first, with parameters and a memory of those alone.
+
+        What `run` and `fill` of the first block are given are tokens, as ever; of each other block, what `run` of the
+        one before has returned. `run` of the last returns what the LM head is given, and the model's LM head is its.
+        """

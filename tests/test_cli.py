@@ -40,7 +40,7 @@ OTHERS = {
     ),
 }  # fmt: skip
 ADAPTED = {
-    "hybrid": {"a_proj", "b_proj", "c_proj"}, "mamba2": {"in_proj", "out_proj"}, "gemma 3": {"q_proj", "up_proj"},
+    "hybrid": {"a_proj", "b_proj", "c_proj"}, "mamba2": {"in_proj"}, "gemma 3": {"q_proj", "up_proj"},
 }  # fmt: skip
 
 
@@ -78,17 +78,14 @@ MISTAKES = {
     "TRAIN --device cuda:99": "--device is 'cuda:99', but PyTorch sees only cpu",
     "TRAIN --model nowhere": "nowhere",
     "TRAIN --data nowhere.txt": "nowhere.txt cannot be read (No such file or directory)",
-    "TRAIN --val-data nowhere.txt": "nowhere.txt cannot be read (No such file or directory)",
     "TRAIN --output {text}": "cannot make the directory ",
     "TRAIN --bogus 1": "unrecognized arguments: --bogus 1",
     "train --resume": "found no run in runs/",
     "train --resume --output x": "x holds no run",
     "train --resume --lr 1": "leave out --lr",
-    "evaluate --model nowhere": "nowhere",
     "evaluate --data nowhere.txt": "nowhere.txt cannot be read",
     "evaluate --adapter nowhere": "nowhere",
-    "generate x --adapter nowhere": "nowhere/adapter_config.json cannot be read",
-    "generate x --device tpu": "--device is 'tpu'",
+    "generate x --adapter nowhere": "nowhere is not a directory",
     "": "the following arguments are required: COMMAND",
 }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 import minichunk as mc
 from minichunk.files.documents import (
@@ -19,6 +19,8 @@ from minichunk.files.documents import (
     step_documents,
 )
 from minichunk.files.shipped import SHIPPED_MODEL
+
+from .test_chat import KINDS
 
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune"
 
@@ -33,18 +35,57 @@ def write(path: Path, *records: object) -> Path:
     return path
 
 
-def test_text_and_jsonl(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    (tmp_path / "a.txt").write_text(TEXT)
-    lines = write(tmp_path / "b.jsonl", {"text": TEXT}, {"prompt": TEXT, "completion": " must be\u2028in want"})
-    plain, line, pair = read_documents([tmp_path / "a.txt", lines], tokenizer, eos_token_id=0)
-    assert plain.input_ids.tolist() == line.input_ids.tolist() == plain.labels.tolist()
-    assert tokenizer.decode(plain.input_ids.tolist()) == TEXT
-    assert line.name.endswith("b.jsonl, line 1")
-    prompt = len(plain)
-    assert pair.labels[:prompt].tolist() == [-100] * prompt
-    assert pair.labels[prompt:].tolist() == pair.input_ids[prompt:].tolist()
-    assert pair.labels[-1] == 0
-    assert tokenizer.decode(pair.input_ids[prompt:-1].tolist()) == " must be\u2028in want"
+def test_what_is_a_row_is_told_by_content(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Text, JSON lines, an array, one object over several lines: whatever the file is called."""
+    rows = [{"text": TEXT}, {"prompt": TEXT, "completion": " must be\u2028in want", "id": 7, "messages": None}]
+    written = {
+        "lines": "\n".join(json.dumps(row, ensure_ascii=False) for row in rows),
+        "array": json.dumps(rows, indent=1),
+    }
+    for suffix in (".txt", ".json", ".jsonl", ""):
+        for name, content in written.items():
+            path = tmp_path / f"{name}{suffix}"
+            path.write_text(content, encoding="utf-8-sig")
+            text, pair = read_documents([path], tokenizer, eos_token_id=0)
+            assert text.input_ids.tolist() == text.labels.tolist() == [*tokenizer.encode(TEXT).ids, 0]  # rows end
+            learnt = pair.input_ids[pair.labels != -100].tolist()
+            assert learnt[-1] == 0
+            assert tokenizer.decode(learnt[:-1]) == " must be\u2028in want"
+            assert (pair.labels[: len(text) - 1] == -100).all()
+            assert text.name.endswith(f"{path.name}, {'line' if name == 'lines' else 'item'} 1")
+        (tmp_path / f"one{suffix}").write_text(json.dumps(rows[0], indent=1))
+        (one,) = read_documents([tmp_path / f"one{suffix}"], tokenizer, eos_token_id=0)
+        assert one.labels.tolist() == text.labels.tolist()
+    for content in (TEXT, f"[Illustration]\n{TEXT}", f"{{{TEXT}", f"[1, 2]\n{TEXT}"):
+        (tmp_path / "a.txt").write_text(content)
+        (plain,) = read_documents([tmp_path / "a.txt"], tokenizer, eos_token_id=0)
+        assert plain.labels.tolist() == tokenizer.encode(content).ids  # a file of text does not end
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pair_is_encoded_as_the_text_that_it_is(kind: str, tmp_path: Path) -> None:
+    """No blank before the completion, no end token before it, and one after it, the tokenizer's own or ours."""
+    tokenizer = KINDS[kind]
+    end = tokenizer.token_to_id("</s>")
+    for prompt, completion in (("f(x)=", "x"), ("a truth", " universally"), ("", "x y"), ("Caf", "\u00e9 \u2603")):
+        given = ("<s>" + prompt, completion + "</s>") if prompt == "f(x)=" else (prompt, completion)  # has its ends
+        path = write(tmp_path / "p.jsonl", {"prompt": given[0], "completion": given[1]})
+        (document,) = read_documents([path], tokenizer, end)
+        whole = tokenizer.encode("".join(given)).ids
+        whole = whole[int(whole[:2] == [1, 1]) : len(whole) - int(whole[-2:] == [end, end])]
+        assert document.input_ids.tolist() == (whole if whole[-1] == end else [*whole, end])
+        learnt = document.input_ids[document.labels != -100].tolist()
+        assert (
+            tokenizer.decode(learnt[:-1], skip_special_tokens=False).removeprefix("<s>").strip() == completion.strip()
+        )
+
+
+def test_a_blank_whose_offsets_a_tokenizer_trims_is_where_it_was(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_str(KINDS["bytes"].to_str())
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    path = write(tmp_path / "p.jsonl", {"prompt": "Q: ", "completion": "\nyes it "})
+    (document,) = read_documents([path], tokenizer)
+    assert tokenizer.decode(document.input_ids[document.labels != -100].tolist()) == "\nyes it "
 
 
 def test_long_documents_are_cut_and_the_line_says_what_was_kept(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -87,13 +128,20 @@ def test_every_epoch_has_every_document_once_in_another_order() -> None:
         ("a.txt", b"x", "a document of 1 tokens"),
         ("a.txt", b"caf\xe9", "not UTF-8 text .byte 3"),
         ("a.jsonl", b'{"text": "abc def"}\n{"txt": 1}\n', "line 2: must be an object"),
-        ("a.jsonl", b'{"text": 5}\n', "line 1: must be an object"),
-        ("a.jsonl", b'["text"]\n', "line 1: must be an object"),
+        ("a.jsonl", b'{"text": 5}\n', "line 1: 'text' is 5, but must be an object"),
+        ("a.jsonl", b'["text"]\n', "item 1: must be an object"),
+        ("a.jsonl", b'{"text": "a b", "prompt": "c", "completion": "d"}\n', "has 'text' and 'prompt' and 'completion'"),
+        ("a.jsonl", b'{"text": "a b c", "weight": 0}\n', "line 1: the field 'weight' would change what is learnt"),
+        ("a.jsonl", b'{"text": "a b c", "tools": []}\n', "line 1: the field 'tools' would change what is learnt"),
+        ("a.jsonl", b'{"instruction": "a", "output": "b"}\n', "line 1: must be an object"),
+        ("a.jsonl", b'{"text": 1' + b"0" * 5000 + b"}\n", "line 1: not JSON"),
+        ("a.txt", b"PAR1....", "a.txt is a Parquet or"),
+        ("a.json", b"\x1f\x8b....", "a.json is a Parquet or a compressed"),
         ("a.jsonl", b'{"prompt": "a"}\n', "line 1: must be an object"),
         ("a.jsonl", b"{text}\n", "line 1: not JSON"),
         ("a.jsonl", b'{"text": ""}\n', "line 1: a document of 0 tokens"),
         ("a.JSONL", b"{text}\n", "line 1: not JSON"),
-        ("a.jsonl", b'{"text": "abc \\ud83d def"}\n', "line 1: 'text' has half of a surrogate pair"),
+        ("a.jsonl", b'{"text": "abc \\ud83d def"}\n', "line 1: the text has half of a surrogate pair"),
         ("a.jsonl", b"[" * 200_000 + b"\n", "line 1: not JSON"),
     ],
 )
@@ -138,4 +186,8 @@ def test_bad_tokenizers_are_named(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(mc.InputError, match=r"tokenizer\.json is not a tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    KINDS["bytes"].save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|fin|>"}}')
+    with pytest.raises(mc.InputError, match=r"eos_token is '<\|fin\|>', which is no token of tokenizer\.json"):
         load_tokenizer(tmp_path)

@@ -19,16 +19,6 @@ def test_greedy_equals_the_forward_pass(chunk_size: int) -> None:
     assert torch.equal(generate(model, prompt, 9, chunk_size=chunk_size), expected)
 
 
-def test_it_stops_at_the_end_token() -> None:
-    model = build(tiny(), seed=0)
-    prompt = torch.randint(23, (1, 7))
-    whole = generate(model, prompt, 9)
-    end = int(whole[0, 10])
-    stopping = build(tiny(eos_token_id=(end, 22)), seed=0)
-    first = 7 + whole[0, 7:].tolist().index(end)
-    assert torch.equal(generate(stopping, prompt, 9), whole[:, : first + 1])
-
-
 def test_top_p_keeps_the_likeliest() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().repeat(4000, 1)
     generator = torch.Generator().manual_seed(0)

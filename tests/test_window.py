@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import minichunk as mc
 from minichunk.chunks import Chunk, cut
-from minichunk.memory import kernels
-from minichunk.memory.window import FULL, Pattern, Strided, Window, WindowCache, WindowPast
+from minichunk.memory import kernels, window
+from minichunk.memory.window import FULL, Pattern, Strided, Window, WindowCache, WindowPast, runs
 from minichunk.models.partial import partial_config
 from minichunk.models.shapes import layer_memory_bytes, shape
 from minichunk.protocol import Options
@@ -51,9 +51,9 @@ def positions(length: int, start: int = 0) -> torch.Tensor:
 
 def seen_spans(pattern: Pattern, start: int, stop: int) -> list[list[tuple[int, int]]]:
     """What the queries of a chunk ask of the past: the band before it, and the pinned positions before that."""
-    runs = list(pattern.runs(start, stop))
-    bands = [(run.low, start) for run in runs[:1] if run.low < start]
-    return [bands, pattern.pinned(0, min(start, runs[-1].low))]
+    *_, last = found = list(runs(pattern, start, stop, window.TILE))
+    bands = [(run.low, start) for run in found[:1] if run.low < start]
+    return [bands, pattern.pinned(0, min(start, last.low))]
 
 
 @examples(100)
@@ -171,8 +171,8 @@ def test_no_more_rows_than_positions_and_pinned_ones() -> None:
 
 
 def a_window_too_wide(patch: pytest.MonkeyPatch) -> None:
-    original = Window.runs
-    patch.setattr(Window, "runs", lambda self, *a: original(replace(self, window=self.window and self.window + 1), *a))
+    original = Window.run
+    patch.setattr(Window, "run", lambda self, *a: original(replace(self, window=self.window and self.window + 1), *a))
 
 
 def a_mask_off_by_one(patch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from minichunk.full import full
 from minichunk.memory.attention import BLOCK
 from minichunk.memory.cache import LayerCache
 from minichunk.models.load import Llama
-from minichunk.models.lora import linear_layers
+from minichunk.models.lora import default_targets
 from minichunk.seco import seco
 
 WHOLE = 2048  # tokens that `full` is run on, at most
@@ -33,7 +33,7 @@ PASTS = (2048, 16384, 131072, 262144)
 
 def gradients(model: Llama) -> Tensor:
     """The gradients of all weight matrices in the layers as one float64 vector; clears them."""
-    linear = linear_layers(model)
+    linear = default_targets(model)
     parameters = [p for name, p in model.named_parameters() if name.split(".")[-2] in linear]
     found = [p.grad.double().flatten() for p in parameters if p.grad is not None]
     model.zero_grad(set_to_none=True)

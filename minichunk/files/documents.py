@@ -1,20 +1,47 @@
-"""Text to documents of tokens: reading files, cutting to length, batching."""
+"""Rows of text to documents of tokens: reading files, what of them is learnt, cutting to length, batching.
 
+A row is one text and the spans of it that are learnt. The whole text is encoded once, and a token is learnt if it
+has a character of a span: so the tokens are those that the model will meet, whatever the tokenizer does at a text's
+beginning and end.
+"""
+
+import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 from torch import Tensor
 
 from ..batch import IGNORE, shift
 from ..errors import InputError
-from .atomic import json_lines
-from .chat import ChatTemplate, Segment
+from .atomic import json_lines, read_json
+from .chat import ChatTemplate, Message, Span, unknown_fields
+from .checkpoint import checkpoint_directory
 
 FORMS = "must be an object with the string 'text', with 'prompt' and 'completion', or with 'messages'"
+# Fields of other programs' rows that say what is learnt, or what is seen before it. They are refused, not dropped.
+MEANINGFUL = {
+    "assistant_masks", "attention_mask", "audio", "chat_template", "chosen", "completion_mask", "context",
+    "conversations", "enable_thinking", "functions", "history", "image", "images", "input", "input_ids", "instruction",
+    "label", "labels", "loss", "loss_mask", "mask", "output", "reasoning", "reasoning_content", "rejected", "response",
+    "suffix", "system", "system_prompt", "thinking", "tool_calls", "train", "video", "videos", "weight", "weights",
+}  # fmt: skip
+SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+BINARY = (b"PAR1", b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd")  # Parquet, gzip, zip, zstd
+
+
+class Row(NamedTuple):
+    """A text and the spans of it that are learnt. ends: an end token is to follow; template: a chat template wrote it,
+    with its own special tokens."""
+
+    text: str
+    learnt: list[Span]
+    ends: bool = False
+    template: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,13 +62,19 @@ class Document:
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """Read `tokenizer.json` from a checkpoint directory. Raises InputError."""
-    path = Path(directory) / "tokenizer.json"
+    path = checkpoint_directory(directory) / "tokenizer.json"
     if not path.is_file():
         raise InputError(f"{path} is missing: a checkpoint directory needs the tokenizer of its model")
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise InputError(f"{path} is not a tokenizer.json that the tokenizers library reads: {error}") from None
+    told = read_json(config) if (config := path.with_name("tokenizer_config.json")).is_file() else {}
+    for field in ("bos_token", "eos_token"):
+        token = told.get(field)
+        text = str((token.get("content") if isinstance(token, dict) else token) or "")
+        if text and len(tokenizer.encode(text, add_special_tokens=False)) != 1:
+            raise InputError(f"{config}: {field} is {text!r}, which is no token of {path.name}: save both anew")
     tokenizer.no_truncation()  # the file may ask for either, from how its model was trained
     tokenizer.no_padding()
     return tokenizer
@@ -51,83 +84,188 @@ def read_documents(
     paths: Sequence[str | Path], tokenizer: Tokenizer, eos_token_id: int | None = None,
     chat: ChatTemplate | None = None,
 ) -> list[Document]:  # fmt: skip
-    """Read text files (one document each) and JSONL files (one document a line).
+    """Read files of text (one document each) and of JSON, lines or an array (one document a row), told by content.
 
-    A JSONL line is an object with `text`; with `prompt` and `completion`, of which the completion is
-    learnt; or with `messages`, each with `role` and `content`, of which the assistant's are learnt.
+    A row is an object with `text`; with `prompt` and `completion`, of which the completion is learnt; or with
+    `messages`, of which the assistant's are learnt (but those with `weight: 0` or `train: false`).
     chat: the model's template, for messages, and for prompt and completion as user and assistant.
-    Without one, a completion follows its prompt directly and ends with `eos_token_id`, if there is one.
+    Rows without a template end with `eos_token_id`, if there is one; a file of text does not.
     The tokenizer's own special tokens (a BOS) come first, but not where a template writes them itself.
 
-    Raises InputError, naming file and line, for anything else and for a document of fewer than two tokens.
+    Raises InputError, naming file and line, for anything else, for a field that would change what is learnt and is
+    not understood, and for a document of fewer than two tokens.
     """
     documents = []
     for path in map(Path, paths):
         for name, record in _records(path):
-            segments, is_chat = _segments(name, record, chat)
-            ids: list[int] = []
-            labels: list[int] = []
-            for i, (text, is_target) in enumerate(segments):
-                new = tokenizer.encode(text, add_special_tokens=i == 0 and not is_chat).ids
-                if i == 1 and not is_chat and eos_token_id is not None:
-                    new = [*new, eos_token_id]
-                ids += new
-                labels += new if is_target else [IGNORE] * len(new)
+            try:
+                row = record if isinstance(record, Row) else _row(record, chat)
+                check_text("the text", row.text)
+            except InputError as error:
+                raise InputError(f"{name}: {error}") from None
+            ids, labels = encode(row, tokenizer, eos_token_id)
             if len(ids) < 2:
                 raise InputError(f"{name}: a document of {len(ids)} tokens, but a next-token loss needs at least 2")
             documents.append(Document(name, torch.tensor(ids), torch.tensor(labels)))
     return documents
 
 
-def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (name, record) of each document; a text file is one record with `text`."""
+def encode(row: Row, tokenizer: Tokenizer, eos_token_id: int | None) -> tuple[list[int], list[int]]:
+    """Token ids and labels of a row, encoded as a whole; a token that has a character of a learnt span is learnt."""
+    found = tokenizer.encode(row.text, add_special_tokens=not row.template)
+    ids, labels, spans = list(found.ids), [IGNORE] * len(found.ids), iter(row.learnt)
+    span = next(spans, None)
+    for i, (start, stop) in enumerate(found.offsets):
+        if start == stop and i:  # of a blank, which some tokenizers trim: it is behind the token before
+            start = found.offsets[i - 1][1]
+        while span is not None and span[1] <= start:
+            span = next(spans, None)
+        if span is not None and max(stop, start + 1) > span[0]:
+            labels[i] = ids[i]
+    last = len(ids) if row.template else end_of_text(found)
+    first = int(found.special_tokens_mask[:1] == [1] and ids[:1] == ids[1:2])  # the text has its BOS already
+    end = ids[last:] or ([eos_token_id] if row.ends and eos_token_id is not None else [])
+    end = [] if end == ids[last - 1 : last] else end  # and its end token
+    is_learnt = bool(row.learnt) and row.learnt[-1][1] == len(row.text)  # with the words before it
+    return ids[first:last] + end, labels[first:last] + (end if is_learnt else [IGNORE] * len(end))
+
+
+def end_of_text(found: Encoding) -> int:
+    """How many tokens there are without those that the tokenizer puts at the end of every text."""
+    last = len(found.ids)
+    while last and found.special_tokens_mask[last - 1]:
+        last -= 1
+    return last or len(found.ids)
+
+
+def check_text(name: str, text: str) -> None:
+    """Raise InputError if it has characters that stand for no text."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{name} has half of a surrogate pair, or bytes that are not UTF-8: mend or drop it") from None
+
+
+def _records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (name, row) of each document: a Row of a file of text, else what is to become one."""
+    try:
+        content = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); --data takes text or JSONL files") from None
+        raise InputError(f"{path} cannot be read ({error.strerror}); --data takes files of text or JSON") from None
+    if content.startswith(BINARY):
+        raise InputError(f"{path} is a Parquet or a compressed file: write its rows as JSON lines first")
+    try:
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from None
     if not text.strip():
         raise InputError(f"{path} is empty")
-    if path.suffix.lower() not in (".jsonl", ".ndjson"):
-        yield str(path), {"text": text}
-        return
-    for name, record in json_lines(path, text):
-        if not isinstance(record, dict):
-            raise InputError(f"{name}: {FORMS}")
-        yield name, record
-
-
-def _segments(name: str, record: dict[str, Any], chat: ChatTemplate | None) -> tuple[list[Segment], bool]:
-    """A record's segments, and whether a template wrote them. Raises InputError."""
-
-    def check(text: object, what: str) -> str:
-        if not isinstance(text, str):
-            raise InputError(f"{name}: {FORMS}")
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise InputError(f"{name}: {what!r} has half of a surrogate pair, which is not text: mend or drop it")
-        return text
-
-    if "text" in record:
-        return [(check(record["text"], "text"), True)], False
-    if "messages" in record:
-        messages = record["messages"]
-        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-            raise InputError(f"{name}: {FORMS}")
-        messages = [{key: check(m.get(key), key) for key in ("role", "content")} for m in messages]
-        if not any(message["role"] == "assistant" for message in messages):
-            raise InputError(f"{name}: none of the messages has the role 'assistant': there is nothing to learn")
-        if chat is None:
-            raise InputError(f"{name}: 'messages' need a chat template, and the model's directory has none")
+    is_named_json = path.suffix.lower() in (".json", ".jsonl", ".ndjson")
+    whole, first = _json(text), _json(text.strip().split("\n", 1)[0])
+    if isinstance(whole, list) and (is_named_json or all(isinstance(record, dict) for record in whole)):
+        yield from ((f"{path}, item {number}", record) for number, record in enumerate(whole, start=1))
+    elif isinstance(whole, dict):
+        yield f"{path}, line {text[: text.index('{')].count(chr(10)) + 1}", whole
+    elif is_named_json or isinstance(first, dict):
+        yield from json_lines(path, text)
     else:
-        prompt, completion = (check(record.get(field), field) for field in ("prompt", "completion"))
-        if chat is None:
-            return [(prompt, False), (completion, True)], False
-        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-    try:
-        return chat.segments(messages), True
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from None
+        yield str(path), Row(text, [(0, len(text))])
+
+
+def _json(text: str) -> Any:
+    """What a text says in JSON; None if it does not."""
+    with suppress(ValueError, RecursionError):
+        return json.loads(text)
+
+
+def _row(record: Any, chat: ChatTemplate | None) -> Row:
+    """A record of a file as a text and what of it is learnt. Raises InputError."""
+    if not isinstance(record, dict):
+        raise InputError(FORMS)
+    record = {key: value for key, value in record.items() if value is not None}  # columns that other rows fill
+    if "conversations" in record and "messages" not in record:
+        record["messages"] = record.pop("conversations")
+    forms = [form for form in (("text",), ("messages",), ("prompt", "completion")) if record.keys() & set(form)]
+    if len(forms) > 1:
+        names = " and ".join(repr(name) for form in forms for name in form if name in record)
+        raise InputError(f"has {names}: which of them is the text? Drop the others")
+    if not forms or not set(forms[0]) <= record.keys():
+        raise InputError(FORMS)
+    texts = [record[field] for field in forms[0]]
+    extra = {key: record[key] for key in ("tools", "documents", "chat_template_kwargs") if key in record}
+    is_plain = forms[0] == ("text",) or (chat is None and all(isinstance(text, str) for text in texts))
+    if strange := (MEANINGFUL & record.keys()) or (extra if is_plain else {}):
+        raise InputError(
+            f"the field {min(strange)!r} would change what is learnt, and is not understood here: drop it, or "
+            "write what is meant as 'text', 'prompt' and 'completion', or 'messages'"
+        )
+    if is_plain:
+        for field, text in zip(forms[0], texts, strict=True):
+            if not isinstance(text, str):
+                raise InputError(f"{field!r} is {json.dumps(text)[:40]}, but {FORMS}")
+        *before, learnt = texts
+        start = sum(map(len, before))
+        return Row("".join(before) + learnt, [(start, start + len(learnt))] if learnt else [], ends=True)
+    if len(texts) == 2 and all(isinstance(text, str) for text in texts):
+        texts = [[{"role": role, "content": text}] for role, text in zip(("user", "assistant"), texts, strict=True)]
+    for field, messages in zip(forms[0], texts, strict=True):
+        if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+            raise InputError(f"{field!r} must be a list of messages, each an object with 'role' and 'content'")
+    return _conversation([message for messages in texts for message in messages], len(texts[-1]), extra, chat)
+
+
+def _conversation(messages: Sequence[Message], count: int, extra: dict[str, Any], chat: ChatTemplate | None) -> Row:
+    """A conversation of which the assistant's turns in the last `count` messages are learnt. Raises InputError."""
+    if chat is None:
+        raise InputError("'messages' need a chat template, and the model has none (or it is not to be used)")
+    clean, learnt = [], []
+    source = chat.source(extra.get("tools"))
+    for i, message in enumerate(map(_message, messages), start=1):
+        asked = message.get("role") != "assistant" and (message.get("weight") or message.get("train"))
+        weight, train = message.pop("weight", 1), message.pop("train", True)
+        if not isinstance(message.get("role"), str):
+            raise InputError(f"message {i} has no 'role'")
+        name = f"message {i} ({message['role']})"
+        if not isinstance(message.get("content", "" if message.get("tool_calls") else None), str):
+            content = json.dumps(message.get("content"))[:40]
+            texts = "a string, or a list of {'type': 'text', 'text': ...}"
+            raise InputError(f"{name} has the content {content}, but that must be {texts}")
+        if weight not in (0, 1) or train not in (False, True) or asked:
+            told = "only 0 and 1 are understood, and 1 only of the assistant's"
+            raise InputError(f"{name} has weight {weight!r} and train {train!r}; {told}")
+        if strange := unknown_fields(message, source):
+            found = f"the field {strange[0]!r}, which the model's chat template does not write"
+            raise InputError(f"{name} has {found}: drop it, or take a template that does")
+        clean.append(message)
+        learnt.append(message["role"] == "assistant" and i > len(messages) - count and bool(weight and train))
+    if not isinstance(given := extra.pop("chat_template_kwargs", {}), dict):
+        raise InputError("'chat_template_kwargs' must be an object")
+    fields = {**given, **extra}
+    if strange := sorted({"messages", "add_generation_prompt"} & fields.keys()) or unknown_fields(fields, source):
+        raise InputError(f"the model's chat template does not write {strange[0]!r}: drop it, or take one that does")
+    if not any(learnt):
+        raise InputError("none of the messages has the role 'assistant', or none is to be learnt: nothing is")
+    text, spans = chat.spans(clean, learnt, **fields)
+    calls = [call for message in clean for call in message.get("tool_calls", ()) if isinstance(call, dict)]
+    said = [call["arguments"] for call in (call.get("function", call) for call in calls) if "arguments" in call]
+    if any(isinstance(words, str) and json.dumps(words, ensure_ascii=False) in text for words in said):
+        raise InputError("a call's 'arguments' are a string, whose quotes the chat template escapes: write an object")
+    return Row(text, spans, template=True)
+
+
+def _message(message: Message) -> Message:
+    """A message without empty fields, with its text in one piece, and in the usual form if it is in ShareGPT's."""
+    message = {key: value for key, value in message.items() if value not in (None, [])}
+    if "from" in message:
+        if (role := str(message.pop("from"))) not in SHAREGPT or {"role", "content"} & message.keys():
+            raise InputError(f"'from' is {role!r}, but must be one of {', '.join(SHAREGPT)}, beside 'value' alone")
+        message = {"role": SHAREGPT[role], "content": message.pop("value", None), **message}
+    parts = message.get("content")
+    if isinstance(parts, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts
+    ):
+        message["content"] = "".join(part["text"] for part in parts)
+    return message
 
 
 def cut_documents(documents: Sequence[Document], seq_len: int) -> tuple[list[Document], str]:

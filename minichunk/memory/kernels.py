@@ -1,7 +1,7 @@
 """The kernels that chunk attention is made of: plain, and PyTorch's flash kernels for CPU and CUDA.
 
-The flash kernels are operators private to PyTorch, the only ones that take and return a log-sum-exp.
-Another version may change them, so each is tried on a few numbers before it is relied on.
+The flash kernels are operators private to PyTorch, the only ones that take and return a log-sum-exp. Another version
+may change them, so each is tried on a few numbers before it is relied on.
 
 Shapes: q (B, H, C, D); k, v (B, G, C or past, D); out (B, H, C, D); lse (B, H, C).
 """
@@ -17,11 +17,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 aten = torch.ops.aten
-
-
-def is_causal(q: Tensor, k: Tensor, window: int | None) -> bool:
-    """Whether this is the common mask: as many queries as keys, and nothing before them left out."""
-    return window is not None and q.shape[2] == k.shape[2] <= window
 
 
 def visible(q: Tensor, k: Tensor, window: int) -> Tensor:
@@ -114,16 +109,17 @@ class FlashCPU(Kernel):
     """PyTorch's flash kernel for the CPU: float64, float32, bfloat16."""
 
     @staticmethod
-    def mask(q: Tensor, k: Tensor, window: int | None) -> dict[str, Tensor]:
-        """What is added to the scores, where the mask is not the common one: -inf where a query does not see."""
-        if window is None or is_causal(q, k, window):
-            return {}
+    def mask(q: Tensor, k: Tensor, window: int | None) -> tuple[bool, Tensor | None]:
+        """Whether the mask is the common one: as many queries as keys, and nothing before them left out. If it is
+        another one, what is added to the scores: -inf where a query does not see."""
+        if window is None or q.shape[2] == k.shape[2] <= window:
+            return window is not None, None
         seen = visible(q, k, window)
-        return {"attn_mask": q.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)}
+        return False, q.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
-        operator, mask = aten._scaled_dot_product_flash_attention_for_cpu, self.mask(q, k, window)
-        out, lse = operator(q, k, v, 0.0, is_causal(q, k, window), **mask)
+        causal, mask = self.mask(q, k, window)
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
         return out, lse
 
     def prepare(self, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
@@ -135,12 +131,13 @@ class FlashCPU(Kernel):
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        operator, mask = aten._scaled_dot_product_flash_attention_for_cpu_backward, self.mask(q, k, window)
+        operator = aten._scaled_dot_product_flash_attention_for_cpu_backward
         B, pieces = k.shape[0], q.shape[0] // k.shape[0]  # more than one: prepared
         # Each piece has a gradient of all queries: of a short past, that costs more than an idle core.
         if pieces == 1 or k.shape[2] % pieces or pieces * k.shape[2] < q.shape[2]:
             grad, q, out, lse = (x[:B] for x in (grad, q, out, lse))
-            dq, dk, dv = operator(grad, q, k, v, out, lse, 0.0, is_causal(q, k, window), **mask)
+            causal, mask = self.mask(q, k, window)
+            dq, dk, dv = operator(grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask)
             return dq, dk, dv
         k, v = (x[0].unflatten(1, (pieces, -1)).transpose(0, 1) for x in (k, v))  # (pieces, G, past/pieces, D)
         dq, dk, dv = operator(grad, q, k, v, out, lse, 0.0, False)
@@ -188,28 +185,19 @@ class FlashCUDA(Kernel):
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
-def kernel_for(
-    device_type: str, dtype: torch.dtype, head_dim: int, capability: tuple[int, int] | None = None
-) -> Kernel:
-    """The kernel made for such tensors: a rule, which tries nothing and needs no device.
-
-    capability: of a CUDA device; None: one that has all that the kernels want, 8.0 or more.
-    """
+def kernel_for(device_type: str, dtype: torch.dtype, head_dim: int, capability: tuple[int, int] = (8, 0)) -> Kernel:
+    """The kernel made for such tensors: a rule, which tries nothing and needs no device. capability: of a CUDA one."""
     if device_type == "cpu" and dtype in (torch.float64, torch.float32, torch.bfloat16):
         return FlashCPU()
     fits_flash = dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0 and head_dim <= 256
-    if device_type == "cuda" and fits_flash and (capability is None or capability >= (8, 0)):
-        return FlashCUDA()
-    return Plain()
+    return FlashCUDA() if device_type == "cuda" and fits_flash and capability >= (8, 0) else Plain()
 
 
 def pick_kernel(q: Tensor) -> Kernel:
     """The fastest kernel that computes q's dtype on q's device, and has been seen to compute it right."""
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else None
-    kernel = kernel_for(q.device.type, q.dtype, q.shape[-1], capability)
-    if kernel == Plain() or usable(kernel, q.device, q.dtype, q.shape[-1]):
-        return kernel
-    return Plain()
+    about = q.device.type, q.dtype, q.shape[-1]
+    kernel = kernel_for(*about, torch.cuda.get_device_capability(q.device)) if q.is_cuda else kernel_for(*about)
+    return kernel if kernel == Plain() or usable(kernel, q.device, *about[1:]) else Plain()
 
 
 @functools.cache  # tried once per process, for each device, dtype and head size that comes
@@ -221,7 +209,7 @@ def usable(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: i
     except torch.OutOfMemoryError:
         raise  # says nothing about the kernel
     except Exception as error:  # whatever a changed operator raises
-        problem = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     if problem:
         warnings.warn(
             f"{type(kernel).__name__} does not work with PyTorch {torch.__version__} for {dtype} and heads of "
@@ -243,25 +231,21 @@ def _difference(kernel: Kernel, device: torch.device, dtype: torch.dtype, D: int
     def random(heads: int, rows: int) -> Tensor:
         return torch.randn(1, heads, rows, D, generator=generator, device="cpu").to(device, dtype)
 
-    plain = Plain()
     # A chunk of 6 to itself, 4 heads to 2; to a past of 4, with its heads folded to 2 of 12 rows; and within a window.
     cases = (("causal", 6, 4, 6, 6), ("whole", None, 2, 12, 4), ("windowed", 3, 4, 6, 8))
     for kind, window, heads, rows, length in cases:
         q, grad, k, v = random(heads, rows), random(heads, rows), random(2, length), random(2, length)
         q_, k_, v_ = q.double(), k.double(), v.double()
-        out, lse = plain.forward(q_, k_, v_, window)
-        got_out, got_lse = kernel.forward(q, k, v, window)
+        out, lse = Plain().forward(q_, k_, v_, window)
         # Backward as if there were as much again beside these keys: the kernel must take what it is given.
         merged, merged_lse = (out / 2).to(dtype), lse + math.log(2)
-        expected = [out, lse, *plain.backward(grad.double(), q_, k_, v_, merged.double(), merged_lse, window)]
-        given = grad, q, merged, merged_lse.to(got_lse.dtype)
+        expected = [out, lse, *Plain().backward(grad.double(), q_, k_, v_, merged.double(), merged_lse, window)]
+        got = list(kernel.forward(q, k, v, window))
+        given = grad, q, merged, merged_lse.to(got[1].dtype)
         grad, q, merged, merged_lse = given if window else kernel.prepare(*given)
-        got = [got_out, got_lse, *kernel.backward(grad, q, k, v, merged, merged_lse, window)]
+        got += kernel.backward(grad, q, k, v, merged, merged_lse, window)
         for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), got, expected, strict=True):
-            where = f"{name} of a {kind} piece"
-            if x.shape != y.shape:
-                return f"{where} has shape {tuple(x.shape)}, not {tuple(y.shape)}"
             error = float((x - y).double().norm() / y.double().norm())
             if not error <= 2**-5:  # not: a NaN is wrong too
-                return f"{where} is off by {error:.2g} of its norm"
+                return f"{name} of a {kind} piece is off by {error:.2g} of its norm"
     return ""

@@ -57,14 +57,12 @@ class Window:
         stop = stop if self.window is None else min(stop, self.sinks)
         return [(start, stop)] if start < stop else []
 
-    def runs(self, start: int, stop: int) -> Iterator[QueryRun]:
-        """What the queries of a chunk see, first to last. Up to window + sinks nothing is left out."""
-        edge = stop if self.window is None else min(stop, self.window + self.sinks)
+    def run(self, start: int, stop: int) -> QueryRun:
+        """What the queries from `start` on see, up to `stop` or as far as they see alike."""
+        edge = stop if self.window is None else self.window + self.sinks  # up to here nothing is left out
         if start < edge:
-            yield QueryRun(start, edge, min(start, self.sinks), edge)
-        if self.window is not None and edge < stop:
-            first = max(start, edge)
-            yield QueryRun(first, stop, first - self.reach, self.window)
+            return QueryRun(start, min(stop, edge), min(start, self.sinks), edge)
+        return QueryRun(start, stop, start - self.reach, self.reach + 1)
 
     def mask(self, length: int, start: int = 0, device: torch.device | None = None) -> Tensor | None:
         """bool (length - start, length): what the positions from `start` see; None: all that came before them."""
@@ -101,13 +99,12 @@ class Strided:
         spans = [(max(start, low), min(stop, low + self.block)) for low in blocks]
         return [(low, high) for low, high in spans if low < high]
 
-    def runs(self, start: int, stop: int) -> Iterator[QueryRun]:
-        """See Window; here a run for each block."""
-        while start < stop:
-            block = start // self.block
-            end = min(stop, (block + 1) * self.block)
-            yield QueryRun(start, end, max(0, block - self.local + 1) * self.block, end)
-            start = end
+    def run(self, start: int, stop: int) -> QueryRun:
+        """See Window; here those of a block see alike."""
+        block = start // self.block
+        return QueryRun(
+            start, min(stop, (block + 1) * self.block), max(0, block - self.local + 1) * self.block, window=stop
+        )
 
     def mask(self, length: int, start: int = 0, device: torch.device | None = None) -> Tensor:
         """See Window."""
@@ -122,22 +119,24 @@ FULL = Window()
 Pattern = Window | Strided
 
 
+def runs(pattern: Pattern, start: int, stop: int, most: int) -> Iterator[QueryRun]:
+    """What the queries of a chunk see, first to last, at most so many queries at a time."""
+    while start < stop:
+        run = pattern.run(start, min(stop, start + most))
+        yield run
+        start = run.stop
+
+
 class WindowPast(Past):
     """`Past` of a layer that sees a part of it."""
 
     def forward(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """out and lse."""
-        runs, start = self.runs(q, kernel), self.start
-        low = runs[0].low
-        keys, values = self.read([(low, start), (start, start + k.shape[2])], k, v)  # the band
-        parts = []
-        for run in runs:
-            rows, columns = slice(run.start - start, run.stop - start), slice(run.low - low, run.stop - low)
-            of_run = q[:, :, rows], keys[:, :, columns], values[:, :, columns]
-            parts.append(kernel.forward(*of_run, run.window))
+        keys, values, band, pinned = self.seen(kernel, k, v)
+        parts = [kernel.forward(q[:, :, rows], keys[:, :, at], values[:, :, at], window) for rows, at, window in band]
         out, lse = (torch.cat(pieces, 2) for pieces in zip(*parts, strict=True))
         out = out.to(lse.dtype)
-        for row, spans in self.pinned(runs):
+        for row, spans in pinned:
             keys, values = self.read(spans, k, v)
             more = kernel.forward(fold(q[:, :, row:], k.shape[1]), keys, values)
             of_rows = out[:, :, row:], lse[:, :, row:]
@@ -149,51 +148,54 @@ class WindowPast(Past):
         self, kernel: Kernel, sends_back: bool, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of q, k and v; those of the past go to the memory."""
-        runs, start = self.runs(q, kernel), self.start
-        low = runs[0].low
-        keys, values = self.read([(low, start), (start, start + k.shape[2])], k, v)  # the band
+        keys, values, band, pinned = self.seen(kernel, k, v)
         dq, dk, dv = (x.new_zeros(x.shape, dtype=lse.dtype) for x in (q, keys, values))
-        for run in runs:
-            rows, columns = slice(run.start - start, run.stop - start), slice(run.low - low, run.stop - low)
+        for rows, at, window in band:
             grad_, q_, out_, lse_ = (x[:, :, rows] for x in (grad, q, out, lse))
-            keys_, values_ = keys[:, :, columns], values[:, :, columns]
-            grads = kernel.backward(grad_, q_, keys_, values_, out_, lse_, run.window)
-            for total, place, part in zip((dq, dk, dv), (rows, columns, columns), grads, strict=True):
+            grads = kernel.backward(grad_, q_, keys[:, :, at], values[:, :, at], out_, lse_, window)
+            for total, place, part in zip((dq, dk, dv), (rows, at, at), grads, strict=True):
                 total[:, :, place] += part
+        past = keys.shape[2] - k.shape[2]
         if sends_back:
-            self.memory.add_grads(low, dk[:, :, : start - low], dv[:, :, : start - low])
-        dk, dv = (x[:, :, start - low :] for x in (dk, dv))  # the chunk's own
-        for row, spans in self.pinned(runs):
-            keys, values = self.read(spans, k, v)
+            self.memory.add_grads(self.start - past, dk[:, :, :past], dv[:, :, :past])
+        dk, dv = dk[:, :, past:], dv[:, :, past:]  # the chunk's own
+        for row, spans in pinned:
             grad_, q_, out_, lse_ = (fold(x[:, :, row:], k.shape[1]) for x in (grad, q, out, lse))
+            keys, values = self.read(spans, k, v)
             dq_part, *parts = kernel.backward(grad_, q_, keys, values, out_, lse_)
             dq[:, :, row:] += dq_part.reshape(dq[:, :, row:].shape)
-            sizes = [last - first for first, last in spans]
-            for (first, last), dk_part, dv_part in zip(spans, *(x.split(sizes, 2) for x in parts), strict=True):
-                if first >= start:
-                    dk[:, :, first - start : last - start] += dk_part
-                    dv[:, :, first - start : last - start] += dv_part
+            sizes = [stop - start for start, stop in spans]
+            for (start, stop), dk_part, dv_part in zip(spans, *(x.split(sizes, 2) for x in parts), strict=True):
+                if start >= self.start:
+                    dk[:, :, start - self.start : stop - self.start] += dk_part
+                    dv[:, :, start - self.start : stop - self.start] += dv_part
                 elif sends_back:
-                    self.memory.add_grads(first, dk_part, dv_part)
+                    self.memory.add_grads(start, dk_part, dv_part)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
-    def runs(self, q: Tensor, kernel: Kernel) -> list[QueryRun]:
-        """Of the chunk's queries, no more at a time than the kernel should be given."""
-        found = []
-        for run in self.memory.pattern.runs(self.start, self.start + q.shape[2]):
-            most = run.stop - run.start if kernel.takes_many else TILE
-            for start in range(run.start, run.stop, most):
-                low = max(run.low, start - run.window + 1)
-                found.append(QueryRun(start, min(start + most, run.stop), low, run.window))
-        return found
+    def seen(self, kernel: Kernel, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, list[Any], list[Any]]:
+        """What the chunk sees of the past and of itself.
 
-    def pinned(self, runs: Sequence[QueryRun]) -> Iterator[tuple[int, list[Span]]]:
-        """Pinned positions, at most BLOCK at a time, with the row of the first query of the chunk that sees them."""
-        seen, start = 0, self.start
-        for run in runs:
-            within = self.memory.pattern.pinned
-            spans = [*within(seen, min(start, run.low)), *within(max(seen, start), run.low)]  # past, and own
-            for some in at_most(BLOCK, spans):
+        Returns the keys and values of the band, up to the chunk's end; (queries, keys, window) for each of its runs,
+        both as slices; and what is pinned before it, see `pinned`.
+        """
+        start, C = self.start, k.shape[2]
+        found = list(runs(self.memory.pattern, start, start + C, C if kernel.takes_many else TILE))
+        low = found[0].low
+        band = [(slice(r.start - start, r.stop - start), slice(r.low - low, r.stop - low), r.window) for r in found]
+        return *self.read([(low, start), (start, start + C)], k, v), band, list(self.pinned(found))
+
+    def pinned(self, found: Sequence[QueryRun]) -> Iterator[tuple[int, list[Span]]]:
+        """Pinned positions, some BLOCK at a time, with the row of the first query of the chunk that sees them."""
+        seen, start, within = 0, self.start, self.memory.pattern.pinned
+        for run in found:
+            some = list[Span]()
+            for span in [*within(seen, min(start, run.low)), *within(max(seen, start), run.low)]:  # past, and own
+                some.append(span)
+                if sum(stop - start for start, stop in some) >= BLOCK:
+                    yield run.start - start, some
+                    some = []
+            if some:
                 yield run.start - start, some
             seen = max(seen, run.low)
 
@@ -203,21 +205,6 @@ class WindowPast(Past):
         own = [slice(first - self.start, last - self.start) for first, last in spans if first >= self.start]
         keys, values = (torch.cat([x, *(y[:, :, here] for here in own)], 2) for x, y in zip(past, (k, v), strict=True))
         return keys, values
-
-
-def at_most(count: int, spans: Sequence[Span]) -> Iterator[list[Span]]:
-    """The same positions, so many at a time."""
-    some, room = list[Span](), count
-    for start, stop in spans:
-        while start < stop:
-            end = min(stop, start + room)
-            some.append((start, end))
-            start, room = end, room - (end - start)
-            if not room:
-                yield some
-                some, room = [], count
-    if some:
-        yield some
 
 
 class DeviceStore:

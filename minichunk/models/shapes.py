@@ -1,7 +1,6 @@
 """Named model shapes, for measurements and forecasts that need no weights."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from ..chunks import Chunk
 from ..errors import InputError
 from ..files.atomic import read_json
+from ..files.checkpoint import advice
 from ..protocol import DEFAULTS, Options
 from .config import LlamaConfig
 from .load import class_of, read_model_config
@@ -43,7 +43,9 @@ def shape(name: str) -> Any:
         return _SHAPES[name]
     if (Path(name) / "config.json").is_file():
         return read_model_config(read_json(Path(name) / "config.json"))
-    raise InputError(f"--model {name!r} is neither a directory with a config.json nor one of {', '.join(NAMES)}")
+    raise InputError(
+        f"--model {name!r} is neither a directory with a config.json nor one of {', '.join(NAMES)}{advice(name)}"
+    )
 
 
 def random_model(
@@ -84,10 +86,6 @@ def layer_memory_bytes(
 
     As the model's own memory has it: keys and values of all positions before the last kept chunk, or states.
     """
-    times = config.num_hidden_layers if alike(config) else 1
-    if times > 1:
-        kinds = {"layer_types": config.layer_types[:1]} if getattr(config, "layer_types", ()) else {}
-        config = replace(config, num_hidden_layers=1, **kinds)
     with torch.device("meta"):
         memory = _random_model(config, dtype, device="meta").new_memory(batch, kept[-1].start, kept[:-1], options)
-    return [layer.tensors().bytes() for layer in memory.layers] * times
+    return [layer.tensors().bytes() for layer in memory.layers]

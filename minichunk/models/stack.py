@@ -1,8 +1,10 @@
 """Layers one after the other, each with a memory of its own: what `seco` asks of a model, for any kind of layer."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from functools import partial
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +35,11 @@ class Stack(nn.Module):
     lora: Any = None  # what `add_lora` was told, if there is an adapter
     masks: Any = None  # lora.py's DropoutMasks, if there are dropouts
     partial: Any = None  # what `partial_context` changed since the checkpoint was loaded
+    rope: Any = None  # what `change_rope` did
+    origin: Path | None = None  # the directory that it was loaded from
+    ends: Any = None  # the end tokens of its generation_config.json, as a config has them; None: those of the config
+    takes_positions: Any = False  # whether a token's position is more than its place in the text
+    unadapted: tuple[str, ...] = ()  # linear layers that an adapter leaves out unless told otherwise
 
     def __init__(self, config: Any, layers: Iterable[nn.Module], norm: nn.Module) -> None:
         super().__init__()
@@ -61,12 +68,37 @@ class Stack(nn.Module):
 
     @property
     def like(self) -> Tensor:
-        """A tensor of the model's dtype, on its device."""
-        return next(self.norm.parameters())
+        """A tensor of the model's dtype, on its device: a norm's weight, as no adapter is put there, and no 4 bits."""
+        return next(module.weight for module in self.layers.modules() if isinstance(module, nn.RMSNorm))
 
-    def shared(self, x: Tensor, start: int) -> tuple[Any, ...]:
-        """What every layer is given beside x (B, T, E), whose first position is `start`."""
+    def blocks(self, layers_at_once: int) -> list[Self]:
+        """See protocol.LayeredModel. They share all weights with the model."""
+        return [self._block(*layers) for layers in cut(len(self.layers), layers_at_once)]
+
+    def _block(self, start: int, stop: int) -> Self:
+        """With the first layers goes the embedding, with the last ones go norm and LM head; elsewhere x passes."""
+        block, inner = copy(self), copy(self.get_submodule(self.names[0]))
+        block._modules = {**self._modules, self.names[0]: inner}
+        inner._modules = {**inner._modules, "layers": self.layers[start:stop]}
+        if start > 0:
+            inner._modules[self.names[1]] = nn.Identity()
+        if stop < len(self.layers):
+            inner._modules[self.names[2]] = block._modules["lm_head"] = nn.Identity()
+        return block
+
+    def shared(self, x: Tensor, positions: Tensor, whole: Tensor | None) -> tuple[Any, ...]:
+        """What every layer is given beside x (B, T, E), which is at these positions, int64 (T) or (B, 1, T).
+
+        whole: those of the whole text; None where a part of it is run and they were not told.
+        """
         return ()
+
+    def _shared(self, x: Tensor, chunks: Sequence[Chunk], options: Options) -> tuple[Any, ...]:
+        """The same for what these chunks are; without a memory there are none, and it is a whole text."""
+        whole, start = options.positions, chunks[0].start if chunks else 0
+        stop = start + x.shape[1]
+        here = torch.arange(start, stop, device=x.device) if whole is None else whole[..., start:stop]
+        return self.shared(x, here, whole if chunks else here)
 
     def new_memory(
         self, batch: int, capacity: int, receiving: Sequence[Chunk] = (), options: Options = DEFAULTS
@@ -91,15 +123,16 @@ class Stack(nn.Module):
         Returns the last layer's normalized output (B, T, E) and what these tokens write, one tuple for each layer.
         """
         x = self.embedding(input_ids)  # (B, T, E)
-        shared = self.shared(x, chunks[0].start if chunks else 0)
+        shared = self._shared(x, chunks, options)
         written, call = [], self._layer
-        if options.recompute:  # on top of a memory dropout draws its masks from seeds: no generator's state to replay
+        recompute = options.recompute and torch.is_grad_enabled()
+        if recompute:  # on top of a memory dropout draws its masks from seeds: no generator's state to replay
             call = partial(checkpoint, self._layer, use_reentrant=False, preserve_rng_state=memory is None)
         for i, layer in enumerate(self.layers):
             # Below the first layer that learns, the past needs no gradient either: there is nothing to hand it to.
             learns = x.requires_grad or any(p.requires_grad for p in layer.parameters())
             with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-                past = memory.layers[i].past(chunks, save=options.recompute) if memory is not None else None
+                past = memory.layers[i].past(chunks, save=recompute) if memory is not None else None
             x, wrote = call(layer, chunks, options, x, past, *shared)
             written.append(wrote)
         return self.norm(x), written
@@ -110,7 +143,7 @@ class Stack(nn.Module):
     ) -> Written:
         """As `run`, without gradients and only as far as memory needs it: the last layer stops at what it writes."""
         x = self.embedding(input_ids)  # (B, T, E)
-        shared = self.shared(x, chunks[0].start if chunks else 0)
+        shared = self._shared(x, chunks, options)
         *layers, last = zip(self.layers, memory.layers, strict=True)
         written = []
         for layer, layer_memory in layers:
@@ -121,16 +154,17 @@ class Stack(nn.Module):
 
     @torch.no_grad()
     def run_chunks(
-        self, input_ids: Tensor, memory: LayerMemories, chunk_size: int, start: int = 0
+        self, input_ids: Tensor, memory: LayerMemories, chunk_size: int, start: int = 0, options: Options = DEFAULTS
     ) -> Iterator[tuple[slice, Tensor]]:
         """Inference of input_ids (B, T) from the position `start`, chunk by chunk, writing the memory.
 
+        options: with the positions of the whole text, where rope depends on its length.
         Yields each chunk's place in input_ids and its normalized output (B, C, E).
         """
         for chunk in cut(input_ids.shape[1], chunk_size):
             rows = span([chunk])
             here = [Chunk(start + chunk.start, start + chunk.stop)]
-            hidden, written = self.run(input_ids[:, rows], memory, here)
+            hidden, written = self.run(input_ids[:, rows], memory, here, options)
             memory.write(here, written)
             yield rows, hidden
 
@@ -138,7 +172,8 @@ class Stack(nn.Module):
     def chunk_losses(self, input_ids: Tensor, targets: Tensor, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
         """Each chunk's place in input_ids (B, T), and the loss (B, C) of its targets in nats; 0 where there is none."""
         memory = self.new_memory(*input_ids.shape)
-        for rows, hidden in self.run_chunks(input_ids, memory, chunk_size):
+        options = Options(positions=torch.arange(input_ids.shape[1], device=input_ids.device))
+        for rows, hidden in self.run_chunks(input_ids, memory, chunk_size, options=options):
             yield rows, token_losses(hidden, self.lm_head.weight, targets[:, rows])
 
     def _layer(self, layer: Any, chunks: Sequence[Chunk], options: Options, *inputs: Any) -> Any:

@@ -41,7 +41,7 @@ def option(
     absent: the default in words. group: its title in the help; None: that of the option before it; "": none.
     least, above, most, below: bounds of every number. belongs: another option, and which values it must have for this
     one; (): any but None. positional: without `--`. none: a tuple may be empty.
-    A flag that is on by default is turned off by `--no-…`.
+    A flag is turned off by `--no-…`.
     """
     return field(default=default, metadata={name: value for name, value in locals().items() if name != "default"})
 
@@ -162,7 +162,7 @@ class StepOptions:
     full_layers: tuple[int, ...] | None = option(None, "these see all of the past, counted from 0; no number: none",
                                                  absent="the middle third", none=True, belongs=("partial_context", ()))
     rank: int = option(8, "of the adapter; 0 trains all parameters", least=0, group="LoRA")
-    targets: tuple[str, ...] | None = option(None, "layers with an adapter", absent="all linear ones", metavar="NAME")
+    targets: tuple[str, ...] | None = option(None, "layers with an adapter", absent="all PEFT takes", metavar="NAME")
     load_in_4bit: bool = option(False, "store the frozen base in 4 bits (bitsandbytes)")
 
     def check(self) -> None:
@@ -198,15 +198,18 @@ class TrainOptions(StepOptions, ModelOptions):
       minichunk train --output runs/1 --resume
       torchrun --nproc-per-node 4 -m minichunk train --pipeline 4 --model DIR --data book.txt
 
-    DIR is a Hugging Face checkpoint. JSONL lines hold text; prompt and completion, which alone is learnt;
-    or messages, of which the assistant's are learnt.
+    DIR is a Hugging Face checkpoint: config.json, tokenizer.json and safetensors. FILE is text, or has rows of
+    JSON: {"text": …}; {"prompt": …, "completion": …}, where only the completion is learnt, texts or lists of
+    messages; or {"messages": …} (or "conversations"), where only the assistant's are, but not with "weight": 0 or
+    "train": false; "tools" may stand beside them. A row ends with an end token, a text file does not. The
+    checkpoint's chat template is used where it has one: this needs minichunk[hf], and its date is 26 July 2024.
     """
 
     data: tuple[str, ...] = option((), "text or JSONL files", absent="a novel", metavar="FILE", group="model and data")
     val_data: tuple[str, ...] = option((), "held-out files", absent="a part of the data", metavar="FILE")
     val_fraction: float = option(0.1, "part of the data held out", least=0, below=1)
     eval_documents: int = option(8, "held-out documents to measure", least=0)
-    chat_template: bool = option(True, "join prompt and completion as they are, even if the model has a template")
+    chat_template: bool = option(True, "put prompt and completion into the model's template", absent="if it has one")
     cap: float | None = option(None, "spaco with paper: the most the relay factor may be", above=0, absent="none",
                                belongs=("sampler", ("paper",)), group="method")
     steps: int = option(60, "optimizer steps", least=1, group="training")

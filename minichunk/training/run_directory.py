@@ -2,7 +2,6 @@
 
 import json
 import resource
-import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,17 +14,27 @@ import torch
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..files.atomic import make_directory, open_tensors, read_json, replacing, write_json, write_tensors, write_text
+from ..files.atomic import make_directory, open_tensors, read_json, write_json, write_tensors, write_text
+from ..files.checkpoint import BESIDE, digest
+from ..files.shipped import SHIPPED_MODEL
 from ..models.adapter_files import save_adapter
 from .evaluate import Span
 from .loop import Ranks, Trainer
 from .options import TrainOptions, check_options, options_of
 
 
+def digests(options: TrainOptions) -> dict[str, str]:
+    """By path, of the files of data that were named, and of the base: config, tokenizer, template and weights."""
+    base = Path(options.model or SHIPPED_MODEL)
+    patterns = ("config.json", *BESIDE, "*.safetensors*")
+    of_base = [str(path) for pattern in patterns for path in sorted(base.glob(pattern))]
+    return {path: digest(Path(path)) for path in [*options.data, *options.val_data, *of_base]}
+
+
 class Run:
     """The files of one training run in `directory`.
 
-    run.json: the options and the losses measured before training. metrics.jsonl: a line per step.
+    run.json: options, digests of what is read, and the losses before training. metrics.jsonl: a line per step.
     checkpoint.safetensors: weights, optimizer state and step, replaced as a whole at every save.
     """
 
@@ -61,16 +70,24 @@ class Run:
 
     def write_info(self, options: TrainOptions, before: Sequence[Span]) -> None:
         spans = [asdict(span) for span in before]
-        write_json(self.info, {"options": asdict(options), "loss_by_position_before": spans})
+        info = {"options": asdict(options), "digests": digests(options), "loss_by_position_before": spans}
+        write_json(self.info, info)
 
     def read_info(self) -> tuple[TrainOptions, list[Span]]:
+        """What was written. Raises InputError for another version's, and if data or base are not what they were."""
         info = read_json(self.info)
         try:
             stored = options_of(TrainOptions, info["options"])
             check_options(stored)
-            return stored, [Span(**span) for span in info["loss_by_position_before"]]
+            before, then = [Span(**span) for span in info["loss_by_position_before"]], dict(info["digests"])
         except (KeyError, TypeError, AttributeError, InputError) as error:
             raise InputError(f"{self.info} is not of this version of minichunk: {error}") from None
+        now = digests(stored)
+        if changed := [name for name in {**then, **now} if then.get(name) != now.get(name)]:
+            raise InputError(
+                f"--resume: {changed[0]} is not what it was when this run began: bring it back, or begin another run"
+            )
+        return stored, before
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:
@@ -133,9 +150,6 @@ def write_results(ranks: Ranks, run: Run, options: TrainOptions, before: Sequenc
         model.save_pretrained(run.model, ranks.whole)
     if not ranks.is_first:
         return
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        if options.rank == 0 and (path := Path(options.model) / name).is_file():
-            shutil.copy(path, run.model)
     losses = {"before": [asdict(span) for span in before], "after": [asdict(span) for span in after]}
     write_json(run.directory / "loss_by_position.json", {**losses, "context": context})
     plot_run(run.directory / "loss.png", run.read_metrics(), before, after, context)
@@ -148,12 +162,6 @@ def new_figure(width: float, height: float) -> Any:
     except ImportError:
         return None
     return Figure(figsize=(width, height), layout="constrained")
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Write it as a PNG, whole or not at all."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
 
 
 def plot_run(
@@ -171,4 +179,4 @@ def plot_run(
     by_position.axvline(context, linestyle=":", color="tab:gray", label="the old context")
     by_position.set(xlabel="position", ylabel="held-out loss (nats per token)")
     by_position.legend()
-    save_figure(figure, path)
+    figure.savefig(path, dpi=120)
