@@ -151,11 +151,12 @@ class Wrapped:
 
     def hidden(self, input_ids: Tensor, run: Run, options: Options = DEFAULTS) -> Tensor:
         """What goes into the LM head (B, C, E), scaled as the logits are."""
-        start, seed, device = run.chunks[0].start, options.dropout_seed, input_ids.device
-        self.check_length(run.chunks[-1].stop)
+        start, stop, seed = run.chunks[0].start, run.chunks[-1].stop, options.dropout_seed
+        device, told = input_ids.device, options.positions
+        self.check_length(stop)
         if start and input_ids.shape[1] == 1 and torch.is_grad_enabled() and not self.single:
             raise InputError("its own code for a single token computes something else: take another chunk_size")
-        positions = torch.arange(start, start + input_ids.shape[1], device=device).expand(input_ids.shape)
+        positions = torch.arange(start, stop, device=device) if told is None else told[..., start:stop]
         layers = self.layers if options.recompute and torch.is_grad_enabled() else []
         twice = partial(
             checkpoint, use_reentrant=False, preserve_rng_state=seed is not None,
@@ -169,7 +170,11 @@ class Wrapped:
         ):
             if seed is not None:
                 torch.manual_seed(seed + start)  # fill, rebuild and recompute draw the same
-            given = {"position_ids": positions, self.cache_is: run, "use_cache": True}
+            given = {
+                "position_ids": positions.view(-1, stop - start).expand(input_ids.shape),
+                self.cache_is: run,
+                "use_cache": True,
+            }
             return self.widened(self.model(input_ids=input_ids, **given).logits)
 
     def widened(self, hidden: Tensor) -> Tensor:
