@@ -121,6 +121,7 @@ def test_parity_with_transformers(name: str, tmp_path: Path) -> None:
         theirs.save_pretrained(tmp_path / name, **keywords)
         again = mc.load_model(tmp_path / name)
         assert again.config == ours.config
+        assert (again.lm_head.weight is again.embedding.weight) == again.config.tie_word_embeddings
         torch.testing.assert_close(again(ids), ours(ids), rtol=0, atol=0)
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     assert "rope_theta" in json.loads((tmp_path / "ours/config.json").read_text())

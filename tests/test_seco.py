@@ -28,7 +28,7 @@ from minichunk.seco import fill, new_memory, rebuild
 
 from .gradients import distance, oracle, take_gradients
 from .rounding import exactly, outcome
-from .strategies import CUTS, Batch, batches, blocks_of, build, examples, models, tiny, tiny_state
+from .strategies import HOW, Batch, batches, blocks_of, build, examples, models, tiny, tiny_state
 
 spaco_module = sys.modules["minichunk.spaco"]  # the attribute of that name is the function
 
@@ -63,7 +63,7 @@ def full_with_masks(
     size=st.integers(1, 16),
     fill=st.tuples(st.integers(0, 4), st.integers(0, 3)),
     block=st.integers(1, 6),
-    options=st.fixed_dictionaries({"recompute": st.booleans(), "offload": st.booleans(), "layers_at_once": CUTS}),
+    options=HOW,
     seed=st.integers(0, 2**31),
 )
 def test_seco_equals_full(
