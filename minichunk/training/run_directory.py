@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..files.atomic import make_directory, open_tensors, read_json, replacing, write_json, write_tensors, write_text
+from ..files.atomic import make_directory, open_tensors, read_json, write_json, write_tensors, write_text
 from ..files.checkpoint import BESIDE, digest
 from ..files.shipped import SHIPPED_MODEL
 from ..models.adapter_files import save_adapter
@@ -166,12 +166,6 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Write it as a PNG, whole or not at all."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-
-
 def plot_run(
     path: Path, metrics: Sequence[dict[str, Any]], before: Sequence[Span], after: Sequence[Span], context: int
 ) -> None:
@@ -187,4 +181,4 @@ def plot_run(
     by_position.axvline(context, linestyle=":", color="tab:gray", label="the old context")
     by_position.set(xlabel="position", ylabel="held-out loss (nats per token)")
     by_position.legend()
-    save_figure(figure, path)
+    figure.savefig(path, dpi=120)
