@@ -69,6 +69,8 @@ def load(
         check_bitsandbytes()
     path, generation = checkpoint_directory(directory) / "config.json", Path(directory) / "generation_config.json"
     config = read_json(path)
+    if kind is Stack and config.get("model_type") not in {*_FAMILIES, *OTHERS, _PARTIAL_CONTEXT, None}:
+        return load_wrapped(directory, dtype, device, load_in_4bit, prepare)
     kind = class_of(config) if kind is Stack else kind
     try:
         with torch.device("meta"):  # shapes without memory
@@ -100,6 +102,20 @@ def load(
     if len(here) == len(wanted):
         model.tie_weights()
     return model.eval()
+
+
+def load_wrapped(directory: str | Path, dtype: Any, device: Any, load_in_4bit: bool, prepare: Any) -> Any:
+    """`load` for the model_types that transformers computes, by `wrap`."""
+    try:
+        from .wrap import load_transformer
+    except ImportError:
+        what = f"{directory}: this model_type is run by the transformers library"
+        raise InputError(f"{what}: pip install 'minichunk[hf]'") from None
+    if load_in_4bit:
+        raise InputError(f"{directory}: 4 bits are for model_types of minichunk's own: load it with transformers")
+    model = load_transformer(directory, dtype, device)
+    prepare(model)
+    return model
 
 
 def save(
