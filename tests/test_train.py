@@ -85,6 +85,7 @@ CASES: dict[str, dict[str, Any]] = {
     "seco": {},
     "spaco": {"method": "spaco", "budget": 2},
     "spaco paper, offload": {"method": "spaco", "budget": 2, "sampler": "paper", "cap": 2.0, "offload": True},
+    "blocks": {"layers_at_once": "2"},
     "full": {"method": "full"},
     "all parameters": {"rank": 0, "weight_decay": 0.1},
     "all parameters, bfloat16": {"rank": 0, "dtype": "bfloat16"},
@@ -125,7 +126,7 @@ def test_a_run_does_not_go_on_with_other_data_or_another_base(name: str, options
     train(replace(options, model=str(base), data=(str(text),), steps=1), say=quiet)
     (path,) = [path for path in (Path(text), *base.iterdir()) if path.name == name]
     path.write_bytes(path.read_bytes()[:-1] + b" ")
-    with pytest.raises(mc.InputError, match=rf"--resume: .*{name} is not what it was when this run began"):
+    with pytest.raises(mc.InputError, match=rf"--resume: .*{name} is not what it was: bring it back"):
         train(TrainOptions(output=options.output, resume=True), say=lambda line: pytest.fail(line))
 
 

@@ -70,9 +70,8 @@ class Run:
         return run
 
     def write_info(self, options: TrainOptions, before: Sequence[Span]) -> None:
-        spans = [asdict(span) for span in before]
-        info = {"options": asdict(options), "digests": digests(options), "loss_by_position_before": spans}
-        write_json(self.info, info)
+        info = {"options": asdict(options), "digests": digests(options)}
+        write_json(self.info, {**info, "loss_by_position_before": [asdict(span) for span in before]})
 
     def read_info(self) -> tuple[TrainOptions, list[Span]]:
         """What was written. Raises InputError for another version's, and if data or base are not what they were."""
@@ -85,9 +84,7 @@ class Run:
             raise InputError(f"{self.info} is not of this version of minichunk: {error}") from None
         now = digests(stored)
         if changed := [name for name in {**then, **now} if then.get(name) != now.get(name)]:
-            raise InputError(
-                f"--resume: {changed[0]} is not what it was when this run began: bring it back, or begin another run"
-            )
+            raise InputError(f"--resume: {changed[0]} is not what it was: bring it back, or begin another run")
         return stored, before
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
@@ -115,9 +112,7 @@ class Run:
             raise InputError(f"not all processes see {self.checkpoint}: it must be on a disk that all of them share")
         if all(there):
             with open_tensors(self.checkpoint, str(trainer.device)) as file:
-                if "step" not in (told := file.metadata() or {}):
-                    raise InputError(f"{self.checkpoint} does not say its step: it is not a checkpoint of minichunk")
-                trainer.load_state(set(file.keys()), file.get_tensor, int(told["step"]))
+                trainer.load_state(set(file.keys()), file.get_tensor, int(file.metadata()["step"]))
         if trainer.ranks.is_first:
             lines = [json.dumps(metrics) + "\n" for metrics in self.read_metrics() if metrics["step"] <= trainer.step]
             write_text(self.metrics, "".join(lines))
