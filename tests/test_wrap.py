@@ -143,10 +143,11 @@ def test_who_ignores_a_part_of_a_model_is_found_out(
     mc.wrap(model)
     monkeypatch.setitem(AttentionInterface._global_mapping, NAME, ignoring(ignored))
     if ignored == "mask":
-        rule = transformers_cache.Rule(transformers_cache.FULL)
+        rule = transformers_cache.Rule(transformers_cache.Window())
         monkeypatch.setitem(AttentionMaskInterface._global_mapping, NAME, lambda **_: rule)
     if ignored == "final cap":
-        monkeypatch.setattr(wrap, "getattr", lambda x, name, other=None: None, raising=False)
+        capless = lambda x, name, *other: None if name == "final_logit_softcapping" else getattr(x, name, *other)  # noqa: E731
+        monkeypatch.setattr(wrap, "getattr", capless, raising=False)
     if ignored == "states":
         monkeypatch.setattr(transformers_cache.Run, "get_conv_state", lambda *_, **__: None)
     with pytest.raises(mc.InputError, match=r"would be off by|not a linear function"):

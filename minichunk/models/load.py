@@ -17,7 +17,6 @@ from ..files.atomic import check_room, read_json
 from ..files.checkpoint import checkpoint_bytes, checkpoint_directory, read_checkpoint, write_checkpoint
 from ..memory.window import Pattern, Strided, Window
 from .config import FULL_ATTENTION, SLIDING_ATTENTION, Config, EndTokens, LlamaConfig, checked, needed
-from .gemma3 import Gemma3, Gemma3Config
 from .llama import Llama
 from .lora import adapters
 from .mamba2 import Mamba2, Mamba2Config
@@ -26,7 +25,7 @@ from .rope import RULES, RopeRule
 from .ssm import StateSpace, StateSpaceConfig
 from .stack import Stack
 
-OTHERS: dict[str, Any] = {Gemma3Config.name: Gemma3, Mamba2Config.name: Mamba2, StateSpaceConfig.name: StateSpace}
+OTHERS: dict[str, Any] = {Mamba2Config.name: Mamba2, StateSpaceConfig.name: StateSpace}
 
 _NO_BIAS = {"attention_bias": False, "attention_out_bias": False, "mlp_bias": False}
 # What each model_type implies, whatever its config.json says.
