@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import Batch
+from .batch import Batch, Objective
 from .chunks import Chunk, groups, span
 from .errors import InputError
-from .loss import summed_loss
+from .loss import loss_of_chunk
+from .objective import Scores, weigh
 from .protocol import Model, Options, relay
 
 Kept = Sequence[tuple[Chunk, tuple[float, float]]]  # chunks, each with the factors on its loss and on its relay
@@ -28,7 +29,7 @@ LossOf = Callable[[Tensor, Chunk], Tensor]  # a chunk's share of the mean loss, 
 
 def through_blocks(
     model: Any, batch: Batch, chunks: Sequence[Chunk], kept: Kept, options: Options, layers_at_once: int | None,
-    offload: bool,
+    offload: bool, objective: Objective | None = None,
 ) -> Tensor:  # fmt: skip
     """Add to `.grad` what `spaco` adds if it keeps these chunks, and `seco` with all of them; return the loss.
 
@@ -42,7 +43,9 @@ def through_blocks(
         raise InputError(f"layers_at_once and offload need a model in blocks of layers: {kind} has no method blocks")
     blocks: Sequence[Model] = model.blocks(size)
     first = next(i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters()))
-    chunks = [chunk for chunk in chunks if chunk <= kept[-1][0]]
+    before_the_end = [chunk for chunk in chunks if kept and chunk <= kept[-1][0]]
+    if objective is None:
+        chunks = before_the_end
     inputs = [Hidden(batch.input_ids, offload) for _ in blocks]
     inputs[0].keep(chunks, batch.input_ids[:, span(chunks)])
     for i, block in enumerate(blocks[:-1]):
@@ -50,17 +53,25 @@ def through_blocks(
         if i < first:  # nothing learns there, so nobody comes back
             inputs[i].parts.clear()
 
+    if objective is not None:
+        scores = Scores(model, batch)
+        go_up(blocks[-1], chunks, inputs[-1], scores, options)
+        batch, value = weigh(objective, batch, scores.log_probs())
+        chunks = before_the_end
+        if not kept:
+            return value
+
     def loss_of(y: Tensor, chunk: Chunk) -> Tensor:
-        return summed_loss(y, model.lm_head.weight, batch.targets[:, span([chunk])]) / batch.num_targets
+        return loss_of_chunk(y, model.lm_head.weight, batch, chunk)
 
     total, above = torch.zeros((), device=batch.input_ids.device), None
     for i in reversed(range(first, len(blocks))):
         total = total + go_down(blocks[i], chunks, kept, inputs[i], above, loss_of, i > first, options)
         above = inputs.pop()  # where the gradients are now
-    return total
+    return total if objective is None else value
 
 
-def go_up(block: Model, chunks: Sequence[Chunk], x: "Hidden", y: "Hidden", options: Options) -> None:
+def go_up(block: Model, chunks: Sequence[Chunk], x: "Hidden", y: "Hidden | Scores", options: Options) -> None:
     """The outputs of all chunks from their inputs; what they leave behind in the block is forgotten."""
     memory, passes = block.new_memory(x.batch, chunks[-1].stop, (), options), groups(chunks, options.fill_size)
     for group, part in zip(passes, x.bring(passes), strict=True):

@@ -38,6 +38,24 @@ def examples(count: int) -> settings:
     return settings(max_examples=max(1, count * settings().max_examples // 100))
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """An objective that is no sum over tokens, or one that is no mean."""
+
+    kind: str
+    seed: int
+
+    def __call__(self, log_probs: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed)
+        a, b = (torch.randn(shape, generator=generator, dtype=log_probs.dtype) for shape in (log_probs.shape, 4))
+        if self.kind == "rows":  # compared with each other and with a reference, as DPO does
+            return -torch.nn.functional.logsigmoid(b[0] * (a[:, 0] @ (log_probs - a).sum(1)))
+        return -(a.sigmoid() * (1 - log_probs.exp()) ** 2 * log_probs).sum()  # focal loss, with rewards
+
+
+OBJECTIVES = st.none() | st.builds(Drawn, st.sampled_from(["rows", "tokens"]), st.integers(0, 99))
+
+
 @contextmanager
 def blocks_of(size: int) -> Iterator[None]:
     """Within the block the past is cut into pieces of `size` positions, in every module that has the constant, and so
