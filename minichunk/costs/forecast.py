@@ -13,7 +13,7 @@ from ..pipeline.split_layers import layer_costs, split_costs
 from .peak import StepBytes, step_memory
 from .setting import CHUNKED, Setting, Share
 
-BATCH = 2 * torch.int64.itemsize  # bytes per token: input_ids and targets
+BATCH = 2 * torch.int64.itemsize + 1  # bytes per token: input_ids, targets, and where there is one
 SPAN = 1024  # chunks over which the growth is taken: what is remembered of strided blocks grows by whole blocks
 
 

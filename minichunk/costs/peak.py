@@ -57,7 +57,6 @@ def step_memory(setting: Setting, tokens: int, share: Share | None = None) -> St
     if setting.load_in_4bit:  # the library makes the table of its levels once: or the first step would have taken more
         check_bitsandbytes()
         Linear4bit(torch.empty(64, 64, device="meta"), None).weight_as(setting.torch_dtype)
-    labelled = torch.arange(tokens)[None] < tokens - 1  # on the CPU, so before the count: all tokens have a label
     # Not a function mode: recompute runs layers within the backward pass, where such modes are off.
     with patch.object(F, "scaled_dot_product_attention", _flash), CountBytes() as count:
         model, step = setting.meta_model(), _chunked_step if setting.method in CHUNKED else _whole_step
@@ -72,6 +71,7 @@ def step_memory(setting: Setting, tokens: int, share: Share | None = None) -> St
         adapter += sum(p.numel() * max(4, p.itemsize) for p in trained)  # their gradients
         widen_gradients(model)
         ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
+        labelled = torch.arange(tokens)[None] < tokens - 1  # every token has a label
         batch = Batch(ids, shift(ids), float(tokens), labelled)
         count.peak = count.live  # making the model took more, for 4 bits much more; loading it does not
         cache, grads = step(model, batch, setting, count)
