@@ -33,6 +33,7 @@ def seco(
     cache_grad_dtype: torch.dtype | None = None,
     offload: bool = False,
     layers_at_once: int | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Add the exact gradient of the mean loss to `.grad`; return the loss, detached.
 
@@ -52,12 +53,18 @@ def seco(
     offload: keep what grows in host memory; of keys, values and their gradients the device holds two blocks.
     layers_at_once: go through the text with so many layers at a time, up and down again: most of what grows with its
         length is then of so many layers alone; see blocks.py. None: all at once.
+    positions: int64 (B, T), for rope alone: what a chunk sees stays the text before it; None: 0, 1, 2, …
     Raises InputError for a batch or a size that does not fit.
     """
     check_fill_size(fill_size, chunk_size)
+<<<<<<< HEAD
     batch = prepare(model, input_ids, labels, num_targets, objective, chunk_loss)
     chunks = cut(input_ids.shape[1], chunk_size)
     options = Options(fill_size, recompute, cache_grad_dtype, offload, model.dropout_seed())
+=======
+    batch, chunks = prepare(model, input_ids, labels, num_targets, positions), cut(input_ids.shape[1], chunk_size)
+    options = Options(fill_size, recompute, cache_grad_dtype, offload, model.dropout_seed(), batch.positions)
+>>>>>>> main
     if layers_at_once is not None:
         all_of_them = [(chunk, (1.0, 1.0)) for chunk in chunks]
         return through_blocks(model, batch, chunks, all_of_them, options, layers_at_once, False, objective)

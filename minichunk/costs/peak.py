@@ -8,7 +8,7 @@ one before it also receives some, and the earlier ones do the same on a shorter 
 import functools
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -127,6 +127,7 @@ def _filled(
     """The chunks that a step keeps, its memory after the last passes of the fill, its options, and what the memory
     takes; with offload that is not on the device, and not counted."""
     (chunks, kept), options, peak = setting.chunks(batch.input_ids.shape[1]), setting.options(), count.peak
+    options = replace(options, positions=torch.arange(batch.input_ids.shape[1], device="meta"))
     with torch.device("meta"):  # the host's part too
         memory = model.new_memory(1, kept[-1].start, kept[:-1], options)
     found = memory.tensors()  # and not what comes later and goes: that is a chunk's

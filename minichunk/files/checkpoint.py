@@ -15,7 +15,7 @@ from ..errors import InputError
 from .atomic import make_directory, open_tensors, read_json, write_json, write_tensors
 
 _INDEX = "model.safetensors.index.json"
-_BESIDE = ("tokenizer*", "special_tokens_map.json", "*chat_template*", "*chat_template*/*", "generation_config.json")
+BESIDE = ("tokenizer*", "special_tokens_map.json", "*chat_template*", "*chat_template*/*", "generation_config.json")
 
 
 def advice(name: str | Path) -> str:
@@ -117,12 +117,9 @@ def _find_tensors(directory: Path) -> dict[Path, list[str]]:
 def write_checkpoint(
     directory: str | Path, config: dict[str, Any], tensors: dict[str, Tensor], origin: Path | None = None
 ) -> None:
-    """Write `model.safetensors` and, once that is there, `config.json`. Raises InputError.
-
-    origin: where tokenizer, chat template and generation config are taken from, but for those that are there.
-    """
+    """Write `model.safetensors`, then `config.json`, and what `origin` has beside them and `directory` has not."""
     directory = Path(directory)
-    for path in [path for pattern in _BESIDE for path in (origin.glob(pattern) if origin else ())]:
+    for path in [path for pattern in BESIDE for path in (origin.glob(pattern) if origin else ())]:
         target = directory / path.relative_to(origin or "")
         if path.is_file() and not target.exists():
             shutil.copy(path, make_directory(target.parent))

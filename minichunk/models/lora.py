@@ -20,8 +20,7 @@ from .stack import Stack
 class DropoutMasks:
     """Which masks the model's dropouts draw now; one object, shared by all of a model's adapters.
 
-    A rebuild must draw the masks that the fill drew, or its gradient is another function's. So
-    on top of a cache a mask depends on nothing but the step's seed, the module and the chunk.
+    A rebuild must draw the fill's masks: on top of a cache they depend on step's seed, module and chunk alone.
     """
 
     def __init__(self) -> None:
@@ -116,8 +115,8 @@ def add_lora(
     targets: names, or ends of them; None: q_proj and v_proj where the model has attention, else `default_targets`.
     The model is in training mode then, with dropout: `model.eval()` ends that.
 
-    Every parameter keeps its name; `<layer>.lora_A.weight` (rank, in) and `<layer>.lora_B.weight`
-    (out, rank) come beside it, in float32 (float64 for a float64 model). The update is alpha / rank · B A.
+    Parameters keep their names; `<layer>.lora_A.weight` (rank, in) and `<layer>.lora_B.weight` (out, rank) come beside
+    them, in float32 (float64 for a float64 model). The update is alpha / rank · B A.
     Raises InputError for a wrong value and for a model that has an adapter already.
     """
     known, default = linear_layers(model), default_targets(model)

@@ -18,7 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+<<<<<<< HEAD
 from ..batch import Batch, ChunkLoss, Objective, check_loss, check_tokens, make_batch, widen_gradients
+=======
+from ..batch import Batch, check_positions, check_tokens, make_batch, widen_gradients
+>>>>>>> main
 from ..chunks import Chunk, check_fill_size, cut, span
 from ..errors import InputError
 from ..loss import loss_of_chunk
@@ -49,6 +53,7 @@ def pipeline_spaco(
     chunk_loss: ChunkLoss | None = None, sampler: Sampler = QUARTER, generator: torch.Generator | None = None,
     fill_size: int | None = None, num_targets: float | None = None,
     recompute: bool = False, cache_grad_dtype: torch.dtype | None = None, offload: bool = False,
+    positions: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`spaco` of a model whose layers are on several ranks; see pipeline_seco.
 
@@ -58,9 +63,15 @@ def pipeline_spaco(
     check_tokens(input_ids, labels, num_targets, stage.vocab_size)
     check_loss(num_targets, objective, chunk_loss)
     widen_gradients(stage)
+<<<<<<< HEAD
     batch = make_batch(input_ids, labels, num_targets)._replace(chunk_loss=chunk_loss)
     chunks, links = cut(input_ids.shape[1], chunk_size), stage.links
     options = Options(fill_size, recompute, cache_grad_dtype, offload)
+=======
+    positions = check_positions(stage, positions, input_ids)
+    batch, chunks, links = make_batch(input_ids, labels, num_targets), cut(input_ids.shape[1], chunk_size), stage.links
+    options = Options(fill_size, recompute, cache_grad_dtype, offload, positions=positions)
+>>>>>>> main
     drawn = check_weights(sampler(len(chunks), generator), len(chunks)) if links.is_first else []
     weights, options, below_learns = agree(stage, input_ids, chunks, options, drawn, objective is not None)
     kept = [(chunk, weight) for chunk, weight in zip(chunks, weights, strict=True) if weight is not None]
