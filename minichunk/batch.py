@@ -17,27 +17,23 @@ ChunkLoss = Callable[[Tensor, Chunk], Tensor]  # of what the LM head is given fo
 
 
 class Batch(NamedTuple):
-<<<<<<< HEAD
-    """input_ids and targets, int64 (B, T), and the number that the summed loss is divided by.
+    """input_ids and targets, int64 (B, T), the number that the summed loss is divided by, and `Options.positions`.
 
     labelled: bool (B, T) on the CPU, whatever the device: where there is a target. There alone the LM head is run.
     factors: (B, T), of the loss of each target; None: 1.
     chunk_loss: a loss of the caller's in its place.
     """
-=======
-    """input_ids and targets, int64 (B, T), the number that the summed loss is divided by, and `Options.positions`."""
->>>>>>> main
 
     input_ids: Tensor
     targets: Tensor
     num_targets: Tensor | float
-<<<<<<< HEAD
     labelled: Tensor
+    positions: Tensor | None = None
     factors: Tensor | None = None
     chunk_loss: ChunkLoss | None = None
 
     def part(self, chunks: Sequence[Chunk]) -> "Batch":
-        """What belongs to these adjacent chunks."""
+        """What belongs to these adjacent chunks; positions are those of the whole."""
         here = span(chunks)
         return self._replace(
             input_ids=self.input_ids[:, here],
@@ -45,9 +41,6 @@ class Batch(NamedTuple):
             labelled=self.labelled[:, here],
             factors=None if self.factors is None else self.factors[:, here],
         )
-=======
-    positions: Tensor | None = None
->>>>>>> main
 
 
 def shift(labels: Tensor) -> Tensor:
@@ -59,14 +52,9 @@ def shift(labels: Tensor) -> Tensor:
 
 
 def prepare(
-<<<<<<< HEAD
-    model: Model, input_ids: Tensor, labels: Tensor, num_targets: float | None, objective: Objective | None = None,
-    chunk_loss: ChunkLoss | None = None,
+    model: Model, input_ids: Tensor, labels: Tensor, num_targets: float | None, positions: Tensor | None = None,
+    objective: Objective | None = None, chunk_loss: ChunkLoss | None = None,
 ) -> Batch:  # fmt: skip
-=======
-    model: Model, input_ids: Tensor, labels: Tensor, num_targets: float | None, positions: Tensor | None = None
-) -> Batch:
->>>>>>> main
     """Check a batch and let the model's gradients be summed in float32. Raises InputError.
 
     num_targets: the divisor of the loss; None counts the valid targets.
@@ -75,25 +63,18 @@ def prepare(
     check_tokens(input_ids, labels, num_targets, model.lm_head.weight.shape[0])
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError("no parameter of the model requires a gradient: nothing to train")
-<<<<<<< HEAD
     check_loss(num_targets, objective, chunk_loss)
-    widen_gradients(model)
-    return make_batch(input_ids, labels, num_targets)._replace(chunk_loss=chunk_loss)
-=======
     positions = check_positions(model, positions, input_ids)
     widen_gradients(model)
-    return make_batch(input_ids, labels, num_targets, positions)
->>>>>>> main
+    return make_batch(input_ids, labels, num_targets, positions)._replace(chunk_loss=chunk_loss)
 
 
 def make_batch(input_ids: Tensor, labels: Tensor, num_targets: float | None, positions: Tensor | None = None) -> Batch:
     """Of tensors that have been checked."""
     targets = shift(labels)
-<<<<<<< HEAD
     labelled = targets != IGNORE
-    return Batch(input_ids, targets, labelled.sum() if num_targets is None else num_targets, labelled.cpu())
-=======
-    return Batch(input_ids, targets, (targets != IGNORE).sum() if num_targets is None else num_targets, positions)
+    divisor = labelled.sum() if num_targets is None else num_targets
+    return Batch(input_ids, targets, divisor, labelled.cpu(), positions)
 
 
 def check_positions(model: object, positions: Tensor | None, input_ids: Tensor) -> Tensor:
@@ -107,7 +88,6 @@ def check_positions(model: object, positions: Tensor | None, input_ids: Tensor) 
         given = f"{positions.dtype} of shape {list(positions.shape)} on {positions.device}"
         raise InputError(f"positions is {given}, but must be int64 from 0 on, shaped as input_ids and on its device")
     return positions[:, None]  # the same for all heads
->>>>>>> main
 
 
 def check_tokens(input_ids: Tensor, labels: Tensor, num_targets: float | None, vocab_size: int) -> None:

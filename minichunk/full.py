@@ -12,13 +12,9 @@ from .protocol import Model, Options
 
 
 def full(
-<<<<<<< HEAD
     model: Model, input_ids: Tensor, labels: Tensor, *, objective: Objective | None = None,
     chunk_loss: ChunkLoss | None = None, num_targets: float | None = None, recompute: bool = False,
-=======
-    model: Model, input_ids: Tensor, labels: Tensor, *, num_targets: float | None = None, recompute: bool = False,
     positions: Tensor | None = None,
->>>>>>> main
 ) -> Tensor:  # fmt: skip
     """Add the gradient of the mean loss to `.grad`; return the loss, detached.
 
@@ -30,18 +26,13 @@ def full(
     positions: int64 (B, T), for rope alone; None: 0, 1, 2, …
     Raises InputError for a batch that does not fit the model.
     """
-<<<<<<< HEAD
-    batch = prepare(model, input_ids, labels, num_targets, objective, chunk_loss)
+    batch = prepare(model, input_ids, labels, num_targets, positions, objective, chunk_loss)
     return backpropagate(model, batch, recompute, objective)
-=======
-    return backpropagate(model, prepare(model, input_ids, labels, num_targets, positions), recompute)
->>>>>>> main
 
 
 def backpropagate(model: Model, batch: Batch, recompute: bool = False, objective: Objective | None = None) -> Tensor:
     """What `full` does once the batch is checked."""
-<<<<<<< HEAD
-    hidden, _ = model.run(batch.input_ids, options=Options(recompute=recompute))
+    hidden, _ = model.run(batch.input_ids, options=Options(recompute=recompute, positions=batch.positions))
     if batch.chunk_loss is not None:
         loss = batch.chunk_loss(hidden, Chunk(0, batch.input_ids.shape[1]))
     else:
@@ -53,13 +44,5 @@ def backpropagate(model: Model, batch: Batch, recompute: bool = False, objective
             loss = losses / batch.num_targets
         else:
             loss = objective(-F.pad(losses.view_as(batch.targets)[:, :-1], (1, 0)))
-=======
-    hidden, _ = model.run(batch.input_ids, options=Options(recompute=recompute, positions=batch.positions))
-    logits = model.lm_head(hidden).flatten(0, 1)  # (B*T, V)
-    if logits.dtype.itemsize < 4:
-        logits = logits.float()
-    losses = F.cross_entropy(logits, batch.targets.flatten(), ignore_index=IGNORE, reduction="sum")
-    loss = losses / batch.num_targets
->>>>>>> main
     loss.backward()
     return loss.detach()

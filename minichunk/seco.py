@@ -57,14 +57,9 @@ def seco(
     Raises InputError for a batch or a size that does not fit.
     """
     check_fill_size(fill_size, chunk_size)
-<<<<<<< HEAD
-    batch = prepare(model, input_ids, labels, num_targets, objective, chunk_loss)
+    batch = prepare(model, input_ids, labels, num_targets, positions, objective, chunk_loss)
     chunks = cut(input_ids.shape[1], chunk_size)
-    options = Options(fill_size, recompute, cache_grad_dtype, offload, model.dropout_seed())
-=======
-    batch, chunks = prepare(model, input_ids, labels, num_targets, positions), cut(input_ids.shape[1], chunk_size)
     options = Options(fill_size, recompute, cache_grad_dtype, offload, model.dropout_seed(), batch.positions)
->>>>>>> main
     if layers_at_once is not None:
         all_of_them = [(chunk, (1.0, 1.0)) for chunk in chunks]
         return through_blocks(model, batch, chunks, all_of_them, options, layers_at_once, False, objective)

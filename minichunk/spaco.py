@@ -52,12 +52,8 @@ def spaco(
     Raises InputError for a batch, a size or a sampler's answer that does not fit.
     """
     check_fill_size(fill_size, chunk_size)
-<<<<<<< HEAD
-    batch = prepare(model, input_ids, labels, num_targets, objective, chunk_loss)
+    batch = prepare(model, input_ids, labels, num_targets, positions, objective, chunk_loss)
     chunks = cut(input_ids.shape[1], chunk_size)
-=======
-    batch, chunks = prepare(model, input_ids, labels, num_targets, positions), cut(input_ids.shape[1], chunk_size)
->>>>>>> main
     weights = check_weights(sampler(len(chunks), generator), len(chunks))  # which chunks are kept
     kept = [(chunk, weight) for chunk, weight in zip(chunks, weights, strict=True) if weight is not None]
     total = torch.zeros((), device=input_ids.device)

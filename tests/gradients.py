@@ -68,11 +68,8 @@ def oracle(
     chunks: Sequence[Chunk],
     entries: Sequence[mc.Weight | None],
     num_targets: float | None = None,
-<<<<<<< HEAD
-    objective: Callable[[Tensor], Tensor] | None = None,
-=======
     positions: Tensor | None = None,
->>>>>>> main
+    objective: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """What SpaCO computes, by plain autograd through the whole sequence at once; adds to `.grad`.
 

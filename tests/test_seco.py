@@ -28,11 +28,7 @@ from minichunk.seco import fill, new_memory, rebuild
 
 from .gradients import distance, oracle, take_gradients
 from .rounding import exactly, outcome
-<<<<<<< HEAD
-from .strategies import CUTS, OBJECTIVES, Batch, Drawn, batches, blocks_of, build, examples, models, tiny
-=======
-from .strategies import HOW, Batch, batches, blocks_of, build, examples, models, tiny, tiny_state
->>>>>>> main
+from .strategies import HOW, OBJECTIVES, Batch, Drawn, batches, blocks_of, build, examples, models, tiny, tiny_state
 
 spaco_module = sys.modules["minichunk.spaco"]  # the attribute of that name is the function
 
@@ -55,11 +51,7 @@ def masks_of(model: mc.Llama, seed: int, chunks: list[Chunk]) -> Iterator[None]:
 def full_with_masks(model: mc.Llama, batch: Batch, seed: int, chunk_size: int, **options: Any) -> torch.Tensor:
     """`full`, with the dropout masks that the chunks draw put together."""
     with masks_of(model, seed, cut(batch.input_ids.shape[1], chunk_size)):
-<<<<<<< HEAD
-        return mc.full(model, batch.input_ids, batch.labels, **options)
-=======
-        return mc.full(model, batch.input_ids, batch.labels, num_targets=num_targets, positions=batch.positions)
->>>>>>> main
+        return mc.full(model, batch.input_ids, batch.labels, positions=batch.positions, **options)
 
 
 @examples(100)
@@ -69,12 +61,8 @@ def full_with_masks(model: mc.Llama, batch: Batch, seed: int, chunk_size: int, *
     size=st.integers(1, 16),
     fill=st.tuples(st.integers(0, 4), st.integers(0, 3)),
     block=st.integers(1, 6),
-<<<<<<< HEAD
-    options=st.fixed_dictionaries({"recompute": st.booleans(), "offload": st.booleans(), "layers_at_once": CUTS}),
-    objective=OBJECTIVES,
-=======
     options=HOW,
->>>>>>> main
+    objective=OBJECTIVES,
     seed=st.integers(0, 2**31),
 )
 def test_seco_equals_full(
@@ -82,16 +70,10 @@ def test_seco_equals_full(
     objective: Drawn | None, seed: int,
 ) -> None:  # fmt: skip
     """Chunks shorter and longer than a block of the past, and such blocks that end within a chunk; the layers all at
-<<<<<<< HEAD
-    once or in blocks; on the device and in host memory."""
-    options |= {"fill_size": fill[0] * size + fill[1] if fill[0] else None}
-    options |= {"objective": objective}
-    exact = exactly(model, lambda: full_with_masks(model, batch, seed, size, objective=objective))
-=======
     once or in blocks; on the device and in host memory; positions that are not those of the text."""
     options |= {"fill_size": fill[0] * size + fill[1] if fill[0] else None, "positions": batch.positions}
-    exact = exactly(model, lambda: full_with_masks(model, batch, seed, size))
->>>>>>> main
+    options |= {"objective": objective}
+    exact = exactly(model, lambda: full_with_masks(model, batch, seed, size, objective=objective))
     torch.manual_seed(seed)
     with blocks_of(block):
         exact.check(outcome(model, lambda: mc.seco(model, batch.input_ids, batch.labels, size, **options)))
@@ -126,23 +108,13 @@ def test_accumulated_batches_equal_full(
 
 
 @examples(25)
-<<<<<<< HEAD
-@given(model=models(lora=False), batch=batches(), objective=OBJECTIVES)
+@given(model=models(lora=False), batch=batches(positions=True), objective=OBJECTIVES)
 def test_full_equals_naive_attention(model: mc.Llama, batch: Batch, objective: Drawn | None) -> None:
     """The oracle itself, against softmax over T x T scores written out."""
     whole = [Chunk(0, batch.input_ids.shape[1])]
-    told, f = (model, batch.input_ids, batch.labels), {"objective": objective}
-    exact = exactly(model, lambda: oracle(*told, whole, [mc.Weight(1, 1)], **f))
-    exact.check(outcome(model, lambda: mc.full(*told, **f)))
-=======
-@given(model=models(lora=False), batch=batches(positions=True))
-def test_full_equals_naive_attention(model: mc.Llama, batch: Batch) -> None:
-    """The oracle itself, against softmax over T x T scores written out."""
-    whole = [Chunk(0, batch.input_ids.shape[1])]
-    told = {"positions": batch.positions}
-    exact = exactly(model, lambda: oracle(model, batch.input_ids, batch.labels, whole, [mc.Weight(1, 1)], **told))
-    exact.check(outcome(model, lambda: mc.full(model, batch.input_ids, batch.labels, **told)))
->>>>>>> main
+    text, told = (model, batch.input_ids, batch.labels), {"positions": batch.positions, "objective": objective}
+    exact = exactly(model, lambda: oracle(*text, whole, [mc.Weight(1, 1)], **told))
+    exact.check(outcome(model, lambda: mc.full(*text, **told)))
 
 
 @pytest.mark.parametrize("recompute", [False, True])

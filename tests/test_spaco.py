@@ -136,17 +136,11 @@ def test_any_draw_equals_the_oracle(
     """One draw with arbitrary factors, against autograd through the whole sequence."""
     chunks = cut(batch.input_ids.shape[1], chunk_size)
     entries = weights[: len(chunks)]
-<<<<<<< HEAD
-    told, f = (model, batch.input_ids, batch.labels), {"objective": objective}
-    exact = exactly(model, lambda: oracle(*told, chunks, entries, **f))
-    keywords = {"sampler": lambda *_: entries, "fill_size": fill_chunks * chunk_size, "layers_at_once": at_once, **f}
-=======
-    told = {"positions": batch.positions}
-    exact = exactly(model, lambda: oracle(model, batch.input_ids, batch.labels, chunks, entries, **told))
+    text, told = (model, batch.input_ids, batch.labels), {"positions": batch.positions, "objective": objective}
+    exact = exactly(model, lambda: oracle(*text, chunks, entries, **told))
     keywords = {"sampler": lambda *_: entries, "fill_size": fill_chunks * chunk_size, "layers_at_once": at_once, **told}
->>>>>>> main
     with blocks_of(block):
-        exact.check(outcome(model, lambda: mc.spaco(*told, chunk_size, **keywords)))
+        exact.check(outcome(model, lambda: mc.spaco(*text, chunk_size, **keywords)))
 
 
 @pytest.mark.parametrize("sampler", [mc.Bernoulli(1), mc.Bernoulli([1.0] * 5), mc.FixedBudget(5), mc.PaperBudget(7)])

@@ -18,11 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-<<<<<<< HEAD
-from ..batch import Batch, ChunkLoss, Objective, check_loss, check_tokens, make_batch, widen_gradients
-=======
-from ..batch import Batch, check_positions, check_tokens, make_batch, widen_gradients
->>>>>>> main
+from ..batch import (
+    Batch,
+    ChunkLoss,
+    Objective,
+    check_loss,
+    check_positions,
+    check_tokens,
+    make_batch,
+    widen_gradients,
+)  # fmt: skip
 from ..chunks import Chunk, check_fill_size, cut, span
 from ..errors import InputError
 from ..loss import loss_of_chunk
@@ -63,15 +68,10 @@ def pipeline_spaco(
     check_tokens(input_ids, labels, num_targets, stage.vocab_size)
     check_loss(num_targets, objective, chunk_loss)
     widen_gradients(stage)
-<<<<<<< HEAD
+    positions = check_positions(stage, positions, input_ids)
     batch = make_batch(input_ids, labels, num_targets)._replace(chunk_loss=chunk_loss)
     chunks, links = cut(input_ids.shape[1], chunk_size), stage.links
-    options = Options(fill_size, recompute, cache_grad_dtype, offload)
-=======
-    positions = check_positions(stage, positions, input_ids)
-    batch, chunks, links = make_batch(input_ids, labels, num_targets), cut(input_ids.shape[1], chunk_size), stage.links
     options = Options(fill_size, recompute, cache_grad_dtype, offload, positions=positions)
->>>>>>> main
     drawn = check_weights(sampler(len(chunks), generator), len(chunks)) if links.is_first else []
     weights, options, below_learns = agree(stage, input_ids, chunks, options, drawn, objective is not None)
     kept = [(chunk, weight) for chunk, weight in zip(chunks, weights, strict=True) if weight is not None]
