@@ -43,7 +43,6 @@ class Options:
     fill_size: int | None = None
     recompute: bool = False
     cache_grad_dtype: torch.dtype | None = None
-    offload: bool = False
     dropout_seed: int | None = None  # decides the masks of a step's dropouts: those of fill and rebuild are the same
     positions: Tensor | None = field(default=None, repr=False, compare=False)
 

@@ -59,15 +59,15 @@ def spaco(
     total = torch.zeros((), device=input_ids.device)
     if not kept and objective is None:
         return total
-    options = Options(fill_size, recompute, cache_grad_dtype, offload, model.dropout_seed(), batch.positions)
-    if layers_at_once is not None:
-        return through_blocks(model, batch, chunks, kept, options, layers_at_once, False, objective)
+    options = Options(fill_size, recompute, cache_grad_dtype, model.dropout_seed(), batch.positions)
+    if layers_at_once is not None or offload:
+        return through_blocks(model, batch, chunks, kept, options, layers_at_once, offload, objective)
+    run_again = [chunk for chunk, _ in kept]
     if objective is None:
-        memory = new_memory(model, input_ids, [chunk for chunk, _ in kept], options)
+        memory = new_memory(model, input_ids, run_again, options)
         fill(model, input_ids, [chunk for chunk in chunks if chunk < kept[-1][0]], memory, options)
-    else:
-        receiving = [chunk for chunk, _ in kept[:-1]]
-        memory = model.new_memory(len(input_ids), chunks[-1].start, receiving, options)
+    else:  # of all tokens: the fill runs the last chunk too, whether or not it is kept
+        memory = new_memory(model, input_ids, sorted({*run_again, chunks[-1]}), options)
         batch, value = weigh(objective, batch, score(model, batch, chunks, memory, options))
     for chunk, weight in reversed(kept):  # not all of them, as in line 4 of Algorithm 1
         loss, written, received = rebuild(model, batch, chunk, memory, options)

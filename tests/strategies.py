@@ -22,7 +22,6 @@ from minichunk.memory import window
 from minichunk.memory.attention import BLOCK
 from minichunk.memory.cache import LayerCache
 from minichunk.memory.kernels import Plain
-from minichunk.memory.offload import DeviceBlocks, HostStore
 from minichunk.memory.window import FULL, DeviceStore, Pattern, Strided, Window, WindowCache
 from minichunk.models.load import class_of
 from minichunk.models.rope import Dynamic, Llama3Rope, LongRope, Proportional, RopeRule, Yarn
@@ -75,14 +74,10 @@ def cache_of(
     shape: tuple[int, int, int, int],
     receiving: Sequence[Chunk],
     like: torch.Tensor,
-    offload: bool = False,
     grad_dtype: torch.dtype = torch.float64,
 ) -> Any:
     """A layer's memory for keys and values (B, G, capacity, D)."""
     B, G, capacity, D = shape
-    if offload:
-        blocks = DeviceBlocks((2, B, G, D), like, grad_dtype)
-        return WindowCache(partial(HostStore, blocks), pattern, capacity, receiving)
     if pattern == FULL:
         return LayerCache(shape, receiving, like, grad_dtype)
     new_store = partial(DeviceStore, (B, G, D), like=like, grad_dtype=grad_dtype)

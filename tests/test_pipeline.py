@@ -56,7 +56,6 @@ def cases(draw: st.DrawFn, number: int) -> Case:
         ),
         "recompute": draw(st.booleans()),
         "cache_grad_dtype": draw(st.none() | st.just(torch.float32)),
-        "offload": draw(st.booleans()),
         "positions": batch.positions,
     }
     method = draw(st.sampled_from(["seco", "spaco"]))

@@ -63,13 +63,12 @@ def logs_of(page: str) -> list[Log]:
     chunk_size=st.integers(1, 16),
     method=st.sampled_from([mc.seco, mc.spaco, mc.full]),
     recompute=st.booleans(),
-    offload=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_a_watched_step_is_the_step_bit_for_bit(
-    model: mc.Llama, batch: Batch, chunk_size: int, method: Any, recompute: bool, offload: bool, seed: int
+    model: mc.Llama, batch: Batch, chunk_size: int, method: Any, recompute: bool, seed: int
 ) -> None:
-    keywords: dict[str, Any] = {} if method is mc.full else {"chunk_size": chunk_size, "offload": offload}
+    keywords: dict[str, Any] = {} if method is mc.full else {"chunk_size": chunk_size}
     keywords |= {"sampler": mc.Bernoulli(0.6)} if method is mc.spaco else {}
     take_gradients(model)
     torch.manual_seed(seed)
@@ -159,13 +158,12 @@ def test_norms_and_losses_are_those_of_the_step(kind: str) -> None:
             torch.autograd.backward([weight.loss * loss, *written], [None, *(weight.relay * g for g in received)])
 
 
-@pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("pattern", [None, mc.Window(4, 2), mc.Strided(2, 2, 3)])
-def test_what_is_sent_is_what_a_chunk_receives(pattern: Pattern | None, offload: bool) -> None:
+def test_what_is_sent_is_what_a_chunk_receives(pattern: Pattern | None) -> None:
     model, (ids, _) = small()
     if pattern is not None:
         mc.partial_context(model, pattern, [0])
-    log = mc.trace(mc.seco, model, ids, ids, 6, offload=offload)
+    log = mc.trace(mc.seco, model, ids, ids, 6)
     assert all(e["sent"] == e["held"] for e in of(log, "backward") if e["chunk"] == 3)
     # The last `held` is the sum of all that was sent: what the chunk receives.
     held = {(i, e["layer"]): norms for e in of(log, "backward") for i, *norms in e["held"]}

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from ..memory.attention import Past
 from ..memory.cache import LayerCache
 from ..memory.layer_memory import LayerMemory, MemorySpec, wide
-from ..memory.offload import DeviceBlocks, HostStore
 from ..memory.window import FULL, DeviceStore, Pattern, WindowCache
 from .config import LlamaConfig
 from .stack import Stack
@@ -123,10 +122,6 @@ class Layer(nn.Module):
         """For keys and values, as far as the pattern needs them, and the gradients that are sent back to them."""
         B, G, D, pattern = spec.batch, self.self_attn.groups, self.self_attn.head_dim, self.self_attn.pattern
         grad_dtype = spec.options.cache_grad_dtype or wide(spec.like)
-        if spec.options.offload:
-            if spec.device_blocks is None:  # the first layer makes what all share
-                spec.device_blocks = DeviceBlocks((2, B, G, D), spec.like, grad_dtype)
-            return WindowCache(partial(HostStore, spec.device_blocks), pattern, spec.capacity, spec.receiving)
         if pattern == FULL:
             return LayerCache((B, G, spec.capacity, D), spec.receiving, spec.like, grad_dtype)
         new_store = partial(DeviceStore, (B, G, D), like=spec.like, grad_dtype=grad_dtype)

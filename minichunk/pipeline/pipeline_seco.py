@@ -45,7 +45,7 @@ def pipeline_seco(stage: PipelineStage, input_ids: Tensor, labels: Tensor, chunk
 
     Called on all ranks with the same arguments; returns the loss on all of them. A weight that is both embedding and
     LM head gets its whole gradient on the first and on the last rank.
-    options: the keywords of `seco`.
+    options: the keywords of `seco`, but for `layers_at_once` and `offload`.
     Raises InputError also if ranks do not agree on the batch, and RankLost if one of them ends or does not answer.
     """
     return pipeline_spaco(
@@ -56,14 +56,16 @@ def pipeline_seco(stage: PipelineStage, input_ids: Tensor, labels: Tensor, chunk
 def pipeline_spaco(
     stage: PipelineStage, input_ids: Tensor, labels: Tensor, chunk_size: int, *, objective: Objective | None = None,
     chunk_loss: ChunkLoss | None = None, sampler: Sampler = QUARTER, generator: torch.Generator | None = None,
-    fill_size: int | None = None, num_targets: float | None = None,
-    recompute: bool = False, cache_grad_dtype: torch.dtype | None = None, offload: bool = False,
+    fill_size: int | None = None, num_targets: float | None = None, recompute: bool = False,
+    cache_grad_dtype: torch.dtype | None = None, layers_at_once: int | None = None, offload: bool = False,
     positions: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`spaco` of a model whose layers are on several ranks; see pipeline_seco.
 
     The first rank draws for all of them, and the last one alone calls `objective` or `chunk_loss`.
     """
+    if layers_at_once is not None or offload:  # a rank's next block could only begin when the ranks above are all done
+        raise InputError("layers_at_once and offload are for one process: ranks that cut their layers would take turns")
     check_fill_size(fill_size, chunk_size)
     check_tokens(input_ids, labels, num_targets, stage.vocab_size)
     check_loss(num_targets, objective, chunk_loss)
@@ -71,20 +73,20 @@ def pipeline_spaco(
     positions = check_positions(stage, positions, input_ids)
     batch = make_batch(input_ids, labels, num_targets)._replace(chunk_loss=chunk_loss)
     chunks, links = cut(input_ids.shape[1], chunk_size), stage.links
-    options = Options(fill_size, recompute, cache_grad_dtype, offload, positions=positions)
+    options = Options(fill_size, recompute, cache_grad_dtype, positions=positions)
     drawn = check_weights(sampler(len(chunks), generator), len(chunks)) if links.is_first else []
     weights, options, below_learns = agree(stage, input_ids, chunks, options, drawn, objective is not None)
     kept = [(chunk, weight) for chunk, weight in zip(chunks, weights, strict=True) if weight is not None]
     if not kept and objective is None:
         return torch.zeros((), dtype=wide(stage.like), device=input_ids.device)
     model: Any = stage  # no LM head is asked for
+    run_again = [chunk for chunk, _ in kept]
     memory: Any
     if objective is None:
-        memory = new_memory(model, input_ids, [chunk for chunk, _ in kept], options)
+        memory = new_memory(model, input_ids, run_again, options)
         fill(model, input_ids, [chunk for chunk in chunks if chunk < kept[-1][0]], memory, options)  # lines 1-3
     else:
-        receiving = [chunk for chunk, _ in kept[:-1]]
-        memory = stage.new_memory(len(input_ids), chunks[-1].start, receiving, options)
+        memory = new_memory(model, input_ids, sorted({*run_again, chunks[-1]}), options)
         batch, value = weigh_on_the_last(stage, objective, batch, chunks, memory, options)
     with tied_weight_summed(stage):
         total = walk_back(stage, batch, memory, kept, options, below_learns)

@@ -27,7 +27,7 @@ def layer_costs(model: Stack, memory: Sequence[int] | None = None) -> list[int]:
     neither time nor the activations of chunks in flight, of which a rank has more the earlier it comes.
 
     model: with its adapter, if it is to have one; on any device, meta too.
-    memory: bytes of each layer's memory on the device, of `layer_memory_bytes`; None: nothing, or not known.
+    memory: bytes of each layer's memory, of `layer_memory_bytes`; None: not known.
     """
     costs = [_bytes(layer) for layer in model.layers]
     costs[0] += _bytes(model.embedding)

@@ -66,9 +66,9 @@ def trace(
     """
     if function not in (seco, spaco, full):
         raise InputError(f"trace watches seco, spaco or full, but was given {getattr(function, '__name__', function)}")
-    for name in ("layers_at_once", "objective", "chunk_loss"):
-        if keywords.get(name) is not None:
-            raise InputError(f"trace watches the mean loss, through all layers at once: leave out {name}")
+    for name in ("layers_at_once", "offload", "objective", "chunk_loss"):
+        if keywords.get(name) not in (None, False):
+            raise InputError(f"trace watches the mean loss, with all layers at once: leave out {name}")
     check_tokens(input_ids, labels, None, model.lm_head.weight.shape[0])
     bound = inspect.signature(function).bind(model, input_ids, labels, *arguments, **keywords)
     bound.apply_defaults()
