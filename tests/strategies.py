@@ -118,20 +118,19 @@ def strided(block: int = 4) -> st.SearchStrategy[Strided]:
     return st.builds(Strided, st.integers(1, block), st.integers(1, 3), st.none() | st.integers(1, 4))
 
 
-def ropes(head_dim: int) -> st.SearchStrategy[RopeRule]:
+def ropes(head_dim: int) -> st.SearchStrategy[RopeRule | None]:
     """Rules that stretch rope, also by the length of the whole text, for heads of so many numbers."""
     short, long = tuple(1.0 + i for i in range(head_dim // 2)), tuple(2.0 + 3 * i for i in range(head_dim // 2))
-    rules = [Llama3Rope(4.0, 1.0, 2.0, 16), Yarn(4.0, 16), LongRope(short, long, 6, 3.0)]
-    if head_dim > 2:
-        rules += [Dynamic(2.0), RopeRule(partial_rotary_factor=0.5), Proportional(partial_rotary_factor=0.5)]
-    return st.sampled_from(rules)
+    rules = [Llama3Rope(4.0, 1.0, 2.0, 16), Yarn(4.0, 16), LongRope(short, long, 6, 3.0), Dynamic(2.0)]
+    wide = [RopeRule(partial_rotary_factor=0.5), Proportional(partial_rotary_factor=0.5)] if head_dim == 8 else []
+    return st.none() | st.sampled_from([*rules, *wide]) if head_dim > 2 else st.none()
 
 
 @st.composite
 def configs(draw: st.DrawFn) -> mc.LlamaConfig:
     groups, per_group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     head_dim = 2 * draw(st.integers(1, 4))
-    rope = draw(st.none() | ropes(head_dim))
+    rope = draw(ropes(head_dim))
     layers = draw(st.integers(1, 4))
     kinds = draw(st.just(()) | st.tuples(*[st.sampled_from(["full_attention", "sliding_attention"])] * layers))
     return mc.LlamaConfig(
