@@ -19,13 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from minichunk.chunks import Chunk
 from minichunk.costs.count import CountBytes
 from minichunk.memory import kernels
-from minichunk.memory.attention import Past
+from minichunk.memory.cache import LayerCache
 from minichunk.memory.kernels import FlashCPU, FlashCUDA, Kernel, Plain, kernel_for, pick_kernel
 from minichunk.memory.window import FULL, Pattern, Strided, Window, runs
 
 from .gradients import Tensors, distance, visible
 from .rounding import Exact, measure
-from .strategies import blocks_of, cache_of, examples, strided, windows
+from .strategies import blocks_of, examples, strided, windows
 
 
 class Unmasked(Plain):
@@ -76,7 +76,7 @@ def reference(
 
 def attend_alone(x: torch.Tensor) -> torch.Tensor:
     """A chunk without a past."""
-    past: Past = cache_of(FULL, (*x.shape[:2], 0, x.shape[3]), [], x).past([Chunk(0, x.shape[2])], save=False)
+    past = LayerCache((*x.shape[:2], 0, x.shape[3]), [], x, x.dtype).past([Chunk(0, x.shape[2])], save=False)
     return past.attend(x, x, x)
 
 
@@ -108,7 +108,7 @@ def run(
     # A cache with more room than is used, and a second chunk behind this one.
     filled = [Chunk(0, past)] if past else []
     receiving = [*filled, Chunk(past, past + C)]
-    memory = cache_of(pattern, (B, G, past + C + 3, D), receiving, q.detach())
+    memory = LayerCache((B, G, past + C + 3, D), receiving, q.detach(), torch.float64, pattern)
     for x in memory.tensors().remembered:
         x.fill_(torch.nan)
     memory.kernel = NoEmptyKeys(kernel)

@@ -22,7 +22,7 @@ from ..full import backpropagate
 from ..memory.cache import LayerCache
 from ..memory.kernels import kernel_for
 from ..memory.layer_memory import LayerMemories
-from ..memory.window import FULL, WindowCache
+from ..memory.window import FULL
 from ..models.llama import Attention
 from ..models.quantize import Linear4bit, check_bitsandbytes
 from ..models.stack import Stack
@@ -133,7 +133,7 @@ def _filled(
     if setting.offload:
         count.leave_out(*found.remembered, *found.gradients, peak=peak)
     for layer in memory.layers:
-        if isinstance(layer, LayerCache | WindowCache):
+        if isinstance(layer, LayerCache):
             layer.kernel = kernel_for(setting.device, setting.torch_dtype, model.config.head_dim)
     last = passes * ((setting.fill_size or setting.chunk_size) // setting.chunk_size)
     fill(model, batch.input_ids, chunks[:-1][-last:], memory, options)
