@@ -33,7 +33,9 @@ def prepare(model: Model, input_ids: Tensor, labels: Tensor, num_targets: float 
 
     num_targets: the divisor of the loss; None counts the valid targets.
     """
-    check_batch(model, input_ids, labels, num_targets)
+    check_tokens(input_ids, labels, num_targets, model.lm_head.weight.shape[0])
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError("no parameter of the model requires a gradient: nothing to train")
     widen_gradients(model)
     return make_batch(input_ids, labels, num_targets)
 
@@ -42,13 +44,6 @@ def make_batch(input_ids: Tensor, labels: Tensor, num_targets: float | None) -> 
     """Of tensors that have been checked."""
     targets = shift(labels)
     return Batch(input_ids, targets, (targets != IGNORE).sum() if num_targets is None else num_targets)
-
-
-def check_batch(model: Model, input_ids: Tensor, labels: Tensor, num_targets: float | None) -> None:
-    """Raise InputError for a batch that the model cannot be trained on."""
-    check_tokens(input_ids, labels, num_targets, model.lm_head.weight.shape[0])
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise InputError("no parameter of the model requires a gradient: nothing to train")
 
 
 def check_tokens(input_ids: Tensor, labels: Tensor, num_targets: float | None, vocab_size: int) -> None:

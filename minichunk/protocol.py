@@ -17,6 +17,22 @@ from .chunks import Chunk
 Written = Sequence[tuple[Tensor, ...]]  # what a chunk writes, one tuple for each layer
 
 
+def relay(written: Written, sent: Written) -> tuple[list[Tensor], list[Tensor]]:
+    """What a chunk wrote, and for each of these tensors the gradient that later chunks have sent back to it.
+
+    Both lists leave out what has no graph: with LoRA, keys and values below the first layer with an adapter. Both are
+    empty for the last chunk, to which nothing is sent.
+    """
+    made, received = flat(written), flat(sent)
+    pairs = [(m, g) for m, g in zip(made, received, strict=True) if m.requires_grad] if received else []
+    return [m for m, _ in pairs], [g for _, g in pairs]
+
+
+def flat(written: Written) -> list[Tensor]:
+    """The tensors of all layers, one after the other."""
+    return [tensor for layer in written for tensor in layer]
+
+
 @dataclass(frozen=True)
 class Options:
     """How a step is computed, at what cost, with the same result: keywords of `seco`, which describes them."""
@@ -70,3 +86,14 @@ class Model(Protocol):
         """The same without gradients, and only as far as the memory needs it."""
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+class LayeredModel(Model, Protocol):
+    """What `layers_at_once` and `offload` ask for beyond that: a model that can be run some layers at a time."""
+
+    def blocks(self, layers_at_once: int) -> Sequence[Model]:
+        """Models of at most so many adjacent layers, first ones first, with parameters and a memory of those alone.
+
+        What `run` and `fill` of the first block are given are tokens, as ever; of each other block, what `run` of the
+        one before has returned. `run` of the last returns what the LM head is given, and the model's LM head is its.
+        """

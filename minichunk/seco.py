@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from .batch import Batch, prepare
+from .blocks import through_blocks
 from .chunks import Chunk, check_fill_size, cut, groups, span
 from .loss import summed_loss
-from .protocol import Memory, Model, Options, Written
+from .protocol import Memory, Model, Options, relay
 
 
 def seco(
@@ -28,6 +29,7 @@ def seco(
     recompute: bool = False,
     cache_grad_dtype: torch.dtype | None = None,
     offload: bool = False,
+    layers_at_once: int | None = None,
 ) -> Tensor:
     """Add the exact gradient of the mean loss to `.grad`; return the loss, detached.
 
@@ -41,11 +43,15 @@ def seco(
         layer again for its backward.
     cache_grad_dtype: of the sum of gradients sent back to keys and values; None: float32, or the model's if wider.
     offload: keep what grows in host memory; of keys, values and their gradients the device holds two blocks.
+    layers_at_once: go through the text with so many layers at a time, up and down again: most of what grows with its
+        length is then of so many layers alone; see blocks.py. None: all at once.
     Raises InputError for a batch or a size that does not fit.
     """
     check_fill_size(fill_size, chunk_size)
     batch, chunks = prepare(model, input_ids, labels, num_targets), cut(input_ids.shape[1], chunk_size)
     options = Options(fill_size, recompute, cache_grad_dtype, offload, model.dropout_seed())
+    if layers_at_once is not None:
+        return through_blocks(model, batch, chunks, [(c, (1.0, 1.0)) for c in chunks], options, layers_at_once, False)
     memory = new_memory(model, input_ids, chunks, options)
     fill(model, input_ids, chunks[:-1], memory, options)  # lines 1-3; no chunk reads the last one
     total = torch.zeros((), device=input_ids.device)
@@ -76,18 +82,10 @@ def rebuild(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Lines 5 and 6: one chunk again, with its graph, on top of the memory.
 
-    Returns its share of the mean loss; what it wrote; and the gradients that later chunks have sent back to that. Both
-    lists leave out what has no graph: with LoRA, keys and values below the first layer with an adapter. Both are empty
-    for the last chunk.
+    Returns its share of the mean loss; what it wrote; and the gradients that later chunks have sent back to that. See
+    `relay` for what both leave out.
     """
     here = span([chunk])
     hidden, written = model.run(batch.input_ids[:, here], memory, [chunk], options)  # line 5
     loss = summed_loss(hidden, model.lm_head.weight, batch.targets[:, here]) / batch.num_targets
-    made, sent = flat(written), flat(memory.hand_over(chunk))  # line 6
-    relayed = [(m, g) for m, g in zip(made, sent, strict=True) if m.requires_grad] if sent else []
-    return loss, [m for m, _ in relayed], [g for _, g in relayed]
-
-
-def flat(written: Written) -> list[Tensor]:
-    """The tensors of all layers, one after the other."""
-    return [tensor for layer in written for tensor in layer]
+    return loss, *relay(written, memory.hand_over(chunk))  # line 6

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .batch import prepare
+from .blocks import through_blocks
 from .chunks import check_fill_size, cut
 from .errors import InputError
 from .protocol import Model, Options
@@ -30,6 +31,7 @@ def spaco(
     recompute: bool = False,
     cache_grad_dtype: torch.dtype | None = None,
     offload: bool = False,
+    layers_at_once: int | None = None,
 ) -> Tensor:
     """Add an estimate of the gradient of the mean loss to `.grad`; return an estimate of the loss.
 
@@ -52,6 +54,8 @@ def spaco(
     if not kept:
         return total
     options = Options(fill_size, recompute, cache_grad_dtype, offload, model.dropout_seed())
+    if layers_at_once is not None:
+        return through_blocks(model, batch, chunks, kept, options, layers_at_once, False)
     memory = new_memory(model, input_ids, [chunk for chunk, _ in kept], options)
     fill(model, input_ids, [chunk for chunk in chunks if chunk < kept[-1][0]], memory, options)
     for chunk, weight in reversed(kept):  # not all of them, as in line 4 of Algorithm 1

@@ -25,6 +25,7 @@ from minichunk.models.load import class_of
 from minichunk.models.ssm import StateLayer
 
 VOCAB = 23
+CUTS = st.none() | st.integers(1, 4)  # layers_at_once
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

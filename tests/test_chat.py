@@ -279,7 +279,7 @@ NOT = "must be an object with"
         (UNTAGGED, {"messages": turns("x", "y"), "prompt": "x"}, "has 'messages' and 'prompt': which of them"),
         (UNTAGGED, {"conversations": [{"from": "gpt4", "value": "x"}]}, "'from' is 'gpt4', but must be one of"),
         (None, turns("x", "y"), "'messages' need a chat template"),
-        (None, {"prompt": "x", "completion": "y", "tools": [{}]}, "'tools' needs a chat template"),
+        (None, {"prompt": "x", "completion": "y", "tools": [{}]}, "the field 'tools' would change what is learnt"),
     ],
 )  # fmt: skip
 def test_what_is_refused_names_the_line(template: object, row: object, words: str, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor
 from minichunk.command.main import main
 from minichunk.errors import InputError
 from minichunk.files.atomic import write_tensors
-from minichunk.porting.compare import OPTIONAL, Golden, compare, describe, order, read_golden
+from minichunk.porting.compare import OPTIONAL, Golden, compare, order, read_golden
 from minichunk.porting.mistakes import MISTAKES
 
 from .golden.write import CASES, build, golden
@@ -80,7 +79,7 @@ def test_the_table_of_the_seventh_tutorial_is_true() -> None:
     rows = re.findall(r"^# \| \*\*.+?\*\*.*\| `([\w.]+)`.*\|$", page, re.MULTILINE)
     for key, tensor in zip(ROWS, rows, strict=True):
         mutant = next(mutant for mutant in MUTANTS if mutant.key == key)
-        first = compare(outputs(Numpy(mutant.case, *mutant.modules())), file(mutant.case)).first
+        first = compare(outputs(Numpy(mutant.case, *mutant.modules())), file(mutant.case)).words.split()[0]
         assert first == (tensor if tensor.startswith("spaco") else f"seco.{tensor}"), key
 
 
@@ -137,11 +136,9 @@ def test_the_order_is_that_of_the_page() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_tensor_has_its_place_and_its_words(name: str) -> None:
+def test_every_tensor_has_its_place(name: str) -> None:
     computed = [tensor for tensor in file(name).tensors if re.search(r"^full|co\.", tensor)]
     assert len({order(tensor) for tensor in computed}) == len(computed)
-    for tensor in file(name).tensors:
-        assert (describe(tensor) == "what the file gives, for you to begin with") == (tensor not in computed)
 
 
 def changed(change: Any, tensor: str = "seco.chunk.1.layer.0.keys") -> str:
@@ -165,7 +162,7 @@ def test_what_is_wrong_is_said_in_words() -> None:
     assert "times what" not in changed(lambda x: x + 1)
     assert "must be all zeros, and is not" in changed(lambda x: x + 1, "seco.chunk.3.layer.0.key_grads")
     assert "is not the file's" in changed(lambda x: x + 1, "input_ids")
-    assert "no known mistake begins here" in changed(lambda x: x + 1, "seco.chunk.2.layer.0.values")
+    assert "begins here:\n  - or it was kept" in changed(lambda x: x + 1, "seco.chunk.2.layer.0.values")
     assert "but must have []; a scalar saved as [1]" in changed(lambda x: x[None], "seco.chunk.3.loss")
 
 
@@ -178,56 +175,16 @@ def test_what_is_missing_is_named_and_what_can_be_left_out_is_not() -> None:
     assert compare(mine, file("plain")).equal
     mine["seco.chunk.3.losses"] = mine.pop("seco.chunk.3.loss")
     verdict = compare(mine, file("plain"))
-    assert not verdict.equal and verdict.first is None
-    assert "not there yet: seco.chunk.3.loss and 0 more" in verdict.words
+    assert not verdict.equal and "not there yet: seco.chunk.3.loss and 0 more" in verdict.words
     assert "no seco.chunk.3.losses" in verdict.words
-
-
-def words_for(change: Callable[[str, dict[str, Tensor]], Tensor | None], case: str = "plain") -> list[str]:
-    """The words for a port that is right but for what `change` makes of its tensors (None: not there), in turn with
-    and without those that can be left out."""
-    right = file(case).tensors
-    mine = {name: tensor for name in right if (tensor := change(name, right)) is not None}
-    return [compare(port, file(case), "float64").words for port in (mine, without_optional(mine))]
-
-
-@pytest.mark.parametrize("case", ["plain", "accumulated", "lora", "hybrid"])
-@pytest.mark.parametrize(("method", "times"), [("seco", 1), ("spaco", 1), ("spaco", 2)])
-def test_a_gradient_that_was_not_cleared_is_told_apart(case: str, method: str, times: int) -> None:
-    def left(name: str, right: dict[str, Tensor]) -> Tensor:
-        of = re.match(rf"(?:second\.)?{method}\.chunk\.\d\.grad\.(.+)", name)
-        return right[name] + times * right[f"full.grad.{of[1]}"] if of else right[name]
-
-    for words in words_for(left, case):
-        assert f"{method}.chunk.3.grad" in words and "was not cleared before this method" in words
-        assert "usually" not in words and "no known" not in words
-
-
-GRAD, LAST = "seco.chunk.[0-3].grad", "seco.chunk.3.grad"
-ONE = f"{LAST}.model.layers.1.self_attn.q_proj.weight"
-CERTAIN: list[tuple[str, str, Callable[[str, dict[str, Tensor]], Tensor | None]]] = [
-    ("yours is chunk 3's: it was kept before", GRAD,
-     lambda name, right: right.get(re.sub(r"\d", lambda n: str(int(n[0]) + 1), name, count=1))),
-    ("yours is the same for all chunks", GRAD, lambda name, right: 0 * right[name]),
-    ("yours is all zeros: it was kept before the backward pass", LAST, lambda name, right: 0 * right[name]),
-    ("yours is all zeros: no gradient comes to this parameter", ONE, lambda name, right: 0 * right[name]),
-    ("a view of one buffer", GRAD, lambda name, right: right[re.sub(r"chunk\.\d", "chunk.0", name)]),
-    ("yours is chunk 0's: chunks are numbered from 0", r".*chunk\.",
-     lambda name, right: right.get(re.sub(r"chunk\.(\d)", lambda n: f"chunk.{int(n[1]) - 1}", name))),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("words", "where", "change"), CERTAIN, ids=[words for words, *_ in CERTAIN])
-def test_what_the_numbers_tell_for_certain_is_said_alone(words: str, where: str, change: Any) -> None:
-    """Of gradients that were kept too early, of a parameter without any, of a buffer, of chunks counted from 1."""
-    for found in words_for(lambda name, right: change(name, right) if re.match(where, name) else right[name]):
-        assert words in found and "usually" not in found and "no known" not in found
 
 
 def test_what_agrees_rules_out_what_would_show_there() -> None:
     """Where layer 1 begins with the right numbers, nothing before it is wrong."""
-    with_hidden, without = words_for(lambda name, right: right[name] + name.endswith("layer.1.keys"))
-    assert "no known mistake begins here" in with_hidden and "causal mask" in without
+    right = file("plain").tensors
+    mine = {name: tensor + name.endswith("layer.1.keys") for name, tensor in right.items()}
+    with_hidden, without = (compare(port, file("plain")).words for port in (mine, without_optional(mine)))
+    assert "causal mask" not in with_hidden and "causal mask" in without
     mutant = next(mutant for mutant in MUTANTS if mutant.key == "no rotation")
     words = compare(outputs(Numpy("hybrid", *mutant.modules())), file("hybrid")).words
     assert words.startswith("seco.chunk.0.layer.1.keys") and "activation" not in words and "RMSNorm" not in words

@@ -113,11 +113,11 @@ def test_wrong_values_are_named(arguments: dict[str, object], words: str) -> Non
     [
         ("init_lora_weights", "pissa", "init_lora_weights = 'pissa'"),
         ("alora_invocation_tokens", [1], "alora_invocation_tokens"),
-        ("r", 2.5, "r is 2.5"),
-        ("lora_dropout", "x", "lora_dropout is 'x'"),
+        ("r", 2.5, "rank 2.5"),
+        ("lora_dropout", "x", "dropout 'x'"),
         ("bias", "all", "bias = 'all'"),
         ("peft_type", "IA3", "peft_type is 'IA3'"),
-        ("r", None, "r is None"),
+        ("r", None, "rank None"),
     ],
 )
 def test_unsupported_adapters_are_refused(tmp_path: Path, field: str, value: object, words: str) -> None:

@@ -26,7 +26,7 @@ from minichunk.models.quantize import Linear4bit
 
 from .gradients import Tensors, combine, take_gradients
 from .rounding import Exact, exactly, measure, outcome, weighted
-from .strategies import VOCAB, Batch, batches, examples
+from .strategies import CUTS, VOCAB, Batch, batches, examples
 
 transformers = pytest.importorskip("transformers")
 Theirs: Any = transformers.Mamba2ForCausalLM
@@ -108,6 +108,7 @@ def configs(draw: st.DrawFn) -> mc.Mamba2Config:
     blocks=st.tuples(*[st.integers(1, 6)] * 2),
     recompute=st.booleans(),
     offload=st.booleans(),
+    at_once=CUTS,
 )
 def test_logits_and_gradients_equal_transformers(
     config: mc.Mamba2Config,
@@ -118,6 +119,7 @@ def test_logits_and_gradients_equal_transformers(
     blocks: tuple[int, int],
     recompute: bool,
     offload: bool,
+    at_once: int | None,
 ) -> None:
     """By `full` and by `seco`, chunks shorter than the convolution's kernel too; blocks: their scan's, and ours."""
     model = build(config, seed)
@@ -125,6 +127,7 @@ def test_logits_and_gradients_equal_transformers(
     exact = measure(lambda: their_outcome(theirs, batch))
     logits = {"logits": model(batch.input_ids)}
     keywords = {"fill_size": fill_chunks * chunk_size, "recompute": recompute, "offload": offload}
+    keywords |= {"layers_at_once": at_once}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("minichunk.memory.state.BLOCK", blocks[1])
         exact.check(outcome(model, lambda: mc.full(model, batch.input_ids, batch.labels)) | logits)
@@ -132,8 +135,8 @@ def test_logits_and_gradients_equal_transformers(
         exact.check(step | logits)
 
 
-@pytest.mark.parametrize(("length", "chunk_size"), [(4, 1), (8, 3)])
-def test_spaco_is_unbiased(length: int, chunk_size: int) -> None:
+@pytest.mark.parametrize(("length", "chunk_size", "at_once"), [(4, 1, None), (8, 3, 1)])
+def test_spaco_is_unbiased(length: int, chunk_size: int, at_once: int | None) -> None:
     """Averaged over all draws it is the exact gradient: a state's adjoint passes skipped chunks, a tail's does not."""
     model, ids = build(tiny(num_hidden_layers=2)), torch.randint(VOCAB, (2, length))
     chunks = math.ceil(length / chunk_size)
@@ -142,7 +145,7 @@ def test_spaco_is_unbiased(length: int, chunk_size: int) -> None:
     for probability, entries in mc.Bernoulli([0.9, 0.3, 0.5, 0.7][:chunks]).outcomes(chunks):
 
         def draw(entries: Any = entries) -> Tensor:
-            return mc.spaco(model, ids, ids, chunk_size, sampler=lambda *_: entries)
+            return mc.spaco(model, ids, ids, chunk_size, sampler=lambda *_: entries, layers_at_once=at_once)
 
         got.append((probability, outcome(model, draw)))
         draws.append((probability, exactly(model, draw)))

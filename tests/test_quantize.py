@@ -40,7 +40,7 @@ def unpacked(directory: Path) -> mc.Llama:
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), PROJECTIONS])
-@pytest.mark.parametrize("method", ["full", "seco", "recompute and offload"])
+@pytest.mark.parametrize("method", ["full", "seco", "recompute and offload", "blocks"])
 def test_gradients_equal_those_beside_the_unpacked_base(directory: Path, targets: tuple[str, ...], method: str) -> None:
     torch.manual_seed(1)
     expected = with_adapter(unpacked(directory), targets=targets).double()
@@ -48,7 +48,8 @@ def test_gradients_equal_those_beside_the_unpacked_base(directory: Path, targets
     torch.manual_seed(1)
     model = with_adapter(mc.Llama.from_pretrained(directory, load_in_4bit=True), targets=targets)
     keywords = dict.fromkeys(("recompute", "offload"), method == "recompute and offload")
-    run = mc.full if method == "full" else partial(mc.seco, chunk_size=16, **keywords)
+    cut = {"layers_at_once": 1 if method == "blocks" else None}
+    run = mc.full if method == "full" else partial(mc.seco, chunk_size=16, **keywords, **cut)
     exact.check(outcome(model, lambda: run(model, IDS, IDS)))  # float32, against float64
 
 

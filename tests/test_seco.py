@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from minichunk.seco import fill, new_memory, rebuild
 
 from .gradients import distance, oracle, take_gradients
 from .rounding import exactly, outcome
-from .strategies import Batch, batches, blocks_of, build, examples, models, tiny
+from .strategies import CUTS, Batch, batches, blocks_of, build, examples, models, tiny
 
 spaco_module = sys.modules["minichunk.spaco"]  # the attribute of that name is the function
 
@@ -62,13 +63,14 @@ def full_with_masks(
     size=st.integers(1, 16),
     fill=st.tuples(st.integers(0, 4), st.integers(0, 3)),
     block=st.integers(1, 6),
-    options=st.fixed_dictionaries({"recompute": st.booleans(), "offload": st.booleans()}),
+    options=st.fixed_dictionaries({"recompute": st.booleans(), "offload": st.booleans(), "layers_at_once": CUTS}),
     seed=st.integers(0, 2**31),
 )
 def test_seco_equals_full(
     model: mc.Llama, batch: Batch, size: int, fill: tuple[int, int], block: int, options: dict[str, Any], seed: int
 ) -> None:
-    """Chunks shorter and longer than a block, and blocks that end within a chunk, on the device and in host memory."""
+    """Chunks shorter and longer than a block of the past, and such blocks that end within a chunk; the layers all at
+    once or in blocks; on the device and in host memory."""
     options |= {"fill_size": fill[0] * size + fill[1] if fill[0] else None}
     exact = exactly(model, lambda: full_with_masks(model, batch, seed, size))
     torch.manual_seed(seed)
@@ -295,6 +297,7 @@ def test_same_seed_same_bits() -> None:
         ({"chunk_size": 9, "fill_size": 8}, "fill_size is 8, but must be at least the chunk size, 9"),
         ({"input_ids": torch.zeros(0, 2, dtype=torch.int64)}, "must be int64"),
         ({"num_targets": 0}, "num_targets is 0"),
+        ({"layers_at_once": 0}, "layers_at_once is 0, but must be at least 1"),
     ],
 )
 def test_wrong_arguments_are_named(change: dict[str, object], words: str) -> None:
@@ -303,5 +306,8 @@ def test_wrong_arguments_are_named(change: dict[str, object], words: str) -> Non
     with pytest.raises(mc.InputError, match=words):
         mc.seco(model, **arguments)
     assert all(p.grad is None for p in model.parameters())
+    uncut = SimpleNamespace(lm_head=model.lm_head, parameters=model.parameters, dropout_seed=model.dropout_seed)
+    with pytest.raises(mc.InputError, match="SimpleNamespace has no method blocks"):
+        mc.seco(uncut, IDS, IDS, 4, layers_at_once=1)  # type: ignore[arg-type]
     with pytest.raises(mc.InputError, match="nothing to train"):
         mc.seco(model.requires_grad_(False), IDS, IDS, 1)

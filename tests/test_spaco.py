@@ -17,7 +17,7 @@ from minichunk.chunks import Chunk, cut
 
 from .gradients import Tensors, combine, distance, gradients_by_chain_length, oracle
 from .rounding import Exact, exactly, measure, outcome, weighted
-from .strategies import Batch, batches, blocks_of, build, examples, models, tiny
+from .strategies import CUTS, Batch, batches, blocks_of, build, examples, models, tiny
 
 LENGTH = 13
 
@@ -31,7 +31,7 @@ def case(chunk_size: int, layers: int = 3, seed: int = 0) -> tuple[mc.Llama, tor
 
 
 def expectation(
-    model: mc.Llama, ids: torch.Tensor, labels: torch.Tensor, chunk_size: int, sampler: object
+    model: mc.Llama, ids: torch.Tensor, labels: torch.Tensor, chunk_size: int, sampler: object, **options: Any
 ) -> tuple[Tensors, Exact]:
     """Loss and gradient of SpaCO, averaged over all outcomes of the sampler; and the same by the oracle.
 
@@ -41,7 +41,7 @@ def expectation(
     chunks = cut(ids.shape[1], chunk_size)
     got, expected, total = [], [], 0.0
     for probability, entries in sampler.outcomes(len(chunks)):  # type: ignore[attr-defined]
-        draw = {"sampler": lambda *_, entries=entries: entries}
+        draw = {"sampler": lambda *_, entries=entries: entries, **options}
         got.append((probability, outcome(model, lambda draw=draw: mc.spaco(model, ids, labels, chunk_size, **draw))))
         exact = exactly(model, lambda entries=entries: oracle(model, ids, labels, chunks, entries))
         expected.append((probability, exact))
@@ -66,13 +66,15 @@ def test_bernoulli_is_unbiased(chunk_size: int, rate: float | str) -> None:
     chunk_size=st.integers(2, 5),
     block=st.integers(1, 6),
     rates=st.lists(st.floats(0.1, 1), min_size=4, max_size=4),
+    at_once=CUTS,
 )
 def test_bernoulli_is_unbiased_for_any_model(
-    model: mc.Llama, batch: Batch, chunk_size: int, block: int, rates: list[float]
+    model: mc.Llama, batch: Batch, chunk_size: int, block: int, rates: list[float], at_once: int | None
 ) -> None:
     sampler = mc.Bernoulli(rates[: math.ceil(batch.input_ids.shape[1] / chunk_size)])
     with blocks_of(block):
-        got, draws = expectation(model, batch.input_ids, batch.labels, chunk_size, sampler)
+        text = batch.input_ids, batch.labels
+        got, draws = expectation(model, *text, chunk_size, sampler, layers_at_once=at_once)
     exactly(model, lambda: mc.full(model, batch.input_ids, batch.labels)).check(got, beside=draws)
 
 
@@ -97,7 +99,7 @@ def test_a_budget_is_biased_as_the_theory_says(budget: int, cap: float | str | N
     factors = [survival(p, t, k) * (k / t) * relay ** (p - 1) for p in range(1, k + 1)]
     assert factors[0] == pytest.approx(1)
     assert cap != "fixed" or t == 1 or factors[1] == pytest.approx(1)
-    got, draws = expectation(model, ids, labels, 3, sampler)
+    got, draws = expectation(model, ids, labels, 3, sampler, layers_at_once=budget % 3 or None)
     chains = partial(gradients_by_chain_length, model, ids, labels, chunks)
     expected = measure(lambda: combine(list(zip(factors, chains(), strict=True))))
     expected.check({name: x for name, x in got.items() if name != "loss"}, beside=draws)
@@ -124,15 +126,17 @@ def test_fixed_budget_is_unbiased_with_one_layer() -> None:
     block=st.integers(1, 6),
     weights=st.lists(st.none() | st.builds(mc.Weight, st.floats(-2, 2), st.floats(-2, 2)), min_size=14, max_size=14),
     fill_chunks=st.integers(1, 3),
+    at_once=CUTS,
 )
 def test_any_draw_equals_the_oracle(
-    model: mc.Llama, batch: Batch, chunk_size: int, block: int, weights: list[mc.Weight | None], fill_chunks: int
-) -> None:
+    model: mc.Llama, batch: Batch, chunk_size: int, block: int, weights: list[mc.Weight | None], fill_chunks: int,
+    at_once: int | None,
+) -> None:  # fmt: skip
     """One draw with arbitrary factors, against autograd through the whole sequence."""
     chunks = cut(batch.input_ids.shape[1], chunk_size)
     entries = weights[: len(chunks)]
     exact = exactly(model, lambda: oracle(model, batch.input_ids, batch.labels, chunks, entries))
-    keywords = {"sampler": lambda *_: entries, "fill_size": fill_chunks * chunk_size}
+    keywords = {"sampler": lambda *_: entries, "fill_size": fill_chunks * chunk_size, "layers_at_once": at_once}
     with blocks_of(block):
         exact.check(outcome(model, lambda: mc.spaco(model, batch.input_ids, batch.labels, chunk_size, **keywords)))
 

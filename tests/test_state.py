@@ -23,7 +23,7 @@ from minichunk.seco import fill
 
 from .gradients import oracle
 from .rounding import exactly, outcome
-from .strategies import Batch, batches, blocks_of, build, examples, remember, state_models, tiny, tiny_state
+from .strategies import CUTS, Batch, batches, blocks_of, build, examples, remember, state_models, tiny, tiny_state
 from .test_spaco import expectation
 
 EVERY_OTHER = [mc.Weight(0.5 + i, 2.0 - i) if i % 2 == 0 else None for i in range(14)]
@@ -42,7 +42,7 @@ def plain_case(layers: str, **others: Any) -> dict[str, Any]:
 
 
 @examples(12)
-@example(**plain_case("sas", fill_chunks=3, extra=1, block=3, recompute=True, offload=True))
+@example(**plain_case("sas", fill_chunks=3, extra=1, block=3, recompute=True, offload=True, at_once=2))
 @given(
     model=state_models(),
     batch=batches(),
@@ -52,6 +52,7 @@ def plain_case(layers: str, **others: Any) -> dict[str, Any]:
     block=st.integers(1, 6),
     recompute=st.booleans(),
     offload=st.booleans(),
+    at_once=CUTS,
 )
 def test_seco_equals_full(
     model: mc.StateSpace,
@@ -62,10 +63,11 @@ def test_seco_equals_full(
     block: int,
     recompute: bool,
     offload: bool,
+    at_once: int | None,
 ) -> None:
     fill_size = fill_chunks * chunk_size + extra if fill_chunks else None
     exact = exactly(model, lambda: mc.full(model, batch.input_ids, batch.labels))
-    keywords = {"fill_size": fill_size, "recompute": recompute, "offload": offload}
+    keywords = {"fill_size": fill_size, "recompute": recompute, "offload": offload, "layers_at_once": at_once}
     with blocks_of(block):
         exact.check(outcome(model, lambda: mc.seco(model, batch.input_ids, batch.labels, chunk_size, **keywords)))
 
@@ -80,8 +82,8 @@ def test_full_equals_the_loop(model: mc.StateSpace, batch: Batch) -> None:
 
 
 @examples(8)
-@example(**plain_case("ss", weights=EVERY_OTHER, fill_chunks=1, offload=False))
-@example(**plain_case("sas", weights=EVERY_THIRD, fill_chunks=2, offload=True))
+@example(**plain_case("ss", weights=EVERY_OTHER, fill_chunks=1, offload=False, at_once=1))
+@example(**plain_case("sas", weights=EVERY_THIRD, fill_chunks=2, offload=True, at_once=2))
 @given(
     model=state_models(max_layers=3),
     batch=batches(),
@@ -89,6 +91,7 @@ def test_full_equals_the_loop(model: mc.StateSpace, batch: Batch) -> None:
     weights=st.lists(WEIGHTS, min_size=14, max_size=14),
     fill_chunks=st.integers(1, 3),
     offload=st.booleans(),
+    at_once=CUTS,
 )
 def test_any_draw_equals_the_oracle(
     model: mc.StateSpace,
@@ -97,12 +100,14 @@ def test_any_draw_equals_the_oracle(
     weights: list[mc.Weight | None],
     fill_chunks: int,
     offload: bool,
+    at_once: int | None,
 ) -> None:
     """One draw with arbitrary factors, against autograd through the whole sequence."""
     chunks = cut(batch.input_ids.shape[1], chunk_size)
     entries = weights[: len(chunks)]
     exact = exactly(model, lambda: oracle(model, batch.input_ids, batch.labels, chunks, entries))
     keywords = {"sampler": lambda *_: entries, "fill_size": fill_chunks * chunk_size, "offload": offload}
+    keywords |= {"layers_at_once": at_once}
     exact.check(outcome(model, lambda: mc.spaco(model, batch.input_ids, batch.labels, chunk_size, **keywords)))
 
 

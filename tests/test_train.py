@@ -20,7 +20,7 @@ from minichunk.training import run_directory
 from minichunk.training import train as train_module
 from minichunk.training.evaluate import loss_by_position, spans_for
 from minichunk.training.load import load_data, load_to_train, make_gradient
-from minichunk.training.loop import NonFiniteLoss, Schedule, Trainer, deterministic_kernels
+from minichunk.training.loop import NonFiniteLoss, Schedule, Trainer
 from minichunk.training.options import TrainOptions
 from minichunk.training.run_directory import Run
 from minichunk.training.train import train
@@ -113,6 +113,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert whole[0].keys() == resumed[0].keys()
     for name, tensor in whole[0].items():
         assert torch.equal(tensor, resumed[0][name]), name
+    assert torch.are_deterministic_algorithms_enabled() == options.deterministic
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("name", ["text.txt", "model.safetensors", "tokenizer.json"])
@@ -145,12 +147,6 @@ def test_offload_is_refused_where_the_host_has_no_room(options: TrainOptions, mo
     monkeypatch.setattr(train_module, "check_host_room", refuse)
     with pytest.raises(mc.InputError, match="no room"):
         train(replace(options, offload=True), say=quiet)
-
-
-def test_deterministic_means_deterministic_kernels() -> None:
-    with deterministic_kernels(True):
-        assert torch.are_deterministic_algorithms_enabled()
-    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:

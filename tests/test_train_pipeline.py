@@ -195,10 +195,10 @@ def test_the_variables_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     with tasks.under_torchrun(1, 2):
         assert started() == (1, 2, 1, 2)
         del os.environ["MASTER_PORT"]
-        with pytest.raises(mc.InputError, match="MASTER_PORT is missing, though RANK is there: start with torchrun"):
+        with pytest.raises(mc.InputError, match="MASTER_PORT is None, though RANK is there: start with torchrun"):
             started()
         os.environ["WORLD_SIZE"] = "two"
-        with pytest.raises(mc.InputError, match="WORLD_SIZE is 'two', but must be a number"):
+        with pytest.raises(mc.InputError, match="WORLD_SIZE is 'two'"):
             started()
 
 

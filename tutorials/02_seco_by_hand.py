@@ -47,7 +47,7 @@ from concatenating import Concatenating
 import minichunk as mc
 from minichunk.chunks import cut
 from minichunk.loss import summed_loss
-from minichunk.seco import flat
+from minichunk.protocol import flat
 
 torch.manual_seed(0)
 config = mc.LlamaConfig(

@@ -20,7 +20,7 @@ from minichunk.batch import Batch, make_batch
 from minichunk.chunks import Chunk, cut, span
 from minichunk.loss import summed_loss
 from minichunk.memory.layer_memory import LayerMemories
-from minichunk.seco import flat
+from minichunk.protocol import flat
 
 
 class Relay(torch.autograd.Function):

@@ -67,13 +67,6 @@ class BenchOptions:
     plot: str | None = option(None, "draw time and memory against the length, as a PNG", metavar="FILE")
     json: bool = option(False, "print all samples as one JSON object")
 
-    def resolved(self) -> "BenchOptions":
-        """Check every value, and fill in device and dtype. Raises InputError."""
-        check_options(self)
-        check_fill_size(self.fill_size, self.chunk_size)
-        shape(self.model)
-        return replace(self, device=check_device(self.device), dtype=self.dtype or default_dtype(self.device))
-
 
 @dataclass
 class Row:
@@ -87,20 +80,15 @@ class Row:
 
 
 def measure(options: BenchOptions, method: str, seq_len: int, seed: int = 0) -> tuple[float, int, float]:
-    """Run a step after a short warm-up; returns its seconds, the peak memory in bytes, and the loss.
-
-    The memory is that of the device's allocator on CUDA, else that of this process. seed: of SpaCO's draw.
-    """
-    device = torch.device(options.device)
+    """Run a step after a short warm-up; returns its seconds, `peak_memory`, and the loss. seed: of SpaCO's draw."""
     torch.manual_seed(0)
     model = random_model(options.model, DTYPES[options.dtype or "float32"], options.rank, device=options.device)
-    ids = torch.randint(shape(options.model).vocab_size, (1, seq_len), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(device)
+    ids = torch.randint(shape(options.model).vocab_size, (1, seq_len)).to(options.device)
     run_step(model, options, method, ids[:, : 2 * min(options.chunk_size, 64)], seed)
     model.zero_grad(set_to_none=True)
     began = time.perf_counter()
     loss = run_step(model, options, method, ids, seed)
-    return time.perf_counter() - began, peak_memory(device), loss
+    return time.perf_counter() - began, peak_memory(ids.device), loss
 
 
 def run_step(model: Any, options: BenchOptions, method: str, ids: Tensor, seed: int) -> float:
@@ -130,7 +118,11 @@ def bench(options: BenchOptions) -> list[Row]:
     So the memory of one does not count for another. Repeat r draws SpaCO's chunks with seed r. What fails is not
     repeated. Raises InputError.
     """
-    options = options.resolved()
+    check_options(options)
+    check_fill_size(options.fill_size, options.chunk_size)
+    shape(options.model)
+    device = check_device(options.device)
+    options = replace(options, device=device, dtype=options.dtype or default_dtype(device))
     rows = [Row(method, seq_len) for seq_len in options.seq_len for method in options.methods]
     bar = tqdm(list(product(range(options.repeats), rows)), "bench", leave=False, disable=options.json)
     for seed, row in bar:
@@ -157,35 +149,30 @@ def table(rows: Sequence[Row]) -> str:
         beside = next(r for r in rows if r.seq_len == row.seq_len)
         cells = [row.error or "", "", "", ""]
         if row.error is None:
-            cells = [_spread(row.seconds, lambda x: f"{x:.2f}"), _ratio(row.seconds, beside.seconds)]
-            cells += [_spread(row.peak_bytes, human_bytes), _ratio(row.peak_bytes, beside.peak_bytes)]
+            cells = _cells(row.seconds, beside.seconds, lambda x: f"{x:.2f}")
+            cells += _cells(row.peak_bytes, beside.peak_bytes, human_bytes)
         lines.append(f"| {row.seq_len:,} | {row.method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _spread(values: Sequence[float], show: Callable[[float], str]) -> str:
-    """Median and range; the median alone where they are shown alike."""
+def _cells(values: Sequence[float], first: Sequence[float], show: Callable[[float], str]) -> list[str]:
+    """Median and range, the median alone where they are shown alike; and the median relative to the first method's."""
     low, middle, high = show(min(values)), show(median(values)), show(max(values))
-    return middle if low == high else f"{middle} ({low} to {high})"
-
-
-def _ratio(values: Sequence[float], first: Sequence[float]) -> str:
-    return f"{median(values) / median(first):.2f}" if first else ""
+    spread = middle if low == high else f"{middle} ({low} to {high})"
+    return [spread, f"{median(values) / median(first):.2f}" if first else ""]
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw time and peak memory against the length, a line for each method."""
-    figure = new_figure(11, 5)
+    figure, lengths = new_figure(11, 5), sorted({row.seq_len for row in rows})
     panels = figure.subplots(1, 2)
-    for axes, title in zip(panels, ("Seconds of a step", "Peak memory, GiB"), strict=True):
+    for axes, name, unit in zip(panels, ("seconds", "peak_bytes"), (1, 2**30), strict=True):
         for method in dict.fromkeys(row.method for row in rows):
             points = [row for row in rows if row.method == method and row.error is None]
-            heights = [median(r.seconds) if axes is panels[0] else median(r.peak_bytes) / 2**30 for r in points]
+            heights = [median(getattr(row, name)) / unit for row in points]
             axes.semilogx([row.seq_len for row in points], heights, "o-", base=2, label=method)
-        lengths = sorted({row.seq_len for row in rows})
         axes.set_xticks(lengths, [f"{tokens:,}" for tokens in lengths])
-        axes.set(xlabel="tokens", title=title, ylim=(0, None))
-        axes.grid(alpha=0.3)
+        axes.set(xlabel="tokens", title="Seconds of a step" if unit == 1 else "Peak memory, GiB", ylim=(0, None))
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=5)
     save_figure(figure, path)
 

@@ -7,6 +7,7 @@ beginning and end.
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,12 +30,7 @@ MEANINGFUL = {
     "rejected", "response", "suffix", "system", "train", "video", "videos", "weight", "weights",
 }  # fmt: skip
 SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-BINARY = {
-    b"PAR1": "a Parquet file",
-    b"\x1f\x8b": "a gzip file",
-    b"PK\x03\x04": "a zip file",
-    b"\x28\xb5\x2f\xfd": "a zstd file",
-}
+BINARY = (b"PAR1", b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd")  # Parquet, gzip, zip, zstd
 
 
 class Row(NamedTuple):
@@ -97,7 +93,7 @@ def read_documents(
         for name, record in _records(path):
             try:
                 row = record if isinstance(record, Row) else _row(record, chat)
-                check_text("a field", row.text)
+                check_text("the text", row.text)
             except InputError as error:
                 raise InputError(f"{name}: {error}") from None
             ids, labels = encode(row, tokenizer, eos_token_id)
@@ -118,13 +114,10 @@ def encode(row: Row, tokenizer: Tokenizer, eos_token_id: int | None) -> tuple[li
         if span is not None and max(stop, start + 1) > span[0]:
             labels[i] = ids[i]
     last = len(ids) if row.template else end_of_text(found)
-    appended = ids[last:]  # has no characters; it is learnt with the words before it
-    if row.ends and eos_token_id is not None and not appended:
-        appended = [eos_token_id]
+    end = [eos_token_id] if row.ends and eos_token_id is not None else []
+    end = ids[last:] or end  # has no characters; it is learnt with the words before it
     is_learnt = bool(row.learnt) and row.learnt[-1][1] == len(row.text)
-    if appended:
-        ids, labels = ids[:last] + appended, labels[:last] + (appended if is_learnt else [IGNORE] * len(appended))
-    return ids, labels
+    return ids[:last] + end, labels[:last] + (end if is_learnt else [IGNORE] * len(end))
 
 
 def end_of_text(found: Encoding) -> int:
@@ -149,36 +142,30 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); --data takes files of text or JSON") from None
-    for magic, what in BINARY.items():
-        if content.startswith(magic):
-            raise InputError(f"{path} is {what}: unpack it, or write its rows as JSON lines, first")
+    if content.startswith(BINARY):
+        raise InputError(f"{path} is a Parquet or a compressed file: write its rows as JSON lines first")
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from None
     if not text.strip():
         raise InputError(f"{path} is empty")
-    named_json = path.suffix.lower() in (".json", ".jsonl", ".ndjson")
-    is_lines = isinstance(_json(next(line for line in text.split("\n") if line.strip())), dict)
-    whole = _json(text) if not is_lines and text.lstrip()[0] in "[{" else None
-    if isinstance(whole, list) and (named_json or all(isinstance(record, dict) for record in whole)):
+    is_named_json = path.suffix.lower() in (".json", ".jsonl", ".ndjson")
+    whole, first = _json(text), _json(text.strip().split("\n", 1)[0])
+    if isinstance(whole, list) and (is_named_json or all(isinstance(record, dict) for record in whole)):
         yield from ((f"{path}, item {number}", record) for number, record in enumerate(whole, start=1))
     elif isinstance(whole, dict):
-        yield str(path), whole
-    elif named_json or is_lines:
+        yield f"{path}, line {text[: text.index('{')].count(chr(10)) + 1}", whole
+    elif is_named_json or isinstance(first, dict):
         yield from json_lines(path, text)
     else:
         yield str(path), Row(text, [(0, len(text))])
 
 
 def _json(text: str) -> Any:
-    """What a text says in JSON; the error, if it does not."""
-    try:
+    """What a text says in JSON; None if it does not."""
+    with suppress(ValueError, RecursionError):
         return json.loads(text)
-    except RecursionError:
-        return ValueError("it is nested too deep")
-    except ValueError as error:
-        return error
 
 
 def _row(record: Any, chat: ChatTemplate | None) -> Row:
@@ -187,117 +174,82 @@ def _row(record: Any, chat: ChatTemplate | None) -> Row:
         raise InputError(FORMS)
     record = {key: value for key, value in record.items() if value is not None}  # columns that other rows fill
     if "conversations" in record:
-        record = {**record, "messages": [_of_sharegpt(message) for message in _list(record, "conversations")]}
-        del record["conversations"]
+        record["messages"] = record.pop("conversations")
     forms = [form for form in (("text",), ("messages",), ("prompt", "completion")) if record.keys() & set(form)]
     if len(forms) > 1:
         names = " and ".join(repr(name) for form in forms for name in form if name in record)
         raise InputError(f"has {names}: which of them is the text? Drop the others")
     if not forms or not set(forms[0]) <= record.keys():
         raise InputError(FORMS)
-    strange = MEANINGFUL & record.keys()
+    texts = [record[field] for field in forms[0]]
     extra = {key: record[key] for key in ("tools", "documents", "chat_template_kwargs") if key in record}
-    if strange or (extra and forms[0] == ("text",)):
+    is_plain = forms[0] == ("text",) or (chat is None and all(isinstance(text, str) for text in texts))
+    if strange := (MEANINGFUL & record.keys()) or (extra if is_plain else {}):
         raise InputError(
-            f"the field {min(strange or extra)!r} would change what is learnt, and is not understood: drop it, or "
+            f"the field {min(strange)!r} would change what is learnt, and is not understood here: drop it, or "
             "write what is meant as 'text', 'prompt' and 'completion', or 'messages'"
         )
-    if forms[0] == ("text",):
-        text = _text(record, "text")
-        return Row(text, [(0, len(text))], ends=True)
-    if forms[0] == ("messages",):
-        return _conversation([], _list(record, "messages"), extra, chat)
-    prompt, completion = record["prompt"], record["completion"]
-    if isinstance(prompt, list) or isinstance(completion, list):
-        return _conversation(_list(record, "prompt"), _list(record, "completion"), extra, chat)
-    prompt, completion = _text(record, "prompt"), _text(record, "completion")
-    if chat is not None:
-        said = [{"role": "assistant", "content": completion}]
-        return _conversation([{"role": "user", "content": prompt}], said, extra, chat)
-    if extra:
-        raise InputError(f"the field {min(extra)!r} needs a chat template that writes it, and there is none")
-    return Row(prompt + completion, [(len(prompt), len(prompt + completion))] if completion else [], ends=True)
+    if is_plain:
+        *before, learnt = (_string(field, text) for field, text in zip(forms[0], texts, strict=True))
+        start = sum(map(len, before))
+        return Row("".join(before) + learnt, [(start, start + len(learnt))] if learnt else [], ends=True)
+    if len(texts) == 2 and all(isinstance(text, str) for text in texts):
+        texts = [[{"role": role, "content": text}] for role, text in zip(("user", "assistant"), texts, strict=True)]
+    for field, messages in zip(forms[0], texts, strict=True):
+        if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+            raise InputError(f"{field!r} must be a list of messages, each an object with 'role' and 'content'")
+    return _conversation([message for messages in texts for message in messages], len(texts[-1]), extra, chat)
 
 
-def _text(record: dict[str, Any], field: str) -> str:
-    """The string of a field. Raises InputError."""
-    text = record[field]
+def _string(name: str, text: Any) -> str:
     if not isinstance(text, str):
-        raise InputError(f"{field!r} is {json.dumps(text)[:40]}, but {FORMS}")
-    check_text(repr(field), text)
+        raise InputError(f"{name!r} is {json.dumps(text)[:40]}, but {FORMS}")
     return text
 
 
-def _list(record: dict[str, Any], field: str) -> list[dict[str, Any]]:
-    messages = record[field]
-    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
-        raise InputError(f"{field!r} must be a list of messages, each an object with 'role' and 'content'")
-    return messages
-
-
-def _of_sharegpt(message: dict[str, Any]) -> Message:
-    """A message of ShareGPT's form, {"from": "gpt", "value": ...}, or one that has the usual form already."""
-    if "from" not in message:
-        return message
-    if message["from"] not in SHAREGPT:
-        raise InputError(f"'from' is {message['from']!r}, but must be one of {', '.join(SHAREGPT)}")
-    rest = {key: value for key, value in message.items() if key not in ("from", "value")}
-    return {"role": SHAREGPT[message["from"]], "content": message.get("value"), **rest}
-
-
-def _conversation(
-    before: Sequence[Message], messages: Sequence[Message], extra: dict[str, Any], chat: ChatTemplate | None
-) -> Row:
-    """A conversation of which the assistant's turns in `messages` are learnt. Raises InputError."""
+def _conversation(messages: Sequence[Message], count: int, extra: dict[str, Any], chat: ChatTemplate | None) -> Row:
+    """A conversation of which the assistant's turns in the last `count` messages are learnt. Raises InputError."""
     if chat is None:
-        raise InputError(
-            "'messages' need a chat template, and the model's directory has none (or it is not to be used)"
-        )
+        raise InputError("'messages' need a chat template, and the model has none (or it is not to be used)")
     clean, learnt = [], []
     source = chat.source(extra.get("tools"))
-    for i, message in enumerate([*before, *messages], start=1):
-        message = {key: value for key, value in message.items() if value is not None}
-        role = message.get("role")
-        if not isinstance(role, str):
-            raise InputError(f"message {i} has no 'role'")
-        message = {**message, **_content(message, i)}
+    for i, message in enumerate(map(_message, messages), start=1):
         weight, train = message.pop("weight", 1), message.pop("train", True)
+        if not isinstance(message.get("role"), str):
+            raise InputError(f"message {i} has no 'role'")
+        name = f"message {i} ({message['role']})"
+        if not isinstance(message.get("content", "" if message.get("tool_calls") else None), str):
+            content = json.dumps(message.get("content"))[:40]
+            texts = "a string, or a list of {'type': 'text', 'text': ...}"
+            raise InputError(f"{name} has the content {content}, but that must be {texts}")
         if weight not in (0, 1) or train not in (False, True):
-            raise InputError(
-                f"message {i} ({role}) has weight {weight!r} and train {train!r}; only 0 and 1 are understood"
-            )
+            raise InputError(f"{name} has weight {weight!r} and train {train!r}; only 0 and 1 are understood")
         if strange := unknown_fields(message, source):
-            raise InputError(
-                f"message {i} ({role}) has the field {strange[0]!r}, which the model's chat template does not write: "
-                "drop it, or take a template that does"
-            )
+            found = f"the field {strange[0]!r}, which the model's chat template does not write"
+            raise InputError(f"{name} has {found}: drop it, or take a template that does")
         clean.append(message)
-        learnt.append(role == "assistant" and i > len(before) and bool(weight and train))
+        learnt.append(message["role"] == "assistant" and i > len(messages) - count and bool(weight and train))
     if strange := unknown_fields({"tools", "documents"} & extra.keys(), source):
-        raise InputError(
-            f"the model's chat template does not write {strange[0]!r}: drop the field, or take one that does"
-        )
+        raise InputError(f"the model's chat template does not write {strange[0]!r}: drop it, or take one that does")
     if not any(learnt):
         raise InputError("none of the messages has the role 'assistant', or none is to be learnt: nothing is")
-    fields = {**extra.pop("chat_template_kwargs", {}), **extra}
-    text, spans = chat.spans(clean, learnt, **fields)
+    text, spans = chat.spans(clean, learnt, **{**extra.pop("chat_template_kwargs", {}), **extra})
     return Row(text, spans, template=True)
 
 
-def _content(message: Message, number: int) -> Message:
-    """The content of a message as one string; a message that calls a tool may have none. Raises InputError."""
-    content = message.get("content")
-    if content is None and message.get("tool_calls"):
-        return {}
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        texts = [part.get("text") for part in content]
-        content = "".join(texts) if all(isinstance(text, str) for text in texts) else content
-    if not isinstance(content, str):
-        raise InputError(
-            f"message {number} ({message['role']}) has the content {json.dumps(content)[:40]}, but that must be a "
-            "string, or a list of {'type': 'text', 'text': ...}"
-        )
-    return {"content": _text({"content": content}, "content")}
+def _message(message: Message) -> Message:
+    """A message without empty fields, with its text in one piece, and in the usual form if it is in ShareGPT's."""
+    message = {key: value for key, value in message.items() if value is not None}
+    if "from" in message:
+        if (role := message.pop("from")) not in SHAREGPT:
+            raise InputError(f"'from' is {role!r}, but must be one of {', '.join(SHAREGPT)}")
+        message = {"role": SHAREGPT[role], "content": message.pop("value", None), **message}
+    parts = message.get("content")
+    if isinstance(parts, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in parts
+    ):
+        message["content"] = "".join(part["text"] for part in parts)
+    return message
 
 
 def cut_documents(documents: Sequence[Document], seq_len: int) -> tuple[list[Document], str]:

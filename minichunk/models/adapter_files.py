@@ -5,18 +5,18 @@ stored, it would be part of another function. Its `peft_type` is therefore one t
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import InputError
 from ..files.atomic import make_directory, open_tensors, read_json, write_json, write_tensors
 from ..files.checkpoint import checkpoint_directory
-from .lora import Lora, adapters, add_lora, default_targets, is_target, linear_modules
+from .lora import Lora, adapters, add_lora, default_targets, is_target, linear_layers
 from .partial import apply_saved
-from .quantize import Linear4bit
 from .stack import Stack
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -45,7 +45,7 @@ def save_adapter(
     """
     if model.lora is None:
         raise InputError("the model has no adapter to save: call add_lora(model) first")
-    tensors = whole({name: x.detach() for name, x in _weights(model).items()})
+    tensors = whole({name: p.detach() for name, p in model.named_parameters() if ".lora_" in name})
     if tensors is None:
         return
     config = {
@@ -70,25 +70,32 @@ def load_adapter(model: Stack, directory: str | Path) -> None:
     """Read an adapter that `save_adapter` or PEFT wrote, adding it to the model if it has none.
 
     If it was trained on a base that `partial_context` had changed, the model is changed so too. Its mode stays.
-    Raises InputError, naming the file, for a damaged one, one of another model, and for variants of
-    LoRA that are not supported.
+    Raises InputError, naming the file, for a damaged one, one of another model, and an unsupported variant of LoRA.
     """
     config_path, path = checkpoint_directory(directory) / _CONFIG, Path(directory) / _TENSORS
     lora, partial = _read_config(config_path)
     pickled = path.with_name("adapter_model.bin")
     if pickled.is_file() and not path.is_file():
-        raise InputError(
-            f"{pickled} is pickled, and unpickling runs whatever code the file holds; convert it where you trust it: "
-            "load it with PEFT and save_pretrained(NEW_DIR)"
-        )
+        raise InputError(f"{pickled} is pickled, and may run any code; load it with PEFT and save_pretrained(NEW_DIR)")
     with open_tensors(path) as file:
         tensors = {name.removeprefix(_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    known, named = linear_modules(model), {name.rpartition(".lora_")[0] for name in tensors}
-    if not named & {*known}:
+    known = linear_layers(model)
+    named = sorted({name.rpartition(".lora_")[0] for name in tensors} & known.keys())
+    if not named:
         raise InputError(f"{path} has no LoRA weights of {', '.join(default_targets(model))}")
-    told = [target for target in lora.targets if any(is_target(name, [target]) for name in known)]
-    targets = told or sorted(named & {*known})
-    _check_shapes(model, targets, lora.rank, tensors, path)
+    targets = [target for target in lora.targets if any(is_target(name, [target]) for name in known)] or named
+    wanted = adapters(model) or {name: layer for name, layer in known.items() if is_target(name, targets)}
+    expected = {}
+    for name, layer in wanted.items():
+        expected[f"{name}.lora_A.weight"] = [lora.rank, layer.in_features]
+        expected[f"{name}.lora_B.weight"] = [layer.out_features, lora.rank]
+    if odd := sorted(expected.keys() ^ tensors.keys()):
+        raise InputError(f"{path} {'lacks' if odd[0] in expected else 'has'} {odd[0]}, unlike the model's adapter")
+    for name, tensor in tensors.items():
+        if list(tensor.shape) != expected[name]:
+            raise InputError(f"{path}: {name} has the shape {list(tensor.shape)}, but the model needs {expected[name]}")
+    if model.lora is not None and model.lora.rank != lora.rank:
+        raise InputError(f"{path} has rank {lora.rank}, but the model's adapter {model.lora.rank}")
     if partial is not None:
         try:
             apply_saved(model, partial)
@@ -98,22 +105,16 @@ def load_adapter(model: Stack, directory: str | Path) -> None:
         training = model.training
         add_lora(model, lora.rank, lora.alpha, targets, lora.dropout)
         model.train(training)
-    model.lora = model.lora._replace(alpha=lora.alpha)
-    for layer in adapters(model).values():
-        layer.scale = lora.alpha / lora.rank
+    model.lora = replace(model.lora, alpha=lora.alpha)
     with torch.no_grad():
-        for name, parameter in _weights(model).items():
-            parameter.copy_(tensors[name])
-
-
-def _weights(model: Stack) -> dict[str, Tensor]:
-    return {f"{name}.{x}.weight": getattr(layer, x).weight
-            for name, layer in adapters(model).items() for x in ("lora_A", "lora_B")}  # fmt: skip
+        for name, layer in adapters(model).items():
+            layer.scale = lora.alpha / lora.rank
+            layer.lora_A.weight.copy_(tensors[f"{name}.lora_A.weight"])
+            layer.lora_B.weight.copy_(tensors[f"{name}.lora_B.weight"])
 
 
 def _read_config(path: Path) -> tuple[Lora, Any]:
-    """The adapter, without targets where they are not simply names; and what the base was made, see models/partial.py
-    (None: as it is stored)."""
+    """The adapter, without targets where they are not simply names; and what the base was made, see `Stack.partial`."""
     config = read_json(path)
     partial, stabilized = config.pop("partial_context", None), config.pop("use_rslora", False)
     if config.get("peft_type") != (wanted := "LORA" if partial is None else _PARTIAL_CONTEXT):
@@ -121,31 +122,11 @@ def _read_config(path: Path) -> tuple[Lora, Any]:
     for field, value in config.items():
         if field not in _NEUTRAL and value and value not in _NEUTRAL_VALUES.get(field, ()):
             raise InputError(f"{path}: {field} = {value!r} is not supported; train the adapter without it")
-    rank, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout") or 0.0
-    if not isinstance(rank, int) or rank < 1:
-        raise InputError(f"{path}: r is {rank!r}, but must be a whole number of at least 1")
-    if not isinstance(alpha, int | float) or not alpha > 0:
-        raise InputError(f"{path}: lora_alpha is {alpha!r}, but must be a number above 0")
-    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
-        raise InputError(f"{path}: lora_dropout is {dropout!r}, but must be a number from 0 up to, not including, 1")
     targets, layers = config.get("target_modules"), config.get("layers_to_transform")
     by_name = not isinstance(targets, str) and not config.get("exclude_modules") and layers in (None, [])
-    return Lora(
-        rank, alpha * rank**0.5 if stabilized else alpha, dropout, tuple(targets or ()) if by_name else ()
-    ), partial
-
-
-def _check_shapes(model: Stack, targets: list[str], rank: int, tensors: dict[str, Tensor], path: Path) -> None:
-    """Raise InputError unless the tensors are those of the model's adapter, or of one it would get."""
-    expected = {name: list(x.shape) for name, x in _weights(model).items()}
-    if not expected:
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear | Linear4bit) and is_target(name, targets):
-                expected[f"{name}.lora_A.weight"] = [rank, module.in_features]
-                expected[f"{name}.lora_B.weight"] = [module.out_features, rank]
-    if expected.keys() != tensors.keys():
-        odd = sorted(expected.keys() ^ tensors.keys())[0]
-        raise InputError(f"{path} {'lacks' if odd in expected else 'has'} {odd}, unlike the model's adapter")
-    for name, tensor in tensors.items():
-        if list(tensor.shape) != expected[name]:
-            raise InputError(f"{path}: {name} has the shape {list(tensor.shape)}, but the model needs {expected[name]}")
+    named = tuple(targets or ()) if by_name else ()
+    try:
+        lora = Lora(config.get("r", 0), config.get("lora_alpha", 0), config.get("lora_dropout") or 0.0, named)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    return (replace(lora, alpha=lora.alpha * lora.rank**0.5) if stabilized else lora), partial

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,35 +52,32 @@ class DropoutMasks:
 class Placeholder(nn.Module):
     """Of a module that another rank has; returns its input.
 
-    linear: the linear layers inside of it, (inputs, outputs) by name.
+    linear: the linear layers inside of it by name, without numbers.
     """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        found = ((name, layer) for name, layer in module.named_modules() if isinstance(layer, nn.Linear))
-        self.linear = {name: (layer.in_features, layer.out_features) for name, layer in found if name}
+        found = ((name, layer) for name, layer in module.named_modules() if name and isinstance(layer, nn.Linear))
+        self.linear = {name: nn.Linear(x.in_features, x.out_features, device="meta") for name, x in found}
 
     def forward(self, x: object) -> object:
         return x
 
 
-class Lora(NamedTuple):
-    """Of a model's adapter."""
+@dataclass(frozen=True)
+class Lora:
+    """Of a model's adapter. Raises InputError for a wrong value."""
 
     rank: int
     alpha: float
     dropout: float
     targets: tuple[str, ...]
 
-
-def low_rank(in_features: int, out_features: int, rank: int, like: Tensor) -> tuple[nn.Linear, nn.Linear]:
-    """A (rank, in), random, and B (out, rank), zero, on like's device, in its dtype or in float32 if that is wider."""
-    wide = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
-    A = nn.Linear(in_features, rank, bias=False, **wide)
-    B = nn.Linear(rank, out_features, bias=False, **wide)
-    nn.init.kaiming_uniform_(A.weight, a=5**0.5)  # as the LoRA paper's code: starts at B A = 0
-    nn.init.zeros_(B.weight)
-    return A, B
+    def __post_init__(self) -> None:
+        numbers = isinstance(self.rank, int) and all(isinstance(x, int | float) for x in (self.alpha, self.dropout))
+        if not numbers or self.rank < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
+            given = f"rank {self.rank!r}, alpha {self.alpha!r}, dropout {self.dropout!r}"
+            raise InputError(f"LoRA needs a whole rank >= 1, alpha > 0 and 0 <= dropout < 1, got {given}")
 
 
 def adapters(model: Stack) -> dict[str, Any]:
@@ -87,19 +85,20 @@ def adapters(model: Stack) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
-def linear_modules(model: Stack) -> list[str]:
-    """Full names of the linear layers that an adapter can be put at: all but the LM head."""
-    names = []
+def linear_layers(model: Stack) -> dict[str, Any]:
+    """By full name, what an adapter can be put at: all linear layers, of other ranks too, but the LM head."""
+    found: dict[str, Any] = {}
     for name, module in model.named_modules():
-        inside = module.linear if isinstance(module, Placeholder) else ()
-        linear = [name] if isinstance(module, nn.Linear | Linear4bit) else [f"{name}.{other}" for other in inside]
-        names += [full for full in linear if full.rpartition(".")[2] not in ("lm_head", "lora_A", "lora_B")]
-    return names
+        if isinstance(module, nn.Linear | Linear4bit):
+            found[name] = module
+        elif isinstance(module, Placeholder):
+            found |= {f"{name}.{inside}": layer for inside, layer in module.linear.items()}
+    return {name: layer for name, layer in found.items() if not name.endswith(("lm_head", "lora_A", "lora_B"))}
 
 
 def default_targets(model: Stack) -> list[str]:
     """The last names of all linear layers, each once, but the LM head and what PEFT refuses in this family."""
-    names = dict.fromkeys(name.rpartition(".")[2] for name in linear_modules(model))
+    names = dict.fromkeys(name.rpartition(".")[2] for name in linear_layers(model))
     return [name for name in names if name not in model.unadapted]
 
 
@@ -120,31 +119,29 @@ def add_lora(
     (out, rank) come beside it, in float32 (float64 for a float64 model). The update is alpha / rank · B A.
     Raises InputError for a wrong value and for a model that has an adapter already.
     """
-    known, default = linear_modules(model), default_targets(model)
+    known, default = linear_layers(model), default_targets(model)
     if targets is None:
         targets = [name for name in ("q_proj", "v_proj") if name in default] or default
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
     if not targets or not all(any(is_target(name, [target]) for name in known) for target in targets):
         ends = dict.fromkeys(name.rpartition(".")[2] for name in known)
         raise InputError(f"LoRA targets are {list(targets)}, but must be some of {', '.join(ends)}")
-    if rank < 1 or not alpha > 0 or not 0 <= dropout < 1:
-        given = f"rank {rank}, alpha {alpha}, dropout {dropout}"
-        raise InputError(f"LoRA needs rank >= 1, alpha > 0 and 0 <= dropout < 1, got {given}")
+    lora = Lora(rank, alpha, dropout, targets)
     if adapters(model):
         raise InputError("the model has an adapter already: call merge_lora(model) first")
     model.requires_grad_(False)
-    masks, like = DropoutMasks(), next(model.parameters())
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Placeholder):  # the same random numbers whoever has which layers
-            for inside, sizes in module.linear.items():
-                if is_target(f"{name}.{inside}", targets):
-                    low_rank(*sizes, rank, like)
-        elif isinstance(module, nn.Linear | Linear4bit) and is_target(name, targets):
-            layer: Any = module
-            layer.lora_A, layer.lora_B = low_rank(layer.in_features, layer.out_features, rank, like)
-            layer.name, layer.scale, layer.dropout, layer.masks = name, alpha / rank, dropout, masks
-            layer.hook = layer.register_forward_hook(_add_product)
-    model.lora = Lora(rank, alpha, dropout, targets)
+    masks, like, here = DropoutMasks(), next(model.parameters()), set(model.modules())
+    wide: Any = {"bias": False, "dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
+    for name, layer in known.items():
+        if is_target(name, targets):
+            A, B = nn.Linear(layer.in_features, rank, **wide), nn.Linear(rank, layer.out_features, **wide)
+            nn.init.kaiming_uniform_(A.weight, a=5**0.5)  # as the LoRA paper's code: starts at B A = 0
+            nn.init.zeros_(B.weight)
+            if layer in here:  # the others were for the random numbers, the same whoever has which layers
+                layer.lora_A, layer.lora_B = A, B
+                layer.name, layer.scale, layer.dropout, layer.masks = name, alpha / rank, dropout, masks
+                layer.hook = layer.register_forward_hook(_add_product)
+    model.lora = lora
     model.train()
     if dropout > 0:
         model.masks = masks

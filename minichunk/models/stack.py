@@ -1,9 +1,10 @@
 """Layers one after the other, each with a memory of its own: what `seco` asks of a model, for any kind of layer."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -65,8 +66,23 @@ class Stack(nn.Module):
 
     @property
     def like(self) -> Tensor:
-        """A tensor of the model's dtype, on its device."""
-        return next(self.norm.parameters())
+        """A tensor of the model's dtype, on its device: a norm's weight, as no adapter is put there, and no 4 bits."""
+        return next(module.weight for module in self.layers.modules() if isinstance(module, nn.RMSNorm))
+
+    def blocks(self, layers_at_once: int) -> list[Self]:
+        """See protocol.LayeredModel. They share all weights with the model."""
+        return [self._block(*layers) for layers in cut(len(self.layers), layers_at_once)]
+
+    def _block(self, start: int, stop: int) -> Self:
+        """With the first layers goes the embedding, with the last ones go norm and LM head; elsewhere x passes."""
+        block, inner = copy(self), copy(self.get_submodule(self.names[0]))
+        block._modules = {**self._modules, self.names[0]: inner}
+        inner._modules = {**inner._modules, "layers": self.layers[start:stop]}
+        if start > 0:
+            inner._modules[self.names[1]] = nn.Identity()
+        if stop < len(self.layers):
+            inner._modules[self.names[2]] = block._modules["lm_head"] = nn.Identity()
+        return block
 
     def shared(self, x: Tensor, start: int) -> tuple[Any, ...]:
         """What every layer is given beside x (B, T, E), whose first position is `start`."""
@@ -97,13 +113,14 @@ class Stack(nn.Module):
         x = self.embedding(input_ids)  # (B, T, E)
         shared = self.shared(x, chunks[0].start if chunks else 0)
         written, call = [], self._layer
-        if options.recompute:  # on top of a memory dropout draws its masks from seeds: no generator's state to replay
+        recompute = options.recompute and torch.is_grad_enabled()
+        if recompute:  # on top of a memory dropout draws its masks from seeds: no generator's state to replay
             call = partial(checkpoint, self._layer, use_reentrant=False, preserve_rng_state=memory is None)
         for i, layer in enumerate(self.layers):
             # Below the first layer that learns, the past needs no gradient either: there is nothing to hand it to.
             learns = x.requires_grad or any(p.requires_grad for p in layer.parameters())
             with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-                past = memory.layers[i].past(chunks, save=options.recompute) if memory is not None else None
+                past = memory.layers[i].past(chunks, save=recompute) if memory is not None else None
             x, wrote = call(layer, chunks, options, x, past, *shared)
             written.append(wrote)
         return self.norm(x), written

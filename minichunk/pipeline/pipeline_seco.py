@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +23,9 @@ from ..chunks import Chunk, check_fill_size, cut, span
 from ..errors import InputError
 from ..loss import summed_loss
 from ..memory.layer_memory import LayerMemories, wide
-from ..protocol import Options, Written
+from ..protocol import Options, Written, relay
 from ..samplers import Weight
-from ..seco import fill, flat, new_memory
+from ..seco import fill, new_memory
 from ..spaco import QUARTER, Sampler, check_weights
 from .stage import PipelineStage
 
@@ -89,38 +89,30 @@ def agree(
     return draws[0], replace(options, dropout_seed=seeds[0]), any(learning[: stage.links.rank])
 
 
-class Rebuilt(NamedTuple):
-    """A chunk that waits for its turn: its input and output (B, C, E), with the graph between, and what it wrote."""
-
-    chunk: Chunk
-    weight: Weight
-    x: Tensor
-    y: Tensor
-    written: Written
-
-
 def walk_back(
     stage: PipelineStage, batch: Batch, memory: LayerMemories, kept: Sequence[tuple[Chunk, Weight]], options: Options,
     below_learns: bool,
 ) -> Tensor:  # fmt: skip
     """Lines 4-7. Returns the loss on the last rank, 0 on others. below_learns: whether a rank before learns."""
-    links, waiting = stage.links, deque[Rebuilt]()
+    links, waiting = stage.links, deque[Any]()
     total = torch.zeros((), dtype=wide(stage.like), device=batch.input_ids.device)
     for chunk, weight in reversed(kept):  # line 4
         x = stage.take(batch.input_ids[:, span([chunk])]).requires_grad_(below_learns)
         y, written = stage.run_and_hand(x, memory, [chunk], options)  # line 5
-        waiting.append(Rebuilt(chunk, weight, x, y, written))
+        waiting.append((chunk, weight, x, y, written))  # x, y (B, C, E): with the graph between
         del x, y, written  # or they would live on beside the next chunk's
         if len(waiting) == links.ranks - links.rank:
-            total += _backward(stage, batch, memory, waiting.popleft())
+            total += _backward(stage, batch, memory, *waiting.popleft())
     while waiting:
-        total += _backward(stage, batch, memory, waiting.popleft())
+        total += _backward(stage, batch, memory, *waiting.popleft())
     return total
 
 
-def _backward(stage: PipelineStage, batch: Batch, memory: LayerMemories, rebuilt: Rebuilt) -> Tensor | float:
+def _backward(
+    stage: PipelineStage, batch: Batch, memory: LayerMemories, chunk: Chunk, weight: Weight, x: Tensor, end: Tensor,
+    written: Written,
+) -> Tensor | float:  # fmt: skip
     """Lines 6 and 7, when a chunk's turn has come. Returns its share of the loss on the last rank, 0 on others."""
-    chunk, weight, x, end, written = rebuilt
     links, grad = stage.links, None
     if links.is_last:
         loss = summed_loss(end, stage.model.lm_head.weight, batch.targets[:, span([chunk])]) / batch.num_targets
@@ -128,11 +120,10 @@ def _backward(stage: PipelineStage, batch: Batch, memory: LayerMemories, rebuilt
     elif end.requires_grad:
         grad = links.take(torch.empty_like(end), links.rank + 1)
     if end.requires_grad:  # or nothing from the embedding up to here learns
-        made, sent = flat(written), flat(memory.hand_over(chunk))
+        made, received = relay(written, memory.hand_over(chunk))
         if weight.relay != 1.0:  # or it would be a copy
-            sent = [weight.relay * g for g in sent]
-        relayed = [(m, g) for m, g in zip(made, sent, strict=True) if m.requires_grad] if sent else []
-        torch.autograd.backward([end, *(m for m, _ in relayed)], [grad, *(g for _, g in relayed)])  # line 7
+            received = [weight.relay * g for g in received]
+        torch.autograd.backward([end, *made], [grad, *received])  # line 7
     if x.grad is not None:
         links.hand(x.grad, links.rank - 1)
     return end.detach() if links.is_last else 0.0
@@ -143,11 +134,12 @@ def tied_weight_summed(stage: PipelineStage) -> Iterator[None]:
     """A weight that is embedding and LM head gets, on both ranks that have it, the sum of what they find in the block,
     and then the gradient of earlier steps."""
     weight = stage.tied_weight
-    earlier = None if weight is None else weight.grad
-    if weight is not None:
-        weight.grad = None
+    if weight is None:
+        yield
+        return
+    earlier, weight.grad = weight.grad, None
     yield
-    if weight is not None and weight.grad is not None:
+    if weight.grad is not None:
         stage.links.add(weight.grad, stage.links.ends)
         if earlier is not None:
             weight.grad += earlier

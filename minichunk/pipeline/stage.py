@@ -1,7 +1,6 @@
 """A rank's part of a model: some adjacent layers; with the first ones the embedding, with the last norm and LM head."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, Self
@@ -60,8 +59,6 @@ class PipelineStage(Stack):
     masks: Any = property(attrgetter("model.masks"))
     shared: Any = property(attrgetter("model.shared"))
     named_parameters: Any = property(attrgetter("model.named_parameters"))  # by their names in the model
-    # A norm's weight, because no adapter is put there and it is not stored in 4 bits.
-    like: Any = property(lambda stage: next(m.weight for m in stage.layers.modules() if isinstance(m, nn.RMSNorm)))
     layers: Any = property(lambda stage: stage.model.layers[stage.layer_range])
     embedding: Any = property(attrgetter("model.embedding"))  # after the first rank, and the norm before the last:
     norm: Any = property(attrgetter("model.norm"))  # a Placeholder, which returns the hidden states that it is given
@@ -114,7 +111,7 @@ class PipelineStage(Stack):
         x = self.take(input_ids)
         if self.links.is_last:
             return super().fill(x, memory, chunks, options)
-        return self.run_and_hand(x, memory, chunks, replace(options, recompute=False))[1]
+        return self.run_and_hand(x, memory, chunks, options)[1]
 
     @torch.no_grad()
     def chunk_losses(self, input_ids: Tensor, targets: Tensor, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:

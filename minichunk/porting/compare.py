@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..files.atomic import open_tensors
 from ..training.options import check_options, option
-from .mistakes import Golden, likely_mistakes
+from .mistakes import likely_mistakes
 
 FORMAT = "minichunk golden 2"  # in a golden file's metadata
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
@@ -31,23 +31,8 @@ COMPUTED = re.compile(
     rf"(?P<method>{'|'.join(METHODS)})(\.chunk\.(?P<chunk>\d+))?(\.layer\.(?P<layer>\d+))?"
     r"\.(?P<kind>grad(?=\.)|\w+)(\.(?P<parameter>.+))?"
 )
-FORWARD = {  # in the order of comparison
-    "hidden": "what goes into layer {layer} at chunk {chunk}",
-    "keys": "the keys that chunk {chunk} writes in layer {layer}, after the rotation",
-    "values": "the values that chunk {chunk} writes in layer {layer}",
-    "state": "the state after chunk {chunk} in layer {layer}",
-    "decay": "the product of the gates of chunk {chunk} in layer {layer}",
-    "attention": "what attention returns to chunk {chunk} in layer {layer}, heads side by side, before o_proj",
-    "residual": "the input of layer {layer} plus what o_proj returns, at chunk {chunk}",
-    "logits": "what the LM head returns to chunk {chunk}",
-}
-WALK = {
-    "key_grads": "what is relayed to the keys of chunk {chunk} in layer {layer}: all that later chunks sent back",
-    "value_grads": "what is relayed to the values of chunk {chunk} in layer {layer}: all that later chunks sent back",
-    "adjoint": "what is relayed to the state after chunk {chunk} in layer {layer}",
-    "loss": "chunk {chunk}'s part of the mean loss",
-    "grad": "the gradient of {parameter} after the backward pass of chunk {chunk}",
-}
+FORWARD = ("hidden", "keys", "values", "state", "decay", "attention", "residual", "logits")  # in this order
+WALK = ("key_grads", "value_grads", "adjoint")
 # A layer's parameters in the order in which a backward pass comes to them.
 BACKWARD = (
     "down_proj", "up_proj", "gate_proj", "post_attention_layernorm", "o_proj", "v_proj", "k_norm", "k_proj",
@@ -55,12 +40,19 @@ BACKWARD = (
 )  # fmt: skip
 
 
+class Golden(NamedTuple):
+    """A golden file: tensors in the order of comparison, name, and how far one rounding a step moves the worst one."""
+
+    tensors: dict[str, Tensor]
+    case: str
+    rounding: float
+
+
 class Verdict(NamedTuple):
-    """Whether all is there and equal, the words for it, and the tensor that differs first, if one does."""
+    """Whether all is there and equal, and the words for it, which begin with the first tensor that differs."""
 
     equal: bool
     words: str
-    first: str | None = None
 
 
 def order(name: str) -> tuple[int, ...]:
@@ -71,12 +63,12 @@ def order(name: str) -> tuple[int, ...]:
         return 0, int(not name.endswith(("input_ids", "labels"))), int(name.startswith("rope."))
     stage, chunk, layer = 1 + METHODS.index(found["method"]), int(found["chunk"] or 0), found["layer"]
     if (kind := found["kind"]) in FORWARD:
-        return stage, 0, chunk, int(layer or 1 << 30), list(FORWARD).index(kind)  # logits come behind all layers
+        return stage, 0, chunk, int(layer or 1 << 30), FORWARD.index(kind)  # logits come behind all layers
     if kind == "loss":
         return (stage, 4) if found["chunk"] is None else (stage, 1, -chunk)
     if kind == "grad":
         return stage, 3, -chunk, 1, *_backward_order(found["parameter"])
-    return stage, 3, -chunk, 0, -int(layer), list(WALK).index(kind)
+    return stage, 3, -chunk, 0, -int(layer), WALK.index(kind)
 
 
 def _backward_order(parameter: str) -> tuple[int, ...]:
@@ -84,17 +76,6 @@ def _backward_order(parameter: str) -> tuple[int, ...]:
         return {"lm_head.weight": (0,), "model.norm.weight": (1,), "full.loss": (-1,)}.get(parameter, (3,))
     kind = next((i for i, part in enumerate(BACKWARD) if f".{part}." in parameter), len(BACKWARD))
     return 2, -int(layer[1]), kind, int(parameter.endswith((".bias", ".lora_A.weight")))
-
-
-def describe(name: str) -> str:
-    """What a tensor of a golden file is, in words."""
-    if not (found := COMPUTED.fullmatch(name)):
-        ordinary = f"ordinary backpropagation: {name.removeprefix('full.')}"
-        return ordinary if name.startswith("full.") else "what the file gives, for you to begin with"
-    words = (FORWARD | WALK)[found["kind"]].format(**found.groupdict()) if found["chunk"] else "the sum of all losses"
-    words += ", in SpaCO" if found["method"].endswith("spaco") else ", in SeCO"
-    words += " of the second batch" if found["method"].startswith("second") else ""
-    return words + (", its factors included" if "SpaCO" in words and found["kind"] in WALK else "")
 
 
 def read_golden(path: str | Path) -> Golden:
@@ -151,14 +132,13 @@ def compare(mine: dict[str, Tensor], golden: Golden, precision: str | None = Non
     for n, name in enumerate(there):
         if words := difference(mine[name], golden.tensors[name], bound):
             before = f"{n} tensors before it agree, the last of them {there[n - 1]}" if n else "it is the first one"
-            about = likely_mistakes(name, golden, mine, there[:n], bound)
-            lines = [f"{name} {words}", f"  {before}", f"it is {describe(name)}", *about]
-            return Verdict(False, "\n".join(lines), name)
+            numeric = words.startswith(("is off by", "must be all zeros"))
+            about = likely_mistakes(name, golden.case, there[:n]) if numeric else []
+            return Verdict(False, "\n".join([f"{name} {words}", f"  {before}", *about]))
     missing = [name for name in golden.tensors if name not in mine and not OPTIONAL.search(name)]
     counted = f"{len(there)} tensors agree in {precision}, within {bound:.1g} of their norms"
     if missing:
-        more = f"not there yet: {missing[0]} and {len(missing) - 1} more"
-        lines = [counted, more, f"the next one is {describe(missing[0])}"]
+        lines = [counted, f"not there yet: {missing[0]} and {len(missing) - 1} more"]
         if unknown := sorted(mine.keys() - golden.tensors.keys()):
             close = get_close_matches(missing[0], unknown, 1) or unknown
             lines.append(f"the golden file has no {close[0]} ({len(unknown)} such names of yours)")
@@ -173,19 +153,13 @@ class CompareOptions:
 
     Your port reads a golden file (they lie in tests/golden, and its README.md describes them), begins with
     its weights and input_ids, runs SeCO and SpaCO as the file's metadata says, and writes what it has
-    computed by the golden file's names. From NumPy, JAX, PyTorch, ...:
-
-      from safetensors.numpy import save_file
-      save_file({"seco.chunk.0.layer.0.keys": keys, ...}, "mine.safetensors")
+    computed by the golden file's names, with safetensors from NumPy, JAX, PyTorch, ...
 
       minichunk compare mine.safetensors --golden tests/golden/plain.safetensors
 
-    Begin with a few tensors and add more: what is there is compared in the order in which a port is built
-    (the forward pass chunk after chunk, the losses, then back from the last chunk), and what comes next is
-    named. What lies within a layer (hidden, attention, residual, logits), rope and full may be left out.
-
-    A tensor is equal if it is off by no more than rounding can do, relative to its norm: about 1e-14 in
-    float64 and 1e-5 in float32. In bfloat16 only calm.safetensors shows more than rounding.
+    Begin with a few tensors and add more: what is there is compared in the order in which a port is built,
+    and what comes next is named. A tensor is equal if it is off by no more than rounding can do, relative to
+    its norm: about 1e-14 in float64 and 1e-5 in float32. In bfloat16 only calm.safetensors shows more.
     Exit status 0: all is there and equal. 1: something differs or is missing. 2: a file cannot be used.
     """
 

@@ -1,5 +1,6 @@
 """`minichunk train`: everything around the training loop, from options to files."""
 
+import os
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -7,6 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from ..chunks import cut
@@ -17,7 +19,7 @@ from ..pipeline.links import Links, RankLost
 from ..pipeline.start import linked, local_device, started
 from .evaluate import Span, loss_by_position, spans_for
 from .load import check_host_room, load_data, load_to_train, make_gradient
-from .loop import NonFiniteLoss, Ranks, Schedule, Trainer, deterministic_kernels
+from .loop import NonFiniteLoss, Ranks, Schedule, Trainer
 from .options import TrainOptions, flag
 from .run_directory import Run, loss_table, peak_memory, write_results
 
@@ -43,8 +45,10 @@ def train(options: TrainOptions, say: Callable[[str], object] = print) -> Path:
         stored, before = resumed.read_info()
         options = replace(stored, pipeline=options.pipeline, timeout=options.timeout)
     options = options.resolved()
-    reached = linked(options.pipeline, local_device(options.device), options.timeout)
-    with deterministic_kernels(options.deterministic), reached as links:
+    if options.deterministic:  # until this process ends
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+    with linked(options.pipeline, local_device(options.device), options.timeout) as links:
         return _train(options, resumed, before, links, say)
 
 

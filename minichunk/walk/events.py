@@ -43,18 +43,18 @@ from ..files.atomic import json_lines, write_text
 
 Event = dict[str, Any]
 FORMAT = "minichunk trace 1"
-NEEDS: dict[str, dict[str, type]] = {
-    "begin": {"format": str, "method": str, "chunks": list, "layers": int},
-    "draw": {"entries": list},
-    "memory": {},
-    "fill": {"chunks": list, "written": list},
-    "rebuild": {"chunk": int, "written": list},
-    "forward": {"chunk": int},
-    "loss": {"chunk": int, "loss": float},
-    "relay": {"chunk": int, "received": list},
-    "backward": {"chunk": int, "layer": int, "sent": list},
-    "done": {"chunk": int},
-    "end": {"loss": float},
+NEEDS = {
+    "begin": ("format", "method", "chunks", "layers"),
+    "draw": ("entries",),
+    "memory": (),
+    "fill": ("chunks", "written"),
+    "rebuild": ("chunk", "written"),
+    "forward": ("chunk",),
+    "loss": ("chunk", "loss"),
+    "relay": ("chunk", "received"),
+    "backward": ("chunk", "layer", "sent"),
+    "done": ("chunk",),
+    "end": ("loss",),
 }
 BYTES = ("weights", "gradients", "memory", "memory_gradients", "activations")
 
@@ -65,7 +65,7 @@ def write_events(path: str | Path, events: Iterable[Event]) -> None:
 
 
 def read_events(path: str | Path) -> list[Event]:
-    """Read a log. Raises InputError, naming file, line and field, for anything that the page could not draw."""
+    """Read a log. Raises InputError, naming file and line, for an event without what the page needs of it."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -73,8 +73,8 @@ def read_events(path: str | Path) -> list[Event]:
     events: list[Event] = []
     for where, event in json_lines(path, text):
         try:
-            check_event(event, events[0] if events else None)
-        except InputError as error:
+            check_event(event, events[0] if events else event)
+        except (TypeError, ValueError, LookupError, AttributeError) as error:  # of another type than events.py says
             raise InputError(f"{where}: {error}") from None
         events.append(event)
     if not events:
@@ -82,36 +82,21 @@ def read_events(path: str | Path) -> list[Event]:
     return events
 
 
-def check_event(event: Any, begin: Event | None) -> None:
-    """Raise InputError unless it has the fields of its kind; begin: the first event, None if this is it."""
-    kind = event.get("kind") if isinstance(event, dict) else None
-    if kind not in NEEDS:
-        raise InputError(f"an event must be an object whose 'kind' is one of {', '.join(NEEDS)}")
-    if (begin is None) != (kind == "begin"):
-        raise InputError(f"'{kind}' is out of place: a log has one 'begin', and it comes first")
-    for name, wanted in NEEDS[kind].items():
-        value = event.get(name)
-        if not isinstance(value, (int, float) if wanted is float else wanted) or isinstance(value, bool):
-            raise InputError(f"'{kind}' needs the field '{name}', of type {wanted.__name__}")
-    sizes = event.get("bytes")
-    if sizes is not None and not (isinstance(sizes, dict) and all(isinstance(sizes.get(x), int) for x in BYTES)):
-        raise InputError(f"'bytes' must be an object with the integers {', '.join(BYTES)}")
-    if begin is None:
-        if event["format"] != FORMAT:
-            raise InputError(f"the format is {event['format']!r}, but must be {FORMAT!r}")
-        spans = [isinstance(chunk, list) and [type(x) for x in chunk] == [int, int] for chunk in event["chunks"]]
-        if not spans or not all(spans) or event["layers"] < 1:
-            raise InputError("'chunks' must be a list of [start, stop] and 'layers' at least 1")
-        return
+def check_event(event: Event, begin: Event) -> None:
+    """Raise InputError unless it has the fields of its kind; its chunks and layers must be among those of `begin`."""
+    kind = event.get("kind")
+    if kind not in NEEDS or (event is begin) != (kind == "begin"):
+        raise InputError(f"the kind {kind!r} is none of {', '.join(NEEDS)}, of which 'begin' comes first, and once")
+    if missing := [name for name in NEEDS[kind] if name not in event]:
+        raise InputError(f"{kind!r} needs the field {missing[0]!r}")
+    if begin["format"] != FORMAT:
+        raise InputError(f"the format is {begin['format']!r}, but must be {FORMAT!r}")
     num_chunks, num_layers = len(begin["chunks"]), begin["layers"]
-    sent = [*event.get("sent", []), *event.get("held", [])]
-    if not all(isinstance(row, list) and row and isinstance(row[0], int) for row in sent):
-        raise InputError("'sent' and 'held' must be lists of [chunk, norm, …]")
-    chunks = [*event.get("chunks", []), *(row[0] for row in sent), *([event["chunk"]] if "chunk" in event else [])]
-    if not all(isinstance(chunk, int) and 0 <= chunk < num_chunks for chunk in chunks):
-        raise InputError(f"it names the chunks {chunks}, but they go from 0 to {num_chunks - 1}")
-    if not 0 <= event.get("layer", 0) < num_layers:
+    chunks = [event.get("chunk", 0), *(row[0] for row in [*event.get("sent", []), *event.get("held", [])])]
+    if wrong := {*chunks, *(event.get("chunks", []) if event is not begin else [])} - {*range(num_chunks)}:
+        raise InputError(f"it names the chunk {min(wrong)}, but they go from 0 to {num_chunks - 1}")
+    if event.get("layer", 0) not in range(num_layers):
         raise InputError(f"'layer' is {event['layer']}, but layers go from 0 to {num_layers - 1}")
-    for name, length in (("entries", num_chunks), ("written", num_layers), ("received", num_layers)):
-        if name in event and len(event[name]) not in (length, 0 if name == "received" else length):
-            raise InputError(f"'{name}' has {len(event[name])} entries, but must have {length}")
+    for name, allowed in ("entries", [num_chunks]), ("written", [num_layers]), ("received", [0, num_layers]):
+        if name in event and len(event[name]) not in allowed:
+            raise InputError(f"{name!r} has {len(event[name])} entries, but must have {allowed[-1]}")

@@ -31,7 +31,6 @@ from .trace import trace
 
 FILES = Path(__file__).parent / "page"
 SCRIPTS = ("state.js", "words.js", "drawing.js", "controls.js")
-MOST = 1_000_000  # bytes
 METHODS = ("seco", "spaco", "full", "full-recompute")
 MOST_CHUNKS = 32  # narrower columns cannot be read
 ALGORITHMS: dict[str, Callable[..., Any]] = {"seco": seco, "spaco": spaco, "full": full}
@@ -40,8 +39,7 @@ ALGORITHMS: dict[str, Callable[..., Any]] = {"seco": seco, "spaco": spaco, "full
 def make_page(logs: Sequence[Sequence[Event]], names: Sequence[str | None] | None = None) -> str:
     """A page that shows these logs: as one run each, by `names` (None: the method's). The first is shown first.
 
-    Logs of `full` are also drawn behind the others, where bytes are counted. Raises InputError for a page of a
-    megabyte or more.
+    Logs of `full` are also drawn behind the others, where bytes are counted.
     """
     runs = [{"name": name, "events": log} for name, log in zip(names or [None] * len(logs), logs, strict=True)]
     known = sorted({"seco", *(log[0]["method"] for log in logs)} & ALGORITHMS.keys())
@@ -53,9 +51,6 @@ def make_page(logs: Sequence[Sequence[Event]], names: Sequence[str | None] | Non
         ("/*DATA*/", data.replace("<", "\\u003c")),  # no text of a user's ends the script
     ):
         page = page.replace(place, content, 1)
-    if (size := len(page.encode())) >= MOST:
-        words = f"the page would have {size:,} bytes, but must have fewer than {MOST:,}"
-        raise InputError(f"{words}: take fewer or larger chunks, or fewer methods (--chunk-size, --method)")
     return page
 
 

@@ -1,21 +1,21 @@
 """`trace`: take one real step and write down what happens in it.
 
-A recorder stands between an algorithm and its model, and passes on every question as it is. So it is the functions of
-seco.py, spaco.py and full.py themselves that are watched, and they compute what they compute alone, bit for bit. This
-is where it listens, and what it writes down there:
+A recorder listens to an algorithm's functions and to what they ask of the model. So it is the functions of seco.py,
+spaco.py and full.py themselves that run, and they compute what they compute alone, bit for bit. This is where it
+listens, and what it writes down there:
 
 - the sampler: `draw`; `model.new_memory`: `memory`; `memory.write`: `fill`
 - `model.run`: `rebuild`, or `forward` where the whole text is run
 - the loss function: `loss`; `memory.hand_over`: `relay`
 - the gradient of a layer's input: `backward`, with what the layer has sent to its memory
-- `torch.autograd.backward`, when it returns: `done`
+- `torch.autograd.backward`: `done`
 """
 
 import inspect
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -26,15 +26,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from ..batch import check_batch
+from ..batch import check_tokens
 from ..chunks import Chunk, cut
 from ..costs.count import CountBytes
 from ..errors import InputError
 from ..full import full
-from ..memory.attention import Past
-from ..memory.layer_memory import LayerMemories, LayerMemory, wide
+from ..memory.layer_memory import LayerMemories, wide
 from ..memory.state import LayerState
-from ..protocol import DEFAULTS, Memory, Options, Written
+from ..protocol import Written
 from ..samplers import Bernoulli, Weight
 from ..seco import seco
 from ..spaco import spaco
@@ -45,9 +44,14 @@ Sums = dict[tuple[int, int], list[Tensor]]  # by layer and chunk
 
 
 def trace(
-    function: Callable[..., Tensor], model: Any, input_ids: Tensor, labels: Tensor, *arguments: Any, on_event:
-    Callable[[Event], object] = lambda event: None, **keywords: Any,
-) -> list[Event]:  # fmt: skip
+    function: Callable[..., Tensor],
+    model: Any,
+    input_ids: Tensor,
+    labels: Tensor,
+    *arguments: Any,
+    on_event: Callable[[Event], object] = lambda event: None,
+    **keywords: Any,
+) -> list[Event]:
     """Call `function(model, input_ids, labels, …)`, one of `seco`, `spaco` and `full`; return the log of its events.
 
     The function is run as it is and adds to `.grad` what it adds alone, bit for bit; events.py describes the log. The
@@ -56,13 +60,15 @@ def trace(
     model: a `protocol.Model` with its `layers`, as all of ours are.
     input_ids, labels: int64 (B, T).
     on_event: called with each event as it happens, within the function; a loss is written into its event only when
-        the backward pass begins.
+        its backward pass is over.
     Slower than the step alone, and for one at a time: it puts itself in the place of `torch.autograd.backward`.
     Raises InputError for another function, and as the function does.
     """
     if function not in (seco, spaco, full):
         raise InputError(f"trace watches seco, spaco or full, but was given {getattr(function, '__name__', function)}")
-    check_batch(model, input_ids, labels, None)
+    if keywords.get("layers_at_once") is not None:
+        raise InputError("trace watches a step whose layers are run all at once: leave out layers_at_once")
+    check_tokens(input_ids, labels, None, model.lm_head.weight.shape[0])
     bound = inspect.signature(function).bind(model, input_ids, labels, *arguments, **keywords)
     bound.apply_defaults()
     given, (batch, tokens) = bound.arguments, input_ids.shape
@@ -74,22 +80,13 @@ def trace(
         layers=len(model.layers), batch=batch, tokens=tokens, recompute=bool(given["recompute"]),
         parameters=sum(p.numel() for p in model.parameters()), torch=torch.__version__,
     )  # fmt: skip
-    with recorder.watching(given):
+    if "sampler" in given:
+        given["sampler"] = partial(recorder.draw, given["sampler"])
+    with recorder.listening():
         loss = function(*bound.args, **bound.kwargs)
-    recorder.memory, recorder.sums = None, {}
+    recorder.layers, recorder.sums = [], {}
     recorder.write("end", loss=float(loss), gradient_norm=recorder.gradient_norm())
     return recorder.events
-
-
-class Watched:
-    """Another object, of which some methods are replaced by these; all else is its own."""
-
-    def __init__(self, watched: Any, **methods: Callable[..., Any]) -> None:
-        self._watched = watched
-        self.__dict__.update(methods)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._watched, name)
 
 
 class Recorder(CountBytes):
@@ -104,7 +101,7 @@ class Recorder(CountBytes):
         self.events: list[Event] = []
         self.parameters: list[nn.Parameter] = list(model.parameters())
         self.weights: list[Tensor] = [*self.parameters, *model.buffers()]
-        self.memory: Memory | None = None
+        self.layers: list[Any] = []  # their memories
         self.factors: list[tuple[float, float]] = [(1.0, 1.0)] * len(chunks)  # on loss and relay
         self.running = 0  # the chunk whose graph is alive
         self.now: Sums = {}  # what the running chunk has sent back, until its layer is left
@@ -113,28 +110,32 @@ class Recorder(CountBytes):
         self.add(*self.weights, *self.gradients())
 
     @contextmanager
-    def watching(self, given: dict[str, Any]) -> Iterator[None]:
-        """Within the block the step is watched; given: the function's arguments, by name."""
-        given["model"] = Watched(self.model, new_memory=self.new_memory, run=self.run)
-        if "sampler" in given:
-            given["sampler"] = partial(self.draw, given["sampler"])
-        hooks = [layer.register_forward_pre_hook(partial(self.enter, i)) for i, layer in enumerate(self.model.layers)]
-        try:
-            with (
-                self,
-                patch.object(SECO, "summed_loss", partial(self.take_loss, SECO.summed_loss)),
-                patch.object(F, "cross_entropy", partial(self.take_loss, F.cross_entropy)),  # of full.py
-                patch.object(torch.autograd, "backward", partial(self.backward, torch.autograd.backward)),
-            ):
-                yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def listening(self) -> Iterator[None]:
+        """Within the block the step is watched."""
+        with ExitStack() as self.ends, self:
+            for i, layer in enumerate(self.model.layers):
+                self.ends.callback(layer.register_forward_pre_hook(partial(self.enter, i)).remove)
+            self.listen(self.model, "new_memory", self.remember)
+            self.listen(self.model, "run", self.run)
+            self.listen(SECO, "summed_loss", self.take_loss)
+            self.listen(F, "cross_entropy", self.take_loss)  # of full.py
+            self.listen(torch.autograd, "backward", self.done)
+            yield
+
+    def listen(self, owner: Any, name: str, heard: Callable[..., object]) -> None:
+        """Call `heard(result, *arguments)` whenever this function of the owner returns, until the step is over."""
+        function = getattr(owner, name)
+
+        def listened(*arguments: Any, **keywords: Any) -> Any:
+            result = function(*arguments, **keywords)
+            heard(result, *arguments)
+            return result
+
+        self.ends.enter_context(patch.object(owner, name, listened))
 
     def write(self, kind: str, **fields: Any) -> None:
         """Write an event down, with the bytes that are alive, and the most that were since the event before."""
-        tensors = getattr(self.memory, "tensors", None)
-        of_memory = tensors().bytes() if tensors else (0, 0)
+        of_memory = LayerMemories(self.layers, []).tensors().bytes()
         known = (storage_bytes(self.weights), storage_bytes(self.gradients()), *of_memory)
         sizes = dict(zip(BYTES, (*known, self.live - sum(known)), strict=True))
         event = {"step": len(self.events), "kind": kind, **fields, "bytes": sizes, "peak": max(self.peak, self.live)}
@@ -151,45 +152,36 @@ class Recorder(CountBytes):
         self.factors = [weight or (0.0, 0.0) for weight in entries]
         return entries
 
-    def new_memory(
-        self, batch: int, capacity: int, receiving: Sequence[Chunk] = (), options: Options = DEFAULTS
-    ) -> Watched:
-        self.memory = memory = self.model.new_memory(batch, capacity, receiving, options)
-        layers = memory.layers if isinstance(memory, LayerMemories) else []
+    def remember(self, memory: LayerMemories, *_: Any) -> None:
+        self.layers = layers = memory.layers
         self.write("memory", remembers=["state" if isinstance(x, LayerState) else "keys and values" for x in layers])
-        watched: Any = [Watched(x, past=partial(self.past, i, x)) for i, x in enumerate(layers)]
-        return Watched(memory, layers=watched, write=partial(self.fill, memory), hand_over=partial(self.relay, memory))
+        self.listen(LayerMemories, "write", self.fill)
+        self.listen(LayerMemories, "hand_over", self.relay)
+        for kind in {type(layer) for layer in layers}:  # attention adds to its memory, others read leaves from theirs
+            name, heard = ("add_grads", self.sent) if hasattr(kind, "add_grads") else ("past", self.read)
+            self.listen(kind, name, heard)
 
-    def fill(self, memory: Memory, chunks: Sequence[Chunk], written: Written) -> None:
-        memory.write(chunks, written)
-        self.write("fill", chunks=[self.chunks.index(chunk) for chunk in chunks], **self.describe(written))
+    def fill(self, _: None, memory: LayerMemories, chunks: Sequence[Chunk], written: Written) -> None:
+        self.write("fill", chunks=[self.chunks.index(chunk) for chunk in chunks], **describe(written))
 
-    def run(
-        self, input_ids: Tensor, memory: Any = None, chunks: Sequence[Chunk] = (), options: Options = DEFAULTS
-    ) -> tuple[Tensor, Written]:
-        hidden, written = self.model.run(input_ids, memory, chunks, options)
+    def run(self, result: tuple[Tensor, Written], ids: Tensor, memory: Any = None, chunks: Any = (), *_: Any) -> None:
         if torch.is_grad_enabled() and chunks:
             self.running = self.chunks.index(chunks[0])
-            self.write("rebuild", chunk=self.running, **self.describe(written))
+            self.write("rebuild", chunk=self.running, **describe(result[1]))
         elif torch.is_grad_enabled():
             self.write("forward", chunk=0)
-        return hidden, written
 
-    def take_loss(self, function: Callable[..., Tensor], *arguments: Any, **keywords: Any) -> Tensor:
-        loss = function(*arguments, **keywords)
-        self.write("loss", chunk=self.running, loss=0.0, factor=self.factors[self.running][0])  # see `backward`
-        return loss
+    def take_loss(self, *_: Any) -> None:
+        self.write("loss", chunk=self.running, loss=0.0, factor=self.factors[self.running][0])  # see `done`
 
-    def relay(self, memory: Memory, chunk: Chunk) -> Written:
-        received, factor = memory.hand_over(chunk), self.factors[self.running][1]
+    def relay(self, received: Written, *_: Any) -> None:
+        factor = self.factors[self.running][1]
         self.write("relay", chunk=self.running, received=[norms(layer) for layer in received], factor=factor)
-        return received
 
-    def backward(self, function: Callable[..., None], tensors: Any, *arguments: Any, **keywords: Any) -> None:
+    def done(self, _: None, tensors: Any, *__: Any) -> None:
         loss = float((tensors if isinstance(tensors, Tensor) else tensors[0]).detach())  # times its factor
         next(event for event in reversed(self.events) if event["kind"] == "loss")["loss"] = loss
         self.loss += loss
-        function(tensors, *arguments, **keywords)
         for layer in sorted({layer for layer, _ in self.now}, reverse=True):
             self.leave(layer)  # nothing below it learns, so that its input has no gradient
         self.write("done", chunk=self.running, loss=self.loss, gradient_norm=self.gradient_norm())
@@ -210,28 +202,23 @@ class Recorder(CountBytes):
         held = [[i, *norms(self.sums[layer, i])] for i in sent]
         self.write("backward", chunk=self.running, layer=layer, sent=rows, held=held)
 
-    def past(self, number: int, layer: LayerMemory, chunks: Sequence[Chunk], save: bool) -> Any:
-        """What a layer sees of its memory, which tells what is sent back to it: attention adds gradients to the
-        memory, for others autograd adds them up in leaves."""
-        seen = layer.past(chunks, save)
-        if isinstance(seen, Past):
-            seen.memory = Watched(seen.memory, add_grads=partial(self.send, number, layer))
-            return seen
+    def read(self, seen: Any, layer: Any, chunks: Sequence[Chunk], *_: Any) -> None:
+        """Autograd adds up in leaves what is sent back to the end of the chunk before."""
         before = next((i for i, chunk in enumerate(self.chunks) if chunk.stop == chunks[0].start), 0)
+        key = self.layers.index(layer), before
         for leaf in tree_leaves(seen):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
-                leaf.register_hook(lambda gradient: add_up(self.now, (number, before), [gradient]))
-        return seen
+                leaf.register_hook(lambda gradient: add_up(self.now, key, [gradient]))
 
-    def send(self, number: int, layer: Any, first: int, *gradients: Tensor) -> None:
-        """Attention adds a gradient (B, G, n, D) for each tensor that was written: sort them by chunks."""
-        layer.add_grads(first, *gradients)
+    def sent(self, _: None, layer: Any, first: int, *gradients: Tensor) -> None:
+        """Attention has added a gradient (B, G, n, D) for each tensor that was written: sort them by chunks."""
         with unseen():
             for i, (start, stop) in enumerate(self.chunks):
                 low, high = max(first, start), min(first + gradients[0].shape[2], stop)
                 if low < high:
                     rows, around = slice(low - first, high - first), (0, 0, low - start, stop - high)
-                    add_up(self.now, (number, i), [F.pad(g[:, :, rows], around) for g in gradients])
+                    key = self.layers.index(layer), i
+                    add_up(self.now, key, [F.pad(g[:, :, rows], around) for g in gradients])
 
     def gradients(self) -> list[Tensor]:
         return [p.grad for p in self.parameters if p.grad is not None]
@@ -239,9 +226,10 @@ class Recorder(CountBytes):
     def gradient_norm(self) -> float:
         return math.hypot(*norms(self.gradients()))
 
-    def describe(self, written: Written) -> dict[str, Any]:
-        shapes = [[list(x.shape) for x in layer] for layer in written]
-        return {"written": [norms(layer) for layer in written], "shapes": shapes}
+
+def describe(written: Written) -> dict[str, Any]:
+    shapes = [[list(x.shape) for x in layer] for layer in written]
+    return {"written": [norms(layer) for layer in written], "shapes": shapes}
 
 
 @contextmanager

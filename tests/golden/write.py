@@ -28,9 +28,9 @@ from minichunk.models.llama import Attention, Layer, Llama, rope_tables
 from minichunk.models.lora import DropoutMasks, adapters, add_lora
 from minichunk.models.ssm import StateSpace, StateSpaceConfig
 from minichunk.porting.compare import FORMAT
-from minichunk.protocol import Options
+from minichunk.protocol import Options, flat
 from minichunk.samplers import Weight
-from minichunk.seco import fill, flat, new_memory, rebuild
+from minichunk.seco import fill, new_memory, rebuild
 
 HERE = Path(__file__).parent
 BATCH, LENGTH, CHUNK_SIZE = 2, 11, 3  # a ragged last chunk

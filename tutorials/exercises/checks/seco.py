@@ -12,8 +12,8 @@ from torch import Tensor
 import minichunk as mc
 from minichunk.batch import prepare
 from minichunk.chunks import Chunk, cut
-from minichunk.protocol import DEFAULTS
-from minichunk.seco import fill, flat, new_memory, rebuild
+from minichunk.protocol import DEFAULTS, flat
+from minichunk.seco import fill, new_memory, rebuild
 
 from ..diagnose import Values, close, compare, hint, require, within
 from ..toy_llama import CHUNK_SIZE, batch, tiny_llama
