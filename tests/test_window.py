@@ -54,7 +54,7 @@ def positions(length: int, start: int = 0) -> torch.Tensor:
 
 def seen_spans(pattern: Pattern, start: int, stop: int) -> list[tuple[int, int]]:
     """What the queries of a chunk ask of the past: the band before it, and the pinned positions before that."""
-    *_, last = found = list(runs(pattern, start, stop, attention.TILE))
+    *_, last = found = [run for run, _ in runs(pattern, start, stop, attention.TILE)]
     bands = [(run.low, start) for run in found[:1] if run.low < start]
     return bands + pattern.pinned(0, min(start, last.low))
 

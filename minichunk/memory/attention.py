@@ -75,30 +75,26 @@ class Past:
             folded = fold(q[:, :, row:], k.shape[1])
             # One span, as the whole past, is a view and may be of any length; of many a copy is made.
             for some in at_most(kernel.block or max(BLOCK, spans[0][1] - spans[0][0]), spans):
-                more = kernel.forward(folded, *self.read(some, k, v))
-                merge(out[:, :, row:], lse[:, :, row:], *more)
+                merge(out[:, :, row:], lse[:, :, row:], *kernel.forward(folded, *self.read(some, k, v)))
         return out.to(q.dtype), lse
 
-    def backward(
-        self, kernel: Kernel, sends_back: bool, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients of q, k and v, where out and lse are the merged ones; those of the past go to the memory."""
+    def backward(self, kernel: Kernel, sends_back: bool, k: Tensor, v: Tensor, *query: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of q, k and v, where `query` has the merged out and lse; those of the past go to the memory."""
         band, keys, values, pinned = self.seen(kernel, k, v)
+        wide, start, low = query[-1].dtype, self.start, self.start + k.shape[2] - keys.shape[2]
         if len(band) == 1:
-            dq, dk, dv = kernel.backward(grad, q, keys, values, out, lse, band[0][2])
-            dq = dq.to(lse.dtype)  # summed in float32 or wider, and rounded once
+            dq, dk, dv = kernel.backward(query, keys, values, band[0][2])
+            dq = dq.to(wide)  # summed in float32 or wider, and rounded once
         else:
-            dq, dk, dv = (x.new_zeros(x.shape, dtype=lse.dtype) for x in (q, keys, values))
+            dq, dk, dv = (x.new_zeros(x.shape, dtype=wide) for x in (query[0], keys, values))
             for rows, at, window in band:
-                grad_, q_, out_, lse_ = (x[:, :, rows] for x in (grad, q, out, lse))
-                parts = kernel.backward(grad_, q_, keys[:, :, at], values[:, :, at], out_, lse_, window)
+                parts = kernel.backward([x[:, :, rows] for x in query], keys[:, :, at], values[:, :, at], window)
                 for total, place, part in zip((dq, dk, dv), (rows, at, at), parts, strict=True):
                     total[:, :, place] += part
-        start, low = self.start, self.start + k.shape[2] - keys.shape[2]
         for row, spans in pinned:
-            grad_, q_, out_, lse_ = kernel.prepare(*(fold(x[:, :, row:], k.shape[1]) for x in (grad, q, out, lse)))
+            folded = kernel.prepare([fold(x[:, :, row:], k.shape[1]) for x in query])
             for some in at_most(BLOCK, spans):
-                dq_part, *grads = kernel.backward(grad_, q_, *self.read(some, k, v), out_, lse_)
+                dq_part, *grads = kernel.backward(folded, *self.read(some, k, v))
                 dq[:, :, row:] += dq_part.reshape(dq[:, :, row:].shape)
                 sizes = [last - first for first, last in some]
                 for (first, last), dk_part, dv_part in zip(some, *(x.split(sizes, 2) for x in grads), strict=True):
@@ -110,22 +106,19 @@ class Past:
                 del dq_part, dk_part, dv_part, grads  # or they would live on beside the next block's
         if sends_back and low < start:
             self.memory.add_grads(low, dk[:, :, : start - low], dv[:, :, : start - low])
-        return dq.to(q.dtype), dk[:, :, start - low :].to(k.dtype), dv[:, :, start - low :].to(v.dtype)
+        return dq.to(k.dtype), dk[:, :, start - low :].to(k.dtype), dv[:, :, start - low :].to(k.dtype)
 
     def seen(self, kernel: Kernel, k: Tensor, v: Tensor) -> tuple[list[Any], Tensor, Tensor, list[Any]]:
         """What the chunk's queries see.
 
         Returns (queries, keys, window) of each run, slices of the chunk and of the band; the band's keys and values;
-        and for each run what is pinned before it and not before the runs before: (the run's first row, spans).
+        and for each run that sees more pinned positions than those before it (its first query, the spans).
         """
         pattern, start, C = self.memory.pattern, self.start, k.shape[2]
         found = list(runs(pattern, start, start + C, C if pattern == FULL or kernel.takes_many else TILE))
-        low, until, pinned = found[0].low, 0, []
-        band = [(slice(r.start - start, r.stop - start), slice(r.low - low, r.stop - low), r.window) for r in found]
-        for run in found:  # of the past, and of the chunk's own
-            spans = [*pattern.pinned(until, min(start, run.low)), *pattern.pinned(max(until, start), run.low)]
-            pinned += [(run.start - start, spans)] if spans else []
-            until = max(until, run.low)
+        low = found[0][0].low
+        band = [(slice(r.start - start, r.stop - start), slice(r.low - low, r.stop - low), r.window) for r, _ in found]
+        pinned = [(run.start - start, spans) for run, spans in found if spans]
         return band, *self.read([(low, start), (start, start + C)], k, v), pinned
 
     def read(self, spans: Sequence[Span], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,18 +162,17 @@ class _Attention(torch.autograd.Function):
             out, lse = (x.detach() for x in past.saved)
         if past.save:
             past.saved = out.detach(), lse  # detached: what is returned will hold this node, which holds `past`
-        ctx.save_for_backward(sinks, q, k, v, out, lse)
+        ctx.save_for_backward(sinks, k, v, q, out, lse)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # The same projections made the past's keys and values: they need gradients if ours do.
         sends_back = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        grad, (sinks, *saved) = _rows(grads[0]), ctx.saved_tensors
-        dq, dk, dv = ctx.past.backward(ctx.kernel, sends_back, grad, *saved)
+        grad, (sinks, k, v, q, out, lse) = _rows(grads[0]), ctx.saved_tensors
+        dq, dk, dv = ctx.past.backward(ctx.kernel, sends_back, k, v, grad, q, out, lse)
         dsinks = None
         if sinks is not None:
-            out, lse = saved[-2:]
             p = (sinks.to(lse.dtype)[:, None] - lse).exp()  # (B, H, C): the softmax's share of the sink
             dsinks = -(p * (grad * out).to(lse.dtype).sum(-1)).sum((0, 2)).to(sinks.dtype)
         return dq, dk, dv, dsinks, None

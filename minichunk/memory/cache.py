@@ -84,14 +84,8 @@ class LayerCache:
             spans, turns = spans[:-1], min(reach, capacity)
         self.rows, self.last = self.new_rows(like.dtype, spans), self.new_rows(like.dtype, [(0, turns)])
         self.pinned = self.new_rows(grad_dtype, [span for chunk in receiving for span in pattern.pinned(*chunk)])
-        self.reached: dict[Chunk, list[Span]] = {}  # what the next chunk that is rebuilt reaches, and is not pinned
-        for chunk, following in zip(receiving, starts[1:], strict=True):
-            at, found = max(chunk.start, following - reach), list[Span]()
-            for low, high in [*pattern.pinned(at, chunk.stop), (chunk.stop, chunk.stop)]:
-                found += [(at, low)] if at < low else []
-                at = high
-            if found:
-                self.reached[chunk] = found
+        reached = zip(receiving, starts[1:], strict=True)  # by the next chunk that is rebuilt
+        self.reached = {chunk: (max(chunk.start, start - reach), chunk.stop) for chunk, start in reached}
         self.sums: dict[Chunk, Rows] = {}  # of what is reached, as soon as something has been sent there
 
     def past(self, chunks: Sequence[Chunk], save: bool) -> Past:
@@ -120,16 +114,17 @@ class LayerCache:
 
     def add_grads(self, position: int, key_grads: Tensor, value_grads: Tensor) -> None:
         """Add the gradients (B, G, n, D) that a later chunk sends back to the n positions from that one."""
+        stop = position + key_grads.shape[2]
         self.pinned.add(position, key_grads, value_grads)
-        for chunk, spans in self.reached.items():
-            if any(low < position + key_grads.shape[2] and position < high for low, high in spans):
-                self.sums[chunk] = self.sums.get(chunk) or self.new_rows(self.grad_dtype, spans)
-                self.sums[chunk].add(position, key_grads, value_grads)
+        if self.pattern.pinned(position, stop) != [(position, stop)]:  # a band
+            for chunk, (low, high) in self.reached.items():
+                if position < high and low < stop:
+                    self.sums[chunk] = self.sums.get(chunk) or self.new_rows(self.grad_dtype, [(low, high)])
+                    self.sums[chunk].add(position, key_grads, value_grads)
 
     def hand_over(self, chunk: Chunk) -> tuple[Tensor, ...]:
-        parts = [*self.pinned.pieces(*chunk)]
-        if chunk in self.sums:
-            parts += self.sums.pop(chunk).pieces(*chunk)
+        parts = [*self.sums.pop(chunk).pieces(*chunk)] if chunk in self.sums else []
+        parts += self.pinned.pieces(*chunk)  # last, for what is pinned is complete here alone
         if [part[:2] for part in parts] == [chunk]:  # no copy
             return tuple(x.to(self.dtype) for x in parts[0][2])
         whole = self.new_rows(self.dtype, [chunk])

@@ -9,6 +9,7 @@ Shapes: q (B, H, C, D); k, v (B, G, C or past, D); out (B, H, C, D); lse (B, H, 
 import functools
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 aten = torch.ops.aten
+Query = Sequence[Tensor]  # of a chunk's backward pass: the gradient of out, q, out and lse
 
 
 def visible(q: Tensor, k: Tensor, window: int) -> Tensor:
@@ -49,14 +51,12 @@ class Kernel:
         """Return out and lse."""
         raise NotImplementedError
 
-    def prepare(self, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+    def prepare(self, query: Query) -> Query:
         """The same as `backward` wants them for many blocks of the past: copies are made once."""
-        return grad, q, out, lse
+        return query
 
-    def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of q, k and v, where `out` and `lse` may belong to more keys than k's."""
+    def backward(self, query: Query, k: Tensor, v: Tensor, window: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of q, k and v, where out and lse may belong to more keys than k's."""
         raise NotImplementedError
 
 
@@ -88,9 +88,8 @@ class Plain(Kernel):
         p = (s - lse[..., None]).exp().to(q.dtype)
         return (p @ v.unsqueeze(2)).flatten(1, 2), lse.flatten(1, 2)
 
-    def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, query: Query, k: Tensor, v: Tensor, window: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        grad, q, out, lse = query
         B, H, C, D = q.shape
         shape = (B, k.shape[1], H // k.shape[1], C)
         grad_, q_ = grad.reshape(*shape, D), q.reshape(*shape, D)
@@ -122,20 +121,19 @@ class FlashCPU(Kernel):
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
         return out, lse
 
-    def prepare(self, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+    def prepare(self, query: Query) -> Query:
         # Whole heads go to a core, and few leave some idle: `backward` cuts the past, as if into sequences of a batch.
-        pieces = 4 if q.shape[0] == 1 else q.shape[0]
-        grad, q, out, lse = (x.expand(pieces, *x.shape[1:]) for x in (grad, q, out, lse))
-        return _rows_first(grad), q, out, lse
+        B = query[0].shape[0]
+        grad, *rest = (x.expand(4 if B == 1 else B, *x.shape[1:]) for x in query)
+        return _rows_first(grad), *rest
 
-    def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, query: Query, k: Tensor, v: Tensor, window: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         operator = aten._scaled_dot_product_flash_attention_for_cpu_backward
+        grad, q, out, lse = query
         B, pieces = k.shape[0], q.shape[0] // k.shape[0]  # more than one: prepared
         # Each piece has a gradient of all queries: of a short past, that costs more than an idle core.
         if pieces == 1 or k.shape[2] % pieces or pieces * k.shape[2] < q.shape[2]:
-            grad, q, out, lse = (x[:B] for x in (grad, q, out, lse))
+            grad, q, out, lse = (x[:B] for x in query)
             causal, mask = self.mask(q, k, window)
             dq, dk, dv = operator(grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask)
             return dq, dk, dv
@@ -167,13 +165,12 @@ class FlashCUDA(Kernel):
         out, lse, *_ = aten._flash_attention_forward(q, k, v, *lengths, 0.0, window is not None, False, **sides)
         return out.transpose(1, 2), lse
 
-    def prepare(self, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+    def prepare(self, query: Query) -> Query:
+        grad, q, out, lse = query
         return _rows_first(grad), q, _rows_first(out), lse.contiguous()
 
-    def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        sides = self.sides(k, window)
+    def backward(self, query: Query, k: Tensor, v: Tensor, window: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        sides, (grad, q, out, lse) = self.sides(k, window), query
         grad, q, k, v, out = (x.transpose(1, 2) for x in (grad, q, k, v, out))
         lengths = (None, None, q.shape[1], k.shape[1])
         lse = lse.contiguous()  # the kernel takes this for granted, and does not check it
@@ -239,11 +236,10 @@ def _difference(kernel: Kernel, device: torch.device, dtype: torch.dtype, D: int
         out, lse = Plain().forward(q_, k_, v_, window)
         # Backward as if there were as much again beside these keys: the kernel must take what it is given.
         merged, merged_lse = (out / 2).to(dtype), lse + math.log(2)
-        expected = [out, lse, *Plain().backward(grad.double(), q_, k_, v_, merged.double(), merged_lse, window)]
+        expected = [out, lse, *Plain().backward((grad.double(), q_, merged.double(), merged_lse), k_, v_, window)]
         got = list(kernel.forward(q, k, v, window))
         given = grad, q, merged, merged_lse.to(got[1].dtype)
-        grad, q, merged, merged_lse = given if window else kernel.prepare(*given)
-        got += kernel.backward(grad, q, k, v, merged, merged_lse, window)
+        got += kernel.backward(given if window else kernel.prepare(given), k, v, window)
         for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), got, expected, strict=True):
             error = float((x - y).double().norm() / y.double().norm())
             if not error <= 2**-5:  # not: a NaN is wrong too

@@ -95,9 +95,8 @@ class Strided:
     def run(self, start: int, stop: int) -> QueryRun:
         """See Window; here those of a block see alike."""
         block = start // self.block
-        return QueryRun(
-            start, min(stop, (block + 1) * self.block), max(0, block - self.local + 1) * self.block, window=stop
-        )
+        low = max(0, block - self.local + 1) * self.block
+        return QueryRun(start, min(stop, (block + 1) * self.block), low, stop)
 
     def mask(self, length: int, start: int = 0, device: torch.device | None = None) -> Tensor:
         """See Window."""
@@ -112,9 +111,14 @@ FULL = Window()
 Pattern = Window | Strided
 
 
-def runs(pattern: Pattern, start: int, stop: int, most: int) -> Iterator[QueryRun]:
-    """What the queries of a chunk see, first to last, at most so many queries at a time."""
-    while start < stop:
-        run = pattern.run(start, min(stop, start + most))
-        yield run
-        start = run.stop
+def runs(pattern: Pattern, start: int, stop: int, most: int) -> Iterator[tuple[QueryRun, list[Span]]]:
+    """What the queries of a chunk see, first to last, at most so many queries at a time.
+
+    With each run come the pinned positions before its `low` that no run before it has seen: of the past, and the
+    chunk's own.
+    """
+    at = until = 0
+    while start + at < stop:
+        run = pattern.run(start + at, min(stop, start + at + most))
+        yield run, [*pattern.pinned(until, min(start, run.low)), *pattern.pinned(max(until, start), run.low)]
+        at, until = run.stop - start, max(until, run.low)
