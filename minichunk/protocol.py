@@ -35,12 +35,11 @@ def flat(written: Written) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Options:
-    """How a step is computed, at what cost, with the same result: keywords of `seco`, which describes them."""
+    """How chunks are computed, at what cost, with the same result: keywords of `seco`, which describes them."""
 
     fill_size: int | None = None
     recompute: bool = False
     cache_grad_dtype: torch.dtype | None = None
-    offload: bool = False
     dropout_seed: int | None = None  # decides the masks of a step's dropouts: those of fill and rebuild are the same
 
 

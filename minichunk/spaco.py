@@ -53,9 +53,9 @@ def spaco(
     total = torch.zeros((), device=input_ids.device)
     if not kept:
         return total
-    options = Options(fill_size, recompute, cache_grad_dtype, offload, model.dropout_seed())
-    if layers_at_once is not None:
-        return through_blocks(model, batch, chunks, kept, options, layers_at_once, False)
+    options = Options(fill_size, recompute, cache_grad_dtype, model.dropout_seed())
+    if layers_at_once is not None or offload:
+        return through_blocks(model, batch, chunks, kept, options, layers_at_once, offload)
     memory = new_memory(model, input_ids, [chunk for chunk, _ in kept], options)
     fill(model, input_ids, [chunk for chunk in chunks if chunk < kept[-1][0]], memory, options)
     for chunk, weight in reversed(kept):  # not all of them, as in line 4 of Algorithm 1

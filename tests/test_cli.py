@@ -52,7 +52,7 @@ def test_all_commands_take_models_of_other_kinds(
     class_of(config)(config).save_pretrained("model")
     shutil.copy(model_directory / "tokenizer.json", "model")
     train = [*train, "--model", "model"]
-    assert main([*train, "--method", "spaco", "--budget", "2", "--offload"]) == 0
+    assert main([*train, "--method", "spaco", "--budget", "2", "--offload", "--layers-at-once", "2"]) == 0
     assert main([*train, "--rank", "0"]) == 0
     trained = json.loads(Path("runs/1/adapter/adapter_config.json").read_text())["target_modules"]
     assert set(trained) >= ADAPTED[kind]
@@ -72,6 +72,10 @@ MISTAKES = {
     "TRAIN --budget 2": "--budget, --sampler and --cap belong to --method spaco",
     "TRAIN --sampler fixed": "--budget, --sampler and --cap belong to --method spaco",
     "TRAIN --method full --offload": "and --offload belong to --method seco and spaco",
+    "TRAIN --method full --layers-at-once 2": "--layers-at-once and --offload belong to --method seco and spaco",
+    "TRAIN --layers-at-once 0": "--layers-at-once is '0', but must be a whole number of at least 1, or auto",
+    "TRAIN --layers-at-once some": "--layers-at-once is 'some', but must be",
+    "plan --gpus 2 --offload": "--layers-at-once and --offload are for one GPU",
     "TRAIN --fill-size 7": "--fill-size is 7, but must be at least 8",
     "TRAIN --load-in-4bit --rank 0": "--load-in-4bit freezes the base",
     "TRAIN --targets q": "LoRA targets are ['q']",

@@ -54,7 +54,6 @@ def cases(draw: st.DrawFn, number: int) -> Case:
         "num_targets": draw(st.none() | st.just(7.0)),
         "recompute": draw(st.booleans()),
         "cache_grad_dtype": draw(st.none() | st.just(torch.float32)),
-        "offload": draw(st.booleans()),
     }
     method = draw(st.sampled_from(["seco", "spaco"]))
     if method == "spaco":

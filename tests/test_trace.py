@@ -66,13 +66,12 @@ def logs_of(page: str) -> list[Log]:
     chunk_size=st.integers(1, 16),
     method=st.sampled_from([mc.seco, mc.spaco, mc.full]),
     recompute=st.booleans(),
-    offload=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_a_watched_step_is_the_step_bit_for_bit(
-    model: mc.Llama, batch: Batch, chunk_size: int, method: Any, recompute: bool, offload: bool, seed: int
+    model: mc.Llama, batch: Batch, chunk_size: int, method: Any, recompute: bool, seed: int
 ) -> None:
-    keywords: dict[str, Any] = {} if method is mc.full else {"chunk_size": chunk_size, "offload": offload}
+    keywords: dict[str, Any] = {} if method is mc.full else {"chunk_size": chunk_size}
     keywords |= {"sampler": mc.Bernoulli(0.6)} if method is mc.spaco else {}
     take_gradients(model)
     torch.manual_seed(seed)
@@ -181,14 +180,13 @@ def sends(model: Any, ids: Tensor, size: int) -> dict[str, Tensor]:
     return out
 
 
-@pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("pattern", [None, mc.Window(4, 2), mc.Strided(2, 2, 3)])
-def test_what_is_sent_is_what_autograd_finds_at_leaves(pattern: Pattern | None, offload: bool) -> None:
+def test_what_is_sent_is_what_autograd_finds_at_leaves(pattern: Pattern | None) -> None:
     model, (ids, _) = small()
     if pattern is not None:
         mc.partial_context(model, pattern, [0])
     found = measure(lambda: sends(model, ids, 6))
-    log = mc.trace(mc.seco, model, ids, ids, 6, offload=offload)
+    log = mc.trace(mc.seco, model, ids, ids, 6)
     sent = [(f"{e['chunk']} {e['layer']} {i}", norms) for e in of(log, "backward") for i, *norms in e["sent"]]
     got = {f"{key} key": torch.tensor(norms[0], dtype=torch.float64) for key, norms in sent}
     got |= {f"{key} value": torch.tensor(norms[1], dtype=torch.float64) for key, norms in sent}

@@ -85,6 +85,7 @@ CASES: dict[str, dict[str, Any]] = {
     "seco": {},
     "spaco": {"method": "spaco", "budget": 2},
     "spaco paper, offload": {"method": "spaco", "budget": 2, "sampler": "paper", "cap": 2.0, "offload": True},
+    "blocks": {"layers_at_once": "2"},
     "full": {"method": "full"},
     "all parameters": {"rank": 0, "weight_decay": 0.1},
     "all parameters, bfloat16": {"rank": 0, "dtype": "bfloat16"},

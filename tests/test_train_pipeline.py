@@ -85,7 +85,7 @@ OPTIONS: dict[str, tuple[int, dict[str, Any]]] = {  # on how many ranks
     }),
     "tied": (4, {"model": "tied", "fill_size": 16, "cache_grad_dtype": "bfloat16"}),
     "an adapter on some ranks of a hybrid": (3, {"model": "hybrid", "targets": ["q_proj"], "dropout": 0.1}),
-    "4 bits, offload": (2, {"load_in_4bit": True, "dtype": "bfloat16", "offload": True}),
+    "4 bits": (2, {"load_in_4bit": True, "dtype": "bfloat16"}),
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import json
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,14 +190,14 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_read(
 
 def test_the_host_memory_of_offload_is_checked_first(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = mc.Llama.from_pretrained(checkpoint, dtype=torch.float32)
-    layer = model.new_memory(3, 6, [Chunk(0, 6)]).layers[0]
-    needed = sum(layer.tensors().bytes()) * model.config.num_hidden_layers
+    needed = (model.config.num_hidden_layers - 1) * 3 * 10 * model.config.hidden_size * 4  # not the last one's output
     monkeypatch.setattr(atomic, "free_memory", lambda _: needed)
     told = TrainOptions(seq_len=10, chunk_size=6, batch_size=3, offload=True)
     check_host_room(model, told)
     monkeypatch.setattr(atomic, "free_memory", lambda _: needed - 1)
-    with pytest.raises(mc.InputError, match=r"--offload of 3 times 6 tokens .* take --cache-grad-dtype bfloat16"):
+    with pytest.raises(mc.InputError, match=r"--offload of 3 times 10 tokens .* a larger --layers-at-once"):
         check_host_room(model, told)
+    check_host_room(model, replace(told, layers_at_once="99"))  # one block
     opened = TrainOptions(model=str(checkpoint), seq_len=18, chunk_size=4, method="spaco", budget=2, sampler="fixed")
     assert opened.most_kept() == [Chunk(12, 16), Chunk(16, 18)]
     assert TrainOptions(seq_len=18, chunk_size=4).most_kept() == cut(18, 4)

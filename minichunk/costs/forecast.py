@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import attrgetter
 
 import torch
 
@@ -10,8 +11,8 @@ from ..errors import InputError
 from ..models.shapes import alike
 from ..models.stack import Stack
 from ..pipeline.split_layers import layer_costs, split_costs
-from .peak import StepBytes, step_memory
-from .setting import CHUNKED, Setting, Share
+from .peak import StepBytes, step_memory, ways
+from .setting import CHUNKED, Setting, Share, Way
 
 BATCH = 2 * torch.int64.itemsize  # bytes per token: input_ids and targets
 SPAN = 1024  # chunks over which the growth is taken: what is remembered of strided blocks grows by whole blocks
@@ -29,14 +30,11 @@ class Forecast:
 
     def at(self, tokens: int) -> StepBytes:
         """What a step of so many tokens takes on the rank that needs most; in host memory, on all ranks together."""
-        found = bytes_of_share(self.setting, tokens, self.largest_share(tokens))
-        if self.gpus > 1 and self.setting.offload:
-            return replace(found, host=int(self.setting.memory_bytes(tokens).sum()))
-        return found
+        return bytes_of_share(self.setting, tokens, self.largest_share(tokens))
 
     def counts(self, tokens: int) -> tuple[int, ...]:
         """How many layers each rank gets."""
-        remembered = None if self.setting.offload else self.setting.memory_bytes(tokens).sum(1).tolist()
+        remembered = self.setting.memory_bytes(tokens).sum(1).tolist()
         return split_costs(tuple(layer_costs(self._model, remembered)), self.gpus)
 
     def largest_share(self, tokens: int) -> Share | None:
@@ -89,25 +87,30 @@ def forecast(setting: Setting, gpus: int = 1) -> Forecast:
         raise InputError(f"--gpus is {gpus}, but {setting.model} has {layers} layers, and each GPU needs one at least")
     if gpus > 1 and setting.method not in CHUNKED:
         raise InputError(f"--method is {setting.method!r}, but on several GPUs must be one of {', '.join(CHUNKED)}")
+    if gpus > 1 and setting.in_blocks:
+        raise InputError("--layers-at-once and --offload are for one GPU: ranks in blocks would take turns")
     return Forecast(setting, gpus)
 
 
-def bytes_of_share(setting: Setting, tokens: int, share: Share | None) -> StepBytes:
-    """What a step takes on one rank, or in one process (None).
+def bytes_of_share(setting: Setting, tokens: int, share: Share | None, way: Way | None = None) -> StepBytes:
+    """What a step takes on one rank, or in one process (None). way: on this part of its way through blocks of layers.
 
-    Of a chunked step only the batch and what is remembered grow with the length: keys and values of all chunks but the
-    last, gradients of all kept chunks but the last, or states. Of the others the activations grow.
+    Of a chunked step only the batch grows with the length, what is remembered, and what waits between blocks. That is
+    keys and values of all chunks but the last, gradients of all kept chunks but the last, or states; and hidden states.
+    Of the others the activations grow.
     """
+    if setting.in_blocks and way is None:
+        found = [bytes_of_share(setting, tokens, None, way) for way in ways(setting)]
+        return replace(max(found, key=attrgetter("peak")), host=max(each.host for each in found))
     base = setting.even_from(share)
     if tokens <= base:
-        return step_memory(setting, tokens, share)
-    first, more = step_memory(setting, base, share), tokens - base
+        return step_memory(setting, tokens, share, way)
+    first, more = step_memory(setting, base, share, way), tokens - base
     if setting.method not in CHUNKED:
         second = step_memory(setting, 2 * base)
         device, host = (round(more * (getattr(second, n) - getattr(first, n)) / base) for n in ("peak", "host"))
         return replace(first, peak=first.peak + device, chunk=first.chunk + device, host=first.host + host)
-    cache, grads = setting.memory_bytes(tokens)[share.layers if share else slice(None)].sum(0).tolist()
-    cache, grads, host = (0, 0, cache + grads) if setting.offload else (cache, grads, 0)
-    chunk = first.chunk + BATCH * more
-    peak = first.weights + first.adapter_and_optimizer + cache + grads + chunk
-    return StepBytes(peak, first.weights, first.adapter_and_optimizer, cache, grads, chunk, host)
+    cache, grads = setting.memory_bytes(tokens, way)[share.layers if share else slice(None)].sum(0).tolist()
+    chunk, between, host = first.chunk + BATCH * more, *(n * tokens // base for n in (first.between_blocks, first.host))
+    peak = first.weights + first.adapter_and_optimizer + cache + grads + between + chunk
+    return StepBytes(peak, first.weights, first.adapter_and_optimizer, cache, grads, between, chunk, host)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..chunks import Chunk, cut, span
 from ..loss import token_losses
-from ..memory.layer_memory import LayerMemories, MemorySpec
+from ..memory.layer_memory import LayerMemories, MemorySpec, wide
 from ..protocol import DEFAULTS, Options, Written
 
 
@@ -68,6 +68,11 @@ class Stack(nn.Module):
     def like(self) -> Tensor:
         """A tensor of the model's dtype, on its device: a norm's weight, as no adapter is put there, and no 4 bits."""
         return next(module.weight for module in self.layers.modules() if isinstance(module, nn.RMSNorm))
+
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        """Of what goes from layer to layer."""
+        return wide(self.like) if getattr(self.config, "residual_in_fp32", False) else self.like.dtype
 
     def blocks(self, layers_at_once: int) -> list[Self]:
         """See protocol.LayeredModel. They share all weights with the model."""

@@ -35,7 +35,7 @@ def pipeline_seco(stage: PipelineStage, input_ids: Tensor, labels: Tensor, chunk
 
     Called on all ranks with the same arguments; returns the loss on all of them. A weight that is both embedding and
     LM head gets its whole gradient on the first and on the last rank.
-    options: the keywords of `seco`.
+    options: the keywords of `seco`, but for `layers_at_once` and `offload`.
     Raises InputError also if ranks do not agree on the batch, and RankLost if one of them ends or does not answer.
     """
     return pipeline_spaco(
@@ -46,14 +46,17 @@ def pipeline_seco(stage: PipelineStage, input_ids: Tensor, labels: Tensor, chunk
 def pipeline_spaco(
     stage: PipelineStage, input_ids: Tensor, labels: Tensor, chunk_size: int, *, sampler: Sampler = QUARTER,
     generator: torch.Generator | None = None, fill_size: int | None = None, num_targets: float | None = None,
-    recompute: bool = False, cache_grad_dtype: torch.dtype | None = None, offload: bool = False,
+    recompute: bool = False, cache_grad_dtype: torch.dtype | None = None, layers_at_once: int | None = None,
+    offload: bool = False,
 ) -> Tensor:  # fmt: skip
     """`spaco` of a model whose layers are on several ranks; see pipeline_seco. The first rank draws for all of them."""
+    if layers_at_once is not None or offload:  # a rank's next block could only begin when the ranks above are all done
+        raise InputError("layers_at_once and offload are for one process: ranks that cut their layers would take turns")
     check_fill_size(fill_size, chunk_size)
     check_tokens(input_ids, labels, num_targets, stage.vocab_size)
     widen_gradients(stage)
     batch, chunks, links = make_batch(input_ids, labels, num_targets), cut(input_ids.shape[1], chunk_size), stage.links
-    options = Options(fill_size, recompute, cache_grad_dtype, offload)
+    options = Options(fill_size, recompute, cache_grad_dtype)
     drawn = check_weights(sampler(len(chunks), generator), len(chunks)) if links.is_first else []
     weights, options, below_learns = agree(stage, input_ids, chunks, options, drawn)
     kept = [(chunk, weight) for chunk, weight in zip(chunks, weights, strict=True) if weight is not None]

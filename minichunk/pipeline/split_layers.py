@@ -28,8 +28,8 @@ def layer_costs(model: Stack, memory: Sequence[int] | None = None) -> list[int]:
     more the earlier it comes, and time.
 
     model: with its adapter, if it is to have one; on any device, meta too.
-    memory: bytes of each layer's memory on the device, as `layer_memory_bytes` finds them; None: nothing, as with
-        offload, or where the length is not known yet.
+    memory: bytes of each layer's memory on the device, as `layer_memory_bytes` finds them; None: nothing,
+        where the length is not known yet.
     """
     costs = [_bytes(layer) for layer in model.layers]
     costs[0] += _bytes(model.embedding)

@@ -90,8 +90,7 @@ class PipelineStage(Stack):
         """What this rank's layers are run on: the tokens (B, C), or what the rank before made of them, (B, C, E)."""
         if self.links.is_first:
             return input_ids
-        dtype = wide(self.like) if getattr(self.config, "residual_in_fp32", False) else self.like.dtype
-        x = torch.empty((*input_ids.shape, self.hidden_size), dtype=dtype, device=self.like.device)
+        x = torch.empty((*input_ids.shape, self.hidden_size), dtype=self.hidden_dtype, device=self.like.device)
         return self.links.take(x, self.links.rank - 1)
 
     def run_and_hand(

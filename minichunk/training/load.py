@@ -1,5 +1,6 @@
 """What the commands read, from their options: the model and, for a training, its data and its gradient."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,6 @@ from ..pipeline.pipeline_seco import pipeline_seco, pipeline_spaco
 from ..pipeline.split_layers import split_layers
 from ..pipeline.stage import PipelineStage
 from ..pipeline.start import local_device, started
-from ..protocol import Options
 from ..seco import seco
 from ..spaco import spaco
 from .loop import Gradient
@@ -60,7 +60,7 @@ def load_to_train(options: TrainOptions, links: Links | None = None) -> tuple[An
             partial_context(model, pattern, options.full_layers)
         if links is not None:
             shaped = model.config, DTYPES[options.dtype], options.rank, options.targets or default_targets(model)
-            memory = None if options.offload else memory_of_layers(options, model.config, DTYPES[options.dtype])
+            memory = memory_of_layers(options, model.config, DTYPES[options.dtype])
             split = split_layers(random_model(*shaped, "meta", options.load_in_4bit), links.ranks, memory)
             stages.append(PipelineStage(model, split, links=links))
 
@@ -72,20 +72,17 @@ def load_to_train(options: TrainOptions, links: Links | None = None) -> tuple[An
 
 def memory_of_layers(options: TrainOptions, config: Any, dtype: torch.dtype) -> list[int]:
     """Bytes that each layer remembers of a batch of pieces, with the gradients sent back to that."""
-    how = options.most_kept(), Options(**options.keywords()), options.batch_size
+    how = options.most_kept(), options.options(), options.batch_size
     return [sum(both) for both in layer_memory_bytes(config, dtype, *how)]
 
 
 def check_host_room(model: Stack, options: TrainOptions) -> None:
-    """Raise InputError unless the host has room for the memory of `--offload`.
-
-    model: or this rank's part of it, where all ranks of this machine are taken to have as many layers.
-    """
-    memory = sum(memory_of_layers(options, model.config, model.like.dtype))
-    of_machine = len(model.layers) / model.config.num_hidden_layers * started().local_world
-    what = f"--offload of {options.batch_size} times {options.most_kept()[-1].start:,} tokens"
-    advice = "take --cache-grad-dtype bfloat16, a smaller --batch-size, a shorter --seq-len, or free memory"
-    check_room(what, memory * of_machine, torch.device("cpu"), advice)
+    """Raise InputError unless the host has room for what goes from block to block with `--offload`."""
+    borders = math.ceil(len(model.layers) / int(options.layers_at_once or 1)) - 1
+    numbers = borders * options.batch_size * options.seq_len * model.config.hidden_size * started().local_world
+    what = f"--offload of {options.batch_size} times {options.seq_len:,} tokens between {borders + 1} blocks of layers"
+    advice = "take a larger --layers-at-once, a smaller --batch-size, a shorter --seq-len, or free memory"
+    check_room(what, numbers * model.hidden_dtype.itemsize, torch.device("cpu"), advice)
 
 
 def read_pieces(

@@ -17,6 +17,7 @@ from ..errors import InputError
 from ..files.shipped import SHIPPED_MODEL
 from ..memory.window import Pattern, Strided, Window
 from ..pipeline.start import started
+from ..protocol import Options
 from ..samplers import Bernoulli, FixedBudget, PaperBudget, most_kept
 from ..spaco import Sampler
 
@@ -149,7 +150,10 @@ class StepOptions:
     recompute: bool | None = option(None, "run layers twice, to save memory", absent="from a billion parameters on")
     cache_grad_dtype: str | None = option(None, "of the gradients summed for the cache", choices=tuple(DTYPES),
                                           absent="float32, or wider with a wider model")
-    offload: bool = option(False, "keep the cache and its gradients in host memory")
+    layers_at_once: str | None = option(
+        None, "take the text through a block of N layers at a time, up and down again: the cache is one block's, for "
+        "some more work; auto: the fewest blocks that fit, by the forecast of plan", metavar="N|auto", absent="all")
+    offload: bool = option(False, "let the blocks' inputs wait in host memory; by default of blocks of one layer")
     partial_context: str | None = option(
         None, "what all but --full-layers see, as in LongGen; the model has to learn it. window: the last positions "
         "and the very first, the sinks; strided: in blocks, the last ones and some of those before",
@@ -172,11 +176,20 @@ class StepOptions:
             raise InputError(f"--fill-size is {self.fill_size}, but must be at least {self.chunk_size}, a chunk")
         if self.load_in_4bit and self.rank == 0:
             raise InputError("--load-in-4bit freezes the base: it needs an adapter, --rank of at least 1")
+        if (given := self.layers_at_once) not in (None, "auto") and not (given.isdecimal() and int(given)):
+            raise InputError(f"--layers-at-once is {given!r}, but must be a whole number of at least 1, or auto")
+
+    def options(self) -> Options:
+        """How chunks are computed."""
+        grad_dtype = None if self.cache_grad_dtype is None else DTYPES[self.cache_grad_dtype]
+        return Options(self.fill_size, bool(self.recompute), grad_dtype)
 
     def keywords(self) -> dict[str, Any]:
-        """How a step is computed, as keywords of `seco` and fields of `Options`."""
-        how = {"fill_size": self.fill_size, "recompute": bool(self.recompute), "offload": self.offload}
-        return {**how, "cache_grad_dtype": self.cache_grad_dtype and DTYPES[self.cache_grad_dtype]}
+        """How a step is computed, as keywords of `seco`. Raises InputError for an `auto` that nobody has decided."""
+        if self.layers_at_once == "auto":
+            raise InputError("--layers-at-once is 'auto': let costs.forecast.fitted decide it first")
+        how = {name: value for name, value in vars(self.options()).items() if name != "dropout_seed"}
+        return {**how, "layers_at_once": self.layers_at_once and int(self.layers_at_once), "offload": self.offload}
 
     def pattern(self) -> Pattern | None:
         """What the layers of `--partial-context` see; None without it."""
@@ -248,8 +261,10 @@ class TrainOptions(StepOptions, ModelOptions):
         super().check()
         if self.method != "spaco" and (self.budget, self.cap, self.sampler) != (None, None, "bernoulli"):
             raise InputError(f"--budget, --sampler and --cap belong to --method spaco, not to {self.method}")
-        if self.method == "full" and (self.fill_size or self.cache_grad_dtype or self.offload):
-            raise InputError("--fill-size, --cache-grad-dtype and --offload belong to --method seco and spaco")
+        in_blocks = self.layers_at_once is not None or self.offload
+        if self.method == "full" and (self.fill_size or self.cache_grad_dtype or in_blocks):
+            names = "--fill-size, --cache-grad-dtype, --layers-at-once and --offload"
+            raise InputError(f"{names} belong to --method seco and spaco")
         world, ranks = started().world, self.pipeline or 1
         if self.pipeline is None and world > 1:
             raise InputError(f"torchrun has started {world} processes: say with --pipeline how many share the layers")
@@ -258,6 +273,8 @@ class TrainOptions(StepOptions, ModelOptions):
             raise InputError(f"--pipeline is {ranks}, but must divide the number of processes, {world}: {start}")
         if self.method == "full" and ranks > 1:
             raise InputError("--method full has no pipeline: take seco or spaco, or --pipeline 1")
+        if in_blocks and ranks > 1:
+            raise InputError("--layers-at-once and --offload are for --pipeline 1: ranks in blocks would take turns")
         if self.accumulate is not None and self.accumulate < (copies := world // ranks):
             raise InputError(f"--accumulate is {self.accumulate}, but {copies} copies of the model need a batch each")
 

@@ -66,8 +66,8 @@ def trace(
     """
     if function not in (seco, spaco, full):
         raise InputError(f"trace watches seco, spaco or full, but was given {getattr(function, '__name__', function)}")
-    if keywords.get("layers_at_once") is not None:
-        raise InputError("trace watches a step whose layers are run all at once: leave out layers_at_once")
+    if keywords.get("layers_at_once") is not None or keywords.get("offload"):
+        raise InputError("trace watches a step with all layers at once: leave out layers_at_once and offload")
     check_tokens(input_ids, labels, None, model.lm_head.weight.shape[0])
     bound = inspect.signature(function).bind(model, input_ids, labels, *arguments, **keywords)
     bound.apply_defaults()
