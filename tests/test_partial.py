@@ -147,9 +147,9 @@ def test_a_window_that_no_layer_would_have(fields: dict[str, Any]) -> None:
         ((mc.Window(),), "window is None"),
         ((mc.Strided(4, 0),), "local is 0"),
         (("window",), "must be a Window or a Strided"),
-        ((mc.Window(4), [3]), "there is no layer 3; this model has 0 to 2"),
-        ((mc.Window(4), [-1]), "there is no layer -1"),
-        ((mc.Window(4), [0, 1, 2]), "these are all 3"),
+        ((mc.Window(4), [3]), r"full layers are \[3\], but must be some, not all, of 0 to 2"),
+        ((mc.Window(4), [-1]), r"full layers are \[-1\]"),
+        ((mc.Window(4), [0, 1, 2]), r"full layers are \[0, 1, 2\]"),
     ],
 )
 def test_mistakes_leave_the_model_as_it_was(arguments: Any, words: str) -> None:
@@ -232,7 +232,7 @@ def test_the_adapter_of_a_stored_hybrid_is_an_ordinary_one(tmp_path: Path) -> No
         ({"partial_context": 3}, "must have a pattern and a list of full_layers"),
         ({"partial_context": {"pattern": {"window": 5}, "full_layers": [1]}}, "must have window and sinks"),
         ({"partial_context": {"pattern": {"window": 5, "sinks": 0}, "full_layers": 1}}, "'full_layers': 1}, but must"),
-        ({"partial_context": {"pattern": {"window": 5, "sinks": 0}, "full_layers": [9]}}, "there is no layer 9"),
+        ({"partial_context": {"pattern": {"window": 5, "sinks": 0}, "full_layers": [9]}}, r"full layers are \[9\]"),
     ],
 )
 def test_a_damaged_record_is_named(change: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -336,8 +336,8 @@ def test_what_was_trained_is_what_is_evaluated(
         (["--window", "4"], "--window belongs to --partial-context window"),
         ([*WINDOW, "--block", "4"], "--block belongs to --partial-context strided"),
         (["--partial-context", "strided", "--sinks", "4"], "--sinks belongs to --partial-context window"),
-        ([*WINDOW, "--full-layers", "2"], "there is no layer 2; this model has 0 to 1"),
-        ([*WINDOW, "--full-layers", "0", "1"], "these are all 2"),
+        ([*WINDOW, "--full-layers", "2"], "full layers are [2], but must be some, not all, of 0 to 1"),
+        ([*WINDOW, "--full-layers", "0", "1"], "full layers are [0, 1]"),
     ],
 )
 def test_mistakes_are_named_before_training(

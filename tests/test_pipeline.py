@@ -185,11 +185,3 @@ def test_a_rank_that_is_lost_ends_the_others(ranks: Ranks, lost: int, hangs: boo
             assert ranks.processes[rank].exitcode == 1
     finally:
         ranks.replace()
-
-
-def test_ranks_that_failed_are_replaced(ranks: Ranks) -> None:
-    """Of the tests' own pool: what is asked next finds new ones."""
-    step = case(build(tiny(layers=3), 0))
-    with pytest.raises(AssertionError, match="rank 1 has ended without an answer"):
-        ranks.ask(3, tasks.lose_one_in_the_walk, 1, False, step)
-    check(ranks, 3, step)

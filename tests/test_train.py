@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 
 import minichunk as mc
-from minichunk.files.atomic import write_text
 from minichunk.files.documents import Document
 from minichunk.training import run_directory
 from minichunk.training import train as train_module
@@ -279,15 +278,6 @@ def test_an_interrupted_save_leaves_the_last_one_whole(options: TrainOptions, mo
         Run(path.parent).save(Trainer(model, [], lambda *_: torch.zeros(()), Schedule(1, 1.0)))
     assert path.read_bytes() == before
     assert not list(path.parent.glob(".*"))
-
-
-def test_a_file_is_replaced_and_not_written_over(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-    with path.open() as reader:
-        write_text(path, "new")
-        assert reader.read() == "old"
-    assert path.read_text() == "new"
 
 
 def test_a_metrics_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         values = vars(parser.parse_args(argv))
         options, carry_out = COMMANDS[values.pop("command")]
         return int(carry_out(options_of(options, values)) is False)
-    except InputError as error:
+    except (InputError, OSError) as error:
         status, words = 2, str(error)
     except (NonFiniteLoss, RankLost) as error:
         status, words = 1, str(error)

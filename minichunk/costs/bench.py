@@ -33,8 +33,7 @@ from ..training.run_directory import new_figure, peak_memory, save_figure
 from .baselines import tiled_full
 from .setting import Setting
 
-KINDS = ("", "-recompute", "-offload", "-recompute-offload")
-CHUNKED = tuple(f"{method}{kind}" for method in ("seco", "spaco") for kind in KINDS)
+CHUNKED = tuple(map("".join, product(("seco", "spaco"), ("", "-recompute", "-offload", "-recompute-offload"))))
 METHODS = ("full", "full-recompute", "full-recompute-tiled", "full-recompute-offload", *CHUNKED)
 SHOWN = ("full", "full-recompute", "full-recompute-offload", "seco", "spaco")
 
@@ -44,8 +43,7 @@ class BenchOptions:
     """Measure what each method costs.
 
     Time and peak memory of one training step by each method at each length, and both relative to the
-    first method. Weights and tokens are random; every measurement is a process of its own, and all are
-    made once before any is repeated.
+    first method. Weights and tokens are random; every measurement is a process of its own.
 
     full-recompute is gradient checkpointing; -tiled with the loss in tiles; -offload also with the
     layers' inputs in host memory. Of seco and spaco, see --recompute and --offload of train.

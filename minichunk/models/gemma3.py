@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..memory.attention import Past
 from ..memory.layer_memory import wide
 from ..memory.window import FULL, Pattern
-from .config import FULL_ATTENTION, SLIDING_ATTENTION, Config, LlamaConfig, names, needed, number, size
+from .config import FULL_ATTENTION, SLIDING_ATTENTION, Config, LlamaConfig, checked, needed
 from .llama import Layer, Rope, rope_tables
 from .stack import Stack
 
@@ -53,9 +53,9 @@ class Gemma3Config(LlamaConfig):
         c["rope_theta"] = _theta(c, FULL_ATTENTION, "rope_theta", 1e6)
         c["rope_local_base_freq"] = _theta(c, SLIDING_ATTENTION, "rope_local_base_freq", 1e4)
         every = c.get("sliding_window_pattern") or 6  # by which older files say it
-        num_layers = size("num_hidden_layers", needed(c, "num_hidden_layers"))
+        num_layers = checked(int, "num_hidden_layers", needed(c, "num_hidden_layers"))
         implied = tuple(SLIDING_ATTENTION if (i + 1) % every else FULL_ATTENTION for i in range(num_layers))
-        c["layer_types"] = names("layer_types", c.get("layer_types")) or implied
+        c["layer_types"] = checked(tuple[str, ...], "layer_types", c.get("layer_types")) or implied
         return super(LlamaConfig, cls).from_dict(c)
 
 
@@ -63,10 +63,10 @@ def _theta(c: dict[str, Any], kind: str, older: str, default: float) -> float:
     """rope_theta of layers of a kind: in `rope_parameters` (transformers 5), or in a field of its own."""
     rope = (c.get("rope_parameters") or {}).get(kind)
     if rope is None:
-        return number(older, c.get(older, default))
+        return checked(float, older, c.get(older, default))
     if rope.get("rope_type", "default") != "default":
         raise InputError(f"config: rope_parameters.{kind}.rope_type is {rope['rope_type']!r}, but must be 'default'")
-    return number(f"rope_parameters.{kind}.rope_theta", rope.get("rope_theta", default))
+    return checked(float, f"rope_parameters.{kind}.rope_theta", rope.get("rope_theta", default))
 
 
 class Norm(nn.RMSNorm):

@@ -24,19 +24,16 @@ Rope = tuple[Tensor, Tensor]  # cos and sin of the angles, (T, D/2) each
 def rope_tables(config: LlamaConfig, start: int, stop: int, like: Tensor) -> Rope:
     """cos and sin of the rotation angles at positions `start` to `stop`: two (T, D/2).
 
-    Angles and results are float32 numbers, found in Hugging Face's order, whatever the model's dtype. Power, sine and
-    cosine are float64's, rounded: float32's differ in the last bit from machine to machine, and far into a text that
-    is an angle.
+    Angles and results are float32 numbers, found in Hugging Face's order. Power, sine and cosine are float64's,
+    rounded: float32's differ in the last bit from machine to machine, and far into a text that is an angle.
     """
     D = config.head_dim
     exponents = torch.arange(0, D, 2, dtype=torch.float32, device=like.device) / D
     frequencies = 1.0 / (config.rope_theta ** exponents.double()).float()  # (D/2)
-    if config.rope_scaling is not None:
-        rule = config.rope_scaling
+    if (rule := config.rope_scaling) is not None:
         turns = rule.original_max_position_embeddings * frequencies / (2 * math.pi)
-        keep = (turns - rule.low_freq_factor) / (rule.high_freq_factor - rule.low_freq_factor)
-        keep = keep.clamp(0, 1)  # 1: as trained, 0: slowed down by the whole factor
-        frequencies = keep * frequencies + (1 - keep) * frequencies / rule.factor
+        keep = ((turns - rule.low_freq_factor) / (rule.high_freq_factor - rule.low_freq_factor)).clamp(0, 1)
+        frequencies = keep * frequencies + (1 - keep) * frequencies / rule.factor  # keep 1: as trained, 0: slowed down
     positions = torch.arange(start, stop, dtype=torch.float32, device=like.device)
     angles = torch.outer(positions, frequencies).double()  # (T, D/2)
     return angles.cos().float().to(like.dtype), angles.sin().float().to(like.dtype)
@@ -70,8 +67,7 @@ class Attention(nn.Module):
 
     def keys_values(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """What this chunk puts into the cache: keys and values, each (B, G, T, D)."""
-        k, v = self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
-        return rotate(self.k_norm(k), rope), v
+        return rotate(self.k_norm(self.heads(self.k_proj(x))), rope), self.heads(self.v_proj(x))
 
     def forward(self, x: Tensor, past: Past | None, rope: Rope) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         q = rotate(self.q_norm(self.heads(self.q_proj(x))), rope)  # (B, H, T, D)
@@ -81,8 +77,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         else:
             y = past.attend(q, k, v)
-        y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H*D)
-        return self.o_proj(y), (k, v)
+        return self.o_proj(y.transpose(1, 2).flatten(2)), (k, v)  # (B, H, T, D) -> (B, T, H*D)
 
 
 class MLP(nn.Module):

@@ -16,18 +16,7 @@ from ..errors import InputError
 from ..files.atomic import check_room, read_json
 from ..files.checkpoint import checkpoint_bytes, checkpoint_directory, read_checkpoint, write_checkpoint
 from ..memory.window import Pattern, Strided, Window
-from .config import (
-    FULL_ATTENTION,
-    SLIDING_ATTENTION,
-    Config,
-    Llama3Rope,
-    LlamaConfig,
-    end_tokens,
-    names,
-    needed,
-    number,
-    size,
-)  # fmt: skip
+from .config import FULL_ATTENTION, SLIDING_ATTENTION, Config, EndTokens, Llama3Rope, LlamaConfig, checked, needed
 from .gemma3 import Gemma3, Gemma3Config
 from .llama import Llama
 from .lora import adapters
@@ -89,7 +78,7 @@ def load(
     in_file = {parameter: name for name, parameter in wanted.items()}
     tied = {name: in_file[p] for name, p in model.named_parameters(remove_duplicate=False) if name not in wanted}
     if generation.is_file():
-        model.ends = end_tokens(f"{generation}: eos_token_id", read_json(generation).get("eos_token_id"))
+        model.ends = checked(EndTokens, f"{generation}: eos_token_id", read_json(generation).get("eos_token_id"))
     model.origin = Path(directory)
     prepare(model)
     here = {in_file[parameter]: name for name, parameter in model.named_parameters()}
@@ -150,8 +139,8 @@ def read_llama_config(cls: type[LlamaConfig], config: dict[str, Any]) -> LlamaCo
         known = f"{', '.join(sorted(_FAMILIES))}, and by minichunk.load_model also {', '.join(OTHERS)}"
         raise InputError(f"config: {field} {model_type!r} is not supported; supported are {known}")
     c = {**config, "model_type": model_type}
-    heads = size("num_attention_heads", needed(c, "num_attention_heads"))
-    hidden = size("hidden_size", needed(c, "hidden_size"))
+    heads = checked(int, "num_attention_heads", needed(c, "num_attention_heads"))
+    hidden = checked(int, "hidden_size", needed(c, "hidden_size"))
     c |= {
         "num_key_value_heads": c.get("num_key_value_heads") or heads,
         "head_dim": c.get("head_dim") or (128 if model_type == "qwen3" else hidden // heads),
@@ -193,14 +182,14 @@ def pattern_of(value: Any) -> Pattern:
         raise InputError(f"config: pattern is {value!r}, but must have window and sinks, or block, local and stride")
     for name, given in value.items():
         if (name, given) != ("sinks", 0):
-            size(name, given)
+            checked(int, name, given)
     return kinds[0](**value)
 
 
 def _read_windows(c: dict[str, Any]) -> tuple[int | None, tuple[str, ...]]:
     """`sliding_window` and `layer_types`, as transformers reads them; (None, ()) if no layer has a window."""
     model_type = c["model_type"]
-    num_layers = size("num_hidden_layers", needed(c, "num_hidden_layers"))
+    num_layers = checked(int, "num_hidden_layers", needed(c, "num_hidden_layers"))
     window = c.get("sliding_window", None if model_type == "llama" else 4096)  # transformers' default
     if model_type not in ("mistral", "ministral"):
         window = window if c.get("use_sliding_window") else None
@@ -210,7 +199,7 @@ def _read_windows(c: dict[str, Any]) -> tuple[int | None, tuple[str, ...]]:
         if not isinstance(first, int) or isinstance(first, bool) or first < 0:
             raise InputError(f"config: max_window_layers is {first!r}, but must be a whole number of at least 0")
     implied = tuple(FULL_ATTENTION if i < first else SLIDING_ATTENTION for i in range(num_layers))
-    kinds = names("layer_types", c.get("layer_types")) or implied
+    kinds = checked(tuple[str, ...], "layer_types", c.get("layer_types")) or implied
     if kinds == (FULL_ATTENTION,) * num_layers:
         return None, ()
     if SLIDING_ATTENTION in kinds and (model_type == "llama" or (model_type == "mistral" and kinds != implied)):
@@ -224,7 +213,7 @@ def _read_rope(c: dict[str, Any]) -> tuple[float, Llama3Rope | None]:
     read = [_read_rope_field(c, field) for field in ("rope_scaling", "rope_parameters") if c.get(field)]
     if read and read[0] != read[-1]:
         raise InputError("config: rope_scaling and rope_parameters do not say the same: drop the one that is wrong")
-    return read[0] if read else (number("rope_theta", c.get("rope_theta", 10000.0)), None)
+    return read[0] if read else (checked(float, "rope_theta", c.get("rope_theta", 10000.0)), None)
 
 
 def _read_rope_field(c: dict[str, Any], field: str) -> tuple[float, Llama3Rope | None]:
@@ -233,7 +222,7 @@ def _read_rope_field(c: dict[str, Any], field: str) -> tuple[float, Llama3Rope |
         raise InputError(f"config: {field} is {rope!r}, but must be an object, the same for all layers, or null")
     if rope.get("partial_rotary_factor") not in (1.0, None):
         raise InputError(f"config: {field}.partial_rotary_factor is not supported; it must be 1.0")
-    theta = number("rope_theta", rope.get("rope_theta", c.get("rope_theta", 10000.0)))
+    theta = checked(float, "rope_theta", rope.get("rope_theta", c.get("rope_theta", 10000.0)))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return theta, None

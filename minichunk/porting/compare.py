@@ -1,11 +1,12 @@
 """`minichunk compare`: the tensors of a port beside those of a golden file, up to the first difference, in words.
 
 The order is that in which a port is built: the forward pass chunk after chunk, the losses, then the walk back. So
-whatever comes before the first difference is right, and what it is itself says what is wrong (mistakes.py).
+whatever comes before the first difference is right, and what it is itself says what is wrong (mistakes.ini).
 tests/golden/README.md describes the files.
 """
 
 import re
+from configparser import ConfigParser
 from dataclasses import MISSING, dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,7 +18,6 @@ from torch import Tensor
 from ..errors import InputError
 from ..files.atomic import open_tensors
 from ..training.options import check_options, option
-from .mistakes import likely_mistakes
 
 FORMAT = "minichunk golden 2"  # in a golden file's metadata
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
@@ -26,6 +26,7 @@ JUDGED = 0.2  # of a tensor's norm: where rounding may do more than that, it hid
 GIVEN = re.compile(r"^(masks|weights)\.|(^|\.)(input_ids|labels)$")  # which a port reads and does not compute
 # What lies within a chunk's run, and what a port is given or can do without: compared where it is there.
 OPTIONAL = re.compile(rf"{GIVEN.pattern}|^(rope|full)\.|\.(hidden|attention|residual|logits|decay)$")
+ELSE = "or it was kept at another time, is a view of what goes on changing, or `.grad` was not cleared before"
 METHODS = ("seco", "second.seco", "spaco", "second.spaco")
 COMPUTED = re.compile(
     rf"(?P<method>{'|'.join(METHODS)})(\.chunk\.(?P<chunk>\d+))?(\.layer\.(?P<layer>\d+))?"
@@ -38,6 +39,16 @@ BACKWARD = (
     "down_proj", "up_proj", "gate_proj", "post_attention_layernorm", "o_proj", "v_proj", "k_norm", "k_proj",
     "q_norm", "q_proj", "input_layernorm", "c_proj", "b_proj", "a_proj", "norm",
 )  # fmt: skip
+
+
+class Mistake(NamedTuple):
+    """A line of mistakes.ini. first: where it shows first, whether or not a port has the tensors that can be left out.
+    cases: the golden files that show it; none: all Llamas'."""
+
+    key: str
+    first: str
+    words: str
+    cases: list[str]
 
 
 class Golden(NamedTuple):
@@ -115,6 +126,39 @@ def difference(got: Tensor, expected: Tensor, bound: float) -> str | None:
     fits = float((got - factor * expected).norm()) <= max(bound, 1e-6) * norm
     hint = f"\n  yours is {factor:.6g} times what is expected" if fits else ""
     return f"is off by {error / norm:.2g} of its norm; rounding may do {bound:.1g}\n  {place}yours {numbers}{hint}"
+
+
+def read_mistakes() -> list[Mistake]:
+    """All of mistakes.ini, in its order."""
+    table = ConfigParser(delimiters="=", interpolation=None)
+    table.read(Path(__file__).with_name("mistakes.ini"), encoding="utf-8")
+    found = []
+    for first in table.sections():
+        for key, words in table.items(first):
+            name, _, cases = key.partition(" [")
+            found.append(Mistake(name, first, words, cases.rstrip("]").split()))
+    return found
+
+
+def likely_mistakes(name: str, case: str, agreed: list[str]) -> list[str]:
+    """Lines that say what usually is wrong where this tensor of a golden file is the first that differs.
+
+    agreed: the names of those before it, which are right: what would show in one of the same forward pass is not wrong.
+    """
+    run = re.match(r"(second\.)?\w+\.chunk\.\d+\.layer\.", name)
+    forward = [n for n in agreed if run and n.startswith(run[0]) and not n.endswith(("_grads", "adjoint"))]
+    here = [m for m in read_mistakes() if (case in m.cases or not m.cases) and _shows(m, name, case)]
+    usual = [m for m in here if not any(_shows(m, n, case) for n in forward)]
+    usual.sort(key=lambda mistake: not mistake.cases)  # those of this file alone come first
+    return ["what usually begins here:", *(f"  - {words}" for words in [*(m.words for m in usual), ELSE])]
+
+
+def _shows(mistake: Mistake, name: str, case: str) -> bool:
+    """Whether it may show first in this tensor. A second batch shows the mistakes that the first would, and to a
+    Llama's mistakes the hybrid's layer 1 is the first."""
+    if case == "hybrid":
+        name = re.sub(r"layer\.([12])\.", lambda layer: f"layer.{int(layer[1]) - 1}.", name)
+    return any(re.match(mistake.first, n) for n in (name, name.removeprefix("second.")))
 
 
 def compare(mine: dict[str, Tensor], golden: Golden, precision: str | None = None) -> Verdict:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..files.documents import check_text, end_of_text
+from ..models.config import several
 from ..models.stack import Stack
 from .load import load_as_told
 from .options import ReadOptions, check_options, option
@@ -29,12 +30,11 @@ def generate(
         raise InputError("generate needs input_ids [B, T] with at least 1 token and max_new_tokens of at least 1")
     if not temperature >= 0 or not 0 < top_p <= 1:
         raise InputError(f"generate needs temperature >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
-    config, (B, T) = model.config, input_ids.shape
-    if int(input_ids.max()) >= config.vocab_size or int(input_ids.min()) < 0:
-        raise InputError(f"input_ids must lie between 0 and {config.vocab_size - 1}")
-    ends = config.eos_token_id if model.ends is None else model.ends
-    several = ends if isinstance(ends, tuple) else () if ends is None else (ends,)
-    stop_ids = torch.tensor(several, dtype=torch.int64, device=input_ids.device)
+    (B, T), highest = input_ids.shape, model.config.vocab_size - 1
+    if int(input_ids.max()) > highest or int(input_ids.min()) < 0:
+        raise InputError(f"input_ids must lie between 0 and {highest}")
+    ends = model.config.eos_token_id if model.ends is None else model.ends
+    stop_ids = torch.tensor(several(ends), dtype=torch.int64, device=input_ids.device)
     was_training = model.training
     model.eval()
     memory = model.new_memory(B, T + max_new_tokens)

@@ -35,10 +35,7 @@ from .options import DTYPES, ModelOptions, TrainOptions, check_device, default_d
 def load_as_told(
     options: ModelOptions, prepare: Callable[[Stack], object] = lambda model: None
 ) -> tuple[Stack, Tokenizer]:
-    """The model of a checkpoint directory, with the adapter and the 4 bits that the options may name; its tokenizer.
-
-    prepare: see `load_model` in models. Raises InputError, for a wrong device before anything is read.
-    """
+    """The model and the tokenizer that the options name. prepare: see `load_model`. Raises InputError."""
     device, directory = check_device(options.device), options.model or SHIPPED_MODEL
     dtype, tokenizer = DTYPES[options.dtype or default_dtype(device)], load_tokenizer(directory)
     model = load_model(directory, dtype, device, getattr(options, "load_in_4bit", False), prepare)
@@ -48,10 +45,7 @@ def load_as_told(
 
 
 def load_to_train(options: TrainOptions, links: Links | None = None) -> tuple[Any, Tokenizer]:
-    """The model that is to be trained, with its adapter or all parameters, and its tokenizer. Raises InputError.
-
-    links: of this rank, whose `PipelineStage` is returned then; it reads its own tensors alone.
-    """
+    """The model to train, or the `PipelineStage` of this rank's links, and the tokenizer. Raises InputError."""
     torch.manual_seed(options.seed)  # the adapter's initial weights
     stages: list[PipelineStage] = []
 

@@ -24,10 +24,7 @@ from .options import TrainOptions, check_options, options_of
 
 
 def digests(options: TrainOptions) -> dict[str, str]:
-    """By path, of the files of data that were named, and of the base: config, tokenizer, template and weights.
-
-    All of a file counts but of weights, of which 64 MiB do, from all over a file.
-    """
+    """By path, of the files of data that were named, and of the base: config, tokenizer, template and weights."""
     base = Path(options.model or SHIPPED_MODEL)
     patterns = ("config.json", "tokenizer*.json", "chat_template*", "*.safetensors*")
     of_base = [str(path) for pattern in patterns for path in sorted(base.glob(pattern))]

@@ -54,8 +54,8 @@ def trace(
 ) -> list[Event]:
     """Call `function(model, input_ids, labels, …)`, one of `seco`, `spaco` and `full`; return the log of its events.
 
-    The function is run as it is and adds to `.grad` what it adds alone, bit for bit; events.py describes the log. The
-    arguments after `labels` are the function's own.
+    The function is run as it is and adds to `.grad` what it adds alone, bit for bit. The arguments after `labels` are
+    its own. tutorials/walk.md describes the log.
 
     model: a `protocol.Model` with its `layers`, as all of ours are.
     input_ids, labels: int64 (B, T).
