@@ -49,8 +49,8 @@ class Past:
     here and the second takes them, so that only what lies before and after the attention is run again.
     """
 
-    def __init__(self, memory: Any, start: int, save: bool = False, kernel: Kernel | None = None) -> None:
-        self.memory, self.start, self.save, self.kernel = memory, start, save, kernel
+    def __init__(self, memory: Any, start: int, save: bool) -> None:
+        self.memory, self.start, self.save = memory, start, save
         self.saved: tuple[Tensor, Tensor] | None = None
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
@@ -152,7 +152,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, past: Past) -> Tensor:
         q, k, v = _rows(q), _rows(k), _rows(v)
-        ctx.past, ctx.kernel = past, past.kernel or pick_kernel(q)
+        ctx.past, ctx.kernel = past, past.memory.kernel or pick_kernel(q)
         if past.saved is None:
             out, lse = past.forward(ctx.kernel, q, k, v)
             if sinks is not None:  # one more key: all that is below needs the log-sum-exp with it

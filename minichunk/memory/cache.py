@@ -89,7 +89,7 @@ class LayerCache:
         self.sums: dict[Chunk, Rows] = {}  # of what is reached, as soon as something has been sent there
 
     def past(self, chunks: Sequence[Chunk], save: bool) -> Past:
-        return Past(self, chunks[0].start, save, self.kernel)
+        return Past(self, chunks[0].start, save)
 
     def write(self, chunks: Sequence[Chunk], written: tuple[Tensor, ...]) -> None:
         start = chunks[0].start
