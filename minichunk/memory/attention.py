@@ -6,15 +6,15 @@ are merged by their log-sum-exps; and so the past may be cut into blocks, each o
 Backward, a kernel that is given the *merged* output and log-sum-exp returns the exact gradients of its block: it
 computes the probabilities again as exp(scores - lse), and the merged lse makes them those of the whole softmax.
 
-Where a layer sees a part of the past (window.py), the first of the two is attention to the *band*: also to positions
-right before the chunk, of which each query sees the last ones. The second is attention to the *pinned* positions
-before the band, which all queries see. With full attention the band is the chunk, and the whole past is pinned.
+Where a layer sees a part of the past (window.py), the first one is to the *band*, which begins before the chunk, and of
+which each query sees the last positions; the second one is to what is *pinned* before the band. With full attention the
+band is the chunk, and the whole past is pinned.
 
 Shapes: B batch, H query heads, G key-value heads, C tokens of the chunk, D head size, n positions of the past.
 q (B, H, C, D); k, v of the chunk (B, G, C, D), of the past (B, G, n, D); out (B, H, C, D); lse (B, H, C).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,8 +37,7 @@ def merge(out: Tensor, lse: Tensor, more_out: Tensor, more_lse: Tensor) -> None:
 
 
 def fold(x: Tensor, G: int) -> Tensor:
-    """(B, H, C, ·) to (B, G, H/G * C, ·): for keys that all queries see, the H/G query heads of a key head are one head
-    with more rows. The numbers are the same, and the products fewer and larger."""
+    """(B, H, C, ·) to (B, G, H/G * C, ·): for keys that all queries see, the H/G heads of a key head are one."""
     return x.reshape(x.shape[0], G, -1, *x.shape[3:])
 
 
@@ -57,13 +56,10 @@ class Past:
         """Attention of the chunk to itself and to what lies before it.
 
         q: (B, H, C, D). k, v: (B, G, C, D), the chunk's own. sinks: (H), for each head the score of one key more, which
-        is worth nothing, as in gpt-oss. Returns (B, H, C, D).
-
-        Backward adds the gradients of the past's keys and values to the memory, in place, instead of
-        returning them: they are the relay of Algorithm 1.
+        is worth nothing, as in gpt-oss. Returns (B, H, C, D). Backward adds the gradients of the past's keys and values
+        to the memory, in place, instead of returning them: they are the relay of Algorithm 1.
         """
-        out: Tensor = _Attention.apply(q, k, v, sinks, self)
-        return out
+        return _Attention.apply(q, k, v, sinks, self)
 
     def forward(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """out and lse."""
@@ -133,17 +129,11 @@ class Past:
         return keys, values
 
 
-def at_most(count: int, spans: Sequence[Span]) -> Iterator[list[Span]]:
-    """The same positions, about so many at a time."""
-    some = list[Span]()
-    for start, stop in spans:
-        for low in range(start, stop, count):
-            some.append((low, min(low + count, stop)))
-            if sum(last - first for first, last in some) >= count:
-                yield some
-                some = []
-    if some:
-        yield some
+def at_most(count: int, spans: Sequence[Span]) -> list[list[Span]]:
+    """The same positions, no more than so many at a time."""
+    cut = [(low, min(low + count, stop)) for start, stop in spans for low in range(start, stop, count)]
+    n = count // max(stop - start for start, stop in cut)
+    return [cut[i : i + n] for i in range(0, len(cut), n)]
 
 
 class _Attention(torch.autograd.Function):

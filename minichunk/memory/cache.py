@@ -60,13 +60,12 @@ class LayerCache:
     """One layer's keys and values of as many positions as `shape` has, (B, G, positions, D); see LayerMemory.
 
     The next chunk of the fill reads it, and each chunk that is rebuilt, the last of which begins where the positions
-    end. So there are rows for the pinned positions, with full attention for all; for those that a rebuilt chunk
+    end. So there are rows for the pinned positions, with full attention all of them; for those that a rebuilt chunk
     reaches; and, in turn, for the last ones that were written, as many as the reach.
 
     like: a tensor of the model's dtype, on its device.
-    receiving: the chunks that later ones send gradients to, which are summed in `grad_dtype`. Pinned positions receive
-    some from the last chunk on, and have room for them from the start; the others from the next chunk that is rebuilt,
-    and have room from then on.
+    receiving: the chunks that later ones send gradients to; these are summed in `grad_dtype`. Pinned positions have
+    room for them from the start, the others from the next chunk that is rebuilt on.
     kernel: of the attention; None: the best one for the device and dtype.
     """
 

@@ -16,11 +16,7 @@ Span = tuple[int, int]  # positions: (start, stop)
 
 
 class QueryRun(NamedTuple):
-    """Queries that see alike. Each of them sees:
-
-    - the pinned positions before `low`;
-    - from `low` on what comes before it and itself, of that the last `window`.
-    """
+    """Queries that see alike: the pinned positions before `low`, and from there to their own the last `window`."""
 
     start: int
     stop: int
@@ -112,11 +108,8 @@ Pattern = Window | Strided
 
 
 def runs(pattern: Pattern, start: int, stop: int, most: int) -> Iterator[tuple[QueryRun, list[Span]]]:
-    """What the queries of a chunk see, first to last, at most so many queries at a time.
-
-    With each run come the pinned positions before its `low` that no run before it has seen: of the past, and the
-    chunk's own.
-    """
+    """What the queries of a chunk see, first to last, at most so many at a time; and with each run the positions, of the
+    past and of the chunk, that are pinned before its `low` and were not before another run's."""
     at = until = 0
     while start + at < stop:
         run = pattern.run(start + at, min(stop, start + at + most))
