@@ -30,6 +30,7 @@ def seco(
     cache_grad_dtype: torch.dtype | None = None,
     offload: bool = False,
     layers_at_once: int | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Add the exact gradient of the mean loss to `.grad`; return the loss, detached.
 
@@ -47,11 +48,12 @@ def seco(
     layers_at_once: go through the text with a block of so many adjacent layers at a time, up and down again. What grows
         is then the memory of one block, and a hidden state of each token for every block; see blocks.py. None: all
         layers are one block.
+    positions: int64 (B, T), for rope alone: what a chunk sees stays the text before it; None: 0, 1, 2, …
     Raises InputError for a batch or a size that does not fit.
     """
     check_fill_size(fill_size, chunk_size)
-    batch, chunks = prepare(model, input_ids, labels, num_targets), cut(input_ids.shape[1], chunk_size)
-    options = Options(fill_size, recompute, cache_grad_dtype, model.dropout_seed())
+    batch, chunks = prepare(model, input_ids, labels, num_targets, positions), cut(input_ids.shape[1], chunk_size)
+    options = Options(fill_size, recompute, cache_grad_dtype, model.dropout_seed(), batch.positions)
     if layers_at_once is not None or offload:
         kept = [(chunk, (1.0, 1.0)) for chunk in chunks]
         return through_blocks(model, batch, chunks, kept, options, layers_at_once, offload)

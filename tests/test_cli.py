@@ -82,17 +82,14 @@ MISTAKES = {
     "TRAIN --device cuda:99": "--device is 'cuda:99', but PyTorch sees only cpu",
     "TRAIN --model nowhere": "nowhere",
     "TRAIN --data nowhere.txt": "nowhere.txt cannot be read (No such file or directory)",
-    "TRAIN --val-data nowhere.txt": "nowhere.txt cannot be read (No such file or directory)",
     "TRAIN --output {text}": "cannot make the directory ",
     "TRAIN --bogus 1": "unrecognized arguments: --bogus 1",
     "train --resume": "found no run in runs/",
     "train --resume --output x": "x holds no run",
     "train --resume --lr 1": "leave out --lr",
-    "evaluate --model nowhere": "nowhere",
     "evaluate --data nowhere.txt": "nowhere.txt cannot be read",
     "evaluate --adapter nowhere": "nowhere",
     "generate x --adapter nowhere": "nowhere is not a directory",
-    "generate x --device tpu": "--device is 'tpu'",
     "": "the following arguments are required: COMMAND",
 }
 

@@ -53,7 +53,7 @@ def test_what_a_position_sees(pattern: Pattern, full_layers: tuple[int, ...] | N
     x = model.embedding(IDS[:1, :T]).detach().requires_grad_()
     hidden = x
     for layer in model.layers:
-        hidden, _ = layer(hidden, None, *model.shared(hidden, 0))
+        hidden, _ = layer(hidden, None, *model.shared(hidden, torch.arange(hidden.shape[1]), None))
     found = [torch.autograd.grad(hidden[0, i].square().sum(), x, retain_graph=True)[0][0] for i in range(T)]
     assert torch.equal(torch.stack(found).abs().sum(-1) > 0, expected > 0)
 

@@ -44,7 +44,7 @@ def cases(draw: st.DrawFn, number: int) -> Case:
     """Of all options, on at least as many layers as ranks."""
     kinds = st.one_of(models(), models(), state_models())
     model = draw(kinds.filter(lambda model: len(model.layers) >= number))
-    batch: Batch = draw(batches())
+    batch: Batch = draw(batches(positions=model.takes_positions))
     chunk_size = draw(st.integers(1, 16))
     layers = len(model.layers)
     cuts = draw(st.none() | st.sets(st.integers(1, layers - 1), min_size=number - 1, max_size=number - 1))
@@ -54,6 +54,7 @@ def cases(draw: st.DrawFn, number: int) -> Case:
         "num_targets": draw(st.none() | st.just(7.0)),
         "recompute": draw(st.booleans()),
         "cache_grad_dtype": draw(st.none() | st.just(torch.float32)),
+        "positions": batch.positions,
     }
     method = draw(st.sampled_from(["seco", "spaco"]))
     if method == "spaco":

@@ -117,10 +117,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("name", ["text.txt", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["text.txt", "model.safetensors", "tokenizer.json", "special_tokens_map.json"])
 def test_a_run_does_not_go_on_with_other_data_or_another_base(name: str, options: TrainOptions, tmp_path: Path) -> None:
     """Known before anything is done; a file is another one if a byte of it is."""
     base, text = shutil.copytree(str(options.model), tmp_path / "base"), shutil.copy(options.data[0], tmp_path)
+    (base / "special_tokens_map.json").write_text("{}")
     train(replace(options, model=str(base), data=(str(text),), steps=1), say=quiet)
     (path,) = [path for path in (Path(text), *base.iterdir()) if path.name == name]
     path.write_bytes(path.read_bytes()[:-1] + b" ")

@@ -57,13 +57,6 @@ def change_tensors(directory: Path, **changes: torch.Tensor | None) -> None:
     save_file(tensors, directory / "model.safetensors")
 
 
-def test_tied_embeddings_stay_one_parameter(tmp_path: Path) -> None:
-    build(tiny(tie_word_embeddings=True), seed=0).save_pretrained(tmp_path)
-    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
-    model = mc.Llama.from_pretrained(tmp_path)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-
-
 NORM, FILE = "model.norm.weight", "model.safetensors"
 
 
@@ -134,7 +127,7 @@ def test_mixed_dtypes_become_one(checkpoint: Path) -> None:
 def test_a_model_that_no_config_describes_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(mc.InputError, match=r"no config\.json describes this model"):
         build(tiny(qk_norm=True), seed=0).save_pretrained(tmp_path)
-    with pytest.raises(mc.InputError, match=r"nowhere/config\.json cannot be read"):
+    with pytest.raises(mc.InputError, match="nowhere is not a directory"):
         mc.Llama.from_pretrained(tmp_path / "nowhere")
 
 

@@ -84,11 +84,8 @@ def add_command(commands: Any, name: str, options: type) -> None:
 
 def _add_option(parser: Any, field: Field[Any], kind: type, several: bool) -> None:
     rule, shown = field.metadata, {"help": _help(field)}
-    if kind is bool and field.default is None:
+    if kind is bool:
         parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, **shown)
-    elif kind is bool:
-        name = flag(f"no_{field.name}" if field.default else field.name)
-        parser.add_argument(name, dest=field.name, action=f"store_{not field.default}".lower(), **shown)
     else:
         among = "{" + ",".join(rule["choices"]) + "}" if rule["choices"] else field.name.upper()
         shown["metavar"] = rule["metavar"] or METAVARS.get(kind, among)

@@ -14,7 +14,7 @@ from ..pipeline.split_layers import layer_costs, split_costs
 from .peak import StepBytes, step_memory, ways
 from .setting import CHUNKED, Setting, Share, Way
 
-BATCH = 2 * torch.int64.itemsize  # bytes per token: input_ids and targets
+BATCH = 3 * torch.int64.itemsize  # bytes per token: input_ids, targets and positions
 SPAN = 1024  # chunks over which the growth is taken: what is remembered of strided blocks grows by whole blocks
 
 

@@ -8,7 +8,7 @@ one before it also receives some, and the earlier ones do the same on a shorter 
 import functools
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -89,7 +89,7 @@ def step_memory(setting: Setting, tokens: int, share: Share | None = None, way: 
             for p in trained:
                 p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
         ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
-        batch = Batch(ids, shift(ids), float(tokens))
+        batch = Batch(ids, shift(ids), float(tokens), torch.arange(tokens, device="meta"))
         count.peak = count.live  # making the model took more, for 4 bits much more; loading it does not
         cache, grads = step(model, batch, setting, count)
         between, host = (0, count.left_out) if way is None else hidden_bytes(model, setting, tokens, way)
@@ -115,6 +115,7 @@ def _chunked_step(model: Stack, batch: Batch, setting: Setting, count: CountByte
 def _block_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes, way: Way) -> tuple[int, int]:
     """Up or down through one block: what blocks.py calls, for the last chunks; what waits between blocks left out."""
     (chunks, kept), options, blocks = setting.chunks(batch.input_ids.shape[1]), setting.options(), setting.blocks(model)
+    options = replace(options, positions=batch.positions)
     # At the peak a pass of the fill is at work, and the next one is there. Or, where results pile up on the device, the
     # last pass, and the last chunk is there, and all results but of these.
     block, piles_up = blocks[way.block], not way.down and not setting.offload
@@ -193,6 +194,7 @@ def _filled(
     """The chunks that a step keeps, its memory after the last passes of the fill, its options, and what the memory
     takes."""
     (chunks, kept), options = setting.chunks(batch.input_ids.shape[1]), setting.options()
+    options = replace(options, positions=batch.positions)
     memory = model.new_memory(1, kept[-1].start, kept[:-1], options)
     remembered = memory.tensors().bytes()  # and not what comes later and goes: that is a chunk's
     last = passes * setting.pass_chunks()

@@ -58,6 +58,7 @@ def run_plan(options: PlanOptions) -> None:
 def plan(options: PlanOptions) -> dict[str, Any]:
     """The forecast as one JSON object: of the method, and with `compare` of the others too. Raises InputError."""
     memory, reserve, host = (parse_bytes(text) for text in (options.memory, options.reserve, options.host_memory))
+    here = forecast(options, options.gpus)
     others = (METHODS if options.gpus == 1 else CHUNKED) if options.compare else ()
     methods: dict[str, Any] = {}
     for method in tqdm({options.method: 0} | dict.fromkeys(others), "plan", leave=False, disable=options.json):
@@ -65,7 +66,7 @@ def plan(options: PlanOptions) -> dict[str, Any]:
         longest = line.longest(memory - reserve, host)
         device, on_host = line.growth(longest or options.seq_len or options.chunk_size)
         methods[method] = {"max_tokens": longest, "bytes_per_token": device, "host_bytes_per_token": on_host}
-    longest, here = methods[options.method]["max_tokens"], forecast(options, options.gpus)
+    longest = methods[options.method]["max_tokens"]
     length = options.seq_len or longest or options.chunk_size
     at, share = here.at(length), here.largest_share(length)
     chunks, kept = options.chunks(length)

@@ -52,7 +52,7 @@ class Setting(StepOptions):
     )  # fmt: skip
     chunk_size: int = changed(StepOptions, "chunk_size", default=512)
     budget: int = changed(StepOptions, "budget", default=8, absent="")
-    recompute: bool = changed(StepOptions, "recompute", default=True, absent="", help="keep a chunk's activations")
+    recompute: bool = changed(StepOptions, "recompute", default=True, absent="on")
     targets: tuple[str, ...] | None = changed(
         StepOptions, "targets", absent="q_proj v_proj; without attention, all layers"
     )

@@ -15,7 +15,7 @@ from ..errors import InputError
 from .atomic import make_directory, open_tensors, read_json, write_json, write_tensors
 
 _INDEX = "model.safetensors.index.json"
-_BESIDE = ("tokenizer*", "special_tokens_map.json", "*chat_template*", "*chat_template*/*", "generation_config.json")
+BESIDE = ("tokenizer*", "special_tokens_map.json", "*chat_template*", "*chat_template*/*", "generation_config.json")
 
 
 def advice(name: str | Path) -> str:
@@ -119,7 +119,7 @@ def write_checkpoint(
 ) -> None:
     """Write `model.safetensors`, then `config.json`, and what `origin` has beside them and `directory` has not."""
     directory = Path(directory)
-    for path in [path for pattern in _BESIDE for path in (origin.glob(pattern) if origin else ())]:
+    for path in [path for pattern in BESIDE for path in (origin.glob(pattern) if origin else ())]:
         target = directory / path.relative_to(origin or "")
         if path.is_file() and not target.exists():
             shutil.copy(path, make_directory(target.parent))

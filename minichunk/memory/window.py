@@ -108,8 +108,8 @@ Pattern = Window | Strided
 
 
 def runs(pattern: Pattern, start: int, stop: int, most: int) -> Iterator[tuple[QueryRun, list[Span]]]:
-    """What the queries of a chunk see, first to last, at most so many at a time; and with each run the positions, of the
-    past and of the chunk, that are pinned before its `low` and were not before another run's."""
+    """What the queries of a chunk see, first to last, at most so many at a time; and with each run the positions of the
+    past and of the chunk that are pinned before its `low` and were not before another run's."""
     at = until = 0
     while start + at < stop:
         run = pattern.run(start + at, min(stop, start + at + most))

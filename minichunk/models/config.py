@@ -78,9 +78,9 @@ class Config:
         for field in fields(cls):
             if field.default is MISSING:
                 needed(config, field.name)
-        for name, values in {"quantization_config": (None, {}), **cls.only}.items():
+        for name, values in {"quantization_config": (None, {}), "is_causal": (True, None), **cls.only}.items():
             if config.get(name, values[0]) not in values:
-                wanted = repr(values[0]) if name in cls.only else "absent: load the unquantized checkpoint"
+                wanted = "absent: load the unquantized checkpoint" if name == "quantization_config" else repr(values[0])
                 raise InputError(f"config: {name} = {config[name]!r} is not supported; it must be {wanted}")
         return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
 
@@ -94,16 +94,6 @@ class Config:
         return next(iter(several(getattr(self, "eos_token_id", None))), None)
 
 
-@dataclass(frozen=True)
-class Llama3Rope(Config):
-    """The llama3 rule that slows the low frequencies of RoPE down (Llama 3.1 and later)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-
 FULL_ATTENTION, SLIDING_ATTENTION, PARTIAL_ATTENTION = "full_attention", "sliding_attention", "partial_attention"
 
 
@@ -114,12 +104,11 @@ class LlamaConfig(Config):
     `model_type` implies in a `config.json` what three fields say: `attention_bias` is that of q, k and v, and
     `attention_out_bias` of o; `qk_norm` an RMSNorm on each head's queries and keys. `layer_types` has for each layer
     full_attention, sliding_attention (the last `sliding_window` positions, the own included) or ours in its place,
-    partial_attention (what `pattern` says); empty: full_attention for all.
+    partial_attention (what `pattern` says); empty: full_attention for all. `rope_scaling` is a RopeRule of rope.py;
+    None: RoPE as first published.
     """
 
-    only: ClassVar = {
-        "hidden_act": ("silu", "swish"), "attention_dropout": (0, None), "partial_rotary_factor": (1.0, None),
-    }  # fmt: skip
+    only: ClassVar = {"hidden_act": ("silu", "swish"), "attention_dropout": (0, None)}
     not_written = ("attention_out_bias", "qk_norm", "sliding_window", "layer_types", "pattern", "model_type")
 
     vocab_size: int
@@ -132,7 +121,7 @@ class LlamaConfig(Config):
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: Llama3Rope | None = None
+    rope_scaling: Any = None
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     attention_out_bias: bool = False
@@ -152,6 +141,8 @@ class LlamaConfig(Config):
             raise InputError(f"config: num_attention_heads ({H}) must be a multiple of num_key_value_heads ({G})")
         if self.head_dim % 2:
             raise InputError(f"config: head_dim is {self.head_dim}, but RoPE needs an even number")
+        if self.rope_scaling is not None:
+            self.rope_scaling.check(self)
         kinds, other = self.layer_types, SLIDING_ATTENTION if self.pattern is None else PARTIAL_ATTENTION
         if kinds or self.pattern is not None or self.sliding_window is not None:
             check_layer_types(kinds, (FULL_ATTENTION, other), self.num_hidden_layers)

@@ -117,11 +117,12 @@ class Gemma3(Stack):
 
     config_class = Gemma3Config
     embedding_class = Embedding
+    takes_positions = True
 
     def __init__(self, config: Gemma3Config) -> None:
         layers = (Gemma3Layer(config, pattern) for pattern in config.patterns())
         super().__init__(config, layers, Norm(config.hidden_size, config.rms_norm_eps))
 
-    def shared(self, x: Tensor, start: int) -> tuple[Rope, ...]:
+    def shared(self, x: Tensor, positions: Tensor, whole: Tensor | None) -> tuple[Rope, ...]:
         near = replace(self.config, rope_theta=self.config.rope_local_base_freq)
-        return tuple(rope_tables(config, start, start + x.shape[1], x) for config in (self.config, near))
+        return tuple(rope_tables(config, positions, x, whole) for config in (self.config, near))

@@ -4,7 +4,6 @@ Shapes: B batch, T tokens of this call, H query heads, G key-value heads, D head
 E hidden size, V vocabulary. Parameter names are Hugging Face's.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -18,32 +17,38 @@ from ..memory.window import FULL, Pattern
 from .config import LlamaConfig
 from .stack import Stack
 
-Rope = tuple[Tensor, Tensor]  # cos and sin of the angles, (T, D/2) each
+Rope = tuple[Tensor, Tensor]  # cos and sin of the angles, (T, D/2) each, or (B, 1, T, D/2)
 
 
-def rope_tables(config: LlamaConfig, start: int, stop: int, like: Tensor) -> Rope:
-    """cos and sin of the rotation angles at positions `start` to `stop`: two (T, D/2).
+def periods(size: int, theta: float | Tensor, like: Tensor) -> Tensor:
+    """Positions to a radian of each pair of a head of so many numbers: float32 (size / 2), RoPE as first published.
 
-    Angles and results are float32 numbers, found in Hugging Face's order. Power, sine and cosine are float64's,
-    rounded: float32's differ in the last bit from machine to machine, and far into a text that is an angle.
+    The power is float64's, rounded: float32's differ in the last bit from machine to machine, and far into a text that
+    is an angle. So with sine and cosine.
     """
-    D = config.head_dim
-    exponents = torch.arange(0, D, 2, dtype=torch.float32, device=like.device) / D
-    frequencies = 1.0 / (config.rope_theta ** exponents.double()).float()  # (D/2)
-    if (rule := config.rope_scaling) is not None:
-        turns = rule.original_max_position_embeddings * frequencies / (2 * math.pi)
-        keep = ((turns - rule.low_freq_factor) / (rule.high_freq_factor - rule.low_freq_factor)).clamp(0, 1)
-        frequencies = keep * frequencies + (1 - keep) * frequencies / rule.factor  # keep 1: as trained, 0: slowed down
-    positions = torch.arange(start, stop, dtype=torch.float32, device=like.device)
-    angles = torch.outer(positions, frequencies).double()  # (T, D/2)
-    return angles.cos().float().to(like.dtype), angles.sin().float().to(like.dtype)
+    exponents = torch.arange(0, size, 2, dtype=torch.float32, device=like.device) / size
+    return (theta ** exponents.double()).float()
+
+
+def rope_tables(config: LlamaConfig, positions: Tensor, like: Tensor, whole: Tensor | None = None) -> Rope:
+    """cos and sin of the rotation angles at these positions, int64 (…, T): two (…, T, D/2), or for a part of D.
+
+    whole: the positions of the whole text, for the rules of rope.py that depend on its length; None: nobody told them.
+    Angles and results are float32 numbers, found in Hugging Face's order, whatever the model's dtype.
+    """
+    frequencies, scale = 1.0 / periods(config.head_dim, config.rope_theta, like), 1.0
+    if config.rope_scaling is not None:
+        frequencies, scale = config.rope_scaling.frequencies(config, like, whole), config.rope_scaling.scale()
+    angles = (positions[..., None].float() * frequencies).double()
+    return (angles.cos().float() * scale).to(like.dtype), (angles.sin().float() * scale).to(like.dtype)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """RoPE in Hugging Face's layout: dimension i is paired with i + D/2."""
+    """RoPE in Hugging Face's layout: of the first numbers that are turned, i is paired with i + half of them."""
     cos, sin = rope
-    first, second = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    half = cos.shape[-1]
+    first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)  # (B, H, T, D/2) twice, and D = 0
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
 class Attention(nn.Module):
@@ -126,10 +131,11 @@ class Llama(Stack):
     """
 
     config_class = LlamaConfig
+    takes_positions = True
 
     def __init__(self, config: LlamaConfig) -> None:
         norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         super().__init__(config, (Layer(config, pattern) for pattern in config.patterns()), norm)
 
-    def shared(self, x: Tensor, start: int) -> tuple[Rope]:
-        return (rope_tables(self.config, start, start + x.shape[1], x),)
+    def shared(self, x: Tensor, positions: Tensor, whole: Tensor | None) -> tuple[Rope]:
+        return (rope_tables(self.config, positions, x, whole),)

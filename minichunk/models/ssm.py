@@ -113,6 +113,7 @@ class StateSpace(Stack):
     """
 
     config_class = StateSpaceConfig
+    takes_positions = property(lambda self: self.config.attention is not None)
 
     def __init__(self, config: StateSpaceConfig) -> None:
         layers = (
@@ -126,6 +127,6 @@ class StateSpace(Stack):
             if isinstance(layer, StateLayer):
                 layer.a_proj.bias.data.copy_(bias)
 
-    def shared(self, x: Tensor, start: int) -> tuple[Rope, ...]:
+    def shared(self, x: Tensor, positions: Tensor, whole: Tensor | None) -> tuple[Rope, ...]:
         attention = self.config.attention
-        return (rope_tables(attention, start, start + x.shape[1], x),) if attention else ()
+        return (rope_tables(attention, positions, x, whole),) if attention else ()

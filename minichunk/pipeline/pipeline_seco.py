@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch import Batch, check_tokens, make_batch, widen_gradients
+from ..batch import Batch, check_positions, check_tokens, make_batch, widen_gradients
 from ..chunks import Chunk, check_fill_size, cut, span
 from ..errors import InputError
 from ..loss import summed_loss
@@ -47,7 +47,7 @@ def pipeline_spaco(
     stage: PipelineStage, input_ids: Tensor, labels: Tensor, chunk_size: int, *, sampler: Sampler = QUARTER,
     generator: torch.Generator | None = None, fill_size: int | None = None, num_targets: float | None = None,
     recompute: bool = False, cache_grad_dtype: torch.dtype | None = None, layers_at_once: int | None = None,
-    offload: bool = False,
+    offload: bool = False, positions: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`spaco` of a model whose layers are on several ranks; see pipeline_seco. The first rank draws for all of them."""
     if layers_at_once is not None or offload:  # a rank's next block could only begin when the ranks above are all done
@@ -55,8 +55,9 @@ def pipeline_spaco(
     check_fill_size(fill_size, chunk_size)
     check_tokens(input_ids, labels, num_targets, stage.vocab_size)
     widen_gradients(stage)
+    positions = check_positions(stage, positions, input_ids)
     batch, chunks, links = make_batch(input_ids, labels, num_targets), cut(input_ids.shape[1], chunk_size), stage.links
-    options = Options(fill_size, recompute, cache_grad_dtype)
+    options = Options(fill_size, recompute, cache_grad_dtype, positions=positions)
     drawn = check_weights(sampler(len(chunks), generator), len(chunks)) if links.is_first else []
     weights, options, below_learns = agree(stage, input_ids, chunks, options, drawn)
     kept = [(chunk, weight) for chunk, weight in zip(chunks, weights, strict=True) if weight is not None]

@@ -9,6 +9,7 @@ from ..errors import InputError
 from ..files.documents import check_text, end_of_text
 from ..models.config import several
 from ..models.stack import Stack
+from ..protocol import Options
 from .load import load_as_told
 from .options import ReadOptions, check_options, option
 
@@ -38,7 +39,8 @@ def generate(
     was_training = model.training
     model.eval()
     memory = model.new_memory(B, T + max_new_tokens)
-    for _, hidden in model.run_chunks(input_ids, memory, chunk_size):  # noqa: B007 (the last one is what counts)
+    options = Options(positions=torch.arange(T + max_new_tokens, device=input_ids.device))
+    for _, hidden in model.run_chunks(input_ids, memory, chunk_size, options=options):  # noqa: B007 (the last one is what counts)
         pass
     done = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
     for position in range(T, T + max_new_tokens):
@@ -48,7 +50,7 @@ def generate(
         done |= torch.isin(new[:, 0], stop_ids)
         if done.all() or position == T + max_new_tokens - 1:
             break
-        ((_, hidden),) = model.run_chunks(new, memory, 1, start=position)
+        ((_, hidden),) = model.run_chunks(new, memory, 1, start=position, options=options)
     model.train(was_training)
     return input_ids
 

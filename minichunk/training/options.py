@@ -42,7 +42,7 @@ def option(
     absent: the default in words. group: its title in the help; None: that of the option before it; "": none.
     least, above, most, below: bounds of every number. belongs: another option, and which values it must have for this
     one; (): any but None. positional: without `--`. none: a tuple may be empty.
-    A flag that is on by default is turned off by `--no-…`.
+    A flag is turned off by `--no-…`.
     """
     return field(default=default, metadata={name: value for name, value in locals().items() if name != "default"})
 
@@ -188,7 +188,7 @@ class StepOptions:
         """How a step is computed, as keywords of `seco`. Raises InputError for an `auto` that nobody has decided."""
         if self.layers_at_once == "auto":
             raise InputError("--layers-at-once is 'auto': let costs.forecast.fitted decide it first")
-        how = {name: value for name, value in vars(self.options()).items() if name != "dropout_seed"}
+        how = {name: value for name, value in vars(self.options()).items() if name not in ("dropout_seed", "positions")}
         return {**how, "layers_at_once": self.layers_at_once and int(self.layers_at_once), "offload": self.offload}
 
     def pattern(self) -> Pattern | None:
@@ -222,7 +222,7 @@ class TrainOptions(StepOptions, ModelOptions):
     val_data: tuple[str, ...] = option((), "held-out files", absent="a part of the data", metavar="FILE")
     val_fraction: float = option(0.1, "part of the data held out", least=0, below=1)
     eval_documents: int = option(8, "held-out documents to measure", least=0)
-    chat_template: bool = option(True, "join prompt and completion as they are, even if the model has a template")
+    chat_template: bool = option(True, "put prompt and completion into the model's template", absent="if it has one")
     cap: float | None = option(None, "spaco with paper: the most the relay factor may be", above=0, absent="none",
                                belongs=("sampler", ("paper",)), group="method")
     steps: int = option(60, "optimizer steps", least=1, group="training")

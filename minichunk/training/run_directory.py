@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ..errors import InputError
 from ..files.atomic import make_directory, open_tensors, read_json, replacing, write_json, write_tensors, write_text
-from ..files.checkpoint import digest
+from ..files.checkpoint import BESIDE, digest
 from ..files.shipped import SHIPPED_MODEL
 from ..models.adapter_files import save_adapter
 from .evaluate import Span
@@ -26,7 +26,7 @@ from .options import TrainOptions, check_options, options_of
 def digests(options: TrainOptions) -> dict[str, str]:
     """By path, of the files of data that were named, and of the base: config, tokenizer, template and weights."""
     base = Path(options.model or SHIPPED_MODEL)
-    patterns = ("config.json", "tokenizer*.json", "chat_template*", "*.safetensors*")
+    patterns = ("config.json", *BESIDE, "*.safetensors*")
     of_base = [str(path) for pattern in patterns for path in sorted(base.glob(pattern))]
     return {path: digest(Path(path)) for path in [*options.data, *options.val_data, *of_base]}
 
