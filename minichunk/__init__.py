@@ -26,6 +26,7 @@ _LATER = {
     "pipeline.links": ("Links", "RankLost"),
     "pipeline.stage": ("PipelineStage",),
     "pipeline.pipeline_seco": ("pipeline_seco", "pipeline_spaco"),
+    "models.wrap": ("wrap",),  # needs transformers: minichunk[hf]
     "training.generate": ("generate",),
     "walk.trace": ("trace",),
 }  # fmt: skip

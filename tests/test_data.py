@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 import minichunk as mc
 from minichunk.files.documents import (
@@ -78,6 +78,14 @@ def test_a_pair_is_encoded_as_the_text_that_it_is(kind: str, tmp_path: Path) -> 
         assert (
             tokenizer.decode(learnt[:-1], skip_special_tokens=False).removeprefix("<s>").strip() == completion.strip()
         )
+
+
+def test_a_blank_whose_offsets_a_tokenizer_trims_is_where_it_was(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_str(KINDS["bytes"].to_str())
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    path = write(tmp_path / "p.jsonl", {"prompt": "Q: ", "completion": "\nyes it "})
+    (document,) = read_documents([path], tokenizer)
+    assert tokenizer.decode(document.input_ids[document.labels != -100].tolist()) == "\nyes it "
 
 
 def test_long_documents_are_cut_and_the_line_says_what_was_kept(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -298,9 +298,9 @@ CONFIG = {**tiny().to_dict(), "chunk_size": 256, "use_cache": True, "rms_norm": 
         ({"quantization_config": {"bits": 4}}, "quantization_config = .* must be absent"),
         ({"use_bias": "yes"}, "use_bias is 'yes', but must be true or false"),
         ({"layer_norm_epsilon": 0}, "layer_norm_epsilon is 0, but must be a number above 0"),
-        ({"time_step_limit": [0.3, 0.1]}, r"time_step_limit is \[0.3, 0.1\], but must be \[least, greatest\]"),
-        ({"time_step_limit": [0.1]}, r"time_step_limit is \[0.1\], but must be a list of two numbers"),
-        ({"time_step_limit": 3}, "time_step_limit is 3, but must be a list of two numbers"),
+        ({"time_step_limit": [0.3, 0.1]}, r"time_step_limit is \[0.3, 0.1\], but must be .least, greatest."),
+        ({"time_step_limit": [0.1]}, r"time_step_limit is \[0.1\], but must be .least, greatest."),
+        ({"time_step_limit": 3}, "time_step_limit is 3, but must be .least, greatest."),
         ({"eos_token_id": "</s>"}, "eos_token_id is '</s>', but must be a token id"),
     ],
 )

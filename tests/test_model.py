@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch
 
 import minichunk as mc
 from minichunk.models.load import read_model_config
+from minichunk.models.rope import Yarn
 
 from .gradients import Tensors, take_gradients
 from .rounding import exactly, measure, outcome
-from .strategies import build
+from .strategies import build, tiny_state
 
 ROOT = Path(__file__).parents[1]
 BASE: dict[str, Any] = {
@@ -217,6 +219,25 @@ def test_a_part_of_a_head_is_turned_as_in_their_phi3(rope: dict[str, Any], monke
     loss = model(input_ids=ids, labels=ids, position_ids=positions).loss
     loss.backward()
     exact.check({"loss": loss.detach(), **take_gradients(model)}, unit=2.0**-24)
+
+
+def test_a_changed_rope_keeps_what_it_does_not_say() -> None:
+    model = build(read_model_config({**BASE, **ARCHITECTURES["llama 3.1"]}), seed=0)
+    before = model.config
+    mc.change_rope(model, {"rope_theta": 8e6})
+    assert model.config == replace(before, rope_theta=8e6)
+    mc.change_rope(model, {"rope_type": "yarn", "factor": 16})  # of the length that it was first trained on
+    assert model.config == replace(before, rope_theta=8e6, rope_scaling=Yarn(16.0, 32))
+    mc.change_rope(model, {"rope_type": "default"})
+    assert model.config == replace(before, rope_theta=8e6, rope_scaling=None)
+    again = build(before, seed=0)
+    mc.change_rope(again, model.rope)
+    assert again.config == model.config
+    for wrong, words in ((3, "rope_parameters is 3"), ({"rope_type": "linear"}, "the field factor is missing")):
+        with pytest.raises(mc.InputError, match=words):
+            mc.change_rope(model, wrong)  # type: ignore[arg-type]
+    with pytest.raises(mc.InputError, match="another rope needs a model of the Llama family, not a state_space"):
+        mc.change_rope(build(tiny_state(), seed=0), {"rope_theta": 8e6})
 
 
 def test_a_rope_by_the_length_of_the_text_is_told_it_or_refused() -> None:

@@ -65,12 +65,12 @@ class Mamba2Config(Config):
             raise InputError(f"config: num_heads ({H}) must be a multiple of n_groups ({G})")
         given: Any = self.time_step_limit
         try:  # JSON has no infinity, which transformers 5 spells {"__float__": "Infinity"}
-            low, high = (float(limit["__float__"] if isinstance(limit, dict) else limit) for limit in given)
+            limits = tuple(float(limit["__float__"] if isinstance(limit, dict) else limit) for limit in given)
         except (TypeError, ValueError, KeyError):
-            raise InputError(f"config: time_step_limit is {given!r}, but must be a list of two numbers") from None
-        if not 0 <= low <= high:
-            raise InputError(f"config: time_step_limit is {[low, high]}, but must be [least, greatest], both from 0 on")
-        object.__setattr__(self, "time_step_limit", (low, high))
+            limits = ()
+        if len(limits) != 2 or not 0 <= limits[0] <= limits[1]:
+            raise InputError(f"config: time_step_limit is {given!r}, but must be [least, greatest], from 0 on")
+        object.__setattr__(self, "time_step_limit", limits)
 
 
 class StreamNorm(nn.RMSNorm):

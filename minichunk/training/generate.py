@@ -24,8 +24,7 @@ def generate(
     temperature: 0 takes the likeliest token; otherwise the logits are divided by it and sampled.
     top_p: samples among the likeliest tokens that together have this probability.
     generator: of the sampling, on the CPU. chunk_size: tokens of the prompt per forward pass.
-    Stops early when every row has written an end token, of the checkpoint's generation_config.json or else of the
-    config. Raises InputError.
+    Stops early when every row has written an end token of generation_config.json, or config.json. Raises InputError.
     """
     if input_ids.ndim != 2 or input_ids.shape[1] < 1 or max_new_tokens < 1:
         raise InputError("generate needs input_ids [B, T] with at least 1 token and max_new_tokens of at least 1")

@@ -16,7 +16,7 @@ from ..files.documents import Document, check_vocabulary, cut_documents, load_to
 from ..files.shipped import EXTENDED_ON, MEASURED_ON, SHIPPED_MODEL, novel
 from ..full import full
 from ..models.adapter_files import load_adapter
-from ..models.load import load_model
+from ..models.load import change_rope, load_model
 from ..models.lora import add_lora, default_targets
 from ..models.partial import partial_context
 from ..models.shapes import layer_memory_bytes, random_model
@@ -52,6 +52,8 @@ def load_to_train(options: TrainOptions, links: Links | None = None) -> tuple[An
     def prepare(model: Stack) -> None:
         if (pattern := options.pattern()) is not None:
             partial_context(model, pattern, options.full_layers)
+        if rope := options.rope_parameters():
+            change_rope(model, rope)
         if links is not None:
             shaped = model.config, DTYPES[options.dtype], options.rank, options.targets or default_targets(model)
             memory = memory_of_layers(options, model.config, DTYPES[options.dtype])

@@ -6,6 +6,7 @@ command/main.py makes a parser of the dataclass. Its docstring is what `--help` 
 
 import math
 import operator
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args, get_origin, get_type_hints
@@ -223,6 +224,14 @@ class TrainOptions(StepOptions, ModelOptions):
     val_fraction: float = option(0.1, "part of the data held out", least=0, below=1)
     eval_documents: int = option(8, "held-out documents to measure", least=0)
     chat_template: bool = option(True, "put prompt and completion into the model's template", absent="if it has one")
+    rope: str | None = option(
+        None, "yarn:4 or linear:4, for 4 times the length that the model was first trained on. yarn needs the least "
+        "training (2309.00071); UltraLong went from the 8K of Llama 3 to 4M by yarn:512 (2504.06214)",
+        absent="as the config says", metavar="TYPE:FACTOR", group="positions")
+    rope_theta: float | None = option(
+        None, "the base of the angles; a larger one instead of --rope where the training is long: 5e5 in Llama 3 of 8K "
+        "(2407.21783), from there 8e6 to 64K and 1.28e8 to 512K (ProLong, 2410.02660); 1e7 in Qwen2.5-1M of 256K "
+        "(2501.15383)", above=1, absent="the config's")
     cap: float | None = option(None, "spaco with paper: the most the relay factor may be", above=0, absent="none",
                                belongs=("sampler", ("paper",)), group="method")
     steps: int = option(60, "optimizer steps", least=1, group="training")
@@ -259,6 +268,7 @@ class TrainOptions(StepOptions, ModelOptions):
 
     def check(self) -> None:
         super().check()
+        self.rope_parameters()
         if self.method != "spaco" and (self.budget, self.cap, self.sampler) != (None, None, "bernoulli"):
             raise InputError(f"--budget, --sampler and --cap belong to --method spaco, not to {self.method}")
         in_blocks = self.layers_at_once is not None or self.offload
@@ -277,6 +287,16 @@ class TrainOptions(StepOptions, ModelOptions):
             raise InputError("--layers-at-once and --offload are for --pipeline 1: ranks in blocks would take turns")
         if self.accumulate is not None and self.accumulate < (copies := world // ranks):
             raise InputError(f"--accumulate is {self.accumulate}, but {copies} copies of the model need a batch each")
+
+    def rope_parameters(self) -> dict[str, Any]:
+        """What `--rope` and `--rope-theta` change in the config's. Raises InputError."""
+        said: dict[str, Any] = {} if self.rope_theta is None else {"rope_theta": self.rope_theta}
+        if self.rope is None:
+            return said
+        kind, _, factor = self.rope.partition(":")
+        if kind not in ("yarn", "linear") or not re.fullmatch(r"\d+(\.\d+)?", factor) or float(factor) <= 1:
+            raise InputError(f"--rope is {self.rope!r}, but must be yarn:FACTOR or linear:FACTOR, a factor above 1")
+        return {**said, "rope_type": kind, "factor": float(factor)}
 
     def most_kept(self) -> list[Chunk]:
         """The most chunks of a piece that a step backpropagates: as many, at the end of it."""
