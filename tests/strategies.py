@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pytest
@@ -17,12 +16,10 @@ from torch import Tensor
 
 import minichunk as mc
 from minichunk.batch import IGNORE, shift
-from minichunk.chunks import Chunk
-from minichunk.memory import window
+from minichunk.memory import attention
 from minichunk.memory.attention import BLOCK
-from minichunk.memory.cache import LayerCache
 from minichunk.memory.kernels import Plain
-from minichunk.memory.window import FULL, DeviceStore, Pattern, Strided, Window, WindowCache
+from minichunk.memory.window import FULL, Pattern, Strided, Window
 from minichunk.models.load import class_of
 from minichunk.models.rope import Dynamic, Llama3Rope, LongRope, Proportional, RopeRule, Yarn
 from minichunk.models.ssm import StateLayer
@@ -47,23 +44,8 @@ def blocks_of(size: int) -> Iterator[None]:
             if name.startswith("minichunk.") and getattr(module, "BLOCK", None) == BLOCK:
                 patch.setattr(module, "BLOCK", size)
         patch.setattr(Plain, "block", size)
-        patch.setattr(window, "TILE", size)
+        patch.setattr(attention, "TILE", size)
         yield
-
-
-def cache_of(
-    pattern: Pattern,
-    shape: tuple[int, int, int, int],
-    receiving: Sequence[Chunk],
-    like: torch.Tensor,
-    grad_dtype: torch.dtype = torch.float64,
-) -> Any:
-    """A layer's memory for keys and values (B, G, capacity, D)."""
-    B, G, capacity, D = shape
-    if pattern == FULL:
-        return LayerCache(shape, receiving, like, grad_dtype)
-    new_store = partial(DeviceStore, (B, G, D), like=like, grad_dtype=grad_dtype)
-    return WindowCache(new_store, pattern, capacity, receiving)
 
 
 def build(config: Any, seed: int, scale: float = 0.25) -> Any:

@@ -5,7 +5,6 @@ E hidden size, V vocabulary. Parameter names are Hugging Face's.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from ..memory.attention import Past
 from ..memory.cache import LayerCache
 from ..memory.layer_memory import LayerMemory, MemorySpec, wide
-from ..memory.window import FULL, DeviceStore, Pattern, WindowCache
+from ..memory.window import FULL, Pattern
 from .config import LlamaConfig
 from .stack import Stack
 
@@ -122,12 +121,9 @@ class Layer(nn.Module):
 
     def new_memory(self, spec: MemorySpec) -> LayerMemory:
         """For keys and values, as far as the pattern needs them, and the gradients that are sent back to them."""
-        B, G, D, pattern = spec.batch, self.self_attn.groups, self.self_attn.head_dim, self.self_attn.pattern
-        grad_dtype = spec.options.cache_grad_dtype or wide(spec.like)
-        if pattern == FULL:
-            return LayerCache((B, G, spec.capacity, D), spec.receiving, spec.like, grad_dtype)
-        new_store = partial(DeviceStore, (B, G, D), like=spec.like, grad_dtype=grad_dtype)
-        return WindowCache(new_store, pattern, spec.capacity, spec.receiving)
+        attention, grad_dtype = self.self_attn, spec.options.cache_grad_dtype or wide(spec.like)
+        shape = (spec.batch, attention.groups, spec.capacity, attention.head_dim)
+        return LayerCache(shape, spec.receiving, spec.like, grad_dtype, attention.pattern)
 
 
 class Llama(Stack):
