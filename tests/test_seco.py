@@ -192,7 +192,7 @@ def top_left_mask(patch: pytest.MonkeyPatch) -> None:
     """What `is_causal=True` means with fewer queries than keys: query i sees the keys up to i, not start + i."""
 
     def attend(self: Past, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        for _, past_k, past_v in self.memory.blocks(self.start, None):
+        for *_, (past_k, past_v) in self.memory.pieces(0, self.start):
             k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
@@ -207,8 +207,8 @@ def shuffled_dropout(patch: pytest.MonkeyPatch) -> None:
 
 def every_block_is_the_first(patch: pytest.MonkeyPatch) -> None:
     """Gradients of all blocks of the past go to the first one's positions."""
-    original = LayerCache.blocks
-    patch.setattr(LayerCache, "blocks", lambda *a: ((0, *piece[1:]) for piece in original(*a)))
+    original = LayerCache.add_grads
+    patch.setattr(LayerCache, "add_grads", lambda self, _, *grads: original(self, 0, *grads))
 
 
 MISTAKES = [

@@ -143,7 +143,7 @@ def test_who_ignores_a_part_of_a_model_is_found_out(
     mc.wrap(model)
     monkeypatch.setitem(AttentionInterface._global_mapping, NAME, ignoring(ignored))
     if ignored == "mask":
-        rule = transformers_cache.Rule(transformers_cache.FULL)
+        rule = transformers_cache.Rule(mc.Window())
         monkeypatch.setitem(AttentionMaskInterface._global_mapping, NAME, lambda **_: rule)
     if ignored == "final cap":
         monkeypatch.setattr(wrap, "getattr", lambda x, name, other=None: None, raising=False)

@@ -34,14 +34,14 @@ class ChatTemplate:
     def _load(self) -> Any:
         if self._tokenizer is None:
             try:
-                from transformers import PreTrainedTokenizerFast
+                from transformers import AutoTokenizer
             except ImportError:
                 raise InputError(
                     "conversations are rendered by the transformers library: pip install 'minichunk[hf]', or write "
                     "them out as 'text', or as 'prompt' and 'completion' with --no-chat-template"
                 ) from None
             try:
-                self._tokenizer = PreTrainedTokenizerFast.from_pretrained(self.directory, local_files_only=True)
+                self._tokenizer = AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
             except Exception as error:  # whatever a damaged file leads to
                 raise InputError(f"{self.directory}: transformers cannot read the tokenizer: {error}") from None
         return self._tokenizer

@@ -5,7 +5,6 @@ E hidden size, V vocabulary. Parameter names are Hugging Face's.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from ..memory.attention import Past
 from ..memory.cache import LayerCache
 from ..memory.layer_memory import LayerMemory, MemorySpec, wide
-from ..memory.window import FULL, DeviceStore, Pattern, WindowCache
+from ..memory.window import FULL, Pattern
 from .config import LlamaConfig
 from .stack import Stack
 
@@ -37,9 +36,11 @@ def rope_tables(config: LlamaConfig, positions: Tensor, like: Tensor, whole: Ten
     whole: the positions of the whole text, for the rules of rope.py that depend on its length; None: nobody told them.
     Angles and results are float32 numbers, found in Hugging Face's order, whatever the model's dtype.
     """
-    frequencies, scale = 1.0 / periods(config.head_dim, config.rope_theta, like), 1.0
-    if config.rope_scaling is not None:
-        frequencies, scale = config.rope_scaling.frequencies(config, like, whole), config.rope_scaling.scale()
+    rule, scale = config.rope_scaling, 1.0
+    of_pairs = periods(config.head_dim if rule is None else rule.turned(config), config.rope_theta, like)
+    frequencies = 1.0 / of_pairs
+    if rule is not None:
+        frequencies, scale = rule.frequencies(of_pairs, config, whole), rule.scale()
     angles = (positions[..., None].float() * frequencies).double()
     return (angles.cos().float() * scale).to(like.dtype), (angles.sin().float() * scale).to(like.dtype)
 
@@ -120,12 +121,9 @@ class Layer(nn.Module):
 
     def new_memory(self, spec: MemorySpec) -> LayerMemory:
         """For keys and values, as far as the pattern needs them, and the gradients that are sent back to them."""
-        B, G, D, pattern = spec.batch, self.self_attn.groups, self.self_attn.head_dim, self.self_attn.pattern
-        grad_dtype = spec.options.cache_grad_dtype or wide(spec.like)
-        if pattern == FULL:
-            return LayerCache((B, G, spec.capacity, D), spec.receiving, spec.like, grad_dtype)
-        new_store = partial(DeviceStore, (B, G, D), like=spec.like, grad_dtype=grad_dtype)
-        return WindowCache(new_store, pattern, spec.capacity, spec.receiving)
+        attention, grad_dtype = self.self_attn, spec.options.cache_grad_dtype or wide(spec.like)
+        shape = (spec.batch, attention.groups, spec.capacity, attention.head_dim)
+        return LayerCache(shape, spec.receiving, spec.like, grad_dtype, attention.pattern)
 
 
 class Llama(Stack):

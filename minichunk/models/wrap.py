@@ -113,8 +113,6 @@ class Wrapped:
             raise InputError("call gradient_checkpointing_disable(): seco(..., recompute=True) does the same")
         if any("bitsandbytes" in type(m).__module__ and not m.training for m in self.model.modules()) and receiving:
             raise InputError("call train(): on a CPU, 4-bit layers in evaluation lose their gradient, for good")
-        if options.offload:
-            raise InputError("a model of transformers keeps its memory on the device: leave out offload")
         if options.recompute and not self.layers:
             raise InputError("its layers are no GradientCheckpointingLayers: it can only run without recompute")
         return WrappedMemory(MemorySpec(batch, capacity, receiving, options, self.like))
