@@ -15,7 +15,7 @@ from minichunk.pipeline.split_layers import split_costs
 
 from . import ranks as tasks
 from .ranks import Case, Ranks
-from .strategies import Batch, batches, build, examples, models, state_models, tiny, tiny_state
+from .strategies import OBJECTIVES, Batch, batches, build, examples, models, state_models, tiny, tiny_state
 
 PICTURE = tasks.tutorial("pipeline_picture")
 
@@ -51,7 +51,9 @@ def cases(draw: st.DrawFn, number: int) -> Case:
     ends = [0, *sorted(cuts), layers] if cuts is not None else []
     options: dict[str, Any] = {
         "fill_size": draw(st.none() | st.integers(chunk_size, 20)),
-        "num_targets": draw(st.none() | st.just(7.0)),
+        **draw(
+            st.fixed_dictionaries({"num_targets": st.none() | st.just(7.0)}) | st.builds(dict, objective=OBJECTIVES)
+        ),
         "recompute": draw(st.booleans()),
         "cache_grad_dtype": draw(st.none() | st.just(torch.float32)),
         "positions": batch.positions,

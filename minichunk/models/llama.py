@@ -4,8 +4,6 @@ Shapes: B batch, T tokens of this call, H query heads, G key-value heads, D head
 E hidden size, V vocabulary. Parameter names are Hugging Face's.
 """
 
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 from ..memory.attention import Past
 from ..memory.cache import LayerCache
 from ..memory.layer_memory import LayerMemory, MemorySpec, wide
-from ..memory.window import FULL, DeviceStore, Pattern, WindowCache
+from ..memory.window import FULL, Pattern
 from .config import LlamaConfig
 from .stack import Stack
 
@@ -36,9 +34,11 @@ def rope_tables(config: LlamaConfig, positions: Tensor, like: Tensor, whole: Ten
     whole: the positions of the whole text, for the rules of rope.py that depend on its length; None: nobody told them.
     Angles and results are float32 numbers, found in Hugging Face's order, whatever the model's dtype.
     """
-    frequencies, scale = 1.0 / periods(config.head_dim, config.rope_theta, like), 1.0
-    if config.rope_scaling is not None:
-        frequencies, scale = config.rope_scaling.frequencies(config, like, whole), config.rope_scaling.scale()
+    rule, scale = config.rope_scaling, 1.0
+    of_pairs = periods(config.head_dim if rule is None else rule.turned(config), config.rope_theta, like)
+    frequencies = 1.0 / of_pairs
+    if rule is not None:
+        frequencies, scale = rule.frequencies(of_pairs, config, whole), rule.scale()
     angles = (positions[..., None].float() * frequencies).double()
     return (angles.cos().float() * scale).to(like.dtype), (angles.sin().float() * scale).to(like.dtype)
 
@@ -116,16 +116,9 @@ class Layer(nn.Module):
 
     def new_memory(self, spec: MemorySpec) -> LayerMemory:
         """For keys and values, as far as the pattern needs them, and the gradients that are sent back to them."""
-        return new_cache(spec, self.self_attn.groups, self.self_attn.head_dim, self.self_attn.pattern)
-
-
-def new_cache(spec: MemorySpec, G: int, D: int, pattern: Pattern) -> LayerCache | WindowCache:
-    """Of a layer with so many key-value heads, of so many numbers each."""
-    grad_dtype = spec.options.cache_grad_dtype or wide(spec.like)
-    if pattern == FULL:
-        return LayerCache((spec.batch, G, spec.capacity, D), spec.receiving, spec.like, grad_dtype)
-    new_store = partial(DeviceStore, (spec.batch, G, D), like=spec.like, grad_dtype=grad_dtype)
-    return WindowCache(new_store, pattern, spec.capacity, spec.receiving)
+        attention, grad_dtype = self.self_attn, spec.options.cache_grad_dtype or wide(spec.like)
+        shape = (spec.batch, attention.groups, spec.capacity, attention.head_dim)
+        return LayerCache(shape, spec.receiving, spec.like, grad_dtype, attention.pattern)
 
 
 class Llama(Stack):

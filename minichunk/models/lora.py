@@ -157,6 +157,24 @@ def _add_product(layer: Any, inputs: tuple[Tensor], y: Tensor) -> Tensor:
     return y + F.linear(low, layer.lora_B.weight.to(x.dtype)) * layer.scale
 
 
+@contextmanager
+def without_adapter(model: Stack) -> Iterator[None]:
+    """Within the block the model is what it was before `add_lora`: the reference of a preference loss.
+
+    Raises InputError for a model without an adapter, which would be its own reference.
+    """
+    layers = adapters(model).values()
+    if not layers:
+        raise InputError("without_adapter needs a model with an adapter: call add_lora(model) first")
+    for layer in layers:
+        layer.hook.remove()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.hook = layer.register_forward_hook(_add_product)
+
+
 @torch.no_grad()
 def merge_lora(model: Stack) -> None:
     """Fold every adapter into its weight and take the adapters out; all parameters become trainable.

@@ -8,7 +8,7 @@
 
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from math import isclose, sqrt
 from typing import Any
@@ -20,12 +20,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache
 
 from ..chunks import Chunk
 from ..errors import InputError
+from ..memory.cache import LayerCache
 from ..memory.kernels import Plain
-from ..memory.layer_memory import LayerMemories, LayerMemory, MemorySpec
+from ..memory.layer_memory import LayerMemories, LayerMemory, MemorySpec, wide
 from ..memory.state import Handed, LayerState
 from ..memory.window import Pattern, Strided, Window
 from ..protocol import Written
-from .llama import new_cache
 
 NAME = "minichunk"  # of our attention, among transformers'
 HARMLESS = {"sliding_window", "position_ids", "use_cache", "output_attentions", "layer_idx"}  # the pattern says it all
@@ -175,8 +175,10 @@ def find_rule(*, mask_function: Callable[..., Tensor], device: Any, local_size: 
 
 def new_memory(spec: MemorySpec, k: Tensor, pattern: Pattern, cap: float | None) -> LayerMemory:
     """Of keys like k (B, G, C, D)."""
-    cache: Any = new_cache(replace(spec, batch=k.shape[0], like=k.new_empty(0)), k.shape[1], k.shape[3], pattern)
-    cache.pattern, cache.kernel = pattern, Plain(cap) if cap else None
+    B, G, _, D = k.shape
+    grad_dtype = spec.options.cache_grad_dtype or wide(k)
+    cache = LayerCache((B, G, spec.capacity, D), spec.receiving, k.new_empty(0), grad_dtype, pattern)
+    cache.kernel = Plain(cap) if cap else None
     return cache
 
 
