@@ -17,7 +17,7 @@ from minichunk.chunks import Chunk, cut
 
 from .gradients import Tensors, combine, distance, gradients_by_chain_length, oracle
 from .rounding import Exact, exactly, measure, outcome, weighted
-from .strategies import CUTS, Batch, batches, blocks_of, build, examples, models, tiny
+from .strategies import CUTS, OBJECTIVES, Batch, Drawn, batches, blocks_of, build, examples, models, tiny
 
 LENGTH = 13
 
@@ -127,19 +127,20 @@ def test_fixed_budget_is_unbiased_with_one_layer() -> None:
     weights=st.lists(st.none() | st.builds(mc.Weight, st.floats(-2, 2), st.floats(-2, 2)), min_size=14, max_size=14),
     fill_chunks=st.integers(1, 3),
     at_once=CUTS,
+    objective=OBJECTIVES,
 )
 def test_any_draw_equals_the_oracle(
     model: mc.Llama, batch: Batch, chunk_size: int, block: int, weights: list[mc.Weight | None], fill_chunks: int,
-    at_once: int | None,
+    at_once: int | None, objective: Drawn | None,
 ) -> None:  # fmt: skip
     """One draw with arbitrary factors, against autograd through the whole sequence."""
     chunks = cut(batch.input_ids.shape[1], chunk_size)
     entries = weights[: len(chunks)]
-    told = {"positions": batch.positions}
-    exact = exactly(model, lambda: oracle(model, batch.input_ids, batch.labels, chunks, entries, **told))
+    text, told = (model, batch.input_ids, batch.labels), {"positions": batch.positions, "objective": objective}
+    exact = exactly(model, lambda: oracle(*text, chunks, entries, **told))
     keywords = {"sampler": lambda *_: entries, "fill_size": fill_chunks * chunk_size, "layers_at_once": at_once, **told}
     with blocks_of(block):
-        exact.check(outcome(model, lambda: mc.spaco(model, batch.input_ids, batch.labels, chunk_size, **keywords)))
+        exact.check(outcome(model, lambda: mc.spaco(*text, chunk_size, **keywords)))
 
 
 @pytest.mark.parametrize("sampler", [mc.Bernoulli(1), mc.Bernoulli([1.0] * 5), mc.FixedBudget(5), mc.PaperBudget(7)])
