@@ -19,7 +19,7 @@ _LATER = {
     "memory.window": ("Strided", "Window"),
     "models.adapter_files": ("load_adapter", "save_adapter"),
     "models.load": (  # which gives them `from_pretrained` and `from_dict`
-        "Gemma3", "Gemma3Config", "Llama", "LlamaConfig", "Mamba2", "Mamba2Config", "StateSpace", "StateSpaceConfig",
+        "Llama", "LlamaConfig", "Mamba2", "Mamba2Config", "StateSpace", "StateSpaceConfig",
         "change_rope", "load_model",
     ),
     "models.lora": ("add_lora", "merge_lora", "without_adapter"),

@@ -81,10 +81,8 @@ def test_four_ranks_find_what_one_process_finds(ranks: Ranks, layers: str, chunk
     check(ranks, 4, case(model, chunk_size=chunk_size, options={"recompute": chunk_size == 2}, steps=1 + tied))
 
 
-KINDS = ("sliding_attention", "sliding_attention", "full_attention")
 OTHERS = [
     mc.Mamba2Config(23, 8, 3, 3, num_heads=4, head_dim=4, n_groups=2, eos_token_id=None),
-    mc.Gemma3Config(23, 8, 12, 3, 4, 2, 4, sliding_window=3, max_position_embeddings=32, layer_types=KINDS),
 ]
 
 

@@ -4,8 +4,6 @@ Shapes: B batch, T tokens of this call, H query heads, G key-value heads, D head
 E hidden size, V vocabulary. Parameter names are Hugging Face's.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -94,15 +92,12 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(E, inner, bias=bias)
         self.up_proj = nn.Linear(E, inner, bias=bias)
         self.down_proj = nn.Linear(inner, E, bias=bias)
-        self.activation: Callable[[Tensor], Tensor] = F.silu
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nn.Module):
-    which = 0  # of the ropes that it is called with
-
     def __init__(self, config: LlamaConfig, pattern: Pattern = FULL) -> None:
         super().__init__()
         self.self_attn = Attention(config, pattern)
@@ -110,14 +105,14 @@ class Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, past: Past | None, *ropes: Rope) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        y, written = self.self_attn(self.input_layernorm(x), past, ropes[self.which])
+    def forward(self, x: Tensor, past: Past | None, rope: Rope) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        y, written = self.self_attn(self.input_layernorm(x), past, rope)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), written
 
-    def fill(self, x: Tensor, past: Past | None, *ropes: Rope) -> tuple[Tensor, Tensor]:
+    def fill(self, x: Tensor, past: Past | None, rope: Rope) -> tuple[Tensor, Tensor]:
         """What `forward` writes, and no more."""
-        return self.self_attn.keys_values(self.input_layernorm(x), ropes[self.which])
+        return self.self_attn.keys_values(self.input_layernorm(x), rope)
 
     def new_memory(self, spec: MemorySpec) -> LayerMemory:
         """For keys and values, as far as the pattern needs them, and the gradients that are sent back to them."""

@@ -89,7 +89,7 @@ def linear_layers(model: Stack) -> dict[str, Any]:
     """By full name, what an adapter can be put at: all linear layers but the LM head; of other ranks, their sizes."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Linear4bit):
+        if isinstance(module, nn.Linear | Linear4bit) and module is not getattr(model, "linear", None):  # a head's
             found[name] = module
         elif isinstance(module, Placeholder):
             found |= {f"{name}.{inside}": layer for inside, layer in module.linear.items()}

@@ -173,7 +173,7 @@ def find_rule(*, mask_function: Callable[..., Tensor], device: Any, local_size: 
     raise InputError("its mask is neither causal, nor a window, nor blocks")
 
 
-def new_cache(spec: MemorySpec, k: Tensor, pattern: Pattern, cap: float | None) -> LayerMemory:
+def new_memory(spec: MemorySpec, k: Tensor, pattern: Pattern, cap: float | None) -> LayerMemory:
     """Of keys like k (B, G, C, D)."""
     B, G, _, D = k.shape
     grad_dtype = spec.options.cache_grad_dtype or wide(k)
@@ -202,7 +202,7 @@ def attend(
         run.owners[module], _ = run.owners.setdefault(id(key), (module, key))
     owner = run.owners[module]
     if owner is module:
-        run.write(module, (k, v), lambda spec: new_cache(spec, k, attention_mask.pattern, softcap))
+        run.write(module, (k, v), lambda spec: new_memory(spec, k, attention_mask.pattern, softcap))
     past = run.past(module, owner)
     if past.memory.pattern != attention_mask.pattern:
         raise InputError("two layers share keys, and do not see the same")
