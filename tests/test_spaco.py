@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minichunk as mc
+from minichunk import losses
 from minichunk.chunks import Chunk, cut
 
 from .gradients import Tensors, combine, distance, gradients_by_chain_length, oracle
@@ -43,7 +44,8 @@ def expectation(
     for probability, entries in sampler.outcomes(len(chunks)):  # type: ignore[attr-defined]
         draw = {"sampler": lambda *_, entries=entries: entries, **options}
         got.append((probability, outcome(model, lambda draw=draw: mc.spaco(model, ids, labels, chunk_size, **draw))))
-        exact = exactly(model, lambda entries=entries: oracle(model, ids, labels, chunks, entries))
+        told = {"objective": options.get("objective")}
+        exact = exactly(model, lambda entries=entries: oracle(model, ids, labels, chunks, entries, **told))
         expected.append((probability, exact))
         total += probability
     assert total == pytest.approx(1, abs=1e-12)
@@ -57,6 +59,15 @@ def test_bernoulli_is_unbiased(chunk_size: int, rate: float | str) -> None:
     rates = [0.9, 0.2, 0.5, 0.35, 1.0][: len(chunks)] if rate == "per chunk" else rate
     got, draws = expectation(model, ids, labels, chunk_size, mc.Bernoulli(rates))  # type: ignore[arg-type]
     exactly(model, lambda: mc.full(model, ids, labels)).check(got, beside=draws)
+
+
+def test_bernoulli_is_unbiased_for_a_preference() -> None:
+    """No function of a sum would be, if the sum were estimated too: its weights come from the whole fill."""
+    model, ids, labels, _ = case(chunk_size=4)
+    reference = mc.log_probs(build(tiny(3), seed=9), ids, labels, 4)
+    told = {"objective": losses.dpo(reference, 0.5)}
+    got, draws = expectation(model, ids, labels, 4, mc.Bernoulli([0.9, 0.2, 0.5, 0.35]), **told)
+    exactly(model, lambda: mc.full(model, ids, labels, **told)).check(got, beside=draws)
 
 
 @examples(25)
