@@ -145,14 +145,13 @@ def test_who_ignores_a_part_of_a_model_is_found_out(
     mc.wrap(model)
     monkeypatch.setitem(AttentionInterface._global_mapping, NAME, ignoring(ignored))
     if ignored == "mask":
-        rule = transformers_cache.Rule(mc.Window())
-        monkeypatch.setitem(AttentionMaskInterface._global_mapping, NAME, lambda **_: rule)
+        monkeypatch.setitem(AttentionMaskInterface._global_mapping, NAME, lambda **_: mc.Window())
     if ignored == "final cap":
         capless = lambda x, name, *other: None if "softcap" in name else getattr(x, name, *other)  # noqa: E731
         monkeypatch.setattr(wrap, "getattr", capless, raising=False)
     if ignored == "states":
-        monkeypatch.setattr(transformers_cache.Run, "get_conv_state", lambda *_, **__: None)
-    with pytest.raises(mc.InputError, match=r"would be off by|not a linear function"):
+        monkeypatch.setattr(transformers_cache.Run, "handed", lambda *_, **__: None)
+    with pytest.raises(mc.InputError, match="would be off by"):
         mc.wrap(model)
 
 
