@@ -280,7 +280,8 @@ def change_rope(model: Stack, rope: dict[str, Any]) -> None:
     if not isinstance(rope, dict):
         raise InputError(f"rope_parameters is {rope!r}, but must be an object")
     if type(config) is not LlamaConfig:
-        raise InputError(f"another rope needs a model of the Llama family, not a {config.name}")
+        kind = getattr(config, "name", None) or config.model_type
+        raise InputError(f"another rope needs a model of the Llama family, not a {kind}")
     old = {"rope_theta": config.rope_theta, **write_rope(config.rope_scaling)}
     if rope.keys() & {"rope_type", "type"}:
         lasting = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")

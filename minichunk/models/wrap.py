@@ -7,7 +7,6 @@ compares loss and gradient of a few tokens with the model's own.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -26,7 +25,6 @@ from ..memory.layer_memory import MemorySpec
 from ..memory.state import LayerState
 from ..protocol import DEFAULTS, Options, Written
 from ..seco import fill, new_memory, rebuild
-from .config import Config, EndTokens
 from .stack import Stack
 from .transformers_cache import NAME, Run, WrappedMemory
 
@@ -46,25 +44,15 @@ class Head:
     @property
     def weight(self) -> Any:
         """(V, E), or (V, E + 1) with a bias; the loss reads its `softcap`."""
-        weight: Any = self.linear.weight
-        bias = self.linear.bias
-        weight = weight.view_as(weight) if bias is None else torch.cat([weight, bias[:, None]], 1)
-        weight.softcap = self.cap
-        return weight
+        weight, bias = self.linear.weight, self.linear.bias
+        columns: Any = weight.view_as(weight) if bias is None else torch.cat([weight, bias[:, None]], 1)
+        columns.softcap = self.cap
+        return columns
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits (…, V)."""
         logits = hidden @ self.weight.T
         return logits if self.cap is None else self.cap * (logits / self.cap).tanh()
-
-
-@dataclass(frozen=True)
-class WrappedConfig(Config):
-    """What the commands ask of a config."""
-
-    vocab_size: int
-    max_position_embeddings: int
-    eos_token_id: EndTokens
 
 
 class Wrapped:
@@ -80,15 +68,14 @@ class Wrapped:
 
     def __init__(self, model: Any) -> None:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        self.model, self.text = model, base.config.get_text_config()
-        self.lm_head: Any = Head(model.get_output_embeddings(), getattr(self.text, "final_logit_softcapping", None))
-        most = getattr(self.text, "max_position_embeddings", 2**31)
-        self.config = WrappedConfig(self.like.shape[0], most, self.text.eos_token_id)
+        self.model, self.config = model, base.config.get_text_config()
+        self.lm_head: Any = Head(model.get_output_embeddings(), getattr(self.config, "final_logit_softcapping", None))
+        most = getattr(self.config, "max_position_embeddings", None)
         self.cache_is = "cache" if "cache" in signature(base.forward).parameters else "past_key_values"
         self.layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
-        ropes, tokens = getattr(self.text, "rope_parameters", None) or {}, base.get_input_embeddings()
+        ropes, tokens = getattr(self.config, "rope_parameters", None) or {}, base.get_input_embeddings()
         tables = [m.num_embeddings for m in base.modules() if isinstance(m, nn.Embedding) and m is not tokens]
-        limits = [most for size in tables if size - most in (0, 2)]  # learnt positions
+        limits = [most for size in tables if most in (size, size - 2)]  # learnt positions
         for rope in (ropes, *ropes.values()):  # one, or one for each kind of layer
             if isinstance(rope, dict) and rope.get("rope_type") in ("dynamic", "longrope"):
                 limits.append(rope.get("original_max_position_embeddings", most))
@@ -99,8 +86,6 @@ class Wrapped:
 
     def save_pretrained(self, directory: str | Path, whole: Any = None) -> None:
         """As the model does; tokenizer and chat template come along."""
-        if hasattr(self.text, "max_position_embeddings"):
-            self.text.max_position_embeddings = self.config.max_position_embeddings
         self.model.save_pretrained(directory)
         copy_beside(self.origin, directory)
 
@@ -141,9 +126,9 @@ class Wrapped:
             self.attending(run),
             changed([linear], "forward", lambda _: lambda x: x),
             # So high a cap changes nothing; some insist on a number.
-            changed([] if cap is None else [self.text], "final_logit_softcapping", lambda _: 2.0**60),
+            changed([] if cap is None else [self.config], "final_logit_softcapping", lambda _: 2.0**60),
             changed(self.layers if recompute else [], "forward", lambda layer: partial(again, layer.forward)),
-            fork_rng(self.like, seed is not None),
+            torch.random.fork_rng([self.like.device] if self.like.is_cuda else [], enabled=seed is not None),
         ):
             if seed is not None:
                 torch.manual_seed(seed + place.start)  # fill, rebuild and recompute draw the same
@@ -163,7 +148,7 @@ class Wrapped:
     @contextmanager
     def attending(self, run: Run) -> Iterator[None]:
         """Within the block, the model attends as we do."""
-        with changed([self.text], "_attn_implementation", lambda _: NAME), changed([Run], "now", lambda _: run):
+        with changed([self.config], "_attn_implementation", lambda _: NAME), changed([Run], "now", lambda _: run):
             yield
 
 
@@ -183,11 +168,6 @@ def changed(things: Iterable[Any], name: str, make: Callable[[Any], Any]) -> Ite
                 delattr(thing, name)
 
 
-def fork_rng(like: Tensor, enabled: bool = True) -> Any:
-    """Within the block, random numbers of its own, on the CPU and on this tensor's device."""
-    return torch.random.fork_rng([like.device] if like.is_cuda else [], enabled=enabled)
-
-
 def wrap(model: Any) -> Wrapped:
     """A causal language model of transformers, or PEFT's of one, for `seco`, `spaco` and `full`.
 
@@ -200,7 +180,8 @@ def wrap(model: Any) -> Wrapped:
     """
     try:
         wrapped = Wrapped(model)
-        with fork_rng(wrapped.like), changed(model.parameters(), "requires_grad", lambda _: False):
+        devices = [wrapped.like.device] if wrapped.like.is_cuda else []
+        with torch.random.fork_rng(devices), changed(model.parameters(), "requires_grad", lambda _: False):
             check(wrapped)
     except Exception as error:
         what = str(error)
@@ -215,7 +196,7 @@ def wrap(model: Any) -> Wrapped:
 def check(wrapped: Wrapped) -> None:
     """Find out what the model draws and remembers. Raises InputError unless chunks compute what it does as a whole."""
     model, head, device = wrapped.model, wrapped.lm_head, wrapped.like.device
-    options, leaves = Options(recompute=bool(wrapped.layers)), list[Any]()
+    options, leaves, forward = Options(recompute=bool(wrapped.layers)), list[Any](), head.linear.forward
     ids = torch.randint(head.weight.shape[0], (2, 13), generator=torch.Generator().manual_seed(0)).to(device)
     with changed(model.modules(), "training", lambda _: True), torch.no_grad():
         torch.manual_seed(0)
@@ -243,7 +224,7 @@ def check(wrapped: Wrapped) -> None:
             torch.autograd.backward([part, *written], [None, *received])
             total += part.detach()
         got = torch.cat([leaf.grad for leaf in reversed(leaves)], 1)
-        with torch.no_grad(), changed([head.linear], "forward", lambda linear: partial(larger, linear.forward)):
+        with torch.no_grad(), changed([head.linear], "forward", lambda _: lambda x: 1000 * forward(x)):
             large = model(input_ids=ids, use_cache=False).logits  # where a cap is felt
             expected = head(1000 * wrapped.run(ids)[0])
     pairs = (total, loss), (got, gradient), (expected, large)
@@ -251,7 +232,3 @@ def check(wrapped: Wrapped) -> None:
     if not max(off) < (1e-3 if got.dtype.itemsize > 2 else 2**-4):
         raise InputError("its loss, gradient and large logits would be off by " + ", ".join(f"{x:.0e}" for x in off))
     wrapped.states = any(isinstance(layer, LayerState) for layer in memory.layers)
-
-
-def larger(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return 1000 * forward(x)

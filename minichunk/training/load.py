@@ -17,6 +17,7 @@ from ..files.documents import Document, check_vocabulary, cut_documents, load_to
 from ..files.shipped import EXTENDED_ON, MEASURED_ON, SHIPPED_MODEL, novel
 from ..full import full
 from ..models.adapter_files import load_adapter
+from ..models.config import first_eos
 from ..models.load import change_rope, load_model
 from ..models.lora import add_lora, default_targets
 from ..models.partial import partial_context
@@ -88,7 +89,7 @@ def read_pieces(
     paths: Sequence[str | Path], model: Stack, tokenizer: Tokenizer, chat: ChatTemplate | None, seq_len: int
 ) -> tuple[list[Document], str]:
     """The texts cut into pieces of at most `seq_len` tokens, and a line that says what was kept. Raises InputError."""
-    documents = read_documents(paths, tokenizer, model.config.first_eos(), chat)
+    documents = read_documents(paths, tokenizer, first_eos(model.config), chat)
     check_vocabulary(documents, model.config.vocab_size)
     return cut_documents(documents, seq_len)
 
