@@ -145,7 +145,9 @@ def test_who_ignores_a_part_of_a_model_is_found_out(
     mc.wrap(model)
     monkeypatch.setitem(AttentionInterface._global_mapping, NAME, ignoring(ignored))
     if ignored == "mask":
-        monkeypatch.setitem(AttentionMaskInterface._global_mapping, NAME, lambda **_: mc.Window())
+        monkeypatch.setitem(
+            AttentionMaskInterface._global_mapping, NAME, lambda **_: transformers_cache.Rule(mc.Window())
+        )
     if ignored == "final cap":
         capless = lambda x, name, *other: None if "softcap" in name else getattr(x, name, *other)  # noqa: E731
         monkeypatch.setattr(wrap, "getattr", capless, raising=False)

@@ -7,6 +7,7 @@
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from math import isclose, sqrt
 from typing import Any, ClassVar
@@ -124,16 +125,28 @@ class Run(Cache):
         return seen
 
 
-def find_pattern(*, mask_function: Callable[..., Tensor], device: Any, local_size: int | None = None, **_: Any) -> Any:
+@dataclass(frozen=True)
+class Rule:
+    """What stands in for a mask; of which some models take all."""
+
+    pattern: Pattern
+
+    def __getitem__(self, index: Any) -> "Rule":
+        if any(part not in (slice(None), slice(0, None)) for part in index):
+            raise InputError("its attention takes a mask apart")
+        return self
+
+
+def find_rule(*, mask_function: Callable[..., Tensor], device: Any, local_size: int | None = None, **_: Any) -> Rule:
     """The mask function: what the model's rule amounts to, which is asked about a few queries. Raises InputError."""
     edge = local_size or 500
     i = torch.tensor([0, 1, edge - 1, edge, edge + 1, 2 * edge + 1], device=device)[:, None]
     j = torch.arange(2 * edge + 2, device=device)
     sees, causal = mask_function(0 * i, 0 * i, i, j), j <= i
     if torch.equal(sees, causal if local_size is None else causal & (i - j < local_size)):
-        return Window(local_size)
+        return Rule(Window(local_size))
     if local_size and torch.equal(sees, causal & (i // local_size == j // local_size)):
-        return Strided(local_size, 1, None)
+        return Rule(Strided(local_size, 1, None))
     raise InputError("its mask is neither causal, nor a window, nor blocks")
 
 
@@ -153,7 +166,7 @@ def attend(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """The attention function. q (B, H, C, D); k, v (B, G, C, ·); returns (B, C, H, ·). Raises InputError."""
     asked = [name for name, x in others.items() if x is not None and x is not False and name not in HARMLESS]
-    if asked or is_causal is False or not isinstance(attention_mask, Window | Strided):
+    if asked or is_causal is False or not isinstance(attention_mask, Rule):
         raise InputError(f"its attention wants {', '.join(asked) or 'a mask of its own'}, which is not done here")
     if dropout:
         raise InputError("dropout of attention's probabilities is not done here: load it with attention_dropout=0")
@@ -166,12 +179,12 @@ def attend(
         key.owner = run.owners[module] = getattr(key, "owner", module)
     owner = run.owners[module]
     if owner is module:
-        run.write(module, (k, v), partial(new_memory, k.detach(), attention_mask, softcap))
+        run.write(module, (k, v), partial(new_memory, k.detach(), attention_mask.pattern, softcap))
     past = run.past(module, owner)
-    if past.memory.pattern != attention_mask:
+    if past.memory.pattern != attention_mask.pattern:
         raise InputError("two layers share keys, and do not see the same")
     return past.attend(q, k, v, s_aux)[..., :width].transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, find_pattern)
+AttentionMaskInterface.register(NAME, find_rule)
