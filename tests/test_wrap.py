@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from .gradients import combine
 from .rounding import Exact, exactly, outcome
 from .tiny_transformers import batch, exact, own, tiny_transformer
 
+import transformers  # isort: skip (if it is there)
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache  # isort: skip (if it is there)
 
 TYPES = [
@@ -204,3 +206,26 @@ def test_the_model_stays_as_it_was() -> None:
     assert model.config.to_dict() == config
     assert model.config._attn_implementation == "eager"
     assert torch.equal(model(input_ids=ids).logits, before)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_five_steps_of_a_trainer(tmp_path: Path) -> None:
+    """In two batches each, the weights become those of transformers' own Trainer."""
+    pytest.importorskip("accelerate")
+    ids, labels = batch(rows=20)
+    rows = [
+        {"input_ids": i, "labels": x, "attention_mask": torch.ones_like(i)} for i, x in zip(ids, labels, strict=True)
+    ]
+    weights = []
+    for kind, more in ((transformers.Trainer, {}), (mc.Trainer, {"chunk_size": 5})):
+        model = tiny_transformer("llama")
+        told = transformers.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=5, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+            learning_rate=1e-2, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True, optim="sgd",
+        )  # fmt: skip
+        with exact():
+            kind(model=model, args=told, train_dataset=rows, **more).train()
+        weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    before = dict(tiny_transformer("llama").named_parameters())
+    for name, expected in weights[0].items():
+        assert (weights[1][name] - expected).norm() < 1e-9 * (expected - before[name]).norm(), name
