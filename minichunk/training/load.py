@@ -31,7 +31,7 @@ from ..seco import seco
 from ..spaco import spaco
 from .loop import Gradient
 from .options import DTYPES, PREFERENCES, ModelOptions, TrainOptions, check_device, default_dtype
-from .preferences import Compared, distillation
+from .preferences import Compared, distillation, shares_prompts
 
 
 def load_as_told(
@@ -143,7 +143,8 @@ def make_gradient(
         compared, told = None, {**keywords}
         if reference is not None:
             compared = Compared(options, batch, labels, reference)
-            told["objective"] = lambda log_probs: compared(log_probs) / options.accumulate
+            told |= {"objective": lambda log_probs: compared(log_probs) / options.accumulate}
+            told |= {"share": True} if shares_prompts(model, options) else {}
         elif teacher is not None:
             told["chunk_loss"] = distillation(teacher, model, input_ids, labels, num_targets, options.chunk_size)
         else:

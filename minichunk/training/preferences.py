@@ -17,6 +17,8 @@ from ..chunks import Chunk, span
 from ..files.documents import Pair, collate
 from ..losses import dpo, ipo, kto, means, orpo, simpo
 from ..losses import pairs as halves
+from ..memory.cache import LayerCache
+from ..memory.window import FULL
 from ..models.stack import Stack
 from ..objective import log_probs
 from ..protocol import Options
@@ -77,6 +79,13 @@ def averages(measures: Sequence[Sequence[float]]) -> dict[str, float]:
     return {name: x for name, x in named.items() if x == x}
 
 
+def shares_prompts(model: Any, options: TrainOptions) -> bool:
+    """Whether a pair's prompt runs once: in chunks, where all layers see all of the past; see memory/shared.py."""
+    if options.method == "full" or not getattr(model, "has_trunk", False):
+        return False
+    return all(isinstance(cache, LayerCache) and cache.pattern == FULL for cache in model.new_memory(1, 1).layers)
+
+
 @torch.no_grad()
 def score_pairs(model: Stack, pairs: Sequence[Pair], options: TrainOptions, title: str) -> dict[str, Tensor]:
     """The log-probabilities of each row's labels, float (labels) on the CPU, by pair and row. title: of a bar.
@@ -86,10 +95,11 @@ def score_pairs(model: Stack, pairs: Sequence[Pair], options: TrainOptions, titl
     was_training, whole = model.training, options.method == "full"
     found = dict[str, Tensor]()
     model.eval()
+    share = shares_prompts(model, options)
     for pair in tqdm(pairs, title, unit="pair", leave=False):
         input_ids, labels = collate([pair], next(model.parameters()).device)
         size, fill_size = (options.seq_len, None) if whole else (options.chunk_size, options.fill_size)
-        scores = log_probs(model, input_ids, labels, size, fill_size=fill_size)
+        scores = log_probs(model, input_ids, labels, size, fill_size=fill_size, share=share)
         found |= {f"{pair.name}, row {i}": scores[i][labels[i] != IGNORE].cpu() for i in (0, 1)}
     model.train(was_training)
     return found

@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from ..chunks import cut
 from ..errors import InputError
 from ..files.atomic import human_bytes, write_tensors
+from ..files.documents import step_documents
 from ..models.partial import describe
 from ..pipeline.links import Links, RankLost
 from ..pipeline.start import linked, local_device, started
@@ -91,13 +93,16 @@ def _train(
         return loss_by_position(model, validation, options.chunk_size, spans, f"loss by position {when}")
 
     if options.objective in PREFERENCES:  # the adapter of a new run adds nothing yet
-        reference = (
-            run.read_reference() if resumed else score_pairs(model, [*training, *validation], options, "reference")
-        )
+        if resumed:
+            reference = run.read_reference()
+        else:
+            size = options.batch_size * options.accumulate
+            seen = (step_documents(training, size, step, options.seed) for step in range(options.steps))
+            needed = {pair.name: pair for pair in chain(validation, *seen)}
+            reference = score_pairs(model, [*needed.values()], options, "reference")
+            write_tensors(run.reference, reference, {})
     if not resumed:
         before = measure("before")
-        if reference is not None:
-            write_tensors(run.reference, reference, {})
         if ranks.is_first:
             run.write_info(options, before)
     schedule = Schedule(options.steps, options.lr, options.warmup, options.weight_decay, options.clip)
