@@ -5,6 +5,7 @@ second model, and what it says of the answers is all that a run keeps of it.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from ..batch import IGNORE, ChunkLoss, make_batch
 from ..chunks import Chunk, span
-from ..files.documents import Pair, collate
+from ..files.documents import Pair, collate, step_documents
 from ..losses import dpo, ipo, kto, means, orpo, simpo
 from ..losses import pairs as halves
 from ..memory.cache import LayerCache
@@ -24,11 +25,13 @@ from ..objective import log_probs
 from ..protocol import Options
 from .options import TrainOptions
 
+FREE = ("simpo", "orpo")  # of a reference
+
 
 class Compared:
     """The objective of a batch of pairs, which keeps the log-probabilities that it is given.
 
-    reference: what `score_pairs` found, which plays no part in SimPO and in ORPO. KTO compares with how far the model
+    reference: what `score_pairs` found; SimPO and ORPO have none. KTO compares with how far the model
     goes for other prompts' answers, on average over the batch. labels: (B, T), all first answers before all second.
     """
 
@@ -36,8 +39,8 @@ class Compared:
         self, options: TrainOptions, pairs: Sequence[Pair], labels: Tensor, reference: Mapping[str, Tensor]
     ) -> None:
         self.options, self.kind, self.beta, self.labels = options, str(options.objective), options.beta or 0.1, labels
-        known = gathered(reference, pairs, labels)
-        self.reference = torch.zeros_like(known) if self.kind in ("simpo", "orpo") else known
+        nothing = torch.zeros(labels.shape, device=labels.device)
+        self.reference = nothing if self.kind in FREE else gathered(reference, pairs, labels)
         self.desirable = torch.tensor([pair.desirable for pair in pairs], device=labels.device)
 
     def __call__(self, log_probs: Tensor) -> Tensor:
@@ -103,6 +106,17 @@ def score_pairs(model: Stack, pairs: Sequence[Pair], options: TrainOptions, titl
         found |= {f"{pair.name}, row {i}": scores[i][labels[i] != IGNORE].cpu() for i in (0, 1)}
     model.train(was_training)
     return found
+
+
+def score_reference(
+    model: Stack, training: Sequence[Pair], held_out: Sequence[Pair], options: TrainOptions
+) -> dict[str, Tensor]:
+    """`score_pairs` of what is held out and of what the run's steps take; nothing for a loss without a reference."""
+    if options.objective in FREE:
+        return {}
+    size = options.batch_size * options.accumulate
+    steps = (step_documents(training, size, step, options.seed) for step in range(options.steps))
+    return score_pairs(model, [*{pair.name: pair for pair in chain(held_out, *steps)}.values()], options, "reference")
 
 
 def gathered(known: Mapping[str, Tensor], pairs: Sequence[Pair], labels: Tensor) -> Tensor:

@@ -92,8 +92,10 @@ class Run:
             raise InputError(f"--resume: {changed[0]} is not what it was: bring it back, or begin another run")
         return stored, before
 
-    def read_reference(self) -> dict[str, Tensor]:
-        """Raises InputError if it is not there."""
+    def read_reference(self) -> dict[str, Tensor] | None:
+        """None if there is none. Raises InputError for a damaged one."""
+        if not self.reference.exists():
+            return None
         with open_tensors(self.reference) as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
 

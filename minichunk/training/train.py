@@ -5,7 +5,6 @@ import signal
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from tqdm import tqdm
 from ..chunks import cut
 from ..errors import InputError
 from ..files.atomic import human_bytes, write_tensors
-from ..files.documents import step_documents
 from ..models.partial import describe
 from ..pipeline.links import Links, RankLost
 from ..pipeline.start import linked, local_device, started
@@ -24,7 +22,7 @@ from .evaluate import loss_by_position, spans_for
 from .load import check_host_room, load_data, load_teacher, load_to_train, make_gradient
 from .loop import NonFiniteLoss, Ranks, Schedule, Trainer
 from .options import PREFERENCES, TrainOptions, flag
-from .preferences import measure_pairs, score_pairs
+from .preferences import measure_pairs, score_reference
 from .run_directory import Measured, Run, peak_memory, table, write_results
 
 LARGE = 10**9  # parameters from which on a chunk's activations are recomputed unless told otherwise
@@ -92,17 +90,13 @@ def _train(
             return measure_pairs(model, validation, options, reference, f"held-out pairs {when}")
         return loss_by_position(model, validation, options.chunk_size, spans, f"loss by position {when}")
 
-    if options.objective in PREFERENCES:  # the adapter of a new run adds nothing yet
-        if resumed:
-            reference = run.read_reference()
-        else:
-            size = options.batch_size * options.accumulate
-            seen = (step_documents(training, size, step, options.seed) for step in range(options.steps))
-            needed = {pair.name: pair for pair in chain(validation, *seen)}
-            reference = score_pairs(model, [*needed.values()], options, "reference")
-            write_tensors(run.reference, reference, {})
+    if options.objective in PREFERENCES:  # no weight has changed yet, nor been restored
+        kept = run.read_reference()
+        reference = score_reference(model, training, validation, options) if kept is None else kept
     if not resumed:
         before = measure("before")
+        if reference:
+            write_tensors(run.reference, reference, {})
         if ranks.is_first:
             run.write_info(options, before)
     schedule = Schedule(options.steps, options.lr, options.warmup, options.weight_decay, options.clip)
