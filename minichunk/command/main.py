@@ -9,6 +9,7 @@ from dataclasses import MISSING, Field, fields
 from typing import Any, NoReturn, get_type_hints
 
 from ..costs.bench import BenchOptions, run_bench
+from ..costs.forecast import fitted
 from ..costs.plan import PlanOptions, run_plan
 from ..errors import InputError
 from ..pipeline.links import RankLost
@@ -23,7 +24,7 @@ from ..walk.page import WalkOptions, run_walk
 
 # A command's options, and what it does; False is a port that differs.
 COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
-    "train": (TrainOptions, train),
+    "train": (TrainOptions, lambda options: train(fitted(options))),
     "evaluate": (EvaluateOptions, evaluate_files),
     "generate": (GenerateOptions, lambda options: print(continue_text(options))),
     "plan": (PlanOptions, run_plan),

@@ -34,7 +34,8 @@ from ..training.run_directory import peak_memory
 from .baselines import tiled_full
 from .setting import Setting
 
-CHUNKED = tuple(map("".join, product(("seco", "spaco"), ("", "-recompute", "-offload", "-recompute-offload"))))
+KINDS = ("", "-recompute", "-offload", "-recompute-offload")
+CHUNKED = tuple(map("".join, product(("seco", "spaco"), ("", "-blocks"), KINDS)))
 METHODS = ("full", "full-recompute", "full-recompute-tiled", "full-recompute-offload", *CHUNKED)
 SHOWN = ("full", "full-recompute", "full-recompute-offload", "seco", "spaco")
 
@@ -47,7 +48,8 @@ class BenchOptions:
     first method. Weights and tokens are random; every measurement is a process of its own.
 
     full-recompute is gradient checkpointing; -tiled with the loss in tiles; -offload also with the
-    layers' inputs in host memory. Of seco and spaco, see --recompute and --offload of train.
+    layers' inputs in host memory. Of seco and spaco, see --recompute, --offload and, with -blocks,
+    --layers-at-once of train.
 
       minichunk bench --methods full-recompute seco seco-recompute --seq-len 4096 16384 --plot bench.png
       minichunk bench --device cuda --model llama-3-8b --rank 8 --methods full-recompute-offload seco-recompute
@@ -57,6 +59,7 @@ class BenchOptions:
     seq_len: tuple[int, ...] = option((1024, 2048, 4096), "tokens", metavar="N", least=2)
     model: str = changed(Setting, "model", default="llama-47m", group="")
     chunk_size: int = changed(Setting, "chunk_size")
+    layers_at_once: int = option(4, "layers in a block, of -blocks", metavar="N", least=1)
     fill_size: int | None = changed(Setting, "fill_size")
     budget: int | None = changed(StepOptions, "budget", help="spaco: chunks kept")
     rank: int = changed(Setting, "rank", default=0, group="")
@@ -96,6 +99,7 @@ def run_step(model: Any, options: BenchOptions, method: str, ids: Tensor, seed: 
     recompute, tiled, offload = (word in suffix for word in ("recompute", "tiled", "offload"))
     size = options.chunk_size
     keywords: dict[str, Any] = {"fill_size": options.fill_size, "recompute": recompute, "offload": offload}
+    keywords["layers_at_once"] = options.layers_at_once if "blocks" in suffix else None
     if name == "seco":
         loss = seco(model, ids, ids, size, **keywords)
     elif name == "spaco":
