@@ -113,7 +113,7 @@ def evaluate_files(options: EvaluateOptions) -> None:
     text_ids = torch.cat([piece.input_ids for piece in pieces])
     pieces = sorted(pieces, key=len, reverse=True)[: options.documents]
     if options.recall:
-        lengths = [stop for _, stop in spans_for(context, options.seq_len)]
+        lengths = [stop for _, stop in spans_for(context, options.seq_len) if stop >= min(128, options.seq_len)]
         depths = [i / (options.depths - 1) for i in range(options.depths)]
         cells = recall(
             model, tokenizer, text_ids, lengths, depths, options.trials, options.chunk_size, chat, options.seed

@@ -46,6 +46,8 @@ def recall(
     text_ids: int64 (T,), at least as long as the longest text. seed: the passkeys and places; they are the same for
     all models with one tokenizer, so before and after a training. Raises InputError.
     """
+    for length in lengths:
+        hide(text_ids, tokenizer, chat, length, 0.0, Random(seed))  # refuses before anything is measured
     was_training = model.training
     model.eval()
     cells = [Cell(length, depth, [], []) for length in lengths for depth in depths]
