@@ -15,6 +15,7 @@ from minichunk.command.main import main
 from minichunk.files.documents import Document
 from minichunk.files.shipped import MEASURED_ON, novel
 from minichunk.training.recall import Cell, hide, recall_table, score, wilson
+from tutorials.recall import HOP, VALUES, texts
 
 from .strategies import VOCAB, build, examples, tiny
 from .test_chat import KINDS, UNTAGGED, checkpoint
@@ -96,3 +97,15 @@ def test_the_command_measures_loss_and_recall_and_draws_both(
     assert "0 of 2" in shown[0]
     assert shown[0] == shown[1] != shown[2]
     assert (tmp_path / "there" / "recall.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_questions_of_two_hops_are_answered_by_two_facts() -> None:
+    input_ids, labels, place = texts(5, 6, torch.Generator().manual_seed(0))
+    for ids, answers, places in zip(input_ids.tolist(), labels.tolist(), place.tolist(), strict=True):
+        facts = {a: b - VALUES for a, b in zip(ids[:12:2], ids[1:12:2], strict=True)}
+        assert len(facts) == 6
+        assert answers[:13] == [IGNORE] * 13
+        for i, at in zip(range(12, 24, 2), places, strict=True):
+            once = facts[ids[i]]
+            assert [ids[2 * at], ids[i + 1]] == [ids[i], HOP]
+            assert answers[i + 1 : i + 3] == [VALUES + once, VALUES + facts[once]]
