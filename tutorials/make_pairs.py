@@ -3,9 +3,9 @@
     python tutorials/make_pairs.py pairs.jsonl
     minichunk train --objective dpo --data pairs.jsonl --seq-len 512 --chunk-size 128 --lr 1e-3 --accumulate 4
 
-The novel is cut into passages of a prompt and an answer. Two passages side by side exchange their answers: the own one is
-chosen, the other one rejected. Each text is thus chosen once and rejected once, and both are of one scene, so that only
-what was read before can tell them apart. Rows follow the novel: what is held out, the last tenth, is its end.
+The novel is cut into passages of a prompt and an answer. Two passages side by side exchange their answers: the own one
+is chosen, the other one rejected. Each text is thus chosen once and rejected once, and both are of one scene, so that
+only what was read before can tell them apart. Rows follow the novel: what is held out, the last tenth, is its end.
 """
 
 import argparse

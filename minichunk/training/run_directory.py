@@ -19,7 +19,7 @@ from ..files.atomic import make_directory, open_tensors, read_json, write_json, 
 from ..files.checkpoint import BESIDE, digest
 from ..files.shipped import SHIPPED_MODEL
 from ..models.adapter_files import save_adapter
-from .evaluate import Span
+from .evaluate import Span, draw_losses, new_figure, save_figure
 from .loop import Ranks, Trainer
 from .options import TrainOptions, check_options, options_of
 
@@ -174,15 +174,6 @@ def write_results(ranks: Ranks, run: Run, options: TrainOptions, before: Measure
     plot_run(run.directory / "loss.png", run.read_metrics(), before, after, context)
 
 
-def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib Figure of so many inches, which needs no screen; None if matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def plot_run(path: Path, metrics: Sequence[dict[str, Any]], before: Any, after: Any, context: int) -> None:
     """Draw the loss by step, and by position or the margin of pairs, into a PNG, if matplotlib is installed."""
     if (figure := new_figure(10, 3.8)) is None:
@@ -197,10 +188,7 @@ def plot_run(path: Path, metrics: Sequence[dict[str, Any]], before: Any, after: 
         right.plot([m["step"] for m in seen], [m["margin"] for m in seen], label="trained on")
         right.plot([0, len(metrics)], [before.get("margin"), after.get("margin")], "o-", label="held out")
         right.set(xlabel="step", ylabel="margin of the rewards")
+        right.legend()
     else:
-        for spans, label in ((before, "before"), (after, "after")):
-            right.plot([(s.start + s.stop) / 2 for s in spans], [s.loss for s in spans], "o-", label=label)
-        right.axvline(context, linestyle=":", color="tab:gray", label="the old context")
-        right.set(xlabel="position", ylabel="held-out loss (nats per token)")
-    right.legend()
-    figure.savefig(path, dpi=120)
+        draw_losses(right, {"before": before, "after": after}, context)
+    save_figure(figure, path)

@@ -91,8 +91,8 @@ def _train(
         return loss_by_position(model, validation, options.chunk_size, spans, f"loss by position {when}")
 
     if options.objective in PREFERENCES:  # no weight has changed yet, nor been restored
-        kept = run.read_reference()
-        reference = score_reference(model, training, validation, options) if kept is None else kept
+        known = run.read_reference() if resumed else None
+        reference = score_reference(model, training, validation, options) if known is None else known
     if not resumed:
         before = measure("before")
         if reference:
