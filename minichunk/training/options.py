@@ -189,7 +189,8 @@ class StepOptions:
         """How a step is computed, as keywords of `seco`. Raises InputError for an `auto` that nobody has decided."""
         if self.layers_at_once == "auto":
             raise InputError("--layers-at-once is 'auto': let costs.forecast.fitted decide it first")
-        how = {name: value for name, value in vars(self.options()).items() if name not in ("dropout_seed", "positions")}
+        of_a_batch = ("dropout_seed", "positions", "trunk")
+        how = {name: value for name, value in vars(self.options()).items() if name not in of_a_batch}
         return {**how, "layers_at_once": self.layers_at_once and int(self.layers_at_once), "offload": self.offload}
 
     def pattern(self) -> Pattern | None:

@@ -18,7 +18,6 @@ from ..files.atomic import make_directory, open_tensors, read_json, write_json, 
 from ..files.checkpoint import BESIDE, digest
 from ..files.shipped import SHIPPED_MODEL
 from ..models.adapter_files import save_adapter
-from ..models.rope import Dynamic
 from .evaluate import Span
 from .loop import Ranks, Trainer
 from .options import TrainOptions, check_options, options_of
@@ -142,7 +141,8 @@ def write_results(ranks: Ranks, run: Run, options: TrainOptions, before: Sequenc
     if options.rank:
         save_adapter(model, run.adapter, options.model, ranks.whole)
     else:
-        if not isinstance(getattr(model.config, "rope_scaling", None), Dynamic):  # which stretches by the old length
+        rule = getattr(model.config, "rope_scaling", None)
+        if rule is None or rule.rope_type != "dynamic":  # which stretches by the old length
             model.config = replace(model.config, max_position_embeddings=max(context, options.seq_len))
         model.save_pretrained(run.model, ranks.whole)
     if not ranks.is_first:

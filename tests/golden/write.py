@@ -28,7 +28,7 @@ from minichunk.memory.window import FULL, Window
 from minichunk.models.config import LlamaConfig
 from minichunk.models.llama import Attention, Layer, Llama, rope_tables
 from minichunk.models.lora import DropoutMasks, adapters, add_lora
-from minichunk.models.rope import Llama3Rope
+from minichunk.models.rope import RopeRule
 from minichunk.models.ssm import StateSpace, StateSpaceConfig
 from minichunk.porting.compare import FORMAT
 from minichunk.protocol import Options, flat
@@ -72,7 +72,8 @@ def llama(**changes: Any) -> LlamaConfig:
     return LlamaConfig(**{**common, **changes})
 
 
-SCALED = llama(rope_theta=500.0, rope_scaling=Llama3Rope(4.0, 1.0, 2.0, 8))
+RULE = RopeRule("llama3", factor=4.0, high_freq_factor=2.0, original_max_position_embeddings=8)
+SCALED = llama(rope_theta=500.0, rope_scaling=RULE)
 NORMED = llama(model_type="qwen3", qk_norm=True, head_dim=6, num_key_value_heads=2)
 KINDS = ("sliding_attention", "full_attention", "sliding_attention")
 WINDOW = llama(model_type="ministral", num_key_value_heads=2, sliding_window=4, layer_types=KINDS)
