@@ -18,7 +18,7 @@ from ..files.atomic import make_directory, open_tensors, read_json, write_json, 
 from ..files.checkpoint import BESIDE, digest
 from ..files.shipped import SHIPPED_MODEL
 from ..models.adapter_files import save_adapter
-from .evaluate import Span
+from .evaluate import Span, draw_losses, new_figure, save_figure
 from .loop import Ranks, Trainer
 from .options import TrainOptions, check_options, options_of
 
@@ -152,15 +152,6 @@ def write_results(ranks: Ranks, run: Run, options: TrainOptions, before: Sequenc
     plot_run(run.directory / "loss.png", run.read_metrics(), before, after, context)
 
 
-def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib Figure of so many inches, which needs no screen; None if matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def plot_run(
     path: Path, metrics: Sequence[dict[str, Any]], before: Sequence[Span], after: Sequence[Span], context: int
 ) -> None:
@@ -171,9 +162,5 @@ def plot_run(
     by_step, by_position = figure.subplots(1, 2)
     by_step.plot([m["step"] for m in metrics], [m["loss"] for m in metrics])
     by_step.set(xlabel="step", ylabel="training loss (nats per token)")
-    for spans, label in ((before, "before"), (after, "after")):
-        by_position.plot([(s.start + s.stop) / 2 for s in spans], [s.loss for s in spans], "o-", label=label)
-    by_position.axvline(context, linestyle=":", color="tab:gray", label="the old context")
-    by_position.set(xlabel="position", ylabel="held-out loss (nats per token)")
-    by_position.legend()
-    figure.savefig(path, dpi=120)
+    draw_losses(by_position, {"before": before, "after": after}, context)
+    save_figure(figure, path)
