@@ -201,9 +201,13 @@ class StepOptions:
         how = {name: getattr(self.options(), name) for name in ("fill_size", "recompute", "cache_grad_dtype")}
         return {**how, "layers_at_once": self.layers_at_once and int(self.layers_at_once), "offload": self.offload}
 
+    def trunk(self, tokens: int) -> int:
+        """How many first tokens of so many are taken to be the same in all rows."""
+        return 0
+
     def chunks(self, tokens: int) -> tuple[list[Chunk], list[Chunk]]:
         """All chunks of a text, and the most of them that a step backpropagates: as many, at the end of it."""
-        chunks = cut(tokens, self.chunk_size)
+        chunks = cut(tokens, self.chunk_size, self.trunk(tokens))
         kept = most_kept(self.sampler, self.budget or 1, len(chunks)) if self.method == "spaco" else len(chunks)
         return chunks, chunks[-kept:]
 
