@@ -98,7 +98,8 @@ class Numpy:
     def walk(self, chunk_size: int, draw: Any, of: str = "") -> dict[str, Any]:
         """One batch, the first or the "second.": what the file has of it, without the method's name."""
         ids, labels = self.tensors[f"{of}input_ids"], self.tensors[f"{of}labels"]
-        return self.method(self.model, ids, labels, chunk_size, draw, json.loads(self.metadata["num_targets"]))
+        divisor, dpo = (json.loads(self.metadata.get(key, "null")) for key in ("num_targets", "dpo"))
+        return self.method(self.model, ids, labels, chunk_size, draw, divisor, dpo)
 
     def walks(self, method: str) -> dict[str, Any]:
         """All batches by `seco` or `spaco`, by the file's names.
