@@ -19,13 +19,14 @@ _LATER = {
     "models.adapter_files": ("load_adapter", "save_adapter"),
     "models.load": (  # which gives them `from_pretrained` and `from_dict`
         "Gemma3", "Gemma3Config", "Llama", "LlamaConfig", "Mamba2", "Mamba2Config", "StateSpace", "StateSpaceConfig",
-        "load_model",
+        "change_rope", "load_model",
     ),
     "models.lora": ("add_lora", "merge_lora"),
     "models.partial": ("partial_context",),
     "pipeline.links": ("Links", "RankLost"),
     "pipeline.stage": ("PipelineStage",),
     "pipeline.pipeline_seco": ("pipeline_seco", "pipeline_spaco"),
+    "models.wrap": ("wrap",),  # needs transformers: minichunk[hf]
     "training.generate": ("generate",),
     "walk.trace": ("trace",),
 }  # fmt: skip

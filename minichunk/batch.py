@@ -13,11 +13,12 @@ IGNORE = -100  # Hugging Face's label of a position without a target
 
 
 class Batch(NamedTuple):
-    """input_ids and targets, int64 (B, T), and the number that the summed loss is divided by."""
+    """input_ids and targets, int64 (B, T), the number that the summed loss is divided by, and `Options.positions`."""
 
     input_ids: Tensor
     targets: Tensor
     num_targets: Tensor | float
+    positions: Tensor | None = None
 
 
 def shift(labels: Tensor) -> Tensor:
@@ -28,27 +29,39 @@ def shift(labels: Tensor) -> Tensor:
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 
-def prepare(model: Model, input_ids: Tensor, labels: Tensor, num_targets: float | None) -> Batch:
+def prepare(
+    model: Model, input_ids: Tensor, labels: Tensor, num_targets: float | None, positions: Tensor | None = None
+) -> Batch:
     """Check a batch and let the model's gradients be summed in float32. Raises InputError.
 
     num_targets: the divisor of the loss; None counts the valid targets.
+    positions: int64 (B, T), for rope; None: 0, 1, 2, …
     """
-    check_batch(model, input_ids, labels, num_targets)
-    widen_gradients(model)
-    return make_batch(input_ids, labels, num_targets)
-
-
-def make_batch(input_ids: Tensor, labels: Tensor, num_targets: float | None) -> Batch:
-    """Of tensors that have been checked."""
-    targets = shift(labels)
-    return Batch(input_ids, targets, (targets != IGNORE).sum() if num_targets is None else num_targets)
-
-
-def check_batch(model: Model, input_ids: Tensor, labels: Tensor, num_targets: float | None) -> None:
-    """Raise InputError for a batch that the model cannot be trained on."""
     check_tokens(input_ids, labels, num_targets, model.lm_head.weight.shape[0])
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError("no parameter of the model requires a gradient: nothing to train")
+    positions = check_positions(model, positions, input_ids)
+    widen_gradients(model)
+    return make_batch(input_ids, labels, num_targets, positions)
+
+
+def make_batch(input_ids: Tensor, labels: Tensor, num_targets: float | None, positions: Tensor | None = None) -> Batch:
+    """Of tensors that have been checked."""
+    targets = shift(labels)
+    return Batch(input_ids, targets, (targets != IGNORE).sum() if num_targets is None else num_targets, positions)
+
+
+def check_positions(model: object, positions: Tensor | None, input_ids: Tensor) -> Tensor:
+    """What `Options.positions` is for these tokens. Raises InputError for positions that cannot be."""
+    if positions is None:
+        return torch.arange(input_ids.shape[1], device=input_ids.device)
+    if not getattr(model, "takes_positions", False):
+        raise InputError("positions are for a model with rope, which this one is not: leave them out")
+    fits = positions.shape == input_ids.shape and positions.device == input_ids.device
+    if not fits or positions.dtype != torch.int64 or int(positions.min()) < 0:
+        given = f"{positions.dtype} of shape {list(positions.shape)} on {positions.device}"
+        raise InputError(f"positions is {given}, but must be int64 from 0 on, shaped as input_ids and on its device")
+    return positions[:, None]  # the same for all heads
 
 
 def check_tokens(input_ids: Tensor, labels: Tensor, num_targets: float | None, vocab_size: int) -> None:

@@ -7,9 +7,13 @@ each block is a SeCO of its own, whose last layer is given a gradient instead of
 below. So what grows with the text is the memory of one block, and a hidden state of each token for every block.
 
 All layers at once is SeCO itself; one layer at a time is the order of StreamBP (arXiv 2506.03077).
+
+Each hidden state is needed three times, long after one another, and in a known order: so they may wait in host memory.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
 
@@ -20,10 +24,9 @@ from .batch import Batch
 from .chunks import Chunk, groups, span
 from .errors import InputError
 from .loss import summed_loss
-from .protocol import Model, Options, relay
+from .protocol import Memory, Model, Options, relay
 
 Kept = Sequence[tuple[Chunk, tuple[float, float]]]  # chunks, each with the factors on its loss and on its relay
-LossOf = Callable[[Tensor, Chunk], Tensor]  # a chunk's share of the mean loss, of what the LM head is given
 
 
 def through_blocks(
@@ -41,88 +44,127 @@ def through_blocks(
         kind = type(model).__name__
         raise InputError(f"layers_at_once and offload need a model in blocks of layers: {kind} has no method blocks")
     blocks: Sequence[Model] = model.blocks(size)
-    first = next(i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters()))
-    chunks = [chunk for chunk in chunks if chunk <= kept[-1][0]]
-    inputs = [Hidden(batch.input_ids, offload) for _ in blocks]
+    first, (B, _), device = first_that_learns(blocks), batch.input_ids.shape, batch.input_ids.device
+    *receiving, last = [chunk for chunk, _ in kept]
+    chunks = [chunk for chunk in chunks if chunk <= last]  # no chunk reads what comes after
+    walk = Walk(model, batch, chunks, kept, options)
+    copies = torch.cuda.Stream(device) if offload and device.type == "cuda" else None
+    inputs = [Hidden(device, offload, copies) for _ in blocks]
     inputs[0].keep(chunks, batch.input_ids[:, span(chunks)])
     for i, block in enumerate(blocks[:-1]):
-        go_up(block, chunks, inputs[i], inputs[i + 1], options)
+        walk.go_up(block, block.new_memory(B, last.stop, (), options), inputs[i], inputs[i + 1])
         if i < first:  # nothing learns there, so nobody comes back
             inputs[i].parts.clear()
-
-    def loss_of(y: Tensor, chunk: Chunk) -> Tensor:
-        return summed_loss(y, model.lm_head.weight, batch.targets[:, span([chunk])]) / batch.num_targets
-
-    total, above = torch.zeros((), device=batch.input_ids.device), None
+    total, gradients = torch.zeros((), device=device), None
     for i in reversed(range(first, len(blocks))):
-        total = total + go_down(blocks[i], chunks, kept, inputs[i], above, loss_of, i > first, options)
-        above = inputs.pop()  # where the gradients are now
+        memory = blocks[i].new_memory(B, last.start, receiving, options)
+        total = total + walk.go_down(blocks[i], memory, inputs[i], gradients, learns_below=i > first)
+        del memory  # before the next block has one
+        gradients = inputs.pop()
     return total
 
 
-def go_up(block: Model, chunks: Sequence[Chunk], x: "Hidden", y: "Hidden", options: Options) -> None:
-    """The outputs of all chunks from their inputs; what they leave behind in the block is forgotten."""
-    memory, passes = block.new_memory(x.batch, chunks[-1].stop, (), options), groups(chunks, options.fill_size)
-    for group, part in zip(passes, x.bring(passes), strict=True):
-        with torch.no_grad():
-            out, written = block.run(part, memory, group, options)
-        memory.write(group, written)
-        y.keep(group, out)
-        del out, written
+def first_that_learns(blocks: Sequence[Model]) -> int:
+    """The number of the first block with a parameter that requires a gradient."""
+    return next(i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters()))
 
 
-def go_down(
-    block: Model, chunks: Sequence[Chunk], kept: Kept, hidden: "Hidden", above: "Hidden | None", loss_of: LossOf,
-    learns_below: bool, options: Options,
-) -> Tensor:  # fmt: skip
-    """SeCO or SpaCO of one block, whose inputs give way to their gradients. Returns the loss; 0 below the last block.
+@dataclass
+class Walk:
+    """Through one block of the model after the other; kept: of the chunks, those that are rebuilt."""
 
-    above: the gradients of the block's outputs; None: it is the last one, and `loss_of` makes losses of them.
-    """
-    memory = block.new_memory(hidden.batch, chunks[-1].start, [chunk for chunk, _ in kept[:-1]], options)
-    passes = groups(chunks[:-1], options.fill_size)
-    for group, x in zip(passes, hidden.bring(passes), strict=True):  # lines 1-3
-        memory.write(group, block.fill(x, memory, group, options))
-    total = torch.zeros((), device=hidden.device)
-    walk = [[chunk] for chunk, _ in reversed(kept)]
-    grads = repeat(None) if above is None else above.bring(walk)
-    for (chunk, (on_loss, on_relay)), x, grad in zip(reversed(kept), hidden.bring(walk), grads, strict=False):  # line 4
-        y, written = block.run(x.requires_grad_(learns_below), memory, [chunk], options)  # line 5
-        if above is None:
-            y = on_loss * loss_of(y, chunk)
-            total = total + y.detach()
-        made, received = relay(written, memory.hand_over(chunk))  # line 6
-        torch.autograd.backward([y, *made], [grad, *(on_relay * g for g in received)])  # line 7
-        if x.grad is not None:
-            hidden.keep([chunk], x.grad)
-        del x, y, grad, written, made, received  # or they would live on beside the next chunk's
-    return total
+    model: Model
+    batch: Batch
+    chunks: Sequence[Chunk]
+    kept: Kept
+    options: Options
+
+    @torch.no_grad()
+    def go_up(self, block: Model, memory: Memory, x: "Hidden", y: "Hidden") -> None:
+        """Through all chunks: from the block's inputs x to its outputs y."""
+        passes = [*groups(self.chunks[:-1], self.options.fill_size), self.chunks[-1:]]
+        for group, part in zip(passes, x.bring(passes), strict=True):
+            out, written = block.run(part, memory, group, self.options)
+            memory.write(group, written)
+            y.keep(group, out)
+            del part, out, written
+
+    def go_down(
+        self, block: Model, memory: Memory, x: "Hidden", gradients: "Hidden | None", learns_below: bool
+    ) -> Tensor:
+        """SeCO or SpaCO of the block. In the place of its inputs x come their gradients, if anything learns below.
+
+        gradients: of its outputs; None for the last block, which has the loss instead. Returns that, or 0.
+        """
+        passes = groups(self.chunks[:-1], self.options.fill_size)
+        for group, part in zip(passes, x.bring(passes), strict=True):  # lines 1-3
+            memory.write(group, block.fill(part, memory, group, self.options))
+            del part
+        back = [[chunk] for chunk, _ in reversed(self.kept)]
+        ends = repeat(None) if gradients is None else gradients.bring(back)
+        total = torch.zeros((), device=x.device)
+        for (chunk, (on_loss, on_relay)), part, grad in zip(reversed(self.kept), x.bring(back), ends, strict=False):
+            end, written = block.run(part.requires_grad_(learns_below), memory, [chunk], self.options)  # line 5
+            if grad is None:
+                targets = self.batch.targets[:, span([chunk])]
+                end = on_loss * (summed_loss(end, self.model.lm_head.weight, targets) / self.batch.num_targets)
+                total = total + end.detach()
+            made, received = relay(written, memory.hand_over(chunk))  # line 6
+            torch.autograd.backward([end, *made], [grad, *(on_relay * g for g in received)])  # line 7
+            if part.grad is not None:
+                x.keep([chunk], part.grad)
+            del part, grad, end, written, made, received  # or they would live on beside the next chunk's
+        return total
 
 
 class Hidden:
     """What goes from one block to the next, a tensor (B, C, E) of each chunk: hidden states on the way up; on the way
     down, in their place, the gradients of the loss by them. Into the first block go the tokens (B, C).
 
-    offload: they wait in host memory. On CUDA that is pinned, and they are copied on one stream beside the computation,
-    each copy after those before it.
+    offload: they wait in host memory. On a GPU they are copied by `copies`, a stream beside the computation, and each
+    copy sees what those before it have done.
     """
 
-    def __init__(self, tokens: Tensor, offload: bool) -> None:
-        self.batch, self.device = tokens.shape[0], tokens.device
+    def __init__(self, device: torch.device, offload: bool, copies: torch.cuda.Stream | None) -> None:
+        self.device, self.copies = device, copies
         self.room = host_like if offload else torch.empty_like
         self.parts: dict[Chunk, Tensor] = {}
 
     def keep(self, chunks: Sequence[Chunk], x: Tensor) -> None:
         """What belongs to these adjacent chunks, (B, C, E)."""
-        for chunk, part in zip(chunks, x.detach().split([stop - start for start, stop in chunks], dim=1), strict=True):
-            if chunk not in self.parts:
-                self.parts[chunk] = self.room(part)
-            self.parts[chunk].copy_(part, non_blocking=True)
+        if self.copies is not None:
+            self.copies.wait_stream(torch.cuda.current_stream(self.device))
+            x.record_stream(self.copies)
+        with torch.cuda.stream(self.copies):
+            parts = x.detach().split([stop - start for start, stop in chunks], dim=1)
+            for chunk, part in zip(chunks, parts, strict=True):
+                if chunk not in self.parts:
+                    self.parts[chunk] = self.room(part)
+                self.parts[chunk].copy_(part, non_blocking=True)
 
     def bring(self, order: Sequence[Sequence[Chunk]]) -> Iterator[Tensor]:
         """On the device, of some adjacent chunks after others; the next ones are copied while these are at work."""
+        coming = deque[tuple[Tensor, torch.cuda.Event | None]]()
         for chunks in order:
-            yield torch.cat([self.parts[chunk].to(self.device, non_blocking=True) for chunk in chunks], dim=1)
+            coming.append(self.start(chunks))
+            if len(coming) > 1:
+                yield self.arrived(*coming.popleft())
+        if coming:
+            yield self.arrived(*coming.popleft())
+
+    def start(self, chunks: Sequence[Chunk]) -> tuple[Tensor, torch.cuda.Event | None]:
+        """A copy for the device, and what tells when it is done."""
+        with torch.cuda.stream(self.copies):
+            x = torch.cat([self.parts[chunk].to(self.device, non_blocking=True) for chunk in chunks], dim=1)
+        return x, None if self.copies is None else self.copies.record_event()
+
+    def arrived(self, x: Tensor, copied: torch.cuda.Event | None) -> Tensor:
+        """For the computation, which waits until the copy is done."""
+        if copied is not None:
+            here = torch.cuda.current_stream(self.device)
+            here.wait_event(copied)
+            x.record_stream(here)
+        return x
 
 
 def host_like(x: Tensor) -> Tensor:

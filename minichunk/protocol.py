@@ -6,7 +6,7 @@ is *handed* them. What is remembered, keys and values or a state, is between the
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -35,13 +35,16 @@ def flat(written: Written) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Options:
-    """How a step is computed, at what cost, with the same result: keywords of `seco`, which describes them."""
+    """How a step is computed, at what cost, with the same result: keywords of `seco`, which describes them.
+
+    positions: of the whole text, for rope: int64 (T), which is 0, 1, 2, …, or (B, 1, T) if there are others.
+    """
 
     fill_size: int | None = None
     recompute: bool = False
     cache_grad_dtype: torch.dtype | None = None
-    offload: bool = False
     dropout_seed: int | None = None  # decides the masks of a step's dropouts: those of fill and rebuild are the same
+    positions: Tensor | None = field(default=None, repr=False, compare=False)
 
 
 DEFAULTS = Options()

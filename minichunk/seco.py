@@ -30,6 +30,7 @@ def seco(
     cache_grad_dtype: torch.dtype | None = None,
     offload: bool = False,
     layers_at_once: int | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Add the exact gradient of the mean loss to `.grad`; return the loss, detached.
 
@@ -42,16 +43,20 @@ def seco(
     recompute: within a chunk, keep only the layers' inputs and what attention returned, and run the rest of each
         layer again for its backward.
     cache_grad_dtype: of the sum of gradients sent back to keys and values; None: float32, or the model's if wider.
-    offload: keep what grows in host memory; of keys, values and their gradients the device holds two blocks.
-    layers_at_once: go through the text with so many layers at a time, up and down again: most of what grows with its
-        length is then of so many layers alone; see blocks.py. None: all at once.
+    offload: let the inputs of blocks of layers wait in host memory, one layer a block unless `layers_at_once` says
+        otherwise: on the device only the memory of one block grows.
+    layers_at_once: go through the text with a block of so many adjacent layers at a time, up and down again. What grows
+        is then the memory of one block, and a hidden state of each token for every block; see blocks.py. None: all
+        layers are one block.
+    positions: int64 (B, T), for rope alone: what a chunk sees stays the text before it; None: 0, 1, 2, …
     Raises InputError for a batch or a size that does not fit.
     """
     check_fill_size(fill_size, chunk_size)
-    batch, chunks = prepare(model, input_ids, labels, num_targets), cut(input_ids.shape[1], chunk_size)
-    options = Options(fill_size, recompute, cache_grad_dtype, offload, model.dropout_seed())
-    if layers_at_once is not None:
-        return through_blocks(model, batch, chunks, [(c, (1.0, 1.0)) for c in chunks], options, layers_at_once, False)
+    batch, chunks = prepare(model, input_ids, labels, num_targets, positions), cut(input_ids.shape[1], chunk_size)
+    options = Options(fill_size, recompute, cache_grad_dtype, model.dropout_seed(), batch.positions)
+    if layers_at_once is not None or offload:
+        kept = [(chunk, (1.0, 1.0)) for chunk in chunks]
+        return through_blocks(model, batch, chunks, kept, options, layers_at_once, offload)
     memory = new_memory(model, input_ids, chunks, options)
     fill(model, input_ids, chunks[:-1], memory, options)  # lines 1-3; no chunk reads the last one
     total = torch.zeros((), device=input_ids.device)

@@ -32,6 +32,7 @@ def spaco(
     cache_grad_dtype: torch.dtype | None = None,
     offload: bool = False,
     layers_at_once: int | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """Add an estimate of the gradient of the mean loss to `.grad`; return an estimate of the loss.
 
@@ -47,15 +48,15 @@ def spaco(
     Raises InputError for a batch, a size or a sampler's answer that does not fit.
     """
     check_fill_size(fill_size, chunk_size)
-    batch, chunks = prepare(model, input_ids, labels, num_targets), cut(input_ids.shape[1], chunk_size)
+    batch, chunks = prepare(model, input_ids, labels, num_targets, positions), cut(input_ids.shape[1], chunk_size)
     weights = check_weights(sampler(len(chunks), generator), len(chunks))  # which chunks are kept
     kept = [(chunk, weight) for chunk, weight in zip(chunks, weights, strict=True) if weight is not None]
     total = torch.zeros((), device=input_ids.device)
     if not kept:
         return total
-    options = Options(fill_size, recompute, cache_grad_dtype, offload, model.dropout_seed())
-    if layers_at_once is not None:
-        return through_blocks(model, batch, chunks, kept, options, layers_at_once, False)
+    options = Options(fill_size, recompute, cache_grad_dtype, model.dropout_seed(), batch.positions)
+    if layers_at_once is not None or offload:
+        return through_blocks(model, batch, chunks, kept, options, layers_at_once, offload)
     memory = new_memory(model, input_ids, [chunk for chunk, _ in kept], options)
     fill(model, input_ids, [chunk for chunk in chunks if chunk < kept[-1][0]], memory, options)
     for chunk, weight in reversed(kept):  # not all of them, as in line 4 of Algorithm 1

@@ -141,7 +141,7 @@ OTHER_WAYS = [
     ("attention", SOFTMAX, f"{SDPA}(q, keys, values, attn_mask=~future)"),
     ("relay", RELAY, "(loss + (memory * memories[j].grad).sum()).backward()"),
     ("relay", LEAVES, "    memories[-1].grad = torch.zeros_like(memories[-1])\n"),
-    ("seco", "OPTIONS = Options()", "OPTIONS = Options(fill_size=7, recompute=True, offload=True)"),
+    ("seco", "OPTIONS = Options()", "OPTIONS = Options(fill_size=7, recompute=True)"),
     ("seco", HANDED, "sum([(m * g).sum() for m, g in zip(written, received)], loss).backward()"),
     ("state", "decay * (h - h.detach())", "(decay * h - (decay * h).detach() - h.detach() * (decay - decay.detach()))"),
 ]  # fmt: skip

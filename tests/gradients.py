@@ -68,6 +68,7 @@ def oracle(
     chunks: Sequence[Chunk],
     entries: Sequence[mc.Weight | None],
     num_targets: float | None = None,
+    positions: Tensor | None = None,
 ) -> Tensor:
     """What SpaCO computes, by plain autograd through the whole sequence at once; adds to `.grad`.
 
@@ -90,7 +91,7 @@ def oracle(
         if isinstance(layer, StateLayer):
             x = through_state(layer, x, relays)
         else:
-            x = through_attention(layer, x, relays, getattr(model.config, "attention", model.config))
+            x = through_attention(layer, x, relays, getattr(model.config, "attention", model.config), positions)
     logits = model.lm_head(model.model.norm(x))
     targets = shift(labels)
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
@@ -100,11 +101,14 @@ def oracle(
     return loss.detach()
 
 
-def through_attention(layer: Any, x: Tensor, relays: Relays, config: mc.LlamaConfig) -> Tensor:
+def through_attention(
+    layer: Any, x: Tensor, relays: Relays, config: mc.LlamaConfig, positions: Tensor | None = None
+) -> Tensor:
     """The next x (B, T, E), where keys and values that a later chunk sees are relayed."""
     H, G, D, T = config.num_attention_heads, config.num_key_value_heads, config.head_dim, x.shape[1]
     seen = visible(layer.self_attn.pattern, T)
-    rope = rope_tables(config, 0, T, x)
+    places = torch.arange(T) if positions is None else positions[:, None]
+    rope = rope_tables(config, places, x, places)
     attention = layer.self_attn
     h = layer.input_layernorm(x)
     q, (k, v) = attention.heads(attention.q_proj(h)), attention.keys_values(h, rope)

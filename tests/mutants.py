@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 
 
 class Mutant(NamedTuple):
-    """key: of the mistake in porting/mistakes.py. case: a file that shows it. changes: source, before and after."""
+    """key: of the mistake in porting/mistakes.ini. case: a file that shows it. changes: source, before and after."""
 
     key: str
     case: str

@@ -22,14 +22,14 @@ from minichunk.memory import window
 from minichunk.memory.attention import BLOCK
 from minichunk.memory.cache import LayerCache
 from minichunk.memory.kernels import Plain
-from minichunk.memory.offload import DeviceBlocks, HostStore
 from minichunk.memory.window import FULL, DeviceStore, Pattern, Strided, Window, WindowCache
-from minichunk.models.config import Llama3Rope
 from minichunk.models.load import class_of
+from minichunk.models.rope import Dynamic, Llama3Rope, LongRope, Proportional, RopeRule, Yarn
 from minichunk.models.ssm import StateLayer
 
 VOCAB = 23
 CUTS = st.none() | st.integers(1, 4)  # layers_at_once
+HOW = st.fixed_dictionaries({"recompute": st.booleans(), "offload": st.booleans(), "layers_at_once": CUTS})
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -56,14 +56,10 @@ def cache_of(
     shape: tuple[int, int, int, int],
     receiving: Sequence[Chunk],
     like: torch.Tensor,
-    offload: bool = False,
     grad_dtype: torch.dtype = torch.float64,
 ) -> Any:
     """A layer's memory for keys and values (B, G, capacity, D)."""
     B, G, capacity, D = shape
-    if offload:
-        blocks = DeviceBlocks((2, B, G, D), like, grad_dtype)
-        return WindowCache(partial(HostStore, blocks), pattern, capacity, receiving)
     if pattern == FULL:
         return LayerCache(shape, receiving, like, grad_dtype)
     new_store = partial(DeviceStore, (B, G, D), like=like, grad_dtype=grad_dtype)
@@ -122,10 +118,20 @@ def strided(block: int = 4) -> st.SearchStrategy[Strided]:
     return st.builds(Strided, st.integers(1, block), st.integers(1, 3), st.none() | st.integers(1, 4))
 
 
+def ropes(head_dim: int) -> st.SearchStrategy[RopeRule]:
+    """Rules that stretch rope, also by the length of the whole text, for heads of so many numbers."""
+    short, long = tuple(1.0 + i for i in range(head_dim // 2)), tuple(2.0 + 3 * i for i in range(head_dim // 2))
+    rules = [Llama3Rope(4.0, 1.0, 2.0, 16), Yarn(4.0, 16), LongRope(short, long, 6, 3.0)]
+    if head_dim > 2:
+        rules += [Dynamic(2.0), RopeRule(partial_rotary_factor=0.5), Proportional(partial_rotary_factor=0.5)]
+    return st.sampled_from(rules)
+
+
 @st.composite
 def configs(draw: st.DrawFn) -> mc.LlamaConfig:
     groups, per_group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    rope = draw(st.none() | st.just(Llama3Rope(4.0, 1.0, 2.0, 16)))
+    head_dim = 2 * draw(st.integers(1, 4))
+    rope = draw(st.none() | ropes(head_dim))
     layers = draw(st.integers(1, 4))
     kinds = draw(st.just(()) | st.tuples(*[st.sampled_from(["full_attention", "sliding_attention"])] * layers))
     return mc.LlamaConfig(
@@ -135,7 +141,8 @@ def configs(draw: st.DrawFn) -> mc.LlamaConfig:
         num_hidden_layers=layers,
         num_attention_heads=groups * per_group,
         num_key_value_heads=groups,
-        head_dim=2 * draw(st.integers(1, 4)),
+        head_dim=head_dim,
+        max_position_embeddings=draw(st.integers(4, 20)),
         rms_norm_eps=draw(st.sampled_from([1e-6, 1e-5, 1e-3])),
         rope_theta=draw(st.sampled_from([100.0, 10000.0])),
         rope_scaling=rope,
@@ -195,6 +202,7 @@ def remember(model: mc.StateSpace, logit: float) -> None:
 class Batch:
     input_ids: Tensor
     labels: Tensor
+    positions: Tensor | None = None
 
     @property
     def num_targets(self) -> int:
@@ -202,7 +210,7 @@ class Batch:
 
 
 @st.composite
-def batches(draw: st.DrawFn, max_length: int = 14) -> Batch:
+def batches(draw: st.DrawFn, max_length: int = 14, positions: bool = False) -> Batch:
     B, T = draw(st.integers(1, 3)), draw(st.integers(2, max_length))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     input_ids = torch.randint(VOCAB, (B, T), generator=generator)
@@ -217,4 +225,7 @@ def batches(draw: st.DrawFn, max_length: int = 14) -> Batch:
         labels[:] = IGNORE
     row, position = draw(st.integers(0, B - 1)), draw(st.integers(1, T - 1))
     labels[row, position] = input_ids[row, position]  # at least one target
-    return Batch(input_ids, labels)
+    if not positions or draw(st.booleans()):
+        return Batch(input_ids, labels)
+    steps = torch.randint(0, 7, (B, T), generator=generator)  # some positions are left out, others come twice
+    return Batch(input_ids, labels, steps.cumsum(1) if draw(st.booleans()) else steps)

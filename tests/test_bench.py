@@ -49,7 +49,7 @@ def test_the_table_has_medians_ratios_and_failures() -> None:
 
 def test_a_row_that_fails_says_why(model_directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What its process raises, here of chunks without tokens; it is not tried again."""
-    monkeypatch.setattr(BenchOptions, "resolved", lambda options: options)
+    monkeypatch.setattr("minichunk.costs.bench.check_options", lambda options: None)
     options = BenchOptions(model=str(model_directory), chunk_size=0, methods=("seco",), seq_len=(16,))
     (row,) = bench(options)
     assert row.error is not None and "InputError: input_ids has 0 token" in row.error

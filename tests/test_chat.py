@@ -211,6 +211,7 @@ def test_rows_of_other_forms_are_the_same_conversation(tmp_path: Path) -> None:
     parts = [{"type": "text", "text": "wh"}, {"type": "text", "text": "y"}]
     forms = [
         {"messages": turns("why", "so"), "id": 5},
+        {"messages": [{**message, "tool_calls": [], "tool_call_id": "a"} for message in turns("why", "so")]},
         {"prompt": "why", "completion": "so", "messages": None},
         {"prompt": turns("why"), "completion": turns("why", "so")[1:]},
         {"messages": [{"role": "user", "content": parts, "name": None}, turns("why", "so")[1]]},
@@ -248,8 +249,8 @@ def test_templates_in_all_places(tmp_path: Path) -> None:
     checkpoint(tmp_path, "{{ messages[0].content }}", file=True)
     assert load_chat_template(tmp_path).render(turns("x")) == "x"  # type: ignore[union-attr]
     assert load_chat_template(tmp_path / "nowhere") is None
-    clock = checkpoint(tmp_path / "clock", "{{ strftime_now('%d %B %Y') }}{% if tools is not none %}tools{% endif %}")
-    assert clock.render(turns("x")) == "26 July 2024"  # the same on every day
+    clock = checkpoint(tmp_path / "clock", " {{ strftime_now('%A %-d %B %Y') }}{% if tools is not none %}no{% endif %}")
+    assert clock.render(turns("x")) == " Friday 26 July 2024"  # the same on every day
 
 
 SAID = "the chat template changes what was said around message 2"
@@ -278,6 +279,18 @@ NOT = "must be an object with"
         (UNTAGGED, {"messages": turns("x", "y"), "documents": [{"text": "d"}]}, "does not write 'documents'"),
         (UNTAGGED, {"messages": turns("x", "y"), "prompt": "x"}, "has 'messages' and 'prompt': which of them"),
         (UNTAGGED, {"conversations": [{"from": "gpt4", "value": "x"}]}, "'from' is 'gpt4', but must be one of"),
+        (UNTAGGED, {"messages": turns("x", "y"), "conversations": turns("x", "z")}, "the field 'conversations' would"),
+        (UNTAGGED, {"conversations": [{"from": ["gpt"], "value": "x"}]}, "'from' is .* but must be one of"),
+        (UNTAGGED, {"conversations": [{"from": "gpt", "value": "x", "content": "y"}]}, "beside 'value' alone"),
+        (UNTAGGED, [{"role": "user", "content": "x", "train": True}, turns("x", "y")[1]], "1 only of the assistant's"),
+        (UNTAGGED, [{**turns("x", "y")[1], "thinking": "so"}], "changes what was said around message 1"),
+        (UNTAGGED, {"messages": turns("x", "y"), "reasoning": "so"}, "the field 'reasoning' would change"),
+        (UNTAGGED, {"messages": turns("x", "y"), "chat_template_kwargs": "x"}, "must be an object"),
+        (UNTAGGED, {"messages": turns("x", "y"), "chat_template_kwargs": {"f": 1}}, "does not write 'f'"),
+        (TAGGED, {"messages": turns("x", "y"), "chat_template_kwargs": {"add_generation_prompt": True}}, "not write"),
+        (UNTAGGED, [*turns("x"), {"role": "assistant", "tool_calls": [{"arguments": '{"a": 1}'}]}], "whose quotes the"),
+        *((kind.replace("else", "elif m.role == 'user'"), turns("x", "y", system="s"), "not write what message 1")
+          for kind in (TAGGED, UNTAGGED)),
         (None, turns("x", "y"), "'messages' need a chat template"),
         (None, {"prompt": "x", "completion": "y", "tools": [{}]}, "the field 'tools' would change what is learnt"),
     ],

@@ -52,7 +52,7 @@ def test_all_commands_take_models_of_other_kinds(
     class_of(config)(config).save_pretrained("model")
     shutil.copy(model_directory / "tokenizer.json", "model")
     train = [*train, "--model", "model"]
-    assert main([*train, "--method", "spaco", "--budget", "2", "--offload"]) == 0
+    assert main([*train, "--method", "spaco", "--budget", "2", "--offload", "--layers-at-once", "2"]) == 0
     assert main([*train, "--rank", "0"]) == 0
     trained = json.loads(Path("runs/1/adapter/adapter_config.json").read_text())["target_modules"]
     assert set(trained) >= ADAPTED[kind]
@@ -72,23 +72,24 @@ MISTAKES = {
     "TRAIN --budget 2": "--budget, --sampler and --cap belong to --method spaco",
     "TRAIN --sampler fixed": "--budget, --sampler and --cap belong to --method spaco",
     "TRAIN --method full --offload": "and --offload belong to --method seco and spaco",
+    "TRAIN --method full --layers-at-once 2": "--layers-at-once and --offload belong to --method seco and spaco",
+    "TRAIN --layers-at-once 0": "--layers-at-once is '0', but must be a whole number of at least 1, or auto",
+    "TRAIN --layers-at-once some": "--layers-at-once is 'some', but must be",
+    "plan --gpus 2 --offload": "--layers-at-once and --offload are for one GPU",
     "TRAIN --fill-size 7": "--fill-size is 7, but must be at least 8",
     "TRAIN --load-in-4bit --rank 0": "--load-in-4bit freezes the base",
     "TRAIN --targets q": "LoRA targets are ['q']",
     "TRAIN --device cuda:99": "--device is 'cuda:99', but PyTorch sees only cpu",
     "TRAIN --model nowhere": "nowhere",
     "TRAIN --data nowhere.txt": "nowhere.txt cannot be read (No such file or directory)",
-    "TRAIN --val-data nowhere.txt": "nowhere.txt cannot be read (No such file or directory)",
     "TRAIN --output {text}": "cannot make the directory ",
     "TRAIN --bogus 1": "unrecognized arguments: --bogus 1",
     "train --resume": "found no run in runs/",
     "train --resume --output x": "x holds no run",
     "train --resume --lr 1": "leave out --lr",
-    "evaluate --model nowhere": "nowhere",
     "evaluate --data nowhere.txt": "nowhere.txt cannot be read",
     "evaluate --adapter nowhere": "nowhere",
     "generate x --adapter nowhere": "nowhere is not a directory",
-    "generate x --device tpu": "--device is 'tpu'",
     "": "the following arguments are required: COMMAND",
 }
 

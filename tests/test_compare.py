@@ -15,13 +15,13 @@ from torch import Tensor
 from minichunk.command.main import main
 from minichunk.errors import InputError
 from minichunk.files.atomic import write_tensors
-from minichunk.porting.compare import OPTIONAL, Golden, compare, describe, order, read_golden
-from minichunk.porting.mistakes import MISTAKES
+from minichunk.porting.compare import OPTIONAL, Golden, compare, order, read_golden, read_mistakes
 
 from .golden.write import CASES, build, golden
 from .mutants import FORWARD, LOSSES, MUTANTS, Mutant
 from .test_golden import COMMITTED, Numpy
 
+MISTAKES = read_mistakes()
 WORDS = {mistake.key: mistake.words for mistake in MISTAKES}
 
 
@@ -123,24 +123,19 @@ def test_float32_is_judged_on_all_files_and_bfloat16_on_the_calm_one_alone(name:
 def test_the_order_is_that_of_the_page() -> None:
     steps = (
         "input_ids", "weights.lm_head.weight", "rope.cos", "seco.chunk.0.layer.0.hidden", "seco.chunk.0.layer.0.keys",
-        "seco.chunk.0.layer.0.values", "seco.chunk.0.layer.0.attention", "seco.chunk.0.layer.0.residual",
-        "seco.chunk.0.layer.1.hidden", "seco.chunk.0.logits", "seco.chunk.1.layer.0.keys", "seco.chunk.3.loss",
-        "seco.chunk.2.loss", "full.loss", "full.grad.lm_head.weight", "seco.chunk.3.layer.2.key_grads",
-        "seco.chunk.3.layer.0.key_grads", "seco.chunk.3.grad.lm_head.weight",
-        "seco.chunk.3.grad.model.layers.2.self_attn.v_proj.weight", "seco.chunk.3.grad.model.embed_tokens.weight",
-        "seco.chunk.2.layer.2.key_grads", "seco.chunk.2.layer.2.value_grads", "seco.chunk.2.grad.lm_head.weight",
-        "seco.loss", "second.seco.chunk.0.layer.0.keys", "spaco.chunk.0.layer.0.keys", "spaco.loss",
+        "seco.chunk.0.layer.0.attention", "seco.chunk.0.layer.1.hidden", "seco.chunk.0.logits",
+        "seco.chunk.1.layer.0.keys", "seco.chunk.3.loss", "seco.chunk.2.loss", "full.loss", "full.grad.lm_head.weight",
+        "seco.chunk.3.layer.2.key_grads", "seco.chunk.3.grad.lm_head.weight", "seco.chunk.3.grad.model.embed_tokens",
+        "seco.chunk.2.layer.2.key_grads", "seco.chunk.2.grad.lm_head.weight", "seco.loss", "spaco.chunk.0.layer.0.keys",
     )  # fmt: skip
     backwards = steps[::-1]
     assert sorted(backwards, key=order) == list(steps)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_tensor_has_its_place_and_its_words(name: str) -> None:
+def test_every_tensor_has_its_place(name: str) -> None:
     computed = [tensor for tensor in file(name).tensors if re.search(r"^full|co\.", tensor)]
     assert len({order(tensor) for tensor in computed}) == len(computed)
-    for tensor in file(name).tensors:
-        assert (describe(tensor) == "what the file gives, for you to begin with") == (tensor not in computed)
 
 
 def changed(change: Any, tensor: str = "seco.chunk.1.layer.0.keys") -> str:

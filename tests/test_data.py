@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 import minichunk as mc
 from minichunk.files.documents import (
@@ -68,14 +68,24 @@ def test_a_pair_is_encoded_as_the_text_that_it_is(kind: str, tmp_path: Path) -> 
     tokenizer = KINDS[kind]
     end = tokenizer.token_to_id("</s>")
     for prompt, completion in (("f(x)=", "x"), ("a truth", " universally"), ("", "x y"), ("Caf", "\u00e9 \u2603")):
-        path = write(tmp_path / "p.jsonl", {"prompt": prompt, "completion": completion})
+        given = ("<s>" + prompt, completion + "</s>") if prompt == "f(x)=" else (prompt, completion)  # has its ends
+        path = write(tmp_path / "p.jsonl", {"prompt": given[0], "completion": given[1]})
         (document,) = read_documents([path], tokenizer, end)
-        whole = tokenizer.encode(prompt + completion).ids
+        whole = tokenizer.encode("".join(given)).ids
+        whole = whole[int(whole[:2] == [1, 1]) : len(whole) - int(whole[-2:] == [end, end])]
         assert document.input_ids.tolist() == (whole if whole[-1] == end else [*whole, end])
         learnt = document.input_ids[document.labels != -100].tolist()
         assert (
             tokenizer.decode(learnt[:-1], skip_special_tokens=False).removeprefix("<s>").strip() == completion.strip()
         )
+
+
+def test_a_blank_whose_offsets_a_tokenizer_trims_is_where_it_was(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_str(KINDS["bytes"].to_str())
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    path = write(tmp_path / "p.jsonl", {"prompt": "Q: ", "completion": "\nyes it "})
+    (document,) = read_documents([path], tokenizer)
+    assert tokenizer.decode(document.input_ids[document.labels != -100].tolist()) == "\nyes it "
 
 
 def test_long_documents_are_cut_and_the_line_says_what_was_kept(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -176,4 +186,8 @@ def test_bad_tokenizers_are_named(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(mc.InputError, match=r"tokenizer\.json is not a tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    KINDS["bytes"].save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|fin|>"}}')
+    with pytest.raises(mc.InputError, match=r"eos_token is '<\|fin\|>', which is no token of tokenizer\.json"):
         load_tokenizer(tmp_path)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from minichunk.porting.mistakes import MISTAKES
+from minichunk.porting.compare import read_mistakes
 from minichunk.samplers import Bernoulli, FixedBudget, PaperBudget
 
 from . import numpy_llama, numpy_state
@@ -149,7 +149,7 @@ def test_the_page_says_what_enumeration_gives() -> None:
     expected |= {f"`PaperBudget({t})`": bias(PaperBudget(t)) for t in (1, 2, 3)}
     for key in ("all that arrived", "skipped chunks relay", "no relay factor", "the sender's factor"):
         mutant = next(mutant for mutant in MUTANTS if mutant.key == key)
-        words = next(mistake.words for mistake in MISTAKES if mistake.key == key)
+        words = next(mistake.words for mistake in read_mistakes() if mistake.key == key)
         expected[words] = bias(Bernoulli(rates), mutant.modules())
     rows = dict(re.findall(r"^\| (.+?) \| (0\.\d{3}) \|$", PAGE, re.MULTILINE))
     assert rows == {words: f"{value:.3f}" for words, value in expected.items()}

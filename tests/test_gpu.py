@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 
 import minichunk as mc
+from minichunk.blocks import Hidden
 from minichunk.chunks import Chunk
-from minichunk.costs.peak import step_memory
+from minichunk.costs.forecast import bytes_of_share
 from minichunk.costs.setting import Setting
-from minichunk.memory import offload
 from minichunk.memory.kernels import FlashCUDA, Plain, usable
 from minichunk.memory.window import FULL, Pattern, Strided, Window
 from minichunk.models.llama import Llama
 from minichunk.models.shapes import random_model
 
-from .fake_cuda import delayed
 from .strategies import cache_of, tiny
 
 pytestmark = [
@@ -122,28 +124,31 @@ def test_states_equal_full_on_the_cpu(kind: str, offload: bool) -> None:
     assert distance(gradient("cuda", "spaco"), gradient("cpu", "spaco")) < 1e-12
 
 
-def sleep(lane: offload.Lane) -> None:
-    with torch.cuda.stream(lane.stream):
-        torch.cuda._sleep(500_000)  # cycles, some 0.3 ms: longer than a block takes to come or to be used
+@contextmanager
+def late(stream: str) -> Iterator[None]:
+    """Within the block the copies, or the computation, begin some 0.3 ms after they could."""
+
+    def after_sleep(original: Any, hidden: Hidden, *arguments: Any) -> Any:
+        with torch.cuda.stream(hidden.copies if stream == "copies" else None):
+            torch.cuda._sleep(500_000)  # cycles: longer than a chunk takes to come or to be used
+        return original(hidden, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("keep", "start", "arrived"):
+            original = getattr(Hidden, name)
+            patch.setattr(Hidden, name, lambda *arguments, original=original: after_sleep(original, *arguments))
+        yield
 
 
-@pytest.mark.parametrize("lane", ["bring", "send", "main"])
-def test_a_late_lane_is_waited_for(lane: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seven blocks come for each layer of the last chunk; whoever did not wait would find another block's numbers."""
-    monkeypatch.setattr(offload, "BLOCK", 128)
-    expected = gradient("seco", torch.float64, steps=3)
-    with delayed(lane, sleep):
-        assert distance(gradient("seco", torch.float64, offload=True, steps=3), expected) < 1e-12
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@pytest.mark.parametrize("lane", ["bring", "send", "main"])
-def test_the_second_device_while_the_first_is_current(lane: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "BLOCK", 128)
-    assert torch.cuda.current_device() == 0
-    expected = gradient("seco", torch.float64, device="cuda:1")
-    with delayed(lane, sleep):
-        assert distance(gradient("seco", torch.float64, True, "cuda:1"), expected) < 1e-12
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])  # the second one while the first is current
+@pytest.mark.parametrize("stream", ["copies", "computation"])
+def test_a_late_copy_is_waited_for(stream: str, device: str) -> None:
+    """Whoever did not wait would find another chunk's numbers, or none."""
+    if device == "cuda:1" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    expected = gradient("seco", torch.float64, device=device, steps=3)
+    with late(stream):
+        assert distance(gradient("seco", torch.float64, True, device, steps=3), expected) < 1e-12
 
 
 @pytest.mark.parametrize("method", ["seco", "spaco"])
@@ -165,14 +170,14 @@ def test_peak_memory_is_the_forecast(method: str, recompute: bool, offload: bool
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     step(model, ids, ids, **arguments)
-    forecast = step_memory(setting, tokens)
+    forecast = bytes_of_share(setting, tokens, None)
     states = 2 * sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
     assert torch.cuda.max_memory_allocated() == pytest.approx(forecast.peak - states, rel=0.05)
 
 
 def test_deterministic_runs_repeat_every_bit() -> None:
-    from minichunk.training.loop import deterministic_kernels
-
-    with deterministic_kernels(True):
-        first, second = gradient("seco", torch.bfloat16), gradient("seco", torch.bfloat16)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    first, second = gradient("seco", torch.bfloat16), gradient("seco", torch.bfloat16)
+    torch.use_deterministic_algorithms(False)
     assert all(torch.equal(first[name], second[name]) for name in first)

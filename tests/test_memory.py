@@ -138,7 +138,6 @@ KINDS: dict[str, tuple[Callable[[], Any], Options]] = {
     "full": (lambda: build(tiny(), seed=0), Options()),
     "window": (lambda: with_pattern(mc.Window(2, 1)), Options()),
     "strided": (lambda: with_pattern(mc.Strided(2, 2, 2)), Options()),
-    "offloaded": (lambda: build(tiny(), seed=0), Options(offload=True)),
     "state": (lambda: build(tiny_state(), seed=0), Options()),
     "textbook": (lambda: Concatenating(build(tiny(), seed=0)), Options()),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import torch
 
 import minichunk as mc
 from minichunk.models.load import read_model_config
+from minichunk.models.rope import Yarn
 
 from .gradients import Tensors, take_gradients
-from .rounding import measure, outcome
-from .strategies import build
+from .rounding import exactly, measure, outcome
+from .strategies import build, tiny_state
 
 ROOT = Path(__file__).parents[1]
 BASE: dict[str, Any] = {
@@ -25,6 +27,14 @@ BASE: dict[str, Any] = {
 }  # fmt: skip
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "mscale": 0.7, "mscale_all_dim": 1.3,
+    "beta_fast": 8.0, "beta_slow": 2.0, "truncate": False, "rope_theta": 500.0,
+}  # fmt: skip
+LONG = {
+    "rope_type": "longrope", "short_factor": [1.0, 1.2, 1.5, 2], "long_factor": [1.0, 3.0, 5.5, 8.0],
     "original_max_position_embeddings": 32,
 }  # fmt: skip
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -36,6 +46,21 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama, tied": {"model_type": "llama", "tie_word_embeddings": True},
     "llama, biases": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "llama 3.1": {"model_type": "llama", "rope_theta": 500000.0, "rope_scaling": LLAMA3},
+    "llama, linear": {"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 3.0}},
+    "llama, dynamic": {  # a text longer than the model's context
+        "model_type": "llama", "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 40,
+    },
+    "qwen2, yarn": {"model_type": "qwen2", "rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+    "qwen3, yarn with all its fields": {"model_type": "qwen3", "head_dim": 8, "rope_parameters": YARN},
+    "mistral, longrope": {"model_type": "mistral", "sliding_window": None, "head_dim": 8, "rope_parameters": LONG},
+    "mistral, longrope, short": {
+        "model_type": "mistral", "sliding_window": 9, "head_dim": 8,
+        "rope_scaling": {**LONG, "original_max_position_embeddings": 60, "attention_factor": 1.3},
+    },
+    "llama, proportional": {
+        "model_type": "llama", "head_dim": 8,
+        "rope_parameters": {"rope_type": "proportional", "partial_rotary_factor": 0.5, "factor": 2.0},
+    },
     "llama, one head group": {"model_type": "llama", "num_key_value_heads": 1, "head_dim": 8},
     "mistral": {"model_type": "mistral", "sliding_window": None},
     "qwen2": {"model_type": "qwen2"},
@@ -96,6 +121,7 @@ def test_parity_with_transformers(name: str, tmp_path: Path) -> None:
         theirs.save_pretrained(tmp_path / name, **keywords)
         again = mc.load_model(tmp_path / name)
         assert again.config == ours.config
+        assert (again.lm_head.weight is again.embedding.weight) == again.config.tie_word_embeddings
         torch.testing.assert_close(again(ids), ours(ids), rtol=0, atol=0)
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     assert "rope_theta" in json.loads((tmp_path / "ours/config.json").read_text())
@@ -116,18 +142,26 @@ def test_parity_with_transformers(name: str, tmp_path: Path) -> None:
         ({"layer_types": [FULL, FULL, SLIDING], "sliding_window": 3}, "not supported for model_type 'llama'"),
         ({"model_type": "qwen3", "layer_types": [FULL, FULL, "chunked_attention"]}, "layer_types is .*chunked"),
         ({**WINDOWS, "max_window_layers": "2"}, "max_window_layers is '2'"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling.rope_type 'yarn'"),
-        ({"rope_parameters": {"rope_type": "linear"}}, "rope_parameters.rope_type 'linear'"),
+        ({"rope_scaling": {"rope_type": "axial"}}, "rope_scaling.rope_type 'axial' is not supported; .*yarn, longrope"),
+        ({"rope_parameters": {"rope_type": ["linear"]}}, r"rope_parameters.rope_type \['linear'\]"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "the field factor is missing"),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "high_freq_factor is 4.0, but must be above low_freq"),
+        ({"rope_scaling": {**LONG, "long_factor": [1.0, 2.0]}}, "short_factor has 4 numbers, but must have 2"),
+        ({"rope_scaling": {**LONG, "long_factor": [1.0, "x"]}}, "long_factor is 'x'"),
+        ({"rope_scaling": {**YARN, "attention_factor": "x"}}, "attention_factor is 'x'"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "head_dim": 2}, "'dynamic' needs a head of which"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "the field low_freq_factor is missing"),
-        ({"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "yarn"}}, "rope_scaling.rope_type 'yarn'"),
+        ({"rope_parameters": {"rope_theta": 1e4}, "rope_scaling": {"type": "su"}}, "rope_scaling.rope_type 'su'"),
         ({"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": LLAMA3}, "rope_scaling and rope_parameters do not"),
         ({"rope_parameters": {FULL: {"rope_theta": 5e5}}}, "rope_parameters is .* the same for all layers"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor is 0.25, .* turn 2 numbers"),
         ({"model_type": None, "hidden_size": None, "d_model": 8}, "model_type is missing.* mamba_ssm"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"attention_dropout": 0.1}, "attention_dropout"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5, but must be at most 1"),
+        ({"is_causal": False}, "is_causal = False"),
+        ({**GEMMA, "is_causal": False}, "is_causal = False"),
         ({"num_key_value_heads": 4}, r"num_attention_heads \(6\) must be a multiple of num_key_value_heads \(4\)"),
         ({"head_dim": 5}, "head_dim is 5"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
@@ -158,11 +192,64 @@ def test_unsupported_configs_name_the_field(change: dict[str, Any], words: str) 
         read_model_config({**BASE, **change})
 
 
-def test_the_two_layouts_of_rope_are_the_same() -> None:
-    old = {**BASE, "rope_theta": 500000.0, "rope_scaling": LLAMA3}
-    new = {**BASE, "rope_parameters": {"rope_theta": 500000.0, **LLAMA3}}
-    older = {**BASE, "rope_theta": 500000.0, "rope_scaling": {**LLAMA3, "type": "llama3"}}
-    assert mc.LlamaConfig.from_dict(old) == mc.LlamaConfig.from_dict(new) == mc.LlamaConfig.from_dict(older)
+@pytest.mark.parametrize("rope", [LLAMA3, YARN, LONG, {"rope_type": "default", "partial_rotary_factor": 0.5}])
+def test_the_two_layouts_of_rope_are_the_same(rope: dict[str, Any]) -> None:
+    old = {**BASE, "head_dim": 8, "rope_theta": 500.0, "rope_scaling": rope}
+    new = {**BASE, "head_dim": 8, "rope_parameters": {"rope_theta": 500.0, **rope}}
+    older = {**old, "rope_scaling": {**rope, "type": rope["rope_type"], "rope_type": rope["rope_type"]}}
+    read = mc.LlamaConfig.from_dict(old)
+    assert read == mc.LlamaConfig.from_dict(new) == mc.LlamaConfig.from_dict(older)
+    assert mc.LlamaConfig.from_dict(read.to_dict()) == read != mc.LlamaConfig.from_dict({**BASE, "head_dim": 8})
+
+
+@pytest.mark.parametrize("rope", [{"rope_type": "default"}, {"rope_type": "linear", "factor": 2.0}, YARN])
+def test_a_part_of_a_head_is_turned_as_in_their_phi3(rope: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And positions are theirs. Their Llama's own rotation overlooks the part, or breaks; Phi-3 has the same angles."""
+    phi3 = pytest.importorskip("transformers.models.phi3.modeling_phi3")
+    theirs = pytest.importorskip("transformers.models.llama.modeling_llama")
+    monkeypatch.setattr(theirs, "apply_rotary_pos_emb", phi3.apply_rotary_pos_emb)
+    monkeypatch.setattr(theirs, "LlamaRotaryEmbedding", phi3.Phi3RotaryEmbedding)
+    config = {**BASE, "head_dim": 8, "rope_parameters": {"rope_theta": 50.0, **rope, "partial_rotary_factor": 0.5}}
+    ours = build(read_model_config({**config, "model_type": "llama"}), seed=0)
+    model = theirs.LlamaForCausalLM(theirs.LlamaConfig(**config, attn_implementation="eager")).double()
+    model.load_state_dict(ours.state_dict())
+    ids = torch.randint(23, (2, 30), generator=torch.Generator().manual_seed(0))
+    positions = torch.randint(0, 5, (2, 30), generator=torch.Generator().manual_seed(1)).cumsum(1)
+    exact = exactly(ours, lambda: mc.full(ours, ids, ids, positions=positions))
+    loss = model(input_ids=ids, labels=ids, position_ids=positions).loss
+    loss.backward()
+    exact.check({"loss": loss.detach(), **take_gradients(model)}, unit=2.0**-24)
+
+
+def test_a_changed_rope_keeps_what_it_does_not_say() -> None:
+    model = build(read_model_config({**BASE, **ARCHITECTURES["llama 3.1"]}), seed=0)
+    before = model.config
+    mc.change_rope(model, {"rope_theta": 8e6})
+    assert model.config == replace(before, rope_theta=8e6)
+    mc.change_rope(model, {"rope_type": "yarn", "factor": 16})  # of the length that it was first trained on
+    assert model.config == replace(before, rope_theta=8e6, rope_scaling=Yarn(16.0, 32))
+    mc.change_rope(model, {"rope_type": "default"})
+    assert model.config == replace(before, rope_theta=8e6, rope_scaling=None)
+    again = build(before, seed=0)
+    mc.change_rope(again, model.rope)
+    assert again.config == model.config
+    for wrong, words in ((3, "rope_parameters is 3"), ({"rope_type": "linear"}, "the field factor is missing")):
+        with pytest.raises(mc.InputError, match=words):
+            mc.change_rope(model, wrong)  # type: ignore[arg-type]
+    with pytest.raises(mc.InputError, match="another rope needs a model of the Llama family, not a state_space"):
+        mc.change_rope(build(tiny_state(), seed=0), {"rope_theta": 8e6})
+
+
+def test_a_rope_by_the_length_of_the_text_is_told_it_or_refused() -> None:
+    """A chunk alone does not know the length; a loss by position, a text that is written and a whole text do."""
+    model = build(read_model_config({**BASE, **ARCHITECTURES["llama, dynamic"]}), seed=0)
+    ids = torch.randint(23, (1, 50), generator=torch.Generator().manual_seed(0))
+    losses = [losses for _, losses in model.chunk_losses(ids, ids, 8)]
+    whole = torch.nn.functional.cross_entropy(model(ids)[0], ids[0], reduction="none")
+    torch.testing.assert_close(torch.cat(losses, 1)[0], whole)
+    assert mc.generate(model, ids, 2, chunk_size=8).shape == (1, 52)
+    with pytest.raises(mc.InputError, match="depends on the length of the whole text"):
+        next(model.run_chunks(ids, model.new_memory(1, 50), 8))
 
 
 @pytest.mark.parametrize(

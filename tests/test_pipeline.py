@@ -44,7 +44,7 @@ def cases(draw: st.DrawFn, number: int) -> Case:
     """Of all options, on at least as many layers as ranks."""
     kinds = st.one_of(models(), models(), state_models())
     model = draw(kinds.filter(lambda model: len(model.layers) >= number))
-    batch: Batch = draw(batches())
+    batch: Batch = draw(batches(positions=model.takes_positions))
     chunk_size = draw(st.integers(1, 16))
     layers = len(model.layers)
     cuts = draw(st.none() | st.sets(st.integers(1, layers - 1), min_size=number - 1, max_size=number - 1))
@@ -54,7 +54,7 @@ def cases(draw: st.DrawFn, number: int) -> Case:
         "num_targets": draw(st.none() | st.just(7.0)),
         "recompute": draw(st.booleans()),
         "cache_grad_dtype": draw(st.none() | st.just(torch.float32)),
-        "offload": draw(st.booleans()),
+        "positions": batch.positions,
     }
     method = draw(st.sampled_from(["seco", "spaco"]))
     if method == "spaco":
@@ -186,11 +186,3 @@ def test_a_rank_that_is_lost_ends_the_others(ranks: Ranks, lost: int, hangs: boo
             assert ranks.processes[rank].exitcode == 1
     finally:
         ranks.replace()
-
-
-def test_ranks_that_failed_are_replaced(ranks: Ranks) -> None:
-    """Of the tests' own pool: what is asked next finds new ones."""
-    step = case(build(tiny(layers=3), 0))
-    with pytest.raises(AssertionError, match="rank 1 has ended without an answer"):
-        ranks.ask(3, tasks.lose_one_in_the_walk, 1, False, step)
-    check(ranks, 3, step)

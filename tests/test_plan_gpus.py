@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,6 @@ HYBRID = state_space("state", "full_attention", "state", "state", "state")
         (llama(7), (1, 5, 1), {}),
         (llama(3, tie_word_embeddings=True), (2, 1), {"method": "spaco", "rank": 0, "recompute": False}),
         (llama(3), (2, 1), {"fill_size": 1024}),
-        (llama(3), (2, 1), {"offload": True}),
         (HYBRID, (2, 2, 1), {"rank": 0}),
     ],
 )
@@ -71,16 +69,6 @@ def test_the_longest_that_fits_all_ranks(tmp_path: Path) -> None:
     assert found.longest(2**10) == 0
 
 
-def test_host_memory_is_that_of_all_ranks(tmp_path: Path) -> None:
-    """Keys and values of 4 layers, 2 heads of 16, in bfloat16, their gradients in float32; not of the last chunk."""
-    options = {"dtype": "bfloat16", "cache_grad_dtype": "float32", "offload": True}
-    found = forecast(setting_of(tmp_path, llama(4), **options), 2)
-    token = 4 * 2 * 2 * 16 * (2 + 4)
-    assert found.at(10_240).host == token * (10_240 - 256)
-    assert found.growth(10_240) == (16, token)
-    assert found.longest(2**30, token * 16_000) == 16_128  # the last chunk remembers nothing
-
-
 def test_a_training_splits_the_layers_as_the_forecast_does(tmp_path: Path) -> None:
     """From a model in memory, and the chunks that it keeps."""
     config = llama(9, vocab_size=4096)
@@ -101,7 +89,6 @@ def test_long_texts_are_split_otherwise() -> None:
     found = forecast(Setting(cache_grad_dtype="bfloat16"), 4)
     assert found.counts(512) == (7, 9, 9, 7)
     assert found.counts(300_032) == (8, 8, 8, 8)
-    assert forecast(replace(found.setting, offload=True), 4).counts(300_032) == (7, 9, 9, 7)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,7 +28,7 @@ from minichunk.seco import fill, new_memory, rebuild
 
 from .gradients import distance, oracle, take_gradients
 from .rounding import exactly, outcome
-from .strategies import CUTS, Batch, batches, blocks_of, build, examples, models, tiny
+from .strategies import HOW, Batch, batches, blocks_of, build, examples, models, tiny, tiny_state
 
 spaco_module = sys.modules["minichunk.spaco"]  # the attribute of that name is the function
 
@@ -53,25 +53,25 @@ def full_with_masks(
 ) -> torch.Tensor:
     """`full`, with the dropout masks that the chunks draw put together."""
     with masks_of(model, seed, cut(batch.input_ids.shape[1], chunk_size)):
-        return mc.full(model, batch.input_ids, batch.labels, num_targets=num_targets)
+        return mc.full(model, batch.input_ids, batch.labels, num_targets=num_targets, positions=batch.positions)
 
 
 @examples(100)
 @given(
     model=models(),
-    batch=batches(),
+    batch=batches(positions=True),
     size=st.integers(1, 16),
     fill=st.tuples(st.integers(0, 4), st.integers(0, 3)),
     block=st.integers(1, 6),
-    options=st.fixed_dictionaries({"recompute": st.booleans(), "offload": st.booleans(), "layers_at_once": CUTS}),
+    options=HOW,
     seed=st.integers(0, 2**31),
 )
 def test_seco_equals_full(
     model: mc.Llama, batch: Batch, size: int, fill: tuple[int, int], block: int, options: dict[str, Any], seed: int
 ) -> None:
     """Chunks shorter and longer than a block of the past, and such blocks that end within a chunk; the layers all at
-    once or in blocks; on the device and in host memory."""
-    options |= {"fill_size": fill[0] * size + fill[1] if fill[0] else None}
+    once or in blocks; on the device and in host memory; positions that are not those of the text."""
+    options |= {"fill_size": fill[0] * size + fill[1] if fill[0] else None, "positions": batch.positions}
     exact = exactly(model, lambda: full_with_masks(model, batch, seed, size))
     torch.manual_seed(seed)
     with blocks_of(block):
@@ -104,12 +104,13 @@ def test_accumulated_batches_equal_full(
 
 
 @examples(25)
-@given(model=models(lora=False), batch=batches())
+@given(model=models(lora=False), batch=batches(positions=True))
 def test_full_equals_naive_attention(model: mc.Llama, batch: Batch) -> None:
     """The oracle itself, against softmax over T x T scores written out."""
     whole = [Chunk(0, batch.input_ids.shape[1])]
-    exact = exactly(model, lambda: oracle(model, batch.input_ids, batch.labels, whole, [mc.Weight(1, 1)]))
-    exact.check(outcome(model, lambda: mc.full(model, batch.input_ids, batch.labels)))
+    told = {"positions": batch.positions}
+    exact = exactly(model, lambda: oracle(model, batch.input_ids, batch.labels, whole, [mc.Weight(1, 1)], **told))
+    exact.check(outcome(model, lambda: mc.full(model, batch.input_ids, batch.labels, **told)))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -297,6 +298,9 @@ def test_same_seed_same_bits() -> None:
         ({"chunk_size": 9, "fill_size": 8}, "fill_size is 8, but must be at least the chunk size, 9"),
         ({"input_ids": torch.zeros(0, 2, dtype=torch.int64)}, "must be int64"),
         ({"num_targets": 0}, "num_targets is 0"),
+        ({"positions": torch.tensor([[0, -1]])}, "positions is torch.int64 .* must be int64 from 0 on"),
+        ({"positions": torch.tensor([[0, 1, 2]])}, r"positions is .* of shape \[1, 3\]"),
+        ({"positions": torch.tensor([[0, 1]], dtype=torch.int32)}, "positions is torch.int32"),
         ({"layers_at_once": 0}, "layers_at_once is 0, but must be at least 1"),
     ],
 )
@@ -309,5 +313,7 @@ def test_wrong_arguments_are_named(change: dict[str, object], words: str) -> Non
     uncut = SimpleNamespace(lm_head=model.lm_head, parameters=model.parameters, dropout_seed=model.dropout_seed)
     with pytest.raises(mc.InputError, match="SimpleNamespace has no method blocks"):
         mc.seco(uncut, IDS, IDS, 4, layers_at_once=1)  # type: ignore[arg-type]
+    with pytest.raises(mc.InputError, match="positions are for a model with rope"):
+        mc.seco(build(tiny_state(), seed=5), IDS, IDS, 1, positions=IDS)
     with pytest.raises(mc.InputError, match="nothing to train"):
         mc.seco(model.requires_grad_(False), IDS, IDS, 1)

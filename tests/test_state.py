@@ -23,11 +23,12 @@ from minichunk.seco import fill
 
 from .gradients import oracle
 from .rounding import exactly, outcome
-from .strategies import CUTS, Batch, batches, blocks_of, build, examples, remember, state_models, tiny, tiny_state
+from .strategies import HOW, Batch, batches, blocks_of, build, examples, remember, state_models, tiny, tiny_state
 from .test_spaco import expectation
 
 EVERY_OTHER = [mc.Weight(0.5 + i, 2.0 - i) if i % 2 == 0 else None for i in range(14)]
 EVERY_THIRD = [mc.Weight(0.5 + i, 2.0 - i) if i % 3 == 0 else None for i in range(14)]
+ALL = {"recompute": True, "offload": True, "layers_at_once": 2}
 WEIGHTS = st.none() | st.builds(mc.Weight, st.floats(-2, 2), st.floats(-2, 2))
 
 
@@ -42,7 +43,7 @@ def plain_case(layers: str, **others: Any) -> dict[str, Any]:
 
 
 @examples(12)
-@example(**plain_case("sas", fill_chunks=3, extra=1, block=3, recompute=True, offload=True, at_once=2))
+@example(**plain_case("sas", fill_chunks=3, extra=1, block=3, how=ALL))
 @given(
     model=state_models(),
     batch=batches(),
@@ -50,64 +51,39 @@ def plain_case(layers: str, **others: Any) -> dict[str, Any]:
     fill_chunks=st.integers(0, 4),
     extra=st.integers(0, 3),
     block=st.integers(1, 6),
-    recompute=st.booleans(),
-    offload=st.booleans(),
-    at_once=CUTS,
+    how=HOW,
 )
-def test_seco_equals_full(
-    model: mc.StateSpace,
-    batch: Batch,
-    chunk_size: int,
-    fill_chunks: int,
-    extra: int,
-    block: int,
-    recompute: bool,
-    offload: bool,
-    at_once: int | None,
+def test_full_and_seco_equal_the_loop(
+    model: mc.StateSpace, batch: Batch, chunk_size: int, fill_chunks: int, extra: int, block: int, how: Any
 ) -> None:
     fill_size = fill_chunks * chunk_size + extra if fill_chunks else None
-    exact = exactly(model, lambda: mc.full(model, batch.input_ids, batch.labels))
-    keywords = {"fill_size": fill_size, "recompute": recompute, "offload": offload, "layers_at_once": at_once}
+    whole = [Chunk(0, batch.input_ids.shape[1])]
+    exact = exactly(model, lambda: oracle(model, batch.input_ids, batch.labels, whole, [mc.Weight(1, 1)]))
+    exact.check(outcome(model, lambda: mc.full(model, batch.input_ids, batch.labels)))
+    keywords = {"fill_size": fill_size, **how}
     with blocks_of(block):
         exact.check(outcome(model, lambda: mc.seco(model, batch.input_ids, batch.labels, chunk_size, **keywords)))
 
 
-@examples(5)
-@given(model=state_models(), batch=batches())
-def test_full_equals_the_loop(model: mc.StateSpace, batch: Batch) -> None:
-    """The oracle itself, against a loop over tokens."""
-    whole = [Chunk(0, batch.input_ids.shape[1])]
-    exact = exactly(model, lambda: oracle(model, batch.input_ids, batch.labels, whole, [mc.Weight(1, 1)]))
-    exact.check(outcome(model, lambda: mc.full(model, batch.input_ids, batch.labels)))
-
-
 @examples(8)
-@example(**plain_case("ss", weights=EVERY_OTHER, fill_chunks=1, offload=False, at_once=1))
-@example(**plain_case("sas", weights=EVERY_THIRD, fill_chunks=2, offload=True, at_once=2))
+@example(**plain_case("ss", weights=EVERY_OTHER, fill_chunks=1, how={"layers_at_once": 1}))
+@example(**plain_case("sas", weights=EVERY_THIRD, fill_chunks=2, how=ALL))
 @given(
     model=state_models(max_layers=3),
     batch=batches(),
     chunk_size=st.integers(1, 6),
     weights=st.lists(WEIGHTS, min_size=14, max_size=14),
     fill_chunks=st.integers(1, 3),
-    offload=st.booleans(),
-    at_once=CUTS,
+    how=HOW,
 )
 def test_any_draw_equals_the_oracle(
-    model: mc.StateSpace,
-    batch: Batch,
-    chunk_size: int,
-    weights: list[mc.Weight | None],
-    fill_chunks: int,
-    offload: bool,
-    at_once: int | None,
+    model: mc.StateSpace, batch: Batch, chunk_size: int, weights: list[mc.Weight | None], fill_chunks: int, how: Any
 ) -> None:
     """One draw with arbitrary factors, against autograd through the whole sequence."""
     chunks = cut(batch.input_ids.shape[1], chunk_size)
     entries = weights[: len(chunks)]
     exact = exactly(model, lambda: oracle(model, batch.input_ids, batch.labels, chunks, entries))
-    keywords = {"sampler": lambda *_: entries, "fill_size": fill_chunks * chunk_size, "offload": offload}
-    keywords |= {"layers_at_once": at_once}
+    keywords = {"sampler": lambda *_: entries, "fill_size": fill_chunks * chunk_size, **how}
     exact.check(outcome(model, lambda: mc.spaco(model, batch.input_ids, batch.labels, chunk_size, **keywords)))
 
 

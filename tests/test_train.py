@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 import minichunk as mc
-from minichunk.files.atomic import write_text
-from minichunk.files.documents import Document
+from minichunk.files.documents import Document, load_tokenizer
+from minichunk.models.rope import Yarn
 from minichunk.training import run_directory
 from minichunk.training import train as train_module
 from minichunk.training.evaluate import loss_by_position, spans_for
 from minichunk.training.load import load_data, load_to_train, make_gradient
-from minichunk.training.loop import NonFiniteLoss, Schedule, Trainer, deterministic_kernels
+from minichunk.training.loop import NonFiniteLoss, Schedule, Trainer
 from minichunk.training.options import TrainOptions
 from minichunk.training.run_directory import Run
 from minichunk.training.train import train
@@ -85,6 +85,7 @@ CASES: dict[str, dict[str, Any]] = {
     "seco": {},
     "spaco": {"method": "spaco", "budget": 2},
     "spaco paper, offload": {"method": "spaco", "budget": 2, "sampler": "paper", "cap": 2.0, "offload": True},
+    "blocks": {"layers_at_once": "2"},
     "full": {"method": "full"},
     "all parameters": {"rank": 0, "weight_decay": 0.1},
     "all parameters, bfloat16": {"rank": 0, "dtype": "bfloat16"},
@@ -113,17 +114,53 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert whole[0].keys() == resumed[0].keys()
     for name, tensor in whole[0].items():
         assert torch.equal(tensor, resumed[0][name]), name
+    assert torch.are_deterministic_algorithms_enabled() == options.deterministic
+    torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("name", ["text.txt", "model.safetensors", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["text.txt", "model.safetensors", "tokenizer.json", "special_tokens_map.json"])
 def test_a_run_does_not_go_on_with_other_data_or_another_base(name: str, options: TrainOptions, tmp_path: Path) -> None:
     """Known before anything is done; a file is another one if a byte of it is."""
     base, text = shutil.copytree(str(options.model), tmp_path / "base"), shutil.copy(options.data[0], tmp_path)
+    (base / "special_tokens_map.json").write_text("{}")
     train(replace(options, model=str(base), data=(str(text),), steps=1), say=quiet)
     (path,) = [path for path in (Path(text), *base.iterdir()) if path.name == name]
     path.write_bytes(path.read_bytes()[:-1] + b" ")
-    with pytest.raises(mc.InputError, match=rf"--resume: .*{name} is not what it was when this run began"):
+    with pytest.raises(mc.InputError, match=rf"--resume: .*{name} is not what it was: bring it back"):
         train(TrainOptions(output=options.output, resume=True), say=lambda line: pytest.fail(line))
+
+
+@pytest.mark.parametrize("rank", [2, 0])
+def test_another_rope_is_written_and_read_again(rank: int, options: TrainOptions) -> None:
+    """By the adapter that needs it, or by the model; and every step's metrics come by as they are written."""
+    seen, lines = list[Any](), list[str]()
+    options = replace(options, rope="yarn:4", rope_theta=500.0, rank=rank, steps=2)
+    directory = train(options, say=lines.append, on_step=seen.append)
+    assert seen == Run(directory).read_metrics() and len(seen) == 2
+    assert any(line.startswith("rope    rope_theta 500.0, rope_type yarn, ") for line in lines)
+    base = mc.load_model(str(options.model))
+    model = base if rank else mc.load_model(directory / "model")
+    if rank:
+        peft = pytest.importorskip("peft")
+        with pytest.raises(KeyError, match="OTHER_ROPE_LORA"):
+            peft.PeftConfig.from_pretrained(directory / "adapter")
+        mc.load_adapter(model, directory / "adapter")
+    else:
+        theirs = pytest.importorskip("transformers").AutoConfig.from_pretrained(directory / "model")
+        assert theirs.rope_parameters["rope_theta"] == 500.0 and theirs.rope_parameters["rope_type"] == "yarn"
+    assert model.config.rope_scaling == Yarn(4.0, base.config.max_position_embeddings)
+    assert model.config.rope_theta == 500.0
+    after = json.loads((directory / "loss_by_position.json").read_text())["after"]
+    _, validation, _ = load_data(options.resolved(), model, load_tokenizer(str(options.model)))
+    spans = [(span["start"], span["stop"]) for span in after]
+    again = loss_by_position(model, validation, 8, spans)
+    assert [span.loss for span in again] == pytest.approx([span["loss"] for span in after], rel=1e-5)
+
+
+@pytest.mark.parametrize("rope", ["yarn", "yarn:1", "yarn:x", "yarn:-4", "su:4", "yarn:4:4"])
+def test_a_rope_that_cannot_be_is_named(rope: str, options: TrainOptions) -> None:
+    with pytest.raises(mc.InputError, match=f"--rope is '{rope}', but must be yarn:FACTOR or linear:FACTOR"):
+        train(replace(options, rope=rope), say=lambda line: pytest.fail(line))
 
 
 def test_large_models_recompute_unless_told_otherwise(
@@ -145,12 +182,6 @@ def test_offload_is_refused_where_the_host_has_no_room(options: TrainOptions, mo
     monkeypatch.setattr(train_module, "check_host_room", refuse)
     with pytest.raises(mc.InputError, match="no room"):
         train(replace(options, offload=True), say=quiet)
-
-
-def test_deterministic_means_deterministic_kernels() -> None:
-    with deterministic_kernels(True):
-        assert torch.are_deterministic_algorithms_enabled()
-    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,15 +313,6 @@ def test_an_interrupted_save_leaves_the_last_one_whole(options: TrainOptions, mo
         Run(path.parent).save(Trainer(model, [], lambda *_: torch.zeros(()), Schedule(1, 1.0)))
     assert path.read_bytes() == before
     assert not list(path.parent.glob(".*"))
-
-
-def test_a_file_is_replaced_and_not_written_over(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-    with path.open() as reader:
-        write_text(path, "new")
-        assert reader.read() == "old"
-    assert path.read_text() == "new"
 
 
 def test_a_metrics_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from minichunk.chunks import Chunk, cut
 from minichunk.files import atomic
 from minichunk.files import checkpoint as checkpoint_module
 from minichunk.files.atomic import open_tensors
-from minichunk.memory.cache import LayerCache
 from minichunk.training.load import check_host_room
 from minichunk.training.options import TrainOptions
 
@@ -55,13 +55,6 @@ def change_tensors(directory: Path, **changes: torch.Tensor | None) -> None:
         else:
             tensors[name] = value
     save_file(tensors, directory / "model.safetensors")
-
-
-def test_tied_embeddings_stay_one_parameter(tmp_path: Path) -> None:
-    build(tiny(tie_word_embeddings=True), seed=0).save_pretrained(tmp_path)
-    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
-    model = mc.Llama.from_pretrained(tmp_path)
-    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 NORM, FILE = "model.norm.weight", "model.safetensors"
@@ -134,7 +127,7 @@ def test_mixed_dtypes_become_one(checkpoint: Path) -> None:
 def test_a_model_that_no_config_describes_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(mc.InputError, match=r"no config\.json describes this model"):
         build(tiny(qk_norm=True), seed=0).save_pretrained(tmp_path)
-    with pytest.raises(mc.InputError, match=r"nowhere/config\.json cannot be read"):
+    with pytest.raises(mc.InputError, match="nowhere is not a directory"):
         mc.Llama.from_pretrained(tmp_path / "nowhere")
 
 
@@ -190,16 +183,14 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_is_read(
 
 def test_the_host_memory_of_offload_is_checked_first(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = mc.Llama.from_pretrained(checkpoint, dtype=torch.float32)
-    layer = model.new_memory(3, 6, [Chunk(0, 6)]).layers[0]
-    assert isinstance(layer, LayerCache)
-    parts = [layer.keys, layer.values, layer.key_grads, layer.value_grads]
-    needed = sum(x.nbytes for x in parts) * model.config.num_hidden_layers
+    needed = (model.config.num_hidden_layers - 1) * 3 * 10 * model.config.hidden_size * 4  # not the last one's output
     monkeypatch.setattr(atomic, "free_memory", lambda _: needed)
     told = TrainOptions(seq_len=10, chunk_size=6, batch_size=3, offload=True)
     check_host_room(model, told)
     monkeypatch.setattr(atomic, "free_memory", lambda _: needed - 1)
-    with pytest.raises(mc.InputError, match=r"--offload of 3 times 6 tokens .* take --cache-grad-dtype bfloat16"):
+    with pytest.raises(mc.InputError, match=r"--offload of 3 times 10 tokens .* a larger --layers-at-once"):
         check_host_room(model, told)
+    check_host_room(model, replace(told, layers_at_once="99"))  # one block
     opened = TrainOptions(model=str(checkpoint), seq_len=18, chunk_size=4, method="spaco", budget=2, sampler="fixed")
     assert opened.most_kept() == [Chunk(12, 16), Chunk(16, 18)]
     assert TrainOptions(seq_len=18, chunk_size=4).most_kept() == cut(18, 4)

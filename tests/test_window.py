@@ -37,8 +37,8 @@ def windowed(sinks: int = 2) -> mc.Llama:
     return model
 
 
-def layer_of(pattern: Pattern, capacity: int, receiving: Sequence[Chunk], offload: bool) -> Any:
-    layer = cache_of(pattern, (1, 1, capacity, 1), receiving, torch.zeros(1, dtype=torch.float64), offload)
+def layer_of(pattern: Pattern, capacity: int, receiving: Sequence[Chunk]) -> Any:
+    layer = cache_of(pattern, (1, 1, capacity, 1), receiving, torch.zeros(1, dtype=torch.float64))
     for x in layer.tensors().remembered:
         x.fill_(torch.nan)
     return layer
@@ -63,16 +63,15 @@ def seen_spans(pattern: Pattern, start: int, stop: int) -> list[list[tuple[int, 
     chunk_size=st.integers(1, 20),
     fill=st.integers(1, 3),
     coins=st.lists(st.booleans(), min_size=60, max_size=60),
-    offload=st.booleans(),
 )
 def test_every_chunk_finds_what_it_sees(
-    pattern: Pattern, length: int, chunk_size: int, fill: int, coins: list[bool], offload: bool
+    pattern: Pattern, length: int, chunk_size: int, fill: int, coins: list[bool]
 ) -> None:
     """While the memory is filled, in passes of several chunks, and when kept chunks are rebuilt, last to first."""
     chunks = cut(length, chunk_size)
     kept = [chunk for chunk, coin in zip(chunks, coins, strict=False) if coin] or chunks[-1:]
     with blocks_of(4):
-        layer = layer_of(pattern, kept[-1].start, kept[:-1], offload)
+        layer = layer_of(pattern, kept[-1].start, kept[:-1])
 
         def check_reads(start: int, stop: int) -> None:
             for spans in seen_spans(pattern, start, stop):
@@ -94,13 +93,12 @@ def test_every_chunk_finds_what_it_sees(
     pattern=windows(12, 5) | strided() | st.just(FULL),
     chunk_size=st.integers(1, 20),
     count=st.integers(1, 9),
-    offload=st.booleans(),
 )
-def test_what_is_sent_is_handed_over(pattern: Pattern, chunk_size: int, count: int, offload: bool) -> None:
+def test_what_is_sent_is_handed_over(pattern: Pattern, chunk_size: int, count: int) -> None:
     """Ones sent to all that chunks see of the past come to as many as there are chunks that see a position."""
     chunks = cut(chunk_size * count, chunk_size)
     with blocks_of(4):
-        layer = layer_of(pattern, chunks[-1].start, chunks[:-1], offload)
+        layer = layer_of(pattern, chunks[-1].start, chunks[:-1])
         sent = torch.zeros(chunks[-1].stop)
         for chunk in reversed(chunks):
             if chunk != chunks[-1]:
@@ -159,15 +157,13 @@ def test_an_8b_llama_of_128k_tokens(pattern: Pattern, remembered: float, trained
     for chunk_size, expected in trained.items():
         found = memory_bytes(cut(T, chunk_size), in_bfloat16)
         assert sum(found) / GIB == pytest.approx(expected, abs=0.01)
-        offloaded = memory_bytes(cut(T, chunk_size), Options(None, False, torch.bfloat16, True))
-        assert offloaded[0] == found[0]  # the host has no more either
 
 
 def test_no_more_rows_than_positions_and_pinned_ones() -> None:
     """Chunks shorter than the reach ask for all of the past: it is there once, and the last ones not once more."""
     kept = cut(64, 4)[:-1]
-    assert layer_of(Window(20, 3), 60, kept, False).store.keys.shape[2] == 60
-    assert layer_of(Window(20, 3), 60, [], False).store.keys.shape[2] == 3 + 19
+    assert layer_of(Window(20, 3), 60, kept).store.keys.shape[2] == 60
+    assert layer_of(Window(20, 3), 60, []).store.keys.shape[2] == 3 + 19
 
 
 def a_window_too_wide(patch: pytest.MonkeyPatch) -> None:

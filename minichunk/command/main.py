@@ -9,6 +9,7 @@ from dataclasses import MISSING, Field, fields
 from typing import Any, NoReturn, get_type_hints
 
 from ..costs.bench import BenchOptions, run_bench
+from ..costs.forecast import fitted
 from ..costs.plan import PlanOptions, run_plan
 from ..errors import InputError
 from ..pipeline.links import RankLost
@@ -23,7 +24,7 @@ from ..walk.page import WalkOptions, run_walk
 
 # A command's options, and what it does; False is a port that differs.
 COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
-    "train": (TrainOptions, train),
+    "train": (TrainOptions, lambda options: train(fitted(options))),
     "evaluate": (EvaluateOptions, evaluate_files),
     "generate": (GenerateOptions, lambda options: print(continue_text(options))),
     "plan": (PlanOptions, run_plan),
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         values = vars(parser.parse_args(argv))
         options, carry_out = COMMANDS[values.pop("command")]
         return int(carry_out(options_of(options, values)) is False)
-    except InputError as error:
+    except (InputError, OSError) as error:
         status, words = 2, str(error)
     except (NonFiniteLoss, RankLost) as error:
         status, words = 1, str(error)
@@ -84,11 +85,8 @@ def add_command(commands: Any, name: str, options: type) -> None:
 
 def _add_option(parser: Any, field: Field[Any], kind: type, several: bool) -> None:
     rule, shown = field.metadata, {"help": _help(field)}
-    if kind is bool and field.default is None:
+    if kind is bool:
         parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, **shown)
-    elif kind is bool:
-        name = flag(f"no_{field.name}" if field.default else field.name)
-        parser.add_argument(name, dest=field.name, action=f"store_{not field.default}".lower(), **shown)
     else:
         among = "{" + ",".join(rule["choices"]) + "}" if rule["choices"] else field.name.upper()
         shown["metavar"] = rule["metavar"] or METAVARS.get(kind, among)

@@ -7,14 +7,10 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
+from ..blocks import host_like
 from ..loss import summed_loss
 from ..models.stack import Stack
 from ..protocol import Options
-
-
-def host_like(x: Tensor) -> Tensor:
-    """Room for x in host memory, pinned where x is on a GPU."""
-    return torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=x.is_cuda)
 
 
 def tiled_full(

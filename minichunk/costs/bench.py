@@ -22,19 +22,19 @@ from tqdm import tqdm
 from ..batch import prepare
 from ..chunks import check_fill_size, cut
 from ..errors import InputError
-from ..files.atomic import human_bytes
+from ..files.atomic import human_bytes, make_directory
 from ..full import full
 from ..models.shapes import random_model, shape
 from ..samplers import FixedBudget
 from ..seco import seco
 from ..spaco import spaco
 from ..training.options import DTYPES, StepOptions, changed, check_device, check_options, default_dtype, option
-from ..training.run_directory import new_figure, peak_memory, save_figure
+from ..training.run_directory import new_figure, peak_memory
 from .baselines import tiled_full
 from .setting import Setting
 
 KINDS = ("", "-recompute", "-offload", "-recompute-offload")
-CHUNKED = tuple(f"{method}{kind}" for method in ("seco", "spaco") for kind in KINDS)
+CHUNKED = tuple(map("".join, product(("seco", "spaco"), ("", "-blocks"), KINDS)))
 METHODS = ("full", "full-recompute", "full-recompute-tiled", "full-recompute-offload", *CHUNKED)
 SHOWN = ("full", "full-recompute", "full-recompute-offload", "seco", "spaco")
 
@@ -44,11 +44,11 @@ class BenchOptions:
     """Measure what each method costs.
 
     Time and peak memory of one training step by each method at each length, and both relative to the
-    first method. Weights and tokens are random; every measurement is a process of its own, and all are
-    made once before any is repeated.
+    first method. Weights and tokens are random; every measurement is a process of its own.
 
     full-recompute is gradient checkpointing; -tiled with the loss in tiles; -offload also with the
-    layers' inputs in host memory. Of seco and spaco, see --recompute and --offload of train.
+    layers' inputs in host memory. Of seco and spaco, see --recompute, --offload and, with -blocks,
+    --layers-at-once of train.
 
       minichunk bench --methods full-recompute seco seco-recompute --seq-len 4096 16384 --plot bench.png
       minichunk bench --device cuda --model llama-3-8b --rank 8 --methods full-recompute-offload seco-recompute
@@ -58,6 +58,7 @@ class BenchOptions:
     seq_len: tuple[int, ...] = option((1024, 2048, 4096), "tokens", metavar="N", least=2)
     model: str = changed(Setting, "model", default="llama-47m", group="")
     chunk_size: int = changed(Setting, "chunk_size")
+    layers_at_once: int = option(4, "layers in a block, of -blocks", metavar="N", least=1)
     fill_size: int | None = changed(Setting, "fill_size")
     budget: int | None = changed(StepOptions, "budget", help="spaco: chunks kept")
     rank: int = changed(Setting, "rank", default=0, group="")
@@ -66,13 +67,6 @@ class BenchOptions:
     repeats: int = option(2, "measurements of each", metavar="N", least=1)
     plot: str | None = option(None, "draw time and memory against the length, as a PNG", metavar="FILE")
     json: bool = option(False, "print all samples as one JSON object")
-
-    def resolved(self) -> "BenchOptions":
-        """Check every value, and fill in device and dtype. Raises InputError."""
-        check_options(self)
-        check_fill_size(self.fill_size, self.chunk_size)
-        shape(self.model)
-        return replace(self, device=check_device(self.device), dtype=self.dtype or default_dtype(self.device))
 
 
 @dataclass
@@ -87,20 +81,15 @@ class Row:
 
 
 def measure(options: BenchOptions, method: str, seq_len: int, seed: int = 0) -> tuple[float, int, float]:
-    """Run a step after a short warm-up; returns its seconds, the peak memory in bytes, and the loss.
-
-    The memory is that of the device's allocator on CUDA, else that of this process. seed: of SpaCO's draw.
-    """
-    device = torch.device(options.device)
+    """Run a step after a short warm-up; returns its seconds, `peak_memory`, and the loss. seed: of SpaCO's draw."""
     torch.manual_seed(0)
     model = random_model(options.model, DTYPES[options.dtype or "float32"], options.rank, device=options.device)
-    ids = torch.randint(shape(options.model).vocab_size, (1, seq_len), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(device)
+    ids = torch.randint(shape(options.model).vocab_size, (1, seq_len)).to(options.device)
     run_step(model, options, method, ids[:, : 2 * min(options.chunk_size, 64)], seed)
     model.zero_grad(set_to_none=True)
     began = time.perf_counter()
     loss = run_step(model, options, method, ids, seed)
-    return time.perf_counter() - began, peak_memory(device), loss
+    return time.perf_counter() - began, peak_memory(ids.device), loss
 
 
 def run_step(model: Any, options: BenchOptions, method: str, ids: Tensor, seed: int) -> float:
@@ -109,6 +98,7 @@ def run_step(model: Any, options: BenchOptions, method: str, ids: Tensor, seed: 
     recompute, tiled, offload = (word in suffix for word in ("recompute", "tiled", "offload"))
     size = options.chunk_size
     keywords: dict[str, Any] = {"fill_size": options.fill_size, "recompute": recompute, "offload": offload}
+    keywords["layers_at_once"] = options.layers_at_once if "blocks" in suffix else None
     if name == "seco":
         loss = seco(model, ids, ids, size, **keywords)
     elif name == "spaco":
@@ -130,7 +120,11 @@ def bench(options: BenchOptions) -> list[Row]:
     So the memory of one does not count for another. Repeat r draws SpaCO's chunks with seed r. What fails is not
     repeated. Raises InputError.
     """
-    options = options.resolved()
+    check_options(options)
+    check_fill_size(options.fill_size, options.chunk_size)
+    shape(options.model)
+    device = check_device(options.device)
+    options = replace(options, device=device, dtype=options.dtype or default_dtype(device))
     rows = [Row(method, seq_len) for seq_len in options.seq_len for method in options.methods]
     bar = tqdm(list(product(range(options.repeats), rows)), "bench", leave=False, disable=options.json)
     for seed, row in bar:
@@ -157,37 +151,32 @@ def table(rows: Sequence[Row]) -> str:
         beside = next(r for r in rows if r.seq_len == row.seq_len)
         cells = [row.error or "", "", "", ""]
         if row.error is None:
-            cells = [_spread(row.seconds, lambda x: f"{x:.2f}"), _ratio(row.seconds, beside.seconds)]
-            cells += [_spread(row.peak_bytes, human_bytes), _ratio(row.peak_bytes, beside.peak_bytes)]
+            cells = _cells(row.seconds, beside.seconds, lambda x: f"{x:.2f}")
+            cells += _cells(row.peak_bytes, beside.peak_bytes, human_bytes)
         lines.append(f"| {row.seq_len:,} | {row.method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _spread(values: Sequence[float], show: Callable[[float], str]) -> str:
-    """Median and range; the median alone where they are shown alike."""
+def _cells(values: Sequence[float], first: Sequence[float], show: Callable[[float], str]) -> list[str]:
+    """Median and range, the median alone where they are shown alike; and the median relative to the first method's."""
     low, middle, high = show(min(values)), show(median(values)), show(max(values))
-    return middle if low == high else f"{middle} ({low} to {high})"
-
-
-def _ratio(values: Sequence[float], first: Sequence[float]) -> str:
-    return f"{median(values) / median(first):.2f}" if first else ""
+    spread = middle if low == high else f"{middle} ({low} to {high})"
+    return [spread, f"{median(values) / median(first):.2f}" if first else ""]
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw time and peak memory against the length, a line for each method."""
-    figure = new_figure(11, 5)
+    figure, lengths = new_figure(11, 5), sorted({row.seq_len for row in rows})
     panels = figure.subplots(1, 2)
-    for axes, title in zip(panels, ("Seconds of a step", "Peak memory, GiB"), strict=True):
+    for axes, name, unit in zip(panels, ("seconds", "peak_bytes"), (1, 2**30), strict=True):
         for method in dict.fromkeys(row.method for row in rows):
             points = [row for row in rows if row.method == method and row.error is None]
-            heights = [median(r.seconds) if axes is panels[0] else median(r.peak_bytes) / 2**30 for r in points]
+            heights = [median(getattr(row, name)) / unit for row in points]
             axes.semilogx([row.seq_len for row in points], heights, "o-", base=2, label=method)
-        lengths = sorted({row.seq_len for row in rows})
         axes.set_xticks(lengths, [f"{tokens:,}" for tokens in lengths])
-        axes.set(xlabel="tokens", title=title, ylim=(0, None))
-        axes.grid(alpha=0.3)
+        axes.set(xlabel="tokens", title="Seconds of a step" if unit == 1 else "Peak memory, GiB", ylim=(0, None))
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=5)
-    save_figure(figure, path)
+    figure.savefig(make_directory(path.parent) / path.name, dpi=120)
 
 
 def describe_machine() -> dict[str, Any]:

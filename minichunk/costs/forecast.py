@@ -1,19 +1,27 @@
 """The memory of a step of any length: one is counted, and what is remembered more of a longer text is computed."""
 
 from bisect import bisect_left
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from operator import attrgetter
 
 import torch
 
 from ..errors import InputError
+from ..files.atomic import free_memory, human_bytes
+from ..models.lora import default_targets
+from ..models.quantize import count_parameters
 from ..models.shapes import alike
 from ..models.stack import Stack
 from ..pipeline.split_layers import layer_costs, split_costs
-from .peak import StepBytes, step_memory
-from .setting import CHUNKED, Setting, Share
+from ..pipeline.start import local_device
+from ..training.options import StepOptions, TrainOptions
+from ..training.train import LARGE
+from .peak import StepBytes, step_memory, ways
+from .setting import CHUNKED, Setting, Share, Way
 
-BATCH = 2 * torch.int64.itemsize  # bytes per token: input_ids and targets
+BATCH = 3 * torch.int64.itemsize  # bytes per token: input_ids, targets and positions
+RESERVE = 2**30  # bytes of a GPU for what is not counted: see plan.py's LEFT_OUT
 SPAN = 1024  # chunks over which the growth is taken: what is remembered of strided blocks grows by whole blocks
 
 
@@ -29,14 +37,11 @@ class Forecast:
 
     def at(self, tokens: int) -> StepBytes:
         """What a step of so many tokens takes on the rank that needs most; in host memory, on all ranks together."""
-        found = bytes_of_share(self.setting, tokens, self.largest_share(tokens))
-        if self.gpus > 1 and self.setting.offload:
-            return replace(found, host=int(self.setting.memory_bytes(tokens).sum()))
-        return found
+        return bytes_of_share(self.setting, tokens, self.largest_share(tokens))
 
     def counts(self, tokens: int) -> tuple[int, ...]:
         """How many layers each rank gets."""
-        remembered = None if self.setting.offload else self.setting.memory_bytes(tokens).sum(1).tolist()
+        remembered = self.setting.memory_bytes(tokens).sum(1).tolist()
         return split_costs(tuple(layer_costs(self._model, remembered)), self.gpus)
 
     def largest_share(self, tokens: int) -> Share | None:
@@ -89,25 +94,78 @@ def forecast(setting: Setting, gpus: int = 1) -> Forecast:
         raise InputError(f"--gpus is {gpus}, but {setting.model} has {layers} layers, and each GPU needs one at least")
     if gpus > 1 and setting.method not in CHUNKED:
         raise InputError(f"--method is {setting.method!r}, but on several GPUs must be one of {', '.join(CHUNKED)}")
+    if gpus > 1 and setting.in_blocks:
+        raise InputError("--layers-at-once and --offload are for one GPU: ranks in blocks would take turns")
     return Forecast(setting, gpus)
 
 
-def bytes_of_share(setting: Setting, tokens: int, share: Share | None) -> StepBytes:
-    """What a step takes on one rank, or in one process (None).
+def bytes_of_share(setting: Setting, tokens: int, share: Share | None, way: Way | None = None) -> StepBytes:
+    """What a step takes on one rank, or in one process (None). way: on this part of its way through blocks of layers.
 
-    Of a chunked step only the batch and what is remembered grow with the length: keys and values of all chunks but the
-    last, gradients of all kept chunks but the last, or states. Of the others the activations grow.
+    Of a chunked step only the batch grows with the length, what is remembered, and what waits between blocks. That is
+    keys and values of all chunks but the last, gradients of all kept chunks but the last, or states; and hidden states.
+    Of the others the activations grow.
     """
+    if setting.in_blocks and way is None:
+        found = [bytes_of_share(setting, tokens, None, way) for way in ways(setting)]
+        return replace(max(found, key=attrgetter("peak")), host=max(each.host for each in found))
     base = setting.even_from(share)
     if tokens <= base:
-        return step_memory(setting, tokens, share)
-    first, more = step_memory(setting, base, share), tokens - base
+        return step_memory(setting, tokens, share, way)
+    first, more = step_memory(setting, base, share, way), tokens - base
     if setting.method not in CHUNKED:
         second = step_memory(setting, 2 * base)
         device, host = (round(more * (getattr(second, n) - getattr(first, n)) / base) for n in ("peak", "host"))
         return replace(first, peak=first.peak + device, chunk=first.chunk + device, host=first.host + host)
-    cache, grads = setting.memory_bytes(tokens)[share.layers if share else slice(None)].sum(0).tolist()
-    cache, grads, host = (0, 0, cache + grads) if setting.offload else (cache, grads, 0)
-    chunk = first.chunk + BATCH * more
-    peak = first.weights + first.adapter_and_optimizer + cache + grads + chunk
-    return StepBytes(peak, first.weights, first.adapter_and_optimizer, cache, grads, chunk, host)
+    cache, grads = setting.memory_bytes(tokens, way)[share.layers if share else slice(None)].sum(0).tolist()
+    chunk, between, host = first.chunk + BATCH * more, *(n * tokens // base for n in (first.between_blocks, first.host))
+    peak = first.weights + first.adapter_and_optimizer + cache + grads + between + chunk
+    return StepBytes(peak, first.weights, first.adapter_and_optimizer, cache, grads, between, chunk, host)
+
+
+def fewest_blocks(setting: Setting, tokens: int | None, available: int, host: int) -> int:
+    """Layers at once, in as few blocks as fit into `available` bytes on the device and `host` bytes in host memory.
+    Where none fit, in those of which least grows. tokens: None for the longest text that fits.
+
+    What grows is computed for each number of blocks. Then a step is counted, if that alone does not take too much.
+    """
+    model, length = setting.meta_model(), tokens or SPAN * setting.chunk_size
+    layers, weights, remembered = len(model.layers), sum(layer_costs(model)), setting.memory_bytes(length).sum(1)
+    hidden = length * model.config.hidden_size * model.hidden_dtype.itemsize
+    parts: dict[int, float] = {}  # of the memory that there is, what grows takes
+    for number in range(1, layers + 1):
+        blocks = remembered.split(-(-layers // number))
+        device, between = max(int(block.sum()) for block in blocks), hidden * (len(blocks) - 1)
+        device, away = (device, between) if setting.offload else (device + between, 0)
+        parts.setdefault(-(-layers // number), max(device / max(1, available - weights), away / max(1, host)))
+    if tokens is not None:
+        for size in (size for size, part in parts.items() if part <= 1):
+            found = forecast(replace(setting, layers_at_once=str(size))).at(tokens)
+            if found.peak <= available and found.host <= host:
+                return size
+    return min(parts, key=lambda size: parts[size])  # of equals the first, with the fewest blocks
+
+
+def fitted(options: TrainOptions) -> TrainOptions:
+    """With `--layers-at-once auto` decided: by what is free on the GPU now; on a CPU, one block. Raises InputError."""
+    if options.layers_at_once != "auto":
+        return options
+    told = options.resolved()
+    device = torch.device(local_device(told.device))
+    if device.type == "cpu":
+        return replace(options, layers_at_once=None)
+    if told.batch_size > 1:
+        raise InputError(f"--layers-at-once auto is for one piece at a time, but --batch-size is {told.batch_size}")
+    step = {each.name: getattr(told, each.name) for each in fields(StepOptions)}
+    step |= {"model": told.model, "dtype": told.dtype, "budget": told.budget or 1, "recompute": bool(told.recompute)}
+    model = Setting(**step).meta_model()
+    step["targets"] = told.targets or tuple(default_targets(model))
+    if told.recompute is None:
+        step["recompute"] = count_parameters(model) >= LARGE
+    available = (free_memory(device) or 0) - RESERVE
+    size = fewest_blocks(Setting(**step), told.seq_len, available, free_memory(torch.device("cpu")) or 0)
+    peak = forecast(Setting(**{**step, "layers_at_once": str(size)})).at(told.seq_len).peak
+    if peak > available:
+        words = f"{human_bytes(peak)}, but {human_bytes(available)} are free on {device}: take a shorter --seq-len"
+        raise InputError(f"--layers-at-once auto: {told.seq_len:,} tokens need {words}")
+    return replace(options, layers_at_once=str(size))

@@ -8,7 +8,7 @@ one before it also receives some, and the earlier ones do the same on a shorter 
 import functools
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -17,14 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch import Batch, shift, widen_gradients
-from ..chunks import Chunk
+from ..blocks import Hidden, Walk, first_that_learns
+from ..chunks import Chunk, span
 from ..full import backpropagate
-from ..memory.cache import LayerCache
+from ..memory import attention
 from ..memory.kernels import kernel_for
 from ..memory.layer_memory import LayerMemories
-from ..memory.window import FULL, WindowCache
+from ..memory.window import FULL
 from ..models.llama import Attention
 from ..models.quantize import Linear4bit, check_bitsandbytes
+from ..models.shapes import alike
 from ..models.stack import Stack
 from ..pipeline import pipeline_seco as pipeline
 from ..pipeline.links import MOST_ON_THE_WAY, Links
@@ -34,32 +36,45 @@ from ..samplers import Weight
 from ..seco import fill, rebuild
 from .baselines import tiled_full
 from .count import CountBytes
-from .setting import CHUNKED, Setting, Share
+from .setting import CHUNKED, Setting, Share, Way
 
 
 @dataclass(frozen=True)
 class StepBytes:
-    """Bytes on the device at the peak of one training step, what they consist of, and bytes in host memory."""
+    """Bytes on the device at the peak of one training step, what they consist of, and bytes in host memory.
+
+    between_blocks: what goes from one block of layers to the next.
+    """
 
     peak: int
     weights: int
     adapter_and_optimizer: int
     cache: int
     cache_gradients: int
+    between_blocks: int
     chunk: int
     host: int = 0
 
 
 @functools.cache
-def step_memory(setting: Setting, tokens: int, share: Share | None = None) -> StepBytes:
-    """What a step of `tokens` tokens takes, on one rank of a pipeline or in one process (None). Raises InputError."""
+def step_memory(setting: Setting, tokens: int, share: Share | None = None, way: Way | None = None) -> StepBytes:
+    """What a step of `tokens` tokens takes. Raises InputError.
+
+    share: on one rank of a pipeline. way: of a step through blocks of layers, on this part of its way.
+    """
     setting.check()
     if setting.load_in_4bit:  # the library makes the table of its levels once: or the first step would have taken more
         check_bitsandbytes()
         Linear4bit(torch.empty(64, 64, device="meta"), None).weight_as(setting.torch_dtype)
     # Not a function mode: recompute runs layers within the backward pass, where such modes are off.
-    with patch.object(F, "scaled_dot_product_attention", _flash), CountBytes() as count:
+    with (
+        patch.object(F, "scaled_dot_product_attention", _flash),
+        patch.object(attention, "pick_kernel", lambda q: kernel_for(setting.device, q.dtype, q.shape[-1])),
+        CountBytes() as count,
+    ):
         model, step = setting.meta_model(), _chunked_step if setting.method in CHUNKED else _whole_step
+        if way is not None:
+            step = functools.partial(_block_step, way=way)
         if share is not None:
             learns_before = any(p.requires_grad for p in model.layers[: share.layers.start].parameters())
             step = functools.partial(_rank_step, learns_before=learns_before)
@@ -70,12 +85,16 @@ def step_memory(setting: Setting, tokens: int, share: Share | None = None) -> St
         adapter = sum(x.nbytes for x in (*trained, *states))
         adapter += sum(p.numel() * max(4, p.itemsize) for p in trained)  # their gradients
         widen_gradients(model)
+        if way is not None:  # earlier batches of the step, or blocks above, have left gradients
+            for p in trained:
+                p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
         ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
-        batch = Batch(ids, shift(ids), float(tokens))
+        batch = Batch(ids, shift(ids), float(tokens), torch.arange(tokens, device="meta"))
         count.peak = count.live  # making the model took more, for 4 bits much more; loading it does not
         cache, grads = step(model, batch, setting, count)
+        between, host = (0, count.left_out) if way is None else hidden_bytes(model, setting, tokens, way)
     chunk = count.peak - weights - adapter - cache - grads
-    return StepBytes(count.peak, weights, adapter, cache, grads, chunk, count.left_out)
+    return StepBytes(count.peak + between, weights, adapter, cache, grads, between, chunk, host)
 
 
 # Each step returns bytes on the device: of the memory, and of the gradients that have room in it from the start.
@@ -83,7 +102,7 @@ def step_memory(setting: Setting, tokens: int, share: Share | None = None) -> St
 
 def _chunked_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes) -> tuple[int, int]:
     """SeCO or SpaCO: what seco.py and spaco.py call."""
-    kept, memory, options, remembered = _filled(model, batch, setting, count)
+    kept, memory, options, remembered = _filled(model, batch, setting)
     for chunk in kept[:-3:-1]:
         loss, written, received = rebuild(model, batch, chunk, memory, options)
         if setting.method == "spaco":
@@ -93,12 +112,61 @@ def _chunked_step(model: Stack, batch: Batch, setting: Setting, count: CountByte
     return remembered
 
 
+def _block_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes, way: Way) -> tuple[int, int]:
+    """Up or down through one block: what blocks.py calls, for the last chunks; what waits between blocks left out."""
+    (chunks, kept), options, blocks = setting.chunks(batch.input_ids.shape[1]), setting.options(), setting.blocks(model)
+    options = replace(options, positions=batch.positions)
+    # At the peak a pass of the fill is at work, and the next one is there. Or, where results pile up on the device, the
+    # last pass, and the last chunk is there, and all results but of these.
+    block, piles_up = blocks[way.block], not way.down and not setting.offload
+    tail = chunks[-1 - setting.pass_chunks() * (1 if piles_up else 2) :]
+    weight = (1.0, 2.0 if setting.method == "spaco" else 1.0)
+    walk = Walk(model, batch, tail, [(chunk, weight) for chunk in kept if chunk in tail], options)
+    x, y = (Hidden(batch.input_ids.device, offload=False, copies=None) for _ in range(2))
+    x.room = y.room = count.room
+    size = span(tail).stop - tail[0].start, model.config.hidden_size
+    hidden = torch.zeros(1, *size, dtype=model.hidden_dtype, device="meta")
+    x.keep(tail, hidden if way.block > 0 else batch.input_ids[:, span(tail)])
+    y.keep(tail, hidden)
+    not_yet = hidden.nbytes if piles_up else 0
+    del hidden
+    capacity, receiving = (kept[-1].start, kept[:-1]) if way.down else (chunks[-1].stop, ())
+    memory = block.new_memory(1, capacity, receiving, options)
+    remembered = memory.tensors().bytes()
+    if way.down:
+        above, learns_below = y if block is not blocks[-1] else None, way.block > first_that_learns(blocks)
+        walk.go_down(block, memory, x, above, learns_below)
+    else:
+        walk.go_up(block, memory, x, y)
+    count.peak -= not_yet
+    return remembered
+
+
+def hidden_bytes(model: Stack, setting: Setting, tokens: int, way: Way) -> tuple[int, int]:
+    """Of what waits between blocks of layers at the end of a way up, or at the beginning of one down: on the device,
+    and in host memory."""
+    blocks = setting.blocks(model)
+    waiting = range(min(way.block, first_that_learns(blocks)), min(way.block + 2, len(blocks)))  # the inputs of these
+    wide = model.config.hidden_size * model.hidden_dtype.itemsize
+    found = tokens * sum(wide if block > 0 else torch.int64.itemsize for block in waiting)
+    return (0, found) if setting.offload else (found, 0)
+
+
+@functools.cache
+def ways(setting: Setting) -> list[Way]:
+    """Those of a step in blocks that may need most. Where layers are alike: of the last two blocks."""
+    blocks = setting.blocks(setting.meta_model())
+    last, first = len(blocks) - 1, first_that_learns(blocks)
+    start = max(0, last - 1) if alike(setting.config()) else 0
+    return [Way(i, False) for i in range(start, last)] + [Way(i, True) for i in range(max(start, first), last + 1)]
+
+
 def _rank_step(
     stage: PipelineStage, batch: Batch, setting: Setting, count: CountBytes, learns_before: bool
 ) -> tuple[int, int]:
     """One rank of a pipeline: what pipeline_seco.py calls, until the pipeline is full."""
     links, passes = stage.links, MOST_ON_THE_WAY + 1  # what the passes of the fill have handed on lives on
-    kept, memory, options, remembered = _filled(stage, batch, setting, count, passes)
+    kept, memory, options, remembered = _filled(stage, batch, setting, passes)
     weight = Weight(1.0, 2.0 if setting.method == "spaco" else 1.0)
     walk = [(chunk, weight) for chunk in kept[-1 - max(links.ranks - links.rank, MOST_ON_THE_WAY) :]]
     with pipeline.tied_weight_summed(stage):
@@ -121,21 +189,15 @@ def _whole_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes)
 
 
 def _filled(
-    model: Any, batch: Batch, setting: Setting, count: CountBytes, passes: int = 1
+    model: Any, batch: Batch, setting: Setting, passes: int = 1
 ) -> tuple[Sequence[Chunk], LayerMemories, Options, tuple[int, int]]:
     """The chunks that a step keeps, its memory after the last passes of the fill, its options, and what the memory
-    takes; with offload that is not on the device, and not counted."""
-    (chunks, kept), options, peak = setting.chunks(batch.input_ids.shape[1]), setting.options(), count.peak
-    with torch.device("meta"):  # the host's part too
-        memory = model.new_memory(1, kept[-1].start, kept[:-1], options)
-    found = memory.tensors()  # and not what comes later and goes: that is a chunk's
-    remembered = (0, 0) if setting.offload else found.bytes()
-    if setting.offload:
-        count.leave_out(*found.remembered, *found.gradients, peak=peak)
-    for layer in memory.layers:
-        if isinstance(layer, LayerCache | WindowCache):
-            layer.kernel = kernel_for(setting.device, setting.torch_dtype, model.config.head_dim)
-    last = passes * ((setting.fill_size or setting.chunk_size) // setting.chunk_size)
+    takes."""
+    (chunks, kept), options = setting.chunks(batch.input_ids.shape[1]), setting.options()
+    options = replace(options, positions=batch.positions)
+    memory = model.new_memory(1, kept[-1].start, kept[:-1], options)
+    remembered = memory.tensors().bytes()  # and not what comes later and goes: that is a chunk's
+    last = passes * setting.pass_chunks()
     fill(model, batch.input_ids, chunks[:-1][-last:], memory, options)
     return kept, memory, options, remembered
 

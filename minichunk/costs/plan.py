@@ -11,7 +11,7 @@ from ..errors import InputError
 from ..files.atomic import human_bytes
 from ..memory.window import FULL
 from ..training.options import StepOptions, changed, option
-from .forecast import forecast
+from .forecast import fewest_blocks, forecast
 from .setting import CHUNKED, METHODS, Setting, Share
 
 UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -27,12 +27,13 @@ class PlanOptions(Setting):
     a training step needs, what it consists of, and the longest sequence that fits.
 
       minichunk plan --model llama-3-8b --memory 24GiB
-      minichunk plan --model DIR --seq-len 131072 --gpus 4 --offload
+      minichunk plan --model llama-3-8b --layers-at-once auto --offload --host-memory 128GiB
+      minichunk plan --model DIR --seq-len 131072 --gpus 4
     """
 
     memory: str = option("24GiB", "of the device, of each GPU", group="the device")
     reserve: str = option("1GiB", "of it not to be planned with")
-    host_memory: str = option("64GiB", "for --offload, of all GPUs")
+    host_memory: str = option("64GiB", "for --offload")
     gpus: int = option(1, "of a pipeline: the one that needs most of so many is forecast", metavar="N", least=1)
     seq_len: int | None = changed(  # type: ignore[assignment]
         StepOptions, "seq_len", default=None, help="tokens to forecast", absent="the most that fit"
@@ -58,6 +59,10 @@ def run_plan(options: PlanOptions) -> None:
 def plan(options: PlanOptions) -> dict[str, Any]:
     """The forecast as one JSON object: of the method, and with `compare` of the others too. Raises InputError."""
     memory, reserve, host = (parse_bytes(text) for text in (options.memory, options.reserve, options.host_memory))
+    if options.layers_at_once == "auto":
+        size = fewest_blocks(options, options.seq_len, memory - reserve, host)
+        options = replace(options, layers_at_once=str(size))
+    here = forecast(options, options.gpus)
     others = (METHODS if options.gpus == 1 else CHUNKED) if options.compare else ()
     methods: dict[str, Any] = {}
     for method in tqdm({options.method: 0} | dict.fromkeys(others), "plan", leave=False, disable=options.json):
@@ -65,7 +70,7 @@ def plan(options: PlanOptions) -> dict[str, Any]:
         longest = line.longest(memory - reserve, host)
         device, on_host = line.growth(longest or options.seq_len or options.chunk_size)
         methods[method] = {"max_tokens": longest, "bytes_per_token": device, "host_bytes_per_token": on_host}
-    longest, here = methods[options.method]["max_tokens"], forecast(options, options.gpus)
+    longest = methods[options.method]["max_tokens"]
     length = options.seq_len or longest or options.chunk_size
     at, share = here.at(length), here.largest_share(length)
     chunks, kept = options.chunks(length)
@@ -75,6 +80,7 @@ def plan(options: PlanOptions) -> dict[str, Any]:
         "gpus": options.gpus,
         **({} if share is None else {"layers_per_rank": list(share.counts), "largest_rank": share.rank}),
         "method": options.method,
+        "layers_at_once": options.keywords()["layers_at_once"],
         "memory_bytes": memory,
         "reserve_bytes": reserve,
         "seq_len": length,
@@ -101,8 +107,10 @@ def describe(found: dict[str, Any]) -> str:
         which = f"rank {rank}, layers {layers.start} to {layers.stop - 1}"
         who = f", on that of {found['gpus']} GPUs which needs most ({which})"
         split = f"\nlayers of each rank: {', '.join(map(str, counts))}"
+    in_blocks = f", {found['layers_at_once']} layers at once" if found["layers_at_once"] else ""
     lines = [
-        f"{found['model']}, {found['method']}: the longest sequence that fits has {found['max_tokens']:,} tokens",
+        f"{found['model']}, {found['method']}{in_blocks}: the longest sequence that fits has "
+        f"{found['max_tokens']:,} tokens",
         f"peak at {found['seq_len']:,} tokens{who}: {human_bytes(found['peak_bytes'])}; {fits} into "
         f"{human_bytes(found['memory_bytes'])} less a reserve of {human_bytes(found['reserve_bytes'])}{split}",
         "",

@@ -1,7 +1,7 @@
 """What is to be trained and how, as a forecast is told."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +14,6 @@ from ..models.partial import partial_config
 from ..models.shapes import NAMES, layer_memory_bytes, random_model, shape
 from ..models.stack import Stack
 from ..pipeline.links import MOST_ON_THE_WAY
-from ..protocol import Options
 from ..samplers import most_kept
 from ..training.options import DTYPES, StepOptions, changed, option
 
@@ -35,6 +34,13 @@ class Share:
         return slice(before, before + self.counts[self.rank])
 
 
+class Way(NamedTuple):
+    """A part of the way through blocks of layers: up or down through one of them."""
+
+    block: int
+    down: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class Setting(StepOptions):
     """A training whose memory is forecast; hashable, so that nothing is counted twice. `seq_len` plays no part."""
@@ -46,7 +52,7 @@ class Setting(StepOptions):
     )  # fmt: skip
     chunk_size: int = changed(StepOptions, "chunk_size", default=512)
     budget: int = changed(StepOptions, "budget", default=8, absent="")
-    recompute: bool = changed(StepOptions, "recompute", default=True, absent="", help="keep a chunk's activations")
+    recompute: bool = changed(StepOptions, "recompute", default=True, absent="on")
     targets: tuple[str, ...] | None = changed(
         StepOptions, "targets", absent="q_proj v_proj; without attention, all layers"
     )
@@ -73,6 +79,19 @@ class Setting(StepOptions):
         config = self.config()
         return config.patterns() if isinstance(config, LlamaConfig) else []
 
+    @property
+    def in_blocks(self) -> bool:
+        """Whether the step goes through blocks of layers."""
+        return self.method in CHUNKED and (self.layers_at_once is not None or self.offload)
+
+    def blocks(self, model: Stack) -> list[Stack]:
+        """Of layers."""
+        return model.blocks(self.keywords()["layers_at_once"] or 1)
+
+    def pass_chunks(self) -> int:
+        """Chunks in a pass of the fill."""
+        return (self.fill_size or self.chunk_size) // self.chunk_size
+
     def kept(self, num_chunks: int) -> int:
         """The most chunks that a step keeps, see `most_kept`."""
         return most_kept(self.sampler, self.budget, num_chunks) if self.method == "spaco" else num_chunks
@@ -82,15 +101,13 @@ class Setting(StepOptions):
         chunks = cut(tokens, self.chunk_size)
         return chunks, chunks[-self.kept(len(chunks)) :]
 
-    def options(self) -> Options:
-        """As seco and spaco would be told."""
-        return Options(**self.keywords())
-
-    def memory_bytes(self, tokens: int) -> Tensor:
+    def memory_bytes(self, tokens: int, way: Way | None = None) -> Tensor:
         """What each layer of the whole model remembers of so many tokens, and the gradients that have room from the
-        start; int64 (layers, 2)."""
+        start; int64 (layers, 2). way: of the layers of one block alone; on the way up nothing is sent back."""
         _, kept = self.chunks(tokens)
-        return torch.tensor(layer_memory_bytes(self.config(), self.torch_dtype, kept, self.options()))
+        kept = kept if way is None or way.down else [Chunk(tokens, tokens)]
+        found = torch.tensor(layer_memory_bytes(self.config(), self.torch_dtype, kept, self.options()))
+        return found if way is None else found.split(self.keywords()["layers_at_once"] or 1)[way.block]
 
     def even_from(self, share: Share | None = None) -> int:
         """Tokens from which on a step grows evenly: of a chunked one only the batch and what is remembered.

@@ -7,6 +7,7 @@ message went, and a few renderings of the beginning show what the template itsel
 
 import re
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,9 @@ Span = tuple[int, int]  # characters of a text, half open
 
 _MARKS = re.compile("[\U000f0000-\U000ffffd]")  # private characters, which no text has: two for each message
 # A template's clock stands still, so that the same data is the same tokens on every day.
-_CLOCK = (
-    "{%- macro strftime_now(format) -%}{{- format.replace('%Y', '2024').replace('%y', '24').replace('%m', '07')"
-    ".replace('%B', 'July').replace('%b', 'Jul').replace('%d', '26').replace('%H', '12').replace('%M', '00')"
-    ".replace('%S', '00') -}}{%- endmacro -%}"
-)
+_SAID = {f"%{x}": datetime(2024, 7, 26, 12).strftime(f"%{x}") for x in "aAbBcdfHIjmMpSuwxXyY"} | {"%-d": "26"}
+_REPLACED = "".join(f".replace('{code}', '{said}')" for code, said in _SAID.items())
+_CLOCK = f"{{% macro strftime_now(format) %}}{{{{ format{_REPLACED} }}}}{{% endmacro +%}}"
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # one field under three names, as transformers has it
 
 
@@ -35,14 +34,14 @@ class ChatTemplate:
     def _load(self) -> Any:
         if self._tokenizer is None:
             try:
-                from transformers import PreTrainedTokenizerFast
+                from transformers import AutoTokenizer
             except ImportError:
                 raise InputError(
                     "conversations are rendered by the transformers library: pip install 'minichunk[hf]', or write "
                     "them out as 'text', or as 'prompt' and 'completion' with --no-chat-template"
                 ) from None
             try:
-                self._tokenizer = PreTrainedTokenizerFast.from_pretrained(self.directory, local_files_only=True)
+                self._tokenizer = AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
             except Exception as error:  # whatever a damaged file leads to
                 raise InputError(f"{self.directory}: transformers cannot read the tokenizer: {error}") from None
         return self._tokenizer
@@ -51,7 +50,7 @@ class ChatTemplate:
         """The template that transformers takes for rows with, or without, tools. Raises InputError."""
         tokenizer = self._load()
         try:
-            source = tokenizer.get_chat_template(None, tools)
+            source: str = tokenizer.get_chat_template(None, tools)
         except ValueError as error:
             raise InputError(f"{self.directory}: the chat template cannot be told: {first_line(error)}") from None
         return _CLOCK + source if "strftime_now" in source else source
@@ -88,8 +87,8 @@ class ChatTemplate:
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         messages = messages[: turns[-1] + 1]
         text, tagged = self._render(messages, **fields)
+        found = _Turns(self, messages, text, fields)
         if tagged is None:
-            found = _Turns(self, messages, text, fields)
             spans = [found.span(i) for i in turns]
         elif len(tagged) == len(turns):
             spans = tagged
@@ -118,6 +117,10 @@ class _Turns:
         plain, places = self._places(self.marked)
         self.places = places if plain == text else {}
         self.done = 0
+        lost = [i for i, message in enumerate(self.marked) if message is not messages[i] and _end(i) not in places]
+        if self.places and lost:
+            said = f"message {lost[0] + 1} ({messages[lost[0]]['role']}) says, and it would be lost: change either"
+            raise InputError(f"{chat.directory}: the chat template does not write what {said}")
 
     def _places(self, messages: Sequence[Message], **fields: Any) -> tuple[str, dict[str, int]]:
         """A rendering without its marks, and where each mark stood; none if one stood twice."""
@@ -146,7 +149,7 @@ class _Turns:
 
     def _start(self, i: int) -> int | None:
         if i == 0:  # templates want a message before: the turn begins with its words
-            said = str(self.messages[0].get("content")).strip()
+            said = "" if set(_THOUGHTS) & self.messages[0].keys() else str(self.messages[0].get("content")).strip()
             end = self.places.get(_end(0), 0)
             return end - len(said) if said and self.text[:end].endswith(said) else None
         before = self.places.get(_end(i - 1))
@@ -219,7 +222,7 @@ def first_line(error: Exception) -> str:
 def unknown_fields(fields: Iterable[str], source: str) -> list[str]:
     """Those of a message's or a row's fields that a template does not name: what they say would be lost."""
     words = set(re.findall(r"\w+", source))
-    words |= {"role", "content", "name"} | (set(_THOUGHTS) if words & set(_THOUGHTS) else set())
+    words |= {"role", "content", "name", "tool_call_id"} | (set(_THOUGHTS) if words & set(_THOUGHTS) else set())
     return sorted(set(fields) - words)
 
 

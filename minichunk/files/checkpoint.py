@@ -15,7 +15,7 @@ from ..errors import InputError
 from .atomic import make_directory, open_tensors, read_json, write_json, write_tensors
 
 _INDEX = "model.safetensors.index.json"
-_BESIDE = ("tokenizer*", "special_tokens_map.json", "*chat_template*", "*chat_template*/*", "generation_config.json")
+BESIDE = ("tokenizer*", "special_tokens_map.json", "*chat_template*", "*chat_template*/*", "generation_config.json")
 
 
 def advice(name: str | Path) -> str:
@@ -70,15 +70,14 @@ def read_checkpoint(
     for path, names in _find_tensors(directory).items():
         with open_tensors(path, str(device)) as file:
             for name in names or file.keys():
-                if name in tied or name.endswith("rotary_emb.inv_freq"):
-                    found[name] = path  # a copy, or derived from the config
+                found[name] = path
+                if name in tied or name.endswith("rotary_emb.inv_freq"):  # a copy, or derived from the config
                     continue
                 if name not in shapes:
                     raise InputError(f"{path} has the tensor {name}, which a model of this config.json lacks")
                 shape, expected = file.get_slice(name).get_shape(), list(shapes[name])
                 if shape != expected:
                     raise InputError(f"{path}: {name} has the shape {shape}, but config.json makes it {expected}")
-                found[name] = path
                 if name in here:
                     tensor = file.get_tensor(name)
                     if not tensor.is_floating_point():
@@ -91,10 +90,8 @@ def read_checkpoint(
     for copy in tied.keys() & found.keys():
         with open_tensors(found[copy]) as a, open_tensors(found[tied[copy]]) as b:
             if not torch.equal(a.get_tensor(copy), b.get_tensor(tied[copy])):
-                raise InputError(
-                    f"{found[copy]}: {copy} differs from {tied[copy]}, but config.json says tie_word_embeddings: write "
-                    "false there to have both (as transformers does), or take the tensor out"
-                )
+                what = f"{copy} differs from {tied[copy]}, but config.json says tie_word_embeddings"
+                raise InputError(f"{found[copy]}: {what}: write false there, or take the tensor out")
 
 
 def _find_tensors(directory: Path) -> dict[Path, list[str]]:
@@ -120,12 +117,9 @@ def _find_tensors(directory: Path) -> dict[Path, list[str]]:
 def write_checkpoint(
     directory: str | Path, config: dict[str, Any], tensors: dict[str, Tensor], origin: Path | None = None
 ) -> None:
-    """Write `model.safetensors` and, once that is there, `config.json`. Raises InputError.
-
-    origin: where tokenizer, chat template and generation config are taken from, but for those that are there.
-    """
+    """Write `model.safetensors`, then `config.json`, and what `origin` has beside them and `directory` has not."""
     directory = Path(directory)
-    for path in [path for pattern in _BESIDE for path in (origin.glob(pattern) if origin else ())]:
+    for path in [path for pattern in BESIDE for path in (origin.glob(pattern) if origin else ())]:
         target = directory / path.relative_to(origin or "")
         if path.is_file() and not target.exists():
             shutil.copy(path, make_directory(target.parent))

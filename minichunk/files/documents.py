@@ -18,16 +18,17 @@ from torch import Tensor
 
 from ..batch import IGNORE, shift
 from ..errors import InputError
-from .atomic import json_lines
+from .atomic import json_lines, read_json
 from .chat import ChatTemplate, Message, Span, unknown_fields
 from .checkpoint import checkpoint_directory
 
 FORMS = "must be an object with the string 'text', with 'prompt' and 'completion', or with 'messages'"
 # Fields of other programs' rows that say what is learnt, or what is seen before it. They are refused, not dropped.
 MEANINGFUL = {
-    "assistant_masks", "attention_mask", "audio", "chosen", "completion_mask", "context", "conversations", "functions",
-    "image", "images", "input", "input_ids", "instruction", "label", "labels", "loss", "loss_mask", "mask", "output",
-    "rejected", "response", "suffix", "system", "train", "video", "videos", "weight", "weights",
+    "assistant_masks", "attention_mask", "audio", "chat_template", "chosen", "completion_mask", "context",
+    "conversations", "enable_thinking", "functions", "history", "image", "images", "input", "input_ids", "instruction",
+    "label", "labels", "loss", "loss_mask", "mask", "output", "reasoning", "reasoning_content", "rejected", "response",
+    "suffix", "system", "system_prompt", "thinking", "tool_calls", "train", "video", "videos", "weight", "weights",
 }  # fmt: skip
 SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 BINARY = (b"PAR1", b"\x1f\x8b", b"PK\x03\x04", b"\x28\xb5\x2f\xfd")  # Parquet, gzip, zip, zstd
@@ -68,6 +69,12 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise InputError(f"{path} is not a tokenizer.json that the tokenizers library reads: {error}") from None
+    told = read_json(config) if (config := path.with_name("tokenizer_config.json")).is_file() else {}
+    for field in ("bos_token", "eos_token"):
+        token = told.get(field)
+        text = str((token.get("content") if isinstance(token, dict) else token) or "")
+        if text and len(tokenizer.encode(text, add_special_tokens=False)) != 1:
+            raise InputError(f"{config}: {field} is {text!r}, which is no token of {path.name}: save both anew")
     tokenizer.no_truncation()  # the file may ask for either, from how its model was trained
     tokenizer.no_padding()
     return tokenizer
@@ -109,15 +116,18 @@ def encode(row: Row, tokenizer: Tokenizer, eos_token_id: int | None) -> tuple[li
     ids, labels, spans = list(found.ids), [IGNORE] * len(found.ids), iter(row.learnt)
     span = next(spans, None)
     for i, (start, stop) in enumerate(found.offsets):
+        if start == stop and i:  # of a blank, which some tokenizers trim: it is behind the token before
+            start = found.offsets[i - 1][1]
         while span is not None and span[1] <= start:
             span = next(spans, None)
         if span is not None and max(stop, start + 1) > span[0]:
             labels[i] = ids[i]
     last = len(ids) if row.template else end_of_text(found)
-    end = [eos_token_id] if row.ends and eos_token_id is not None else []
-    end = ids[last:] or end  # has no characters; it is learnt with the words before it
-    is_learnt = bool(row.learnt) and row.learnt[-1][1] == len(row.text)
-    return ids[:last] + end, labels[:last] + (end if is_learnt else [IGNORE] * len(end))
+    first = int(found.special_tokens_mask[:1] == [1] and ids[:1] == ids[1:2])  # the text has its BOS already
+    end = ids[last:] or ([eos_token_id] if row.ends and eos_token_id is not None else [])
+    end = [] if end == ids[last - 1 : last] else end  # and its end token
+    is_learnt = bool(row.learnt) and row.learnt[-1][1] == len(row.text)  # with the words before it
+    return ids[first:last] + end, labels[first:last] + (end if is_learnt else [IGNORE] * len(end))
 
 
 def end_of_text(found: Encoding) -> int:
@@ -173,7 +183,7 @@ def _row(record: Any, chat: ChatTemplate | None) -> Row:
     if not isinstance(record, dict):
         raise InputError(FORMS)
     record = {key: value for key, value in record.items() if value is not None}  # columns that other rows fill
-    if "conversations" in record:
+    if "conversations" in record and "messages" not in record:
         record["messages"] = record.pop("conversations")
     forms = [form for form in (("text",), ("messages",), ("prompt", "completion")) if record.keys() & set(form)]
     if len(forms) > 1:
@@ -190,7 +200,10 @@ def _row(record: Any, chat: ChatTemplate | None) -> Row:
             "write what is meant as 'text', 'prompt' and 'completion', or 'messages'"
         )
     if is_plain:
-        *before, learnt = (_string(field, text) for field, text in zip(forms[0], texts, strict=True))
+        for field, text in zip(forms[0], texts, strict=True):
+            if not isinstance(text, str):
+                raise InputError(f"{field!r} is {json.dumps(text)[:40]}, but {FORMS}")
+        *before, learnt = texts
         start = sum(map(len, before))
         return Row("".join(before) + learnt, [(start, start + len(learnt))] if learnt else [], ends=True)
     if len(texts) == 2 and all(isinstance(text, str) for text in texts):
@@ -201,12 +214,6 @@ def _row(record: Any, chat: ChatTemplate | None) -> Row:
     return _conversation([message for messages in texts for message in messages], len(texts[-1]), extra, chat)
 
 
-def _string(name: str, text: Any) -> str:
-    if not isinstance(text, str):
-        raise InputError(f"{name!r} is {json.dumps(text)[:40]}, but {FORMS}")
-    return text
-
-
 def _conversation(messages: Sequence[Message], count: int, extra: dict[str, Any], chat: ChatTemplate | None) -> Row:
     """A conversation of which the assistant's turns in the last `count` messages are learnt. Raises InputError."""
     if chat is None:
@@ -214,6 +221,7 @@ def _conversation(messages: Sequence[Message], count: int, extra: dict[str, Any]
     clean, learnt = [], []
     source = chat.source(extra.get("tools"))
     for i, message in enumerate(map(_message, messages), start=1):
+        asked = message.get("role") != "assistant" and (message.get("weight") or message.get("train"))
         weight, train = message.pop("weight", 1), message.pop("train", True)
         if not isinstance(message.get("role"), str):
             raise InputError(f"message {i} has no 'role'")
@@ -222,27 +230,35 @@ def _conversation(messages: Sequence[Message], count: int, extra: dict[str, Any]
             content = json.dumps(message.get("content"))[:40]
             texts = "a string, or a list of {'type': 'text', 'text': ...}"
             raise InputError(f"{name} has the content {content}, but that must be {texts}")
-        if weight not in (0, 1) or train not in (False, True):
-            raise InputError(f"{name} has weight {weight!r} and train {train!r}; only 0 and 1 are understood")
+        if weight not in (0, 1) or train not in (False, True) or asked:
+            told = "only 0 and 1 are understood, and 1 only of the assistant's"
+            raise InputError(f"{name} has weight {weight!r} and train {train!r}; {told}")
         if strange := unknown_fields(message, source):
             found = f"the field {strange[0]!r}, which the model's chat template does not write"
             raise InputError(f"{name} has {found}: drop it, or take a template that does")
         clean.append(message)
         learnt.append(message["role"] == "assistant" and i > len(messages) - count and bool(weight and train))
-    if strange := unknown_fields({"tools", "documents"} & extra.keys(), source):
+    if not isinstance(given := extra.pop("chat_template_kwargs", {}), dict):
+        raise InputError("'chat_template_kwargs' must be an object")
+    fields = {**given, **extra}
+    if strange := sorted({"messages", "add_generation_prompt"} & fields.keys()) or unknown_fields(fields, source):
         raise InputError(f"the model's chat template does not write {strange[0]!r}: drop it, or take one that does")
     if not any(learnt):
         raise InputError("none of the messages has the role 'assistant', or none is to be learnt: nothing is")
-    text, spans = chat.spans(clean, learnt, **{**extra.pop("chat_template_kwargs", {}), **extra})
+    text, spans = chat.spans(clean, learnt, **fields)
+    calls = [call for message in clean for call in message.get("tool_calls", ()) if isinstance(call, dict)]
+    said = [call["arguments"] for call in (call.get("function", call) for call in calls) if "arguments" in call]
+    if any(isinstance(words, str) and json.dumps(words, ensure_ascii=False) in text for words in said):
+        raise InputError("a call's 'arguments' are a string, whose quotes the chat template escapes: write an object")
     return Row(text, spans, template=True)
 
 
 def _message(message: Message) -> Message:
     """A message without empty fields, with its text in one piece, and in the usual form if it is in ShareGPT's."""
-    message = {key: value for key, value in message.items() if value is not None}
+    message = {key: value for key, value in message.items() if value not in (None, [])}
     if "from" in message:
-        if (role := message.pop("from")) not in SHAREGPT:
-            raise InputError(f"'from' is {role!r}, but must be one of {', '.join(SHAREGPT)}")
+        if (role := str(message.pop("from"))) not in SHAREGPT or {"role", "content"} & message.keys():
+            raise InputError(f"'from' is {role!r}, but must be one of {', '.join(SHAREGPT)}, beside 'value' alone")
         message = {"role": SHAREGPT[role], "content": message.pop("value", None), **message}
     parts = message.get("content")
     if isinstance(parts, list) and all(

@@ -21,7 +21,7 @@ class MemorySpec:
     """What a layer is told that makes a memory of its own.
 
     Room for `batch` sequences of up to `capacity` positions, and for the gradients of the receiving chunks alone.
-    like: a tensor of the model's dtype, on its device. device_blocks: what layers with offload share (offload.py).
+    like: a tensor of the model's dtype, on its device.
     """
 
     batch: int
@@ -29,7 +29,6 @@ class MemorySpec:
     receiving: Sequence[Chunk]
     options: Options
     like: Tensor
-    device_blocks: Any = None
 
 
 class MemoryUse(NamedTuple):

@@ -46,22 +46,16 @@ class Handed:
       itself sends back is added when the chunk before it is rebuilt, for only then is its backward pass done.
 
     zero: before position 0. decay: a tensor of the shape of the decays, which broadcast against it.
-    With `offload` it waits in host memory; the layer gets it on its own device.
     """
 
     def __init__(self, zero: Tensor, decay: Tensor, spec: MemorySpec) -> None:
         # The last chunk that is rebuilt begins at `capacity`, and is not among the receiving ones.
         self.starts = sorted({spec.capacity, *(chunk.start for chunk in spec.receiving)})
         self.rows = {start: row for row, start in enumerate(self.starts)}
-        self.end, self.last = 0, zero  # the fill: what the last chunk that was written has handed on, and where
+        self.last = zero  # the fill: what the last chunk that was written has handed on
         self.decay = torch.ones_like(decay)  # the fill: of all chunks since the last one that is rebuilt
-        self.offload = spec.options.offload
-        home = torch.device("cpu") if self.offload and zero.is_cuda else zero.device
-
-        def room(like: Tensor) -> Tensor:
-            return like.new_empty((len(self.rows), *like.shape), device=home, pin_memory=home != like.device)
-
-        self.states, self.through, self.skipped = room(zero), room(decay), room(decay)
+        room = (x.new_empty((len(self.rows), *x.shape)) for x in (zero, decay, decay))
+        self.states, self.through, self.skipped = room
         if self.starts[0] == 0:
             self.states[0] = 0  # no other chunk comes before it, to write it
         self.read: dict[int, Tensor] = {}  # leaves, by row
@@ -72,7 +66,7 @@ class Handed:
         if start not in self.rows:
             return self.last.detach()
         row = self.rows[start]
-        h = (self.last if start == self.end else self._here(self.states[row])).detach()
+        h = self.states[row].detach()
         if torch.is_grad_enabled():
             self._add_what_the_next_sent(row)  # now, so that its leaf can go
             if row > 0:  # there is a rebuilt chunk before it to hand the gradient to
@@ -86,29 +80,25 @@ class Handed:
             self.adjoint = self.adjoint + later.grad
             del self.read[row + 1]
 
-    def _here(self, stored: Tensor) -> Tensor:
-        return stored.to(self.last.device, non_blocking=True, copy=self.offload)
-
     def write(self, chunk: Chunk, value: Tensor, decay: Tensor) -> None:
         """Store what a chunk hands on, and what is left in it of what it was handed."""
         row = bisect_right(self.starts, chunk.start) - 1  # of the last chunk so far that is rebuilt
         if row >= 0:
             rebuilt = self.starts[row] == chunk.start
             self.decay = torch.ones_like(decay) if rebuilt else self.decay * decay
-            self.skipped[row].copy_(self.decay, non_blocking=True)
+            self.skipped[row].copy_(self.decay)
             if rebuilt:
-                self.through[row].copy_(decay, non_blocking=True)
-        self.end, self.last = chunk.stop, value
+                self.through[row].copy_(decay)
+        self.last = value
         if chunk.stop in self.rows:
-            stored = self.states[self.rows[chunk.stop]].copy_(value, non_blocking=True)
-            self.last = value if self.offload else stored
+            self.last = self.states[self.rows[chunk.stop]].copy_(value)
 
     def hand_over(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
         """What is sent back to the state that a chunk hands on, and to its decay: nothing."""
         row = self.rows[chunk.start]
         self._add_what_the_next_sent(row)
-        received = self.adjoint * self._here(self.skipped[row])
-        self.adjoint = received * self._here(self.through[row])
+        received = self.adjoint * self.skipped[row]
+        self.adjoint = received * self.through[row]
         return received, torch.zeros_like(self.decay)
 
 

@@ -208,7 +208,7 @@ class WindowPast(Past):
 
 
 class DeviceStore:
-    """Keys and values (B, G, rows, D), and sums of gradients, on the model's device. offload.py has another."""
+    """Keys and values (B, G, rows, D), and sums of gradients, on the model's device."""
 
     early = False  # whether all sums have room from the start
 

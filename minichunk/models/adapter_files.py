@@ -1,7 +1,7 @@
 """A model's LoRA adapter saved and loaded, as the two files that PEFT reads and writes too.
 
-An adapter that was trained on a base made to see a part of its past is none that PEFT could use: on the base as it is
-stored, it would be part of another function. Its `peft_type` is therefore one that PEFT refuses.
+An adapter that was trained on a changed base, made to see a part of its past or with another rope, is none that PEFT
+could use: on the base as it is stored, it would be part of another function. Its `peft_type` is one that PEFT refuses.
 """
 
 from collections.abc import Callable
@@ -15,13 +15,15 @@ from torch import Tensor
 from ..errors import InputError
 from ..files.atomic import make_directory, open_tensors, read_json, write_json, write_tensors
 from ..files.checkpoint import checkpoint_directory
+from .load import change_rope
 from .lora import Lora, adapters, add_lora, default_targets, is_target, linear_layers
 from .partial import apply_saved
 from .stack import Stack
 
 _CONFIG, _TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # PEFT's wrapping of the base model's names
-_PARTIAL_CONTEXT = "PARTIAL_CONTEXT_LORA"
+# What of the base was changed, by the field of adapter_config.json that says it, and the `peft_type` that it makes.
+_CHANGES = {"partial_context": "PARTIAL_CONTEXT_LORA", "rope_parameters": "OTHER_ROPE_LORA"}
 # What adapter_config.json may say beyond rank, alpha, dropout and targets without changing what an adapter computes
 # (where it is put, the tensors tell); whatever else is set to something is a variant of LoRA that we do not have.
 _NEUTRAL = {
@@ -40,7 +42,7 @@ def save_adapter(
 
     base_model: path or hub name of the base model, which PEFT reads from the config.
     whole: makes all tensors by name of those that are here, or None where nothing is to be written.
-    If `partial_context` changed the base, the config says so, and PEFT refuses it.
+    If `partial_context` or `change_rope` changed the base, the config says so, and PEFT refuses it.
     Raises InputError if there is no adapter.
     """
     if model.lora is None:
@@ -48,8 +50,9 @@ def save_adapter(
     tensors = whole({name: p.detach() for name, p in model.named_parameters() if ".lora_" in name})
     if tensors is None:
         return
-    config = {
-        "peft_type": "LORA" if model.partial is None else _PARTIAL_CONTEXT,
+    changes = {"partial_context": model.partial, "rope_parameters": model.rope}
+    config: dict[str, Any] = {
+        "peft_type": _peft_type(changes),
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(base_model),
         "r": model.lora.rank,
@@ -59,8 +62,7 @@ def save_adapter(
         "inference_mode": True,
         "bias": "none",
     }
-    if model.partial is not None:
-        config["partial_context"] = model.partial
+    config |= {name: change for name, change in changes.items() if change is not None}
     directory = make_directory(directory)
     write_tensors(directory / _TENSORS, {_PREFIX + name: x for name, x in tensors.items()}, {"format": "pt"})
     write_json(directory / _CONFIG, config)
@@ -69,11 +71,12 @@ def save_adapter(
 def load_adapter(model: Stack, directory: str | Path) -> None:
     """Read an adapter that `save_adapter` or PEFT wrote, adding it to the model if it has none.
 
-    If it was trained on a base that `partial_context` had changed, the model is changed so too. Its mode stays.
+    If it was trained on a base that `partial_context` or `change_rope` had changed, the model is changed so too.
+    Its mode stays.
     Raises InputError, naming the file, for a damaged one, one of another model, and an unsupported variant of LoRA.
     """
     config_path, path = checkpoint_directory(directory) / _CONFIG, Path(directory) / _TENSORS
-    lora, partial = _read_config(config_path)
+    lora, changes = _read_config(config_path)
     pickled = path.with_name("adapter_model.bin")
     if pickled.is_file() and not path.is_file():
         raise InputError(f"{pickled} is pickled, and may run any code; load it with PEFT and save_pretrained(NEW_DIR)")
@@ -96,11 +99,12 @@ def load_adapter(model: Stack, directory: str | Path) -> None:
             raise InputError(f"{path}: {name} has the shape {list(tensor.shape)}, but the model needs {expected[name]}")
     if model.lora is not None and model.lora.rank != lora.rank:
         raise InputError(f"{path} has rank {lora.rank}, but the model's adapter {model.lora.rank}")
-    if partial is not None:
-        try:
-            apply_saved(model, partial)
-        except InputError as error:
-            raise InputError(f"{config_path}: {error}") from None
+    try:
+        for name, apply in (("partial_context", apply_saved), ("rope_parameters", change_rope)):
+            if changes[name] is not None:
+                apply(model, changes[name])
+    except InputError as error:
+        raise InputError(f"{config_path}: {error}") from None
     if not adapters(model):
         training = model.training
         add_lora(model, lora.rank, lora.alpha, targets, lora.dropout)
@@ -113,11 +117,15 @@ def load_adapter(model: Stack, directory: str | Path) -> None:
             layer.lora_B.weight.copy_(tensors[f"{name}.lora_B.weight"])
 
 
-def _read_config(path: Path) -> tuple[Lora, Any]:
-    """The adapter, without targets where they are not simply names; and what the base was made, see `Stack.partial`."""
+def _peft_type(changes: dict[str, Any]) -> str:
+    return next((_CHANGES[name] for name, change in changes.items() if change is not None), "LORA")
+
+
+def _read_config(path: Path) -> tuple[Lora, dict[str, Any]]:
+    """The adapter, without targets where they are not simply names; and what the base was made, see `_CHANGES`."""
     config = read_json(path)
-    partial, stabilized = config.pop("partial_context", None), config.pop("use_rslora", False)
-    if config.get("peft_type") != (wanted := "LORA" if partial is None else _PARTIAL_CONTEXT):
+    changes, stabilized = {name: config.pop(name, None) for name in _CHANGES}, config.pop("use_rslora", False)
+    if config.get("peft_type") != (wanted := _peft_type(changes)):
         raise InputError(f"{path}: peft_type is {config.get('peft_type')!r}, but must be {wanted!r}")
     for field, value in config.items():
         if field not in _NEUTRAL and value and value not in _NEUTRAL_VALUES.get(field, ()):
@@ -129,4 +137,4 @@ def _read_config(path: Path) -> tuple[Lora, Any]:
         lora = Lora(config.get("r", 0), config.get("lora_alpha", 0), config.get("lora_dropout") or 0.0, named)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    return (replace(lora, alpha=lora.alpha * lora.rank**0.5) if stabilized else lora), partial
+    return (replace(lora, alpha=lora.alpha * lora.rank**0.5) if stabilized else lora), changes

@@ -1,5 +1,6 @@
 """A model's shape, in Hugging Face's terms: fields, each checked by its type, read from and written as config.json."""
 
+from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar, Self, get_type_hints
 
@@ -9,44 +10,32 @@ from ..memory.window import FULL, Pattern, Window
 EndTokens = int | tuple[int, ...] | None
 
 
-def size(name: str, value: Any) -> int:
-    """Raise InputError unless it is a whole number of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"config: {name} is {value!r}, but must be a whole number of at least 1")
-    return value
+def several(ends: Any) -> tuple[Any, ...]:
+    """End tokens, however a config says them."""
+    return tuple(ends) if isinstance(ends, list | tuple) else () if ends is None else (ends,)
 
 
-def number(name: str, value: Any) -> float:
-    """Raise InputError unless it is a finite number above 0."""
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-        raise InputError(f"config: {name} is {value!r}, but must be a number above 0")
-    return float(value)
+# By the type of a field: what it must be, whether it is that, and what is made of it. null is false, or an empty list;
+# a negative end token is none: no model writes it.
+_KINDS: dict[Any, tuple[str, Callable[[Any], bool], Callable[[Any], Any]]] = {
+    int: ("a whole number of at least 1", lambda x: type(x) is int and x >= 1, int),
+    float: ("a number above 0", lambda x: type(x) in (int, float) and 0 < x < float("inf"), float),
+    bool: ("true or false", lambda x: x in (True, False, None), bool),
+    tuple[str, ...]: ("a list", lambda x: isinstance(x, list | tuple | None), lambda x: tuple(x or ())),
+    EndTokens: (
+        "a token id, a list of them, or null",
+        lambda x: all(isinstance(end, int) for end in several(x)),
+        lambda x: x if x is None or (isinstance(x, int) and x >= 0) else tuple(end for end in several(x) if end >= 0),
+    ),
+}
 
 
-def flag(name: str, value: Any) -> bool:
-    """Raise InputError unless it is true or false; null is false."""
-    if value not in (True, False, None):
-        raise InputError(f"config: {name} is {value!r}, but must be true or false")
-    return bool(value)
-
-
-def names(name: str, value: Any) -> tuple[str, ...]:
-    """A list, as JSON has them, or a tuple; null is an empty one."""
-    if not isinstance(value, list | tuple | type(None)):
-        raise InputError(f"config: {name} is {value!r}, but must be a list")
-    return tuple(value or ())
-
-
-def end_tokens(name: str, value: Any) -> EndTokens:
-    """Raise InputError unless it is a token id, several, or null. A negative one is none: no model writes it."""
-    several = value if isinstance(value, list | tuple) else () if value is None else (value,)
-    if not all(isinstance(end, int) for end in several):
-        raise InputError(f"config: {name} is {value!r}, but must be a token id, a list of them, or null")
-    ends = tuple(end for end in several if end >= 0)
-    return value if value is None or value in ends else ends
-
-
-_CHECKS: dict[Any, Any] = {int: size, float: number, bool: flag, tuple[str, ...]: names, EndTokens: end_tokens}
+def checked(kind: Any, name: str, value: Any) -> Any:
+    """The value as a field of this kind, a key of _KINDS, has it. Raises InputError if it is none."""
+    must, fits, made = _KINDS[kind]
+    if not fits(value):
+        raise InputError(f"config: {name} is {value!r}, but must be {must}")
+    return made(value)
 
 
 def check_layer_types(kinds: tuple[str, ...], known: tuple[str, ...], num_layers: int) -> None:
@@ -65,10 +54,10 @@ def needed(config: dict[str, Any], name: str) -> Any:
 
 @dataclass(frozen=True)
 class Config:
-    """What configs have in common. A field of one of the types in _CHECKS is checked by it.
+    """What configs have in common. A field of one of the types in _KINDS is checked by it.
 
-    Of the config.json: `only` has more of its fields, and the values of them that the model computes, `beside` what is
-    written beside the fields, and `not_written` the fields that it lacks.
+    only: values that the model computes, of more fields of a config.json. beside: what is written beside the fields.
+    not_written: fields that are not in it.
     """
 
     name: ClassVar[str] = ""  # the `model_type`, where there is but one
@@ -78,23 +67,20 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
-            if kind in _CHECKS:
-                object.__setattr__(self, name, _CHECKS[kind](name, getattr(self, name)))
+            if kind in _KINDS:
+                object.__setattr__(self, name, checked(kind, name, getattr(self, name)))
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> Self:
-        """The fields of a parsed `config.json`.
-
-        Raises InputError, naming the field, for another model_type and for what the model does not compute.
-        """
+        """From a parsed `config.json`. Raises InputError, naming the field, for what the model does not compute."""
         if cls.name and config.get("model_type") != cls.name:
             raise InputError(f"config: model_type is {config.get('model_type')!r}, but must be {cls.name!r}")
         for field in fields(cls):
             if field.default is MISSING:
                 needed(config, field.name)
-        for name, values in {"quantization_config": (None, {}), **cls.only}.items():
+        for name, values in {"quantization_config": (None, {}), "is_causal": (True, None), **cls.only}.items():
             if config.get(name, values[0]) not in values:
-                wanted = repr(values[0]) if name in cls.only else "absent: load the unquantized checkpoint"
+                wanted = "absent: load the unquantized checkpoint" if name == "quantization_config" else repr(values[0])
                 raise InputError(f"config: {name} = {config[name]!r} is not supported; it must be {wanted}")
         return cls(**{field.name: config[field.name] for field in fields(cls) if field.name in config})
 
@@ -105,18 +91,7 @@ class Config:
 
     def first_eos(self) -> int | None:
         """The end token that a written text gets, if there is any; a model may know several."""
-        ends = getattr(self, "eos_token_id", None)
-        return (ends[0] if ends else None) if isinstance(ends, tuple) else ends
-
-
-@dataclass(frozen=True)
-class Llama3Rope(Config):
-    """The llama3 rule that slows the low frequencies of RoPE down (Llama 3.1 and later)."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+        return next(iter(several(getattr(self, "eos_token_id", None))), None)
 
 
 FULL_ATTENTION, SLIDING_ATTENTION, PARTIAL_ATTENTION = "full_attention", "sliding_attention", "partial_attention"
@@ -126,15 +101,14 @@ FULL_ATTENTION, SLIDING_ATTENTION, PARTIAL_ATTENTION = "full_attention", "slidin
 class LlamaConfig(Config):
     """Shape and constants of a model, with Hugging Face's names.
 
-    Three fields are ours, because `config.json` implies them by `model_type`: `attention_bias` is the bias of q, k and
-    v, `attention_out_bias` that of o, `qk_norm` the RMSNorm on each head's queries and keys. `layer_types` has for each
-    layer full_attention or sliding_attention, to the last `sliding_window` positions, the own included; or ours,
-    partial_attention: what `pattern` says, then in the place of windows. Empty: full_attention for all.
+    `model_type` implies in a `config.json` what three fields say: `attention_bias` is that of q, k and v, and
+    `attention_out_bias` of o; `qk_norm` an RMSNorm on each head's queries and keys. `layer_types` has for each layer
+    full_attention, sliding_attention (the last `sliding_window` positions, the own included) or ours in its place,
+    partial_attention (what `pattern` says); empty: full_attention for all. `rope_scaling` is a RopeRule of rope.py;
+    None: RoPE as first published.
     """
 
-    only: ClassVar = {
-        "hidden_act": ("silu", "swish"), "attention_dropout": (0, None), "partial_rotary_factor": (1.0, None),
-    }  # fmt: skip
+    only: ClassVar = {"hidden_act": ("silu", "swish"), "attention_dropout": (0, None)}
     not_written = ("attention_out_bias", "qk_norm", "sliding_window", "layer_types", "pattern", "model_type")
 
     vocab_size: int
@@ -147,7 +121,7 @@ class LlamaConfig(Config):
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: Llama3Rope | None = None
+    rope_scaling: Any = None
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     attention_out_bias: bool = False
@@ -167,11 +141,13 @@ class LlamaConfig(Config):
             raise InputError(f"config: num_attention_heads ({H}) must be a multiple of num_key_value_heads ({G})")
         if self.head_dim % 2:
             raise InputError(f"config: head_dim is {self.head_dim}, but RoPE needs an even number")
+        if self.rope_scaling is not None:
+            self.rope_scaling.check(self)
         kinds, other = self.layer_types, SLIDING_ATTENTION if self.pattern is None else PARTIAL_ATTENTION
         if kinds or self.pattern is not None or self.sliding_window is not None:
             check_layer_types(kinds, (FULL_ATTENTION, other), self.num_hidden_layers)
         if self.sliding_window is not None or SLIDING_ATTENTION in kinds:
-            size("sliding_window", self.sliding_window)
+            checked(int, "sliding_window", self.sliding_window)
         if self.pattern is not None and other not in kinds:
             raise InputError(f"config: there is a pattern, but layer_types is {list(kinds)}, without any {other!r}")
 

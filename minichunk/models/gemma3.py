@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..memory.attention import Past
 from ..memory.layer_memory import wide
 from ..memory.window import FULL, Pattern
-from .config import FULL_ATTENTION, SLIDING_ATTENTION, Config, LlamaConfig, names, needed, number, size
+from .config import FULL_ATTENTION, SLIDING_ATTENTION, Config, LlamaConfig, checked, needed
 from .llama import Layer, Rope, rope_tables
 from .stack import Stack
 
@@ -53,9 +53,9 @@ class Gemma3Config(LlamaConfig):
         c["rope_theta"] = _theta(c, FULL_ATTENTION, "rope_theta", 1e6)
         c["rope_local_base_freq"] = _theta(c, SLIDING_ATTENTION, "rope_local_base_freq", 1e4)
         every = c.get("sliding_window_pattern") or 6  # by which older files say it
-        num_layers = size("num_hidden_layers", needed(c, "num_hidden_layers"))
+        num_layers = checked(int, "num_hidden_layers", needed(c, "num_hidden_layers"))
         implied = tuple(SLIDING_ATTENTION if (i + 1) % every else FULL_ATTENTION for i in range(num_layers))
-        c["layer_types"] = names("layer_types", c.get("layer_types")) or implied
+        c["layer_types"] = checked(tuple[str, ...], "layer_types", c.get("layer_types")) or implied
         return super(LlamaConfig, cls).from_dict(c)
 
 
@@ -63,10 +63,10 @@ def _theta(c: dict[str, Any], kind: str, older: str, default: float) -> float:
     """rope_theta of layers of a kind: in `rope_parameters` (transformers 5), or in a field of its own."""
     rope = (c.get("rope_parameters") or {}).get(kind)
     if rope is None:
-        return number(older, c.get(older, default))
+        return checked(float, older, c.get(older, default))
     if rope.get("rope_type", "default") != "default":
         raise InputError(f"config: rope_parameters.{kind}.rope_type is {rope['rope_type']!r}, but must be 'default'")
-    return number(f"rope_parameters.{kind}.rope_theta", rope.get("rope_theta", default))
+    return checked(float, f"rope_parameters.{kind}.rope_theta", rope.get("rope_theta", default))
 
 
 class Norm(nn.RMSNorm):
@@ -117,11 +117,12 @@ class Gemma3(Stack):
 
     config_class = Gemma3Config
     embedding_class = Embedding
+    takes_positions = True
 
     def __init__(self, config: Gemma3Config) -> None:
         layers = (Gemma3Layer(config, pattern) for pattern in config.patterns())
         super().__init__(config, layers, Norm(config.hidden_size, config.rms_norm_eps))
 
-    def shared(self, x: Tensor, start: int) -> tuple[Rope, ...]:
+    def shared(self, x: Tensor, positions: Tensor, whole: Tensor | None) -> tuple[Rope, ...]:
         near = replace(self.config, rope_theta=self.config.rope_local_base_freq)
-        return tuple(rope_tables(config, start, start + x.shape[1], x) for config in (self.config, near))
+        return tuple(rope_tables(config, positions, x, whole) for config in (self.config, near))

@@ -4,7 +4,6 @@ Shapes: B batch, T tokens of this call, H query heads, G key-value heads, D head
 E hidden size, V vocabulary. Parameter names are Hugging Face's.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 
@@ -15,40 +14,42 @@ from torch import Tensor, nn
 from ..memory.attention import Past
 from ..memory.cache import LayerCache
 from ..memory.layer_memory import LayerMemory, MemorySpec, wide
-from ..memory.offload import DeviceBlocks, HostStore
 from ..memory.window import FULL, DeviceStore, Pattern, WindowCache
 from .config import LlamaConfig
 from .stack import Stack
 
-Rope = tuple[Tensor, Tensor]  # cos and sin of the angles, (T, D/2) each
+Rope = tuple[Tensor, Tensor]  # cos and sin of the angles, (T, D/2) each, or (B, 1, T, D/2)
 
 
-def rope_tables(config: LlamaConfig, start: int, stop: int, like: Tensor) -> Rope:
-    """cos and sin of the rotation angles at positions `start` to `stop`: two (T, D/2).
+def periods(size: int, theta: float | Tensor, like: Tensor) -> Tensor:
+    """Positions to a radian of each pair of a head of so many numbers: float32 (size / 2), RoPE as first published.
 
-    Angles and results are float32 numbers, found in Hugging Face's order, whatever the model's dtype. Power, sine and
-    cosine are float64's, rounded: float32's differ in the last bit from machine to machine, and far into a text that
-    is an angle.
+    The power is float64's, rounded: float32's differ in the last bit from machine to machine, and far into a text that
+    is an angle. So with sine and cosine.
     """
-    D = config.head_dim
-    exponents = torch.arange(0, D, 2, dtype=torch.float32, device=like.device) / D
-    frequencies = 1.0 / (config.rope_theta ** exponents.double()).float()  # (D/2)
+    exponents = torch.arange(0, size, 2, dtype=torch.float32, device=like.device) / size
+    return (theta ** exponents.double()).float()
+
+
+def rope_tables(config: LlamaConfig, positions: Tensor, like: Tensor, whole: Tensor | None = None) -> Rope:
+    """cos and sin of the rotation angles at these positions, int64 (…, T): two (…, T, D/2), or for a part of D.
+
+    whole: the positions of the whole text, for the rules of rope.py that depend on its length; None: nobody told them.
+    Angles and results are float32 numbers, found in Hugging Face's order, whatever the model's dtype.
+    """
+    frequencies, scale = 1.0 / periods(config.head_dim, config.rope_theta, like), 1.0
     if config.rope_scaling is not None:
-        rule = config.rope_scaling
-        turns = rule.original_max_position_embeddings * frequencies / (2 * math.pi)
-        keep = (turns - rule.low_freq_factor) / (rule.high_freq_factor - rule.low_freq_factor)
-        keep = keep.clamp(0, 1)  # 1: as trained, 0: slowed down by the whole factor
-        frequencies = keep * frequencies + (1 - keep) * frequencies / rule.factor
-    positions = torch.arange(start, stop, dtype=torch.float32, device=like.device)
-    angles = torch.outer(positions, frequencies).double()  # (T, D/2)
-    return angles.cos().float().to(like.dtype), angles.sin().float().to(like.dtype)
+        frequencies, scale = config.rope_scaling.frequencies(config, like, whole), config.rope_scaling.scale()
+    angles = (positions[..., None].float() * frequencies).double()
+    return (angles.cos().float() * scale).to(like.dtype), (angles.sin().float() * scale).to(like.dtype)
 
 
 def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """RoPE in Hugging Face's layout: dimension i is paired with i + D/2."""
+    """RoPE in Hugging Face's layout: of the first numbers that are turned, i is paired with i + half of them."""
     cos, sin = rope
-    first, second = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    half = cos.shape[-1]
+    first, second, rest = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)  # (B, H, T, D/2) twice, and D = 0
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
 
 class Attention(nn.Module):
@@ -72,8 +73,7 @@ class Attention(nn.Module):
 
     def keys_values(self, x: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """What this chunk puts into the cache: keys and values, each (B, G, T, D)."""
-        k, v = self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
-        return rotate(self.k_norm(k), rope), v
+        return rotate(self.k_norm(self.heads(self.k_proj(x))), rope), self.heads(self.v_proj(x))
 
     def forward(self, x: Tensor, past: Past | None, rope: Rope) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         q = rotate(self.q_norm(self.heads(self.q_proj(x))), rope)  # (B, H, T, D)
@@ -83,8 +83,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         else:
             y = past.attend(q, k, v)
-        y = y.transpose(1, 2).flatten(2)  # (B, H, T, D) -> (B, T, H*D)
-        return self.o_proj(y), (k, v)
+        return self.o_proj(y.transpose(1, 2).flatten(2)), (k, v)  # (B, H, T, D) -> (B, T, H*D)
 
 
 class MLP(nn.Module):
@@ -123,11 +122,6 @@ class Layer(nn.Module):
         """For keys and values, as far as the pattern needs them, and the gradients that are sent back to them."""
         B, G, D, pattern = spec.batch, self.self_attn.groups, self.self_attn.head_dim, self.self_attn.pattern
         grad_dtype = spec.options.cache_grad_dtype or wide(spec.like)
-        if spec.options.offload:
-            if spec.device_blocks is None:  # the first layer makes what all share
-                spec.device_blocks = DeviceBlocks((2, B, G, D), spec.like, grad_dtype)
-            new_host_store = partial(HostStore, spec.device_blocks)
-            return WindowCache(new_host_store, pattern, spec.capacity, spec.receiving)
         if pattern == FULL:
             return LayerCache((B, G, spec.capacity, D), spec.receiving, spec.like, grad_dtype)
         new_store = partial(DeviceStore, (B, G, D), like=spec.like, grad_dtype=grad_dtype)
@@ -141,10 +135,11 @@ class Llama(Stack):
     """
 
     config_class = LlamaConfig
+    takes_positions = True
 
     def __init__(self, config: LlamaConfig) -> None:
         norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         super().__init__(config, (Layer(config, pattern) for pattern in config.patterns()), norm)
 
-    def shared(self, x: Tensor, start: int) -> tuple[Rope]:
-        return (rope_tables(self.config, start, start + x.shape[1], x),)
+    def shared(self, x: Tensor, positions: Tensor, whole: Tensor | None) -> tuple[Rope]:
+        return (rope_tables(self.config, positions, x, whole),)

@@ -5,7 +5,7 @@ Models know no files: this module gives them `from_pretrained` and `save_pretrai
 """
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +16,13 @@ from ..errors import InputError
 from ..files.atomic import check_room, read_json
 from ..files.checkpoint import checkpoint_bytes, checkpoint_directory, read_checkpoint, write_checkpoint
 from ..memory.window import Pattern, Strided, Window
-from .config import (
-    FULL_ATTENTION,
-    SLIDING_ATTENTION,
-    Config,
-    Llama3Rope,
-    LlamaConfig,
-    end_tokens,
-    names,
-    needed,
-    number,
-    size,
-)  # fmt: skip
+from .config import FULL_ATTENTION, SLIDING_ATTENTION, Config, EndTokens, LlamaConfig, checked, needed
 from .gemma3 import Gemma3, Gemma3Config
 from .llama import Llama
 from .lora import adapters
 from .mamba2 import Mamba2, Mamba2Config
 from .quantize import Linear4bit, check_bitsandbytes, is_in_4bit, is_stored_in_4bit
+from .rope import RULES, RopeRule
 from .ssm import StateSpace, StateSpaceConfig
 from .stack import Stack
 
@@ -89,7 +79,7 @@ def load(
     in_file = {parameter: name for name, parameter in wanted.items()}
     tied = {name: in_file[p] for name, p in model.named_parameters(remove_duplicate=False) if name not in wanted}
     if generation.is_file():
-        model.ends = end_tokens(f"{generation}: eos_token_id", read_json(generation).get("eos_token_id"))
+        model.ends = checked(EndTokens, f"{generation}: eos_token_id", read_json(generation).get("eos_token_id"))
     model.origin = Path(directory)
     prepare(model)
     here = {in_file[parameter]: name for name, parameter in model.named_parameters()}
@@ -150,8 +140,8 @@ def read_llama_config(cls: type[LlamaConfig], config: dict[str, Any]) -> LlamaCo
         known = f"{', '.join(sorted(_FAMILIES))}, and by minichunk.load_model also {', '.join(OTHERS)}"
         raise InputError(f"config: {field} {model_type!r} is not supported; supported are {known}")
     c = {**config, "model_type": model_type}
-    heads = size("num_attention_heads", needed(c, "num_attention_heads"))
-    hidden = size("hidden_size", needed(c, "hidden_size"))
+    heads = checked(int, "num_attention_heads", needed(c, "num_attention_heads"))
+    hidden = checked(int, "hidden_size", needed(c, "hidden_size"))
     c |= {
         "num_key_value_heads": c.get("num_key_value_heads") or heads,
         "head_dim": c.get("head_dim") or (128 if model_type == "qwen3" else hidden // heads),
@@ -170,8 +160,7 @@ def write_llama_config(config: LlamaConfig) -> dict[str, Any]:
     architecture = f"{config.model_type.capitalize()}ForCausalLM"
     out: dict[str, Any] = {"architectures": [architecture], "model_type": config.model_type, "hidden_act": "silu"}
     out |= Config.to_dict(config)
-    if config.rope_scaling is not None:
-        out["rope_scaling"] = {"rope_type": "llama3", **asdict(config.rope_scaling)}
+    out["rope_scaling"] = write_rope(config.rope_scaling) or None
     kinds = {"layer_types": list(config.layer_types)} if config.layer_types else {}
     if config.pattern is not None:
         ours = {"model_type": _PARTIAL_CONTEXT, "architectures": ["PartialContextForCausalLM"]}
@@ -193,14 +182,14 @@ def pattern_of(value: Any) -> Pattern:
         raise InputError(f"config: pattern is {value!r}, but must have window and sinks, or block, local and stride")
     for name, given in value.items():
         if (name, given) != ("sinks", 0):
-            size(name, given)
+            checked(int, name, given)
     return kinds[0](**value)
 
 
 def _read_windows(c: dict[str, Any]) -> tuple[int | None, tuple[str, ...]]:
     """`sliding_window` and `layer_types`, as transformers reads them; (None, ()) if no layer has a window."""
     model_type = c["model_type"]
-    num_layers = size("num_hidden_layers", needed(c, "num_hidden_layers"))
+    num_layers = checked(int, "num_hidden_layers", needed(c, "num_hidden_layers"))
     window = c.get("sliding_window", None if model_type == "llama" else 4096)  # transformers' default
     if model_type not in ("mistral", "ministral"):
         window = window if c.get("use_sliding_window") else None
@@ -210,7 +199,7 @@ def _read_windows(c: dict[str, Any]) -> tuple[int | None, tuple[str, ...]]:
         if not isinstance(first, int) or isinstance(first, bool) or first < 0:
             raise InputError(f"config: max_window_layers is {first!r}, but must be a whole number of at least 0")
     implied = tuple(FULL_ATTENTION if i < first else SLIDING_ATTENTION for i in range(num_layers))
-    kinds = names("layer_types", c.get("layer_types")) or implied
+    kinds = checked(tuple[str, ...], "layer_types", c.get("layer_types")) or implied
     if kinds == (FULL_ATTENTION,) * num_layers:
         return None, ()
     if SLIDING_ATTENTION in kinds and (model_type == "llama" or (model_type == "mistral" and kinds != implied)):
@@ -219,30 +208,65 @@ def _read_windows(c: dict[str, Any]) -> tuple[int | None, tuple[str, ...]]:
     return window, kinds
 
 
-def _read_rope(c: dict[str, Any]) -> tuple[float, Llama3Rope | None]:
-    """rope_theta and the scaling. transformers 5 keeps both in rope_parameters, but would take rope_scaling first."""
-    read = [_read_rope_field(c, field) for field in ("rope_scaling", "rope_parameters") if c.get(field)]
-    if read and read[0] != read[-1]:
+def _read_rope(c: dict[str, Any]) -> tuple[float, RopeRule | None]:
+    """rope_theta and the rule. transformers 5 keeps both in rope_parameters, but would take rope_scaling first."""
+    said = [field for field in ("rope_scaling", "rope_parameters") if c.get(field)]
+    read = [_read_rope_field(c, field) for field in said or ["rope_parameters"]]
+    if read[0] != read[-1]:
         raise InputError("config: rope_scaling and rope_parameters do not say the same: drop the one that is wrong")
-    return read[0] if read else (number("rope_theta", c.get("rope_theta", 10000.0)), None)
+    return read[0]
 
 
-def _read_rope_field(c: dict[str, Any], field: str) -> tuple[float, Llama3Rope | None]:
-    rope = c[field]
+def _read_rope_field(c: dict[str, Any], field: str) -> tuple[float, RopeRule | None]:
+    rope = c.get(field) or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise InputError(f"config: {field} is {rope!r}, but must be an object, the same for all layers, or null")
-    if rope.get("partial_rotary_factor") not in (1.0, None):
-        raise InputError(f"config: {field}.partial_rotary_factor is not supported; it must be 1.0")
-    theta = number("rope_theta", rope.get("rope_theta", c.get("rope_theta", 10000.0)))
+    theta = checked(float, "rope_theta", rope.get("rope_theta", c.get("rope_theta", 10000.0)))
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise InputError(f"config: {field}.rope_type {kind!r} is not supported; supported are 'default' and 'llama3'")
-    rule = Llama3Rope.from_dict(rope)
-    if rule.high_freq_factor <= rule.low_freq_factor:
-        raise InputError(f"config: {field}.high_freq_factor must be larger than {field}.low_freq_factor")
-    return theta, rule
+    if not isinstance(kind, str) or kind not in RULES:
+        raise InputError(f"config: {field}.rope_type {kind!r} is not supported; supported are {', '.join(RULES)}")
+    context = checked(int, "max_position_embeddings", c.get("max_position_embeddings", 2048))
+    old = c.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or context
+    part = rope.get("partial_rotary_factor", c.get("partial_rotary_factor"))
+    told = {**rope, "partial_rotary_factor": 1.0 if part is None else part, "original_max_position_embeddings": old}
+    if kind == "longrope" and told.get("factor") is None:
+        told["factor"] = context / checked(int, "original_max_position_embeddings", old)
+    rule = RULES[kind].from_dict(told)
+    return theta, None if rule == RopeRule() else rule
+
+
+def write_rope(rule: RopeRule | None) -> dict[str, Any]:
+    """As config.json has it; empty for the default."""
+    if rule is None:
+        return {}
+    kind = next(name for name, known in RULES.items() if known is type(rule))
+    said = {name: list(x) if isinstance(x, tuple) else x for name, x in vars(rule).items() if x is not None}
+    return {"rope_type": kind, **{name: x for name, x in said.items() if (name, x) != ("partial_rotary_factor", 1.0)}}
+
+
+def change_rope(model: Stack, rope: dict[str, Any]) -> None:
+    """Let a pretrained model's positions be turned by other angles: in place, to be trained after.
+
+    Its config says so, `save_pretrained` writes it, and `save_adapter` writes it beside the adapter.
+
+    rope: fields of config.json's `rope_parameters`, as {"rope_type": "yarn", "factor": 4.0} or {"rope_theta": 8e6}.
+        What it leaves out stays, but a new rope_type begins without the old one's fields; its
+        original_max_position_embeddings, if need be, is the old rule's, or else the config's max_position_embeddings.
+    Raises InputError for another kind of model, and for a rule that cannot be.
+    """
+    config = model.config
+    if not isinstance(rope, dict):
+        raise InputError(f"rope_parameters is {rope!r}, but must be an object")
+    if type(config) is not LlamaConfig:
+        raise InputError(f"another rope needs a model of the Llama family, not a {config.name}")
+    old = {"rope_theta": config.rope_theta, **write_rope(config.rope_scaling)}
+    if rope.keys() & {"rope_type", "type"}:
+        lasting = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
+        old = {name: value for name, value in old.items() if name in lasting}
+    whole = {"max_position_embeddings": config.max_position_embeddings, "rope_parameters": {**old, **rope}}
+    theta, rule = _read_rope(whole)
+    model.config = replace(config, rope_theta=theta, rope_scaling=rule)
+    model.rope = {"rope_theta": theta, "rope_type": "default", **write_rope(rule)}
 
 
 Stack.from_pretrained = classmethod(load)

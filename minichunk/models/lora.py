@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -19,8 +20,7 @@ from .stack import Stack
 class DropoutMasks:
     """Which masks the model's dropouts draw now; one object, shared by all of a model's adapters.
 
-    A rebuild must draw the masks that the fill drew, or its gradient is another function's. So
-    on top of a cache a mask depends on nothing but the step's seed, the module and the chunk.
+    A rebuild must draw the fill's masks: on top of a cache they depend on step's seed, module and chunk alone.
     """
 
     def __init__(self) -> None:
@@ -52,13 +52,13 @@ class DropoutMasks:
 class Placeholder(nn.Module):
     """Of a module that another rank has; returns its input.
 
-    linear: the linear layers inside of it by name, without numbers.
+    linear: the sizes of the linear layers inside of it, by name.
     """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         found = ((name, layer) for name, layer in module.named_modules() if name and isinstance(layer, nn.Linear))
-        self.linear = {name: nn.Linear(x.in_features, x.out_features, device="meta") for name, x in found}
+        self.linear = {n: SimpleNamespace(in_features=x.in_features, out_features=x.out_features) for n, x in found}
 
     def forward(self, x: object) -> object:
         return x
@@ -86,7 +86,7 @@ def adapters(model: Stack) -> dict[str, Any]:
 
 
 def linear_layers(model: Stack) -> dict[str, Any]:
-    """By full name, what an adapter can be put at: all linear layers, of other ranks too, but the LM head."""
+    """By full name, what an adapter can be put at: all linear layers but the LM head; of other ranks, their sizes."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | Linear4bit):
@@ -115,8 +115,8 @@ def add_lora(
     targets: names, or ends of them; None: q_proj and v_proj where the model has attention, else `default_targets`.
     The model is in training mode then, with dropout: `model.eval()` ends that.
 
-    Every parameter keeps its name; `<layer>.lora_A.weight` (rank, in) and `<layer>.lora_B.weight`
-    (out, rank) come beside it, in float32 (float64 for a float64 model). The update is alpha / rank · B A.
+    Parameters keep their names; `<layer>.lora_A.weight` (rank, in) and `<layer>.lora_B.weight` (out, rank) come beside
+    them, in float32 (float64 for a float64 model). The update is alpha / rank · B A.
     Raises InputError for a wrong value and for a model that has an adapter already.
     """
     known, default = linear_layers(model), default_targets(model)
@@ -130,14 +130,14 @@ def add_lora(
     if adapters(model):
         raise InputError("the model has an adapter already: call merge_lora(model) first")
     model.requires_grad_(False)
-    masks, like, here = DropoutMasks(), next(model.parameters()), set(model.modules())
+    masks, like, here = DropoutMasks(), next(model.parameters()), dict(model.named_modules())
     wide: Any = {"bias": False, "dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
     for name, layer in known.items():
         if is_target(name, targets):
             A, B = nn.Linear(layer.in_features, rank, **wide), nn.Linear(rank, layer.out_features, **wide)
             nn.init.kaiming_uniform_(A.weight, a=5**0.5)  # as the LoRA paper's code: starts at B A = 0
             nn.init.zeros_(B.weight)
-            if layer in here:  # the others were for the random numbers, the same whoever has which layers
+            if name in here:  # the others were for the random numbers, the same whoever has which layers
                 layer.lora_A, layer.lora_B = A, B
                 layer.name, layer.scale, layer.dropout, layer.masks = name, alpha / rank, dropout, masks
                 layer.hook = layer.register_forward_hook(_add_product)

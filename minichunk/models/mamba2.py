@@ -65,12 +65,12 @@ class Mamba2Config(Config):
             raise InputError(f"config: num_heads ({H}) must be a multiple of n_groups ({G})")
         given: Any = self.time_step_limit
         try:  # JSON has no infinity, which transformers 5 spells {"__float__": "Infinity"}
-            low, high = (float(limit["__float__"] if isinstance(limit, dict) else limit) for limit in given)
+            limits = tuple(float(limit["__float__"] if isinstance(limit, dict) else limit) for limit in given)
         except (TypeError, ValueError, KeyError):
-            raise InputError(f"config: time_step_limit is {given!r}, but must be a list of two numbers") from None
-        if not 0 <= low <= high:
-            raise InputError(f"config: time_step_limit is {[low, high]}, but must be [least, greatest], both from 0 on")
-        object.__setattr__(self, "time_step_limit", (low, high))
+            limits = ()
+        if len(limits) != 2 or not 0 <= limits[0] <= limits[1]:
+            raise InputError(f"config: time_step_limit is {given!r}, but must be [least, greatest], from 0 on")
+        object.__setattr__(self, "time_step_limit", limits)
 
 
 class StreamNorm(nn.RMSNorm):
@@ -78,18 +78,6 @@ class StreamNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)
-
-
-class GroupedNorm(nn.RMSNorm):
-    """RMSNorm of each group."""
-
-    def __init__(self, size: int, groups: int, eps: float) -> None:
-        super().__init__(size, eps)
-        self.group_size = size // groups
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.unflatten(-1, (-1, self.group_size))
-        return F.rms_norm(x, (self.group_size,), eps=self.eps).flatten(-2) * self.weight
 
 
 class Mixer(nn.Module):
@@ -110,7 +98,7 @@ class Mixer(nn.Module):
         # Heads that decay by 1 to H, and time steps of 0.001 to 0.1, which softplus makes of dt_bias.
         self.A_log, self.D = nn.Parameter(torch.arange(1, H + 1).log()), nn.Parameter(torch.ones(H))
         self.dt_bias = nn.Parameter(torch.empty(H).uniform_(math.log(0.001), math.log(0.1)).exp().expm1().log())
-        self.norm = GroupedNorm(self.inner, G, config.layer_norm_epsilon)
+        self.norm = nn.RMSNorm(self.inner, config.layer_norm_epsilon)
         self.out_proj = nn.Linear(self.inner, E, bias=config.use_bias)
 
     def forward(self, u: Tensor, past: Before | None) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -124,7 +112,9 @@ class Mixer(nn.Module):
         tails = [(convolved[:, end : end + self.kernel - 1].clone(), u.new_zeros(())) for end in ends]
         y, states = self.scan(F.silu(self.conv1d(convolved.mT).mT), dt, past.states[0], past.lengths)
         written = tuple(tensor for pairs in zip(states, tails, strict=True) for pair in pairs for tensor in pair)
-        return self.out_proj(self.norm(y * F.silu(z.to(y.dtype))).to(u.dtype)), written
+        gated = (y * F.silu(z.to(y.dtype))).unflatten(-1, (self.heads[0], -1))  # (B, T, G, H/G·P): each has a norm
+        y = F.rms_norm(gated, gated.shape[-1:], eps=self.norm.eps).flatten(-2) * self.norm.weight
+        return self.out_proj(y.to(u.dtype)), written
 
     def scan(self, convolved: Tensor, dt: Tensor, h: Tensor, lengths: Sequence[int]) -> tuple[Tensor, list[Any]]:
         """y (B, T, H·P), and for each chunk the state (B, G, H/G, P, N) at its end with its decay (B, G, H/G, 1, 1)."""

@@ -14,8 +14,7 @@ from .stack import Stack
 def partial_context(model: Stack, pattern: Pattern, full_layers: Sequence[int] | None = None) -> None:
     """Let the queries of all layers but `full_layers` see only what `pattern` says: in place, to be trained after.
 
-    The weights stay as they are, an adapter or a 4-bit base too, but the model computes another function, for which it
-    was not trained. Its config says so, `save_pretrained` writes it, and `save_adapter` writes it beside the adapter.
+    The weights stay as they are, an adapter or a 4-bit base too; what is saved of the model says what was done.
 
     pattern: mc.Window(window, sinks) or mc.Strided(block, local, stride).
     full_layers: numbers of the layers that keep full attention, from 0; empty for none. None: the middle third, that is
@@ -32,8 +31,8 @@ def partial_context(model: Stack, pattern: Pattern, full_layers: Sequence[int] |
 def partial_config(config: Any, pattern: Pattern, full_layers: Sequence[int] | None = None) -> LlamaConfig:
     """The config of what `partial_context` makes of a model, see there.
 
-    Windows without sinks are what Hugging Face's models have too: those become its `sliding_window`, a Llama or a
-    Mistral thereby a Ministral. All else is `pattern`, under a model_type of our own when it is saved.
+    Windows without sinks become Hugging Face's `sliding_window`, a Llama or a Mistral thereby a Ministral. All else is
+    `pattern`, under a model_type of our own when it is saved.
     """
     if type(config) is not LlamaConfig:
         raise InputError(f"partial_context needs a model of the Llama family, not a {config.name}")
@@ -44,19 +43,15 @@ def partial_config(config: Any, pattern: Pattern, full_layers: Sequence[int] | N
         raise InputError(f"layers of this model see a part of their past already: {already}")
     L = config.num_hidden_layers
     full = set(range(L // 3, L - L // 3) if full_layers is None else full_layers)
-    if wrong := sorted(full - set(range(L))):
-        raise InputError(f"full layers: there is no layer {wrong[0]}; this model has 0 to {L - 1}")
-    if len(full) == L:
-        raise InputError(f"full layers: these are all {L} of the model; none would be left to see a part of its past")
-
-    def kinds(other: str) -> tuple[str, ...]:
-        return tuple(FULL_ATTENTION if i in full else other for i in range(L))
-
-    ours = replace(config, pattern=pattern, layer_types=kinds(PARTIAL_ATTENTION))
+    if not full < set(range(L)):
+        raise InputError(f"full layers are {sorted(full)}, but must be some, not all, of 0 to {L - 1}")
+    kinds = tuple(FULL_ATTENTION if i in full else PARTIAL_ATTENTION for i in range(L))
+    ours = replace(config, pattern=pattern, layer_types=kinds)
     if isinstance(pattern, Strided) or pattern.sinks:
         return ours
     model_type = "ministral" if config.model_type in ("llama", "mistral") else config.model_type
-    stock = replace(config, model_type=model_type, sliding_window=pattern.window, layer_types=kinds(SLIDING_ATTENTION))
+    kinds = tuple(FULL_ATTENTION if i in full else SLIDING_ATTENTION for i in range(L))
+    stock = replace(config, model_type=model_type, sliding_window=pattern.window, layer_types=kinds)
     return stock if read_model_config(stock.to_dict()) == stock else ours
 
 

@@ -1,7 +1,5 @@
-"""A frozen base in 4 bits: NF4 weights, 16 levels fitted to a normal distribution, by bitsandbytes.
-
-QLoRA (arXiv 2305.14314): the adapter trains in full precision beside a base that is stored small
-and unpacked layer by layer when it is needed, once in the forward pass and again in the backward.
+"""A frozen base in 4 bits, as in QLoRA (arXiv 2305.14314): NF4 weights, by bitsandbytes, 16 levels that fit a normal
+distribution; a layer unpacks its own in the forward pass and again in the backward.
 """
 
 from typing import Any
@@ -25,9 +23,6 @@ def check_bitsandbytes() -> None:
 
 class Linear4bit(nn.Module):
     """y = x Wᵀ + b with W (out, in) frozen and stored in 4 bits, plus a float32 scale for 64 numbers."""
-
-    packed: Tensor
-    scales: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()

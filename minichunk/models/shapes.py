@@ -1,7 +1,6 @@
 """Named model shapes, for measurements and forecasts that need no weights."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -83,14 +82,7 @@ def alike(config: Any) -> bool:
 def layer_memory_bytes(
     config: Any, dtype: torch.dtype, kept: Sequence[Chunk], options: Options = DEFAULTS, batch: int = 1
 ) -> list[tuple[int, int]]:
-    """Bytes that each layer remembers in a step whose kept chunks are these, and of the gradients sent back to that.
-
-    As the model's own memory has it: keys and values of all positions before the last kept chunk, or states.
-    """
-    times = config.num_hidden_layers if alike(config) else 1
-    if times > 1:
-        kinds = {"layer_types": config.layer_types[:1]} if getattr(config, "layer_types", ()) else {}
-        config = replace(config, num_hidden_layers=1, **kinds)
+    """Bytes of each layer's memory in a step whose kept chunks are these, and of the gradients sent back to it."""
     with torch.device("meta"):
         memory = _random_model(config, dtype, device="meta").new_memory(batch, kept[-1].start, kept[:-1], options)
-    return [layer.tensors().bytes() for layer in memory.layers] * times
+    return [layer.tensors().bytes() for layer in memory.layers]

@@ -81,11 +81,6 @@ class StateLayer(nn.Module):
         self.norm = nn.RMSNorm(P, config.rms_norm_eps)
         self.a_proj, self.b_proj, self.c_proj = (nn.Linear(P, self.state_size) for _ in range(3))
 
-    @torch.no_grad()
-    def spread_gates(self) -> None:
-        """Let the untrained gates remember for 1 to 1,000 tokens: 1 / (1 - A) in even steps of its logarithm."""
-        self.a_proj.bias.copy_(torch.logspace(0.1, 3, self.state_size, dtype=torch.float64).sub(1).log())
-
     def forward(self, x: Tensor, past: Before | None, *_: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
         if past is None:  # the whole sequence at once
             past = Before((self.nothing(x),), [x.shape[1]])
@@ -118,6 +113,7 @@ class StateSpace(Stack):
     """
 
     config_class = StateSpaceConfig
+    takes_positions = property(lambda self: self.config.attention is not None)
 
     def __init__(self, config: StateSpaceConfig) -> None:
         layers = (
@@ -125,11 +121,12 @@ class StateSpace(Stack):
             for kind in config.layer_types
         )
         super().__init__(config, layers, nn.RMSNorm(config.hidden_size, config.rms_norm_eps))
+        # The untrained gates remember for 1 to 1,000 tokens: 1 / (1 - A) in even steps of its logarithm.
+        bias = torch.logspace(0.1, 3, config.state_size, dtype=torch.float64).sub(1).log()
         for layer in self.layers:
             if isinstance(layer, StateLayer):
-                layer.spread_gates()
+                layer.a_proj.bias.data.copy_(bias)
 
-    def shared(self, x: Tensor, start: int) -> tuple[Rope, ...]:
-        """The rotation angles, if there is an attention layer."""
+    def shared(self, x: Tensor, positions: Tensor, whole: Tensor | None) -> tuple[Rope, ...]:
         attention = self.config.attention
-        return (rope_tables(attention, start, start + x.shape[1], x),) if attention else ()
+        return (rope_tables(attention, positions, x, whole),) if attention else ()

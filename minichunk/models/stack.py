@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..chunks import Chunk, cut, span
 from ..loss import token_losses
-from ..memory.layer_memory import LayerMemories, MemorySpec
+from ..memory.layer_memory import LayerMemories, MemorySpec, wide
 from ..protocol import DEFAULTS, Options, Written
 
 
@@ -35,8 +35,10 @@ class Stack(nn.Module):
     lora: Any = None  # what `add_lora` was told, if there is an adapter
     masks: Any = None  # lora.py's DropoutMasks, if there are dropouts
     partial: Any = None  # what `partial_context` changed since the checkpoint was loaded
+    rope: Any = None  # what `change_rope` did
     origin: Path | None = None  # the directory that it was loaded from
     ends: Any = None  # the end tokens of its generation_config.json, as a config has them; None: those of the config
+    takes_positions: Any = False  # whether a token's position is more than its place in the text
     unadapted: tuple[str, ...] = ()  # linear layers that an adapter leaves out unless told otherwise
 
     def __init__(self, config: Any, layers: Iterable[nn.Module], norm: nn.Module) -> None:
@@ -69,6 +71,11 @@ class Stack(nn.Module):
         """A tensor of the model's dtype, on its device: a norm's weight, as no adapter is put there, and no 4 bits."""
         return next(module.weight for module in self.layers.modules() if isinstance(module, nn.RMSNorm))
 
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        """Of what goes from layer to layer."""
+        return wide(self.like) if getattr(self.config, "residual_in_fp32", False) else self.like.dtype
+
     def blocks(self, layers_at_once: int) -> list[Self]:
         """See protocol.LayeredModel. They share all weights with the model."""
         return [self._block(*layers) for layers in cut(len(self.layers), layers_at_once)]
@@ -84,9 +91,19 @@ class Stack(nn.Module):
             inner._modules[self.names[2]] = block._modules["lm_head"] = nn.Identity()
         return block
 
-    def shared(self, x: Tensor, start: int) -> tuple[Any, ...]:
-        """What every layer is given beside x (B, T, E), whose first position is `start`."""
+    def shared(self, x: Tensor, positions: Tensor, whole: Tensor | None) -> tuple[Any, ...]:
+        """What every layer is given beside x (B, T, E), which is at these positions, int64 (T) or (B, 1, T).
+
+        whole: those of the whole text; None where a part of it is run and they were not told.
+        """
         return ()
+
+    def _shared(self, x: Tensor, chunks: Sequence[Chunk], options: Options) -> tuple[Any, ...]:
+        """The same for what these chunks are; without a memory there are none, and it is a whole text."""
+        whole, start = options.positions, chunks[0].start if chunks else 0
+        stop = start + x.shape[1]
+        here = torch.arange(start, stop, device=x.device) if whole is None else whole[..., start:stop]
+        return self.shared(x, here, whole if chunks else here)
 
     def new_memory(
         self, batch: int, capacity: int, receiving: Sequence[Chunk] = (), options: Options = DEFAULTS
@@ -111,7 +128,7 @@ class Stack(nn.Module):
         Returns the last layer's normalized output (B, T, E) and what these tokens write, one tuple for each layer.
         """
         x = self.embedding(input_ids)  # (B, T, E)
-        shared = self.shared(x, chunks[0].start if chunks else 0)
+        shared = self._shared(x, chunks, options)
         written, call = [], self._layer
         recompute = options.recompute and torch.is_grad_enabled()
         if recompute:  # on top of a memory dropout draws its masks from seeds: no generator's state to replay
@@ -131,7 +148,7 @@ class Stack(nn.Module):
     ) -> Written:
         """As `run`, without gradients and only as far as memory needs it: the last layer stops at what it writes."""
         x = self.embedding(input_ids)  # (B, T, E)
-        shared = self.shared(x, chunks[0].start if chunks else 0)
+        shared = self._shared(x, chunks, options)
         *layers, last = zip(self.layers, memory.layers, strict=True)
         written = []
         for layer, layer_memory in layers:
@@ -142,16 +159,17 @@ class Stack(nn.Module):
 
     @torch.no_grad()
     def run_chunks(
-        self, input_ids: Tensor, memory: LayerMemories, chunk_size: int, start: int = 0
+        self, input_ids: Tensor, memory: LayerMemories, chunk_size: int, start: int = 0, options: Options = DEFAULTS
     ) -> Iterator[tuple[slice, Tensor]]:
         """Inference of input_ids (B, T) from the position `start`, chunk by chunk, writing the memory.
 
+        options: with the positions of the whole text, where rope depends on its length.
         Yields each chunk's place in input_ids and its normalized output (B, C, E).
         """
         for chunk in cut(input_ids.shape[1], chunk_size):
             rows = span([chunk])
             here = [Chunk(start + chunk.start, start + chunk.stop)]
-            hidden, written = self.run(input_ids[:, rows], memory, here)
+            hidden, written = self.run(input_ids[:, rows], memory, here, options)
             memory.write(here, written)
             yield rows, hidden
 
@@ -159,7 +177,8 @@ class Stack(nn.Module):
     def chunk_losses(self, input_ids: Tensor, targets: Tensor, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
         """Each chunk's place in input_ids (B, T), and the loss (B, C) of its targets in nats; 0 where there is none."""
         memory = self.new_memory(*input_ids.shape)
-        for rows, hidden in self.run_chunks(input_ids, memory, chunk_size):
+        options = Options(positions=torch.arange(input_ids.shape[1], device=input_ids.device))
+        for rows, hidden in self.run_chunks(input_ids, memory, chunk_size, options=options):
             yield rows, token_losses(hidden, self.lm_head.weight, targets[:, rows])
 
     def _layer(self, layer: Any, chunks: Sequence[Chunk], options: Options, *inputs: Any) -> Any:

@@ -8,7 +8,6 @@ With more processes than a pipeline needs there are copies of it, at work on oth
 pipeline; those with the same layers are a group, which adds up the gradients of the copies.
 """
 
-import re
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -106,9 +105,6 @@ class Links:
         try:
             yield
         except RuntimeError as error:
-            said = re.sub(r"^\[[^]]*\]\s*", "", str(error).strip())  # without the place in PyTorch's own code
-            reason = re.split(r"\. |\n", said)[0] or type(error).__name__
             other = "the other ranks" if rank is None else f"rank {self.first + rank}"
-            raise RankLost(
-                f"rank {dist.get_rank()} hears nothing from {other}, which ended or did not answer in time ({reason})"
-            ) from error
+            words = f"hears nothing from {other}, which ended or did not answer in time"
+            raise RankLost(f"rank {dist.get_rank()} {words} ({str(error).strip().partition(chr(10))[0]})") from error

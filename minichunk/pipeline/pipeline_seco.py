@@ -13,12 +13,12 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..batch import Batch, check_tokens, make_batch, widen_gradients
+from ..batch import Batch, check_positions, check_tokens, make_batch, widen_gradients
 from ..chunks import Chunk, check_fill_size, cut, span
 from ..errors import InputError
 from ..loss import summed_loss
@@ -35,7 +35,7 @@ def pipeline_seco(stage: PipelineStage, input_ids: Tensor, labels: Tensor, chunk
 
     Called on all ranks with the same arguments; returns the loss on all of them. A weight that is both embedding and
     LM head gets its whole gradient on the first and on the last rank.
-    options: the keywords of `seco`.
+    options: the keywords of `seco`, but for `layers_at_once` and `offload`.
     Raises InputError also if ranks do not agree on the batch, and RankLost if one of them ends or does not answer.
     """
     return pipeline_spaco(
@@ -46,14 +46,18 @@ def pipeline_seco(stage: PipelineStage, input_ids: Tensor, labels: Tensor, chunk
 def pipeline_spaco(
     stage: PipelineStage, input_ids: Tensor, labels: Tensor, chunk_size: int, *, sampler: Sampler = QUARTER,
     generator: torch.Generator | None = None, fill_size: int | None = None, num_targets: float | None = None,
-    recompute: bool = False, cache_grad_dtype: torch.dtype | None = None, offload: bool = False,
+    recompute: bool = False, cache_grad_dtype: torch.dtype | None = None, layers_at_once: int | None = None,
+    offload: bool = False, positions: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`spaco` of a model whose layers are on several ranks; see pipeline_seco. The first rank draws for all of them."""
+    if layers_at_once is not None or offload:  # a rank's next block could only begin when the ranks above are all done
+        raise InputError("layers_at_once and offload are for one process: ranks that cut their layers would take turns")
     check_fill_size(fill_size, chunk_size)
     check_tokens(input_ids, labels, num_targets, stage.vocab_size)
     widen_gradients(stage)
+    positions = check_positions(stage, positions, input_ids)
     batch, chunks, links = make_batch(input_ids, labels, num_targets), cut(input_ids.shape[1], chunk_size), stage.links
-    options = Options(fill_size, recompute, cache_grad_dtype, offload)
+    options = Options(fill_size, recompute, cache_grad_dtype, positions=positions)
     drawn = check_weights(sampler(len(chunks), generator), len(chunks)) if links.is_first else []
     weights, options, below_learns = agree(stage, input_ids, chunks, options, drawn)
     kept = [(chunk, weight) for chunk, weight in zip(chunks, weights, strict=True) if weight is not None]
@@ -89,38 +93,30 @@ def agree(
     return draws[0], replace(options, dropout_seed=seeds[0]), any(learning[: stage.links.rank])
 
 
-class Rebuilt(NamedTuple):
-    """A chunk that waits for its turn: its input and output (B, C, E), with the graph between, and what it wrote."""
-
-    chunk: Chunk
-    weight: Weight
-    x: Tensor
-    y: Tensor
-    written: Written
-
-
 def walk_back(
     stage: PipelineStage, batch: Batch, memory: LayerMemories, kept: Sequence[tuple[Chunk, Weight]], options: Options,
     below_learns: bool,
 ) -> Tensor:  # fmt: skip
     """Lines 4-7. Returns the loss on the last rank, 0 on others. below_learns: whether a rank before learns."""
-    links, waiting = stage.links, deque[Rebuilt]()
+    links, waiting = stage.links, deque[Any]()
     total = torch.zeros((), dtype=wide(stage.like), device=batch.input_ids.device)
     for chunk, weight in reversed(kept):  # line 4
         x = stage.take(batch.input_ids[:, span([chunk])]).requires_grad_(below_learns)
         y, written = stage.run_and_hand(x, memory, [chunk], options)  # line 5
-        waiting.append(Rebuilt(chunk, weight, x, y, written))
+        waiting.append((chunk, weight, x, y, written))  # x, y (B, C, E): with the graph between
         del x, y, written  # or they would live on beside the next chunk's
         if len(waiting) == links.ranks - links.rank:
-            total += _backward(stage, batch, memory, waiting.popleft())
+            total += _backward(stage, batch, memory, *waiting.popleft())
     while waiting:
-        total += _backward(stage, batch, memory, waiting.popleft())
+        total += _backward(stage, batch, memory, *waiting.popleft())
     return total
 
 
-def _backward(stage: PipelineStage, batch: Batch, memory: LayerMemories, rebuilt: Rebuilt) -> Tensor | float:
+def _backward(
+    stage: PipelineStage, batch: Batch, memory: LayerMemories, chunk: Chunk, weight: Weight, x: Tensor, end: Tensor,
+    written: Written,
+) -> Tensor | float:  # fmt: skip
     """Lines 6 and 7, when a chunk's turn has come. Returns its share of the loss on the last rank, 0 on others."""
-    chunk, weight, x, end, written = rebuilt
     links, grad = stage.links, None
     if links.is_last:
         loss = summed_loss(end, stage.model.lm_head.weight, batch.targets[:, span([chunk])]) / batch.num_targets
@@ -142,11 +138,12 @@ def tied_weight_summed(stage: PipelineStage) -> Iterator[None]:
     """A weight that is embedding and LM head gets, on both ranks that have it, the sum of what they find in the block,
     and then the gradient of earlier steps."""
     weight = stage.tied_weight
-    earlier = None if weight is None else weight.grad
-    if weight is not None:
-        weight.grad = None
+    if weight is None:
+        yield
+        return
+    earlier, weight.grad = weight.grad, None
     yield
-    if weight is not None and weight.grad is not None:
+    if weight.grad is not None:
         stage.links.add(weight.grad, stage.links.ends)
         if earlier is not None:
             weight.grad += earlier

@@ -23,13 +23,11 @@ def split_layers(model: Stack, ranks: int, memory: Sequence[int] | None = None) 
 def layer_costs(model: Stack, memory: Sequence[int] | None = None) -> list[int]:
     """The bytes that each layer takes on its rank; the first one's with the embedding, the last one's with the LM head.
 
-    Counted are the weights as they are stored, in 4 bits for instance; of those that learn, their gradients and what
-    AdamW keeps; and the layer's memory. Not counted are the activations of the chunks in flight, of which a rank has
-    more the earlier it comes, and time.
+    Counted are weights as they are stored; gradients and AdamW's states of those that learn; and the layer's memory:
+    neither time nor the activations of chunks in flight, of which a rank has more the earlier it comes.
 
     model: with its adapter, if it is to have one; on any device, meta too.
-    memory: bytes of each layer's memory on the device, as `layer_memory_bytes` finds them; None: nothing, as with
-        offload, or where the length is not known yet.
+    memory: bytes of each layer's memory, of `layer_memory_bytes`; None: not known.
     """
     costs = [_bytes(layer) for layer in model.layers]
     costs[0] += _bytes(model.embedding)

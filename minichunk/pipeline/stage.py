@@ -8,7 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ..batch import widen_gradients
+from ..batch import check_positions, widen_gradients
 from ..chunks import Chunk, cut, span
 from ..errors import InputError
 from ..loss import token_losses
@@ -58,6 +58,7 @@ class PipelineStage(Stack):
     config: Any = property(attrgetter("model.config"))
     masks: Any = property(attrgetter("model.masks"))
     shared: Any = property(attrgetter("model.shared"))
+    takes_positions: Any = property(attrgetter("model.takes_positions"))
     named_parameters: Any = property(attrgetter("model.named_parameters"))  # by their names in the model
     layers: Any = property(lambda stage: stage.model.layers[stage.layer_range])
     embedding: Any = property(attrgetter("model.embedding"))  # after the first rank, and the norm before the last:
@@ -90,8 +91,7 @@ class PipelineStage(Stack):
         """What this rank's layers are run on: the tokens (B, C), or what the rank before made of them, (B, C, E)."""
         if self.links.is_first:
             return input_ids
-        dtype = wide(self.like) if getattr(self.config, "residual_in_fp32", False) else self.like.dtype
-        x = torch.empty((*input_ids.shape, self.hidden_size), dtype=dtype, device=self.like.device)
+        x = torch.empty((*input_ids.shape, self.hidden_size), dtype=self.hidden_dtype, device=self.like.device)
         return self.links.take(x, self.links.rank - 1)
 
     def run_and_hand(
@@ -116,10 +116,10 @@ class PipelineStage(Stack):
     @torch.no_grad()
     def chunk_losses(self, input_ids: Tensor, targets: Tensor, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
         """See Stack; yields on the last rank alone."""
-        memory = self.new_memory(*input_ids.shape)
+        memory, options = self.new_memory(*input_ids.shape), Options(positions=check_positions(self, None, input_ids))
         for chunk in cut(input_ids.shape[1], chunk_size):
             rows = span([chunk])
-            y, written = self.run_and_hand(self.take(input_ids[:, rows]), memory, [chunk])
+            y, written = self.run_and_hand(self.take(input_ids[:, rows]), memory, [chunk], options)
             memory.write([chunk], written)
             if self.links.is_last:
                 yield rows, token_losses(y, self.model.lm_head.weight, targets[:, rows])

@@ -31,10 +31,9 @@ def started() -> Started:
         return Started()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     for name in (*names, "MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ:
-            raise InputError(f"torchrun's variable {name} is missing, though RANK is there: {HOW}")
-        if name in names and not os.environ[name].isdecimal():
-            raise InputError(f"torchrun's variable {name} is {os.environ[name]!r}, but must be a number: {HOW}")
+        value = os.environ.get(name)
+        if not value or (name in names and not value.isdecimal()):
+            raise InputError(f"torchrun's variable {name} is {value!r}, though RANK is there: {HOW}")
     return Started(*(int(os.environ[name]) for name in names))
 
 
@@ -60,10 +59,10 @@ def linked(ranks: int, device: str, seconds: float) -> Iterator[Links | None]:
 
     ranks: processes that share the layers. device: as `local_device` says. seconds: that every message may take.
     """
-    timeout = timedelta(seconds=seconds)
     if started().world == 1:
         yield None
         return
+    timeout = timedelta(seconds=seconds)
     ours = not dist.is_initialized()
     if ours:
         signal.signal(signal.SIGTERM, _end)  # what torchrun sends to all once one has ended

@@ -1,11 +1,12 @@
 """`minichunk compare`: the tensors of a port beside those of a golden file, up to the first difference, in words.
 
 The order is that in which a port is built: the forward pass chunk after chunk, the losses, then the walk back. So
-whatever comes before the first difference is right, and what it is itself says what is wrong (mistakes.py).
+whatever comes before the first difference is right, and what it is itself says what is wrong (mistakes.ini).
 tests/golden/README.md describes the files.
 """
 
 import re
+from configparser import ConfigParser
 from dataclasses import MISSING, dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -17,7 +18,6 @@ from torch import Tensor
 from ..errors import InputError
 from ..files.atomic import open_tensors
 from ..training.options import check_options, option
-from .mistakes import likely_mistakes
 
 FORMAT = "minichunk golden 2"  # in a golden file's metadata
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
@@ -26,33 +26,29 @@ JUDGED = 0.2  # of a tensor's norm: where rounding may do more than that, it hid
 GIVEN = re.compile(r"^(masks|weights)\.|(^|\.)(input_ids|labels)$")  # which a port reads and does not compute
 # What lies within a chunk's run, and what a port is given or can do without: compared where it is there.
 OPTIONAL = re.compile(rf"{GIVEN.pattern}|^(rope|full)\.|\.(hidden|attention|residual|logits|decay)$")
+ELSE = "or it was kept at another time, is a view of what goes on changing, or `.grad` was not cleared before"
 METHODS = ("seco", "second.seco", "spaco", "second.spaco")
 COMPUTED = re.compile(
     rf"(?P<method>{'|'.join(METHODS)})(\.chunk\.(?P<chunk>\d+))?(\.layer\.(?P<layer>\d+))?"
     r"\.(?P<kind>grad(?=\.)|\w+)(\.(?P<parameter>.+))?"
 )
-FORWARD = {  # in the order of comparison
-    "hidden": "what goes into layer {layer} at chunk {chunk}",
-    "keys": "the keys that chunk {chunk} writes in layer {layer}, after the rotation",
-    "values": "the values that chunk {chunk} writes in layer {layer}",
-    "state": "the state after chunk {chunk} in layer {layer}",
-    "decay": "the product of the gates of chunk {chunk} in layer {layer}",
-    "attention": "what attention returns to chunk {chunk} in layer {layer}, heads side by side, before o_proj",
-    "residual": "the input of layer {layer} plus what o_proj returns, at chunk {chunk}",
-    "logits": "what the LM head returns to chunk {chunk}",
-}
-WALK = {
-    "key_grads": "what is relayed to the keys of chunk {chunk} in layer {layer}: all that later chunks sent back",
-    "value_grads": "what is relayed to the values of chunk {chunk} in layer {layer}: all that later chunks sent back",
-    "adjoint": "what is relayed to the state after chunk {chunk} in layer {layer}",
-    "loss": "chunk {chunk}'s part of the mean loss",
-    "grad": "the gradient of {parameter} after the backward pass of chunk {chunk}",
-}
+FORWARD = ("hidden", "keys", "values", "state", "decay", "attention", "residual", "logits")  # in this order
+WALK = ("key_grads", "value_grads", "adjoint")
 # A layer's parameters in the order in which a backward pass comes to them.
 BACKWARD = (
     "down_proj", "up_proj", "gate_proj", "post_attention_layernorm", "o_proj", "v_proj", "k_norm", "k_proj",
     "q_norm", "q_proj", "input_layernorm", "c_proj", "b_proj", "a_proj", "norm",
 )  # fmt: skip
+
+
+class Mistake(NamedTuple):
+    """A line of mistakes.ini. first: where it shows first, whether or not a port has the tensors that can be left out.
+    cases: the golden files that show it; none: all Llamas'."""
+
+    key: str
+    first: str
+    words: str
+    cases: list[str]
 
 
 class Golden(NamedTuple):
@@ -78,12 +74,12 @@ def order(name: str) -> tuple[int, ...]:
         return 0, int(not name.endswith(("input_ids", "labels"))), int(name.startswith("rope."))
     stage, chunk, layer = 1 + METHODS.index(found["method"]), int(found["chunk"] or 0), found["layer"]
     if (kind := found["kind"]) in FORWARD:
-        return stage, 0, chunk, int(layer or 1 << 30), list(FORWARD).index(kind)  # logits come behind all layers
+        return stage, 0, chunk, int(layer or 1 << 30), FORWARD.index(kind)  # logits come behind all layers
     if kind == "loss":
         return (stage, 4) if found["chunk"] is None else (stage, 1, -chunk)
     if kind == "grad":
         return stage, 3, -chunk, 1, *_backward_order(found["parameter"])
-    return stage, 3, -chunk, 0, -int(layer), list(WALK).index(kind)
+    return stage, 3, -chunk, 0, -int(layer), WALK.index(kind)
 
 
 def _backward_order(parameter: str) -> tuple[int, ...]:
@@ -91,17 +87,6 @@ def _backward_order(parameter: str) -> tuple[int, ...]:
         return {"lm_head.weight": (0,), "model.norm.weight": (1,), "full.loss": (-1,)}.get(parameter, (3,))
     kind = next((i for i, part in enumerate(BACKWARD) if f".{part}." in parameter), len(BACKWARD))
     return 2, -int(layer[1]), kind, int(parameter.endswith((".bias", ".lora_A.weight")))
-
-
-def describe(name: str) -> str:
-    """What a tensor of a golden file is, in words."""
-    if not (found := COMPUTED.fullmatch(name)):
-        ordinary = f"ordinary backpropagation: {name.removeprefix('full.')}"
-        return ordinary if name.startswith("full.") else "what the file gives, for you to begin with"
-    words = (FORWARD | WALK)[found["kind"]].format(**found.groupdict()) if found["chunk"] else "the sum of all losses"
-    words += ", in SpaCO" if found["method"].endswith("spaco") else ", in SeCO"
-    words += " of the second batch" if found["method"].startswith("second") else ""
-    return words + (", its factors included" if "SpaCO" in words and found["kind"] in WALK else "")
 
 
 def read_golden(path: str | Path) -> Golden:
@@ -143,6 +128,39 @@ def difference(got: Tensor, expected: Tensor, bound: float) -> str | None:
     return f"is off by {error / norm:.2g} of its norm; rounding may do {bound:.1g}\n  {place}yours {numbers}{hint}"
 
 
+def read_mistakes() -> list[Mistake]:
+    """All of mistakes.ini, in its order."""
+    table = ConfigParser(delimiters="=", interpolation=None)
+    table.read(Path(__file__).with_name("mistakes.ini"), encoding="utf-8")
+    found = []
+    for first in table.sections():
+        for key, words in table.items(first):
+            name, _, cases = key.partition(" [")
+            found.append(Mistake(name, first, words, cases.rstrip("]").split()))
+    return found
+
+
+def likely_mistakes(name: str, case: str, agreed: list[str]) -> list[str]:
+    """Lines that say what usually is wrong where this tensor of a golden file is the first that differs.
+
+    agreed: the names of those before it, which are right: what would show in one of the same forward pass is not wrong.
+    """
+    run = re.match(r"(second\.)?\w+\.chunk\.\d+\.layer\.", name)
+    forward = [n for n in agreed if run and n.startswith(run[0]) and not n.endswith(("_grads", "adjoint"))]
+    here = [m for m in read_mistakes() if (case in m.cases or not m.cases) and _shows(m, name, case)]
+    usual = [m for m in here if not any(_shows(m, n, case) for n in forward)]
+    usual.sort(key=lambda mistake: not mistake.cases)  # those of this file alone come first
+    return ["what usually begins here:", *(f"  - {words}" for words in [*(m.words for m in usual), ELSE])]
+
+
+def _shows(mistake: Mistake, name: str, case: str) -> bool:
+    """Whether it may show first in this tensor. A second batch shows the mistakes that the first would, and to a
+    Llama's mistakes the hybrid's layer 1 is the first."""
+    if case == "hybrid":
+        name = re.sub(r"layer\.([12])\.", lambda layer: f"layer.{int(layer[1]) - 1}.", name)
+    return any(re.match(mistake.first, n) for n in (name, name.removeprefix("second.")))
+
+
 def compare(mine: dict[str, Tensor], golden: Golden, precision: str | None = None) -> Verdict:
     """Up to the first difference. Raises InputError for a precision in which this file shows nothing.
 
@@ -160,12 +178,11 @@ def compare(mine: dict[str, Tensor], golden: Golden, precision: str | None = Non
             before = f"{n} tensors before it agree, the last of them {there[n - 1]}" if n else "it is the first one"
             numeric = words.startswith(("is off by", "must be all zeros"))
             about = likely_mistakes(name, golden.case, there[:n]) if numeric else []
-            return Verdict(False, "\n".join([f"{name} {words}", f"  {before}", f"it is {describe(name)}", *about]))
+            return Verdict(False, "\n".join([f"{name} {words}", f"  {before}", *about]))
     missing = [name for name in golden.tensors if name not in mine and not OPTIONAL.search(name)]
     counted = f"{len(there)} tensors agree in {precision}, within {bound:.1g} of their norms"
     if missing:
-        more = f"not there yet: {missing[0]} and {len(missing) - 1} more"
-        lines = [counted, more, f"the next one is {describe(missing[0])}"]
+        lines = [counted, f"not there yet: {missing[0]} and {len(missing) - 1} more"]
         if unknown := sorted(mine.keys() - golden.tensors.keys()):
             close = get_close_matches(missing[0], unknown, 1) or unknown
             lines.append(f"the golden file has no {close[0]} ({len(unknown)} such names of yours)")

@@ -37,10 +37,8 @@ def loss_by_position(
     model: or a `PipelineStage`, on all processes; the copies of a pipeline share the documents.
     title: of a progress bar; empty for none.
     """
-    if not documents:
-        return []
     ranks, was_training = Ranks(model), model.training
-    sums = torch.zeros(2, max(len(document) for document in documents), dtype=torch.float64)  # losses; targets
+    sums = torch.zeros(2, max(map(len, documents), default=1), dtype=torch.float64)  # losses; targets
     model.eval()
     hidden = not title or not ranks.is_first
     for _, document in tqdm(ranks.mine(documents), title, unit="document", leave=False, disable=hidden):

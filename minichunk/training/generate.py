@@ -7,7 +7,9 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..files.documents import check_text, end_of_text
+from ..models.config import several
 from ..models.stack import Stack
+from ..protocol import Options
 from .load import load_as_told
 from .options import ReadOptions, check_options, option
 
@@ -22,23 +24,22 @@ def generate(
     temperature: 0 takes the likeliest token; otherwise the logits are divided by it and sampled.
     top_p: samples among the likeliest tokens that together have this probability.
     generator: of the sampling, on the CPU. chunk_size: tokens of the prompt per forward pass.
-    Stops early when every row has written an end token, of the checkpoint's generation_config.json or else of the
-    config. Raises InputError.
+    Stops early when every row has written an end token of generation_config.json, or config.json. Raises InputError.
     """
     if input_ids.ndim != 2 or input_ids.shape[1] < 1 or max_new_tokens < 1:
         raise InputError("generate needs input_ids [B, T] with at least 1 token and max_new_tokens of at least 1")
     if not temperature >= 0 or not 0 < top_p <= 1:
         raise InputError(f"generate needs temperature >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
-    config, (B, T) = model.config, input_ids.shape
-    if int(input_ids.max()) >= config.vocab_size or int(input_ids.min()) < 0:
-        raise InputError(f"input_ids must lie between 0 and {config.vocab_size - 1}")
-    ends = config.eos_token_id if model.ends is None else model.ends
-    several = ends if isinstance(ends, tuple) else () if ends is None else (ends,)
-    stop_ids = torch.tensor(several, dtype=torch.int64, device=input_ids.device)
+    (B, T), highest = input_ids.shape, model.config.vocab_size - 1
+    if int(input_ids.max()) > highest or int(input_ids.min()) < 0:
+        raise InputError(f"input_ids must lie between 0 and {highest}")
+    ends = model.config.eos_token_id if model.ends is None else model.ends
+    stop_ids = torch.tensor(several(ends), dtype=torch.int64, device=input_ids.device)
     was_training = model.training
     model.eval()
     memory = model.new_memory(B, T + max_new_tokens)
-    for _, hidden in model.run_chunks(input_ids, memory, chunk_size):  # noqa: B007 (the last one is what counts)
+    options = Options(positions=torch.arange(T + max_new_tokens, device=input_ids.device))
+    for _, hidden in model.run_chunks(input_ids, memory, chunk_size, options=options):  # noqa: B007 (the last one is what counts)
         pass
     done = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
     for position in range(T, T + max_new_tokens):
@@ -48,7 +49,7 @@ def generate(
         done |= torch.isin(new[:, 0], stop_ids)
         if done.all() or position == T + max_new_tokens - 1:
             break
-        ((_, hidden),) = model.run_chunks(new, memory, 1, start=position)
+        ((_, hidden),) = model.run_chunks(new, memory, 1, start=position, options=options)
     model.train(was_training)
     return input_ids
 

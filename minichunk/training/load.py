@@ -1,5 +1,6 @@
 """What the commands read, from their options: the model and, for a training, its data and its gradient."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from ..files.documents import Document, check_vocabulary, cut_documents, load_to
 from ..files.shipped import EXTENDED_ON, MEASURED_ON, SHIPPED_MODEL, novel
 from ..full import full
 from ..models.adapter_files import load_adapter
-from ..models.load import load_model
+from ..models.load import change_rope, load_model
 from ..models.lora import add_lora, default_targets
 from ..models.partial import partial_context
 from ..models.shapes import layer_memory_bytes, random_model
@@ -25,7 +26,6 @@ from ..pipeline.pipeline_seco import pipeline_seco, pipeline_spaco
 from ..pipeline.split_layers import split_layers
 from ..pipeline.stage import PipelineStage
 from ..pipeline.start import local_device, started
-from ..protocol import Options
 from ..seco import seco
 from ..spaco import spaco
 from .loop import Gradient
@@ -35,10 +35,7 @@ from .options import DTYPES, ModelOptions, TrainOptions, check_device, default_d
 def load_as_told(
     options: ModelOptions, prepare: Callable[[Stack], object] = lambda model: None
 ) -> tuple[Stack, Tokenizer]:
-    """The model of a checkpoint directory, with the adapter and the 4 bits that the options may name; its tokenizer.
-
-    prepare: see `load_model` in models. Raises InputError, for a wrong device before anything is read.
-    """
+    """The model and the tokenizer that the options name. prepare: see `load_model`. Raises InputError."""
     device, directory = check_device(options.device), options.model or SHIPPED_MODEL
     dtype, tokenizer = DTYPES[options.dtype or default_dtype(device)], load_tokenizer(directory)
     model = load_model(directory, dtype, device, getattr(options, "load_in_4bit", False), prepare)
@@ -48,19 +45,18 @@ def load_as_told(
 
 
 def load_to_train(options: TrainOptions, links: Links | None = None) -> tuple[Any, Tokenizer]:
-    """The model that is to be trained, with its adapter or all parameters, and its tokenizer. Raises InputError.
-
-    links: of this rank, whose `PipelineStage` is returned then; it reads its own tensors alone.
-    """
+    """The model to train, or the `PipelineStage` of this rank's links, and the tokenizer. Raises InputError."""
     torch.manual_seed(options.seed)  # the adapter's initial weights
     stages: list[PipelineStage] = []
 
     def prepare(model: Stack) -> None:
         if (pattern := options.pattern()) is not None:
             partial_context(model, pattern, options.full_layers)
+        if rope := options.rope_parameters():
+            change_rope(model, rope)
         if links is not None:
             shaped = model.config, DTYPES[options.dtype], options.rank, options.targets or default_targets(model)
-            memory = None if options.offload else memory_of_layers(options, model.config, DTYPES[options.dtype])
+            memory = memory_of_layers(options, model.config, DTYPES[options.dtype])
             split = split_layers(random_model(*shaped, "meta", options.load_in_4bit), links.ranks, memory)
             stages.append(PipelineStage(model, split, links=links))
 
@@ -72,20 +68,17 @@ def load_to_train(options: TrainOptions, links: Links | None = None) -> tuple[An
 
 def memory_of_layers(options: TrainOptions, config: Any, dtype: torch.dtype) -> list[int]:
     """Bytes that each layer remembers of a batch of pieces, with the gradients sent back to that."""
-    how = options.most_kept(), Options(**options.keywords()), options.batch_size
+    how = options.most_kept(), options.options(), options.batch_size
     return [sum(both) for both in layer_memory_bytes(config, dtype, *how)]
 
 
 def check_host_room(model: Stack, options: TrainOptions) -> None:
-    """Raise InputError unless the host has room for the memory of `--offload`.
-
-    model: or this rank's part of it, where all ranks of this machine are taken to have as many layers.
-    """
-    memory = sum(memory_of_layers(options, model.config, model.like.dtype))
-    of_machine = len(model.layers) / model.config.num_hidden_layers * started().local_world
-    what = f"--offload of {options.batch_size} times {options.most_kept()[-1].start:,} tokens"
-    advice = "take --cache-grad-dtype bfloat16, a smaller --batch-size, a shorter --seq-len, or free memory"
-    check_room(what, memory * of_machine, torch.device("cpu"), advice)
+    """Raise InputError unless the host has room for what goes from block to block with `--offload`."""
+    borders = math.ceil(len(model.layers) / int(options.layers_at_once or 1)) - 1
+    numbers = borders * options.batch_size * options.seq_len * model.config.hidden_size * started().local_world
+    what = f"--offload of {options.batch_size} times {options.seq_len:,} tokens between {borders + 1} blocks of layers"
+    advice = "take a larger --layers-at-once, a smaller --batch-size, a shorter --seq-len, or free memory"
+    check_room(what, numbers * model.hidden_dtype.itemsize, torch.device("cpu"), advice)
 
 
 def read_pieces(

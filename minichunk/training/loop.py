@@ -4,10 +4,8 @@
 """
 
 import math
-import os
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,19 +38,6 @@ class Schedule:
             return self.lr * (step + 1) / self.warmup
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
         return self.lr * (0.55 + 0.45 * math.cos(math.pi * progress))
-
-
-@contextmanager
-def deterministic_kernels(on: bool) -> Iterator[None]:
-    """Within the block, if `on`, PyTorch takes kernels that give the same bits in every run (the CPU's always do)."""
-    before = torch.are_deterministic_algorithms_enabled()
-    if on:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
-    torch.use_deterministic_algorithms(on or before)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 class Ranks:

@@ -6,6 +6,7 @@ command/main.py makes a parser of the dataclass. Its docstring is what `--help` 
 
 import math
 import operator
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, get_args, get_origin, get_type_hints
@@ -17,6 +18,7 @@ from ..errors import InputError
 from ..files.shipped import SHIPPED_MODEL
 from ..memory.window import Pattern, Strided, Window
 from ..pipeline.start import started
+from ..protocol import Options
 from ..samplers import Bernoulli, FixedBudget, PaperBudget, most_kept
 from ..spaco import Sampler
 
@@ -41,7 +43,7 @@ def option(
     absent: the default in words. group: its title in the help; None: that of the option before it; "": none.
     least, above, most, below: bounds of every number. belongs: another option, and which values it must have for this
     one; (): any but None. positional: without `--`. none: a tuple may be empty.
-    A flag that is on by default is turned off by `--no-…`.
+    A flag is turned off by `--no-…`.
     """
     return field(default=default, metadata={name: value for name, value in locals().items() if name != "default"})
 
@@ -149,7 +151,10 @@ class StepOptions:
     recompute: bool | None = option(None, "run layers twice, to save memory", absent="from a billion parameters on")
     cache_grad_dtype: str | None = option(None, "of the gradients summed for the cache", choices=tuple(DTYPES),
                                           absent="float32, or wider with a wider model")
-    offload: bool = option(False, "keep the cache and its gradients in host memory")
+    layers_at_once: str | None = option(
+        None, "take the text through a block of N layers at a time, up and down again: the cache is one block's, for "
+        "some more work; auto: the fewest blocks that fit, by the forecast of plan", metavar="N|auto", absent="all")
+    offload: bool = option(False, "let the blocks' inputs wait in host memory; by default of blocks of one layer")
     partial_context: str | None = option(
         None, "what all but --full-layers see, as in LongGen; the model has to learn it. window: the last positions "
         "and the very first, the sinks; strided: in blocks, the last ones and some of those before",
@@ -172,11 +177,20 @@ class StepOptions:
             raise InputError(f"--fill-size is {self.fill_size}, but must be at least {self.chunk_size}, a chunk")
         if self.load_in_4bit and self.rank == 0:
             raise InputError("--load-in-4bit freezes the base: it needs an adapter, --rank of at least 1")
+        if (given := self.layers_at_once) not in (None, "auto") and not (given.isdecimal() and int(given)):
+            raise InputError(f"--layers-at-once is {given!r}, but must be a whole number of at least 1, or auto")
+
+    def options(self) -> Options:
+        """How chunks are computed."""
+        grad_dtype = None if self.cache_grad_dtype is None else DTYPES[self.cache_grad_dtype]
+        return Options(self.fill_size, bool(self.recompute), grad_dtype)
 
     def keywords(self) -> dict[str, Any]:
-        """How a step is computed, as keywords of `seco` and fields of `Options`."""
-        how = {"fill_size": self.fill_size, "recompute": bool(self.recompute), "offload": self.offload}
-        return {**how, "cache_grad_dtype": self.cache_grad_dtype and DTYPES[self.cache_grad_dtype]}
+        """How a step is computed, as keywords of `seco`. Raises InputError for an `auto` that nobody has decided."""
+        if self.layers_at_once == "auto":
+            raise InputError("--layers-at-once is 'auto': let costs.forecast.fitted decide it first")
+        how = {name: value for name, value in vars(self.options()).items() if name not in ("dropout_seed", "positions")}
+        return {**how, "layers_at_once": self.layers_at_once and int(self.layers_at_once), "offload": self.offload}
 
     def pattern(self) -> Pattern | None:
         """What the layers of `--partial-context` see; None without it."""
@@ -209,7 +223,15 @@ class TrainOptions(StepOptions, ModelOptions):
     val_data: tuple[str, ...] = option((), "held-out files", absent="a part of the data", metavar="FILE")
     val_fraction: float = option(0.1, "part of the data held out", least=0, below=1)
     eval_documents: int = option(8, "held-out documents to measure", least=0)
-    chat_template: bool = option(True, "join prompt and completion as they are, even if the model has a template")
+    chat_template: bool = option(True, "put prompt and completion into the model's template", absent="if it has one")
+    rope: str | None = option(
+        None, "yarn:4 or linear:4, for 4 times the length that the model was first trained on. yarn needs the least "
+        "training (2309.00071); UltraLong went from the 8K of Llama 3 to 4M by yarn:512 (2504.06214)",
+        absent="as the config says", metavar="TYPE:FACTOR", group="positions")
+    rope_theta: float | None = option(
+        None, "the base of the angles; a larger one instead of --rope where the training is long: 5e5 in Llama 3 of 8K "
+        "(2407.21783), from there 8e6 to 64K and 1.28e8 to 512K (ProLong, 2410.02660); 1e7 in Qwen2.5-1M of 256K "
+        "(2501.15383)", above=1, absent="the config's")
     cap: float | None = option(None, "spaco with paper: the most the relay factor may be", above=0, absent="none",
                                belongs=("sampler", ("paper",)), group="method")
     steps: int = option(60, "optimizer steps", least=1, group="training")
@@ -246,10 +268,13 @@ class TrainOptions(StepOptions, ModelOptions):
 
     def check(self) -> None:
         super().check()
+        self.rope_parameters()
         if self.method != "spaco" and (self.budget, self.cap, self.sampler) != (None, None, "bernoulli"):
             raise InputError(f"--budget, --sampler and --cap belong to --method spaco, not to {self.method}")
-        if self.method == "full" and (self.fill_size or self.cache_grad_dtype or self.offload):
-            raise InputError("--fill-size, --cache-grad-dtype and --offload belong to --method seco and spaco")
+        in_blocks = self.layers_at_once is not None or self.offload
+        if self.method == "full" and (self.fill_size or self.cache_grad_dtype or in_blocks):
+            names = "--fill-size, --cache-grad-dtype, --layers-at-once and --offload"
+            raise InputError(f"{names} belong to --method seco and spaco")
         world, ranks = started().world, self.pipeline or 1
         if self.pipeline is None and world > 1:
             raise InputError(f"torchrun has started {world} processes: say with --pipeline how many share the layers")
@@ -258,8 +283,20 @@ class TrainOptions(StepOptions, ModelOptions):
             raise InputError(f"--pipeline is {ranks}, but must divide the number of processes, {world}: {start}")
         if self.method == "full" and ranks > 1:
             raise InputError("--method full has no pipeline: take seco or spaco, or --pipeline 1")
+        if in_blocks and ranks > 1:
+            raise InputError("--layers-at-once and --offload are for --pipeline 1: ranks in blocks would take turns")
         if self.accumulate is not None and self.accumulate < (copies := world // ranks):
             raise InputError(f"--accumulate is {self.accumulate}, but {copies} copies of the model need a batch each")
+
+    def rope_parameters(self) -> dict[str, Any]:
+        """What `--rope` and `--rope-theta` change in the config's. Raises InputError."""
+        said: dict[str, Any] = {} if self.rope_theta is None else {"rope_theta": self.rope_theta}
+        if self.rope is None:
+            return said
+        kind, _, factor = self.rope.partition(":")
+        if kind not in ("yarn", "linear") or not re.fullmatch(r"\d+(\.\d+)?", factor) or float(factor) <= 1:
+            raise InputError(f"--rope is {self.rope!r}, but must be yarn:FACTOR or linear:FACTOR, a factor above 1")
+        return {**said, "rope_type": kind, "factor": float(factor)}
 
     def most_kept(self) -> list[Chunk]:
         """The most chunks of a piece that a step backpropagates: as many, at the end of it."""

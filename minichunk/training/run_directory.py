@@ -14,22 +14,20 @@ import torch
 from tqdm import tqdm
 
 from ..errors import InputError
-from ..files.atomic import make_directory, open_tensors, read_json, replacing, write_json, write_tensors, write_text
-from ..files.checkpoint import digest
+from ..files.atomic import make_directory, open_tensors, read_json, write_json, write_tensors, write_text
+from ..files.checkpoint import BESIDE, digest
 from ..files.shipped import SHIPPED_MODEL
 from ..models.adapter_files import save_adapter
+from ..models.rope import Dynamic
 from .evaluate import Span
 from .loop import Ranks, Trainer
 from .options import TrainOptions, check_options, options_of
 
 
 def digests(options: TrainOptions) -> dict[str, str]:
-    """By path, of the files of data that were named, and of the base: config, tokenizer, template and weights.
-
-    All of a file counts but of weights, of which 64 MiB do, from all over a file.
-    """
+    """By path, of the files of data that were named, and of the base: config, tokenizer, template and weights."""
     base = Path(options.model or SHIPPED_MODEL)
-    patterns = ("config.json", "tokenizer*.json", "chat_template*", "*.safetensors*")
+    patterns = ("config.json", *BESIDE, "*.safetensors*")
     of_base = [str(path) for pattern in patterns for path in sorted(base.glob(pattern))]
     return {path: digest(Path(path)) for path in [*options.data, *options.val_data, *of_base]}
 
@@ -72,9 +70,8 @@ class Run:
         return run
 
     def write_info(self, options: TrainOptions, before: Sequence[Span]) -> None:
-        spans = [asdict(span) for span in before]
-        info = {"options": asdict(options), "digests": digests(options), "loss_by_position_before": spans}
-        write_json(self.info, info)
+        info = {"options": asdict(options), "digests": digests(options)}
+        write_json(self.info, {**info, "loss_by_position_before": [asdict(span) for span in before]})
 
     def read_info(self) -> tuple[TrainOptions, list[Span]]:
         """What was written. Raises InputError for another version's, and if data or base are not what they were."""
@@ -87,9 +84,7 @@ class Run:
             raise InputError(f"{self.info} is not of this version of minichunk: {error}") from None
         now = digests(stored)
         if changed := [name for name in {**then, **now} if then.get(name) != now.get(name)]:
-            raise InputError(
-                f"--resume: {changed[0]} is not what it was when this run began: bring it back, or begin another run"
-            )
+            raise InputError(f"--resume: {changed[0]} is not what it was: bring it back, or begin another run")
         return stored, before
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
@@ -117,9 +112,7 @@ class Run:
             raise InputError(f"not all processes see {self.checkpoint}: it must be on a disk that all of them share")
         if all(there):
             with open_tensors(self.checkpoint, str(trainer.device)) as file:
-                if "step" not in (told := file.metadata() or {}):
-                    raise InputError(f"{self.checkpoint} does not say its step: it is not a checkpoint of minichunk")
-                trainer.load_state(set(file.keys()), file.get_tensor, int(told["step"]))
+                trainer.load_state(set(file.keys()), file.get_tensor, int(file.metadata()["step"]))
         if trainer.ranks.is_first:
             lines = [json.dumps(metrics) + "\n" for metrics in self.read_metrics() if metrics["step"] <= trainer.step]
             write_text(self.metrics, "".join(lines))
@@ -149,7 +142,8 @@ def write_results(ranks: Ranks, run: Run, options: TrainOptions, before: Sequenc
     if options.rank:
         save_adapter(model, run.adapter, options.model, ranks.whole)
     else:
-        model.config = replace(model.config, max_position_embeddings=max(context, options.seq_len))
+        if not isinstance(getattr(model.config, "rope_scaling", None), Dynamic):  # which stretches by the old length
+            model.config = replace(model.config, max_position_embeddings=max(context, options.seq_len))
         model.save_pretrained(run.model, ranks.whole)
     if not ranks.is_first:
         return
@@ -167,12 +161,6 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Write it as a PNG, whole or not at all."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-
-
 def plot_run(
     path: Path, metrics: Sequence[dict[str, Any]], before: Sequence[Span], after: Sequence[Span], context: int
 ) -> None:
@@ -188,4 +176,4 @@ def plot_run(
     by_position.axvline(context, linestyle=":", color="tab:gray", label="the old context")
     by_position.set(xlabel="position", ylabel="held-out loss (nats per token)")
     by_position.legend()
-    save_figure(figure, path)
+    figure.savefig(path, dpi=120)

@@ -1,5 +1,6 @@
 """`minichunk train`: everything around the training loop, from options to files."""
 
+import os
 import signal
 from collections.abc import Callable
 from contextlib import suppress
@@ -7,6 +8,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from ..chunks import cut
@@ -17,19 +19,23 @@ from ..pipeline.links import Links, RankLost
 from ..pipeline.start import linked, local_device, started
 from .evaluate import Span, loss_by_position, spans_for
 from .load import check_host_room, load_data, load_to_train, make_gradient
-from .loop import NonFiniteLoss, Ranks, Schedule, Trainer, deterministic_kernels
+from .loop import NonFiniteLoss, Ranks, Schedule, Trainer
 from .options import TrainOptions, flag
 from .run_directory import Run, loss_table, peak_memory, write_results
 
 LARGE = 10**9  # parameters from which on a chunk's activations are recomputed unless told otherwise
 
 
-def train(options: TrainOptions, say: Callable[[str], object] = print) -> Path:
+def train(
+    options: TrainOptions, say: Callable[[str], object] = print,
+    on_step: Callable[[dict[str, Any]], object] = lambda metrics: None,
+) -> Path:  # fmt: skip
     """Run the training that `options` describe; with `resume` continue the one in `options.output`.
 
     Under torchrun, called on all processes; the first one speaks and writes. Of a run that is continued, only
     `pipeline` and `timeout` may be said: it may go on with another number of processes.
 
+    on_step: called on the first process after each step, with what metrics.jsonl gets of it.
     Returns the run's directory. Raises InputError before training for anything wrong in the options, the model or the
     data, NonFiniteLoss, and KeyboardInterrupt, which says how to go on, after saving on Ctrl-C; RankLost if another
     process ends or does not answer.
@@ -43,12 +49,16 @@ def train(options: TrainOptions, say: Callable[[str], object] = print) -> Path:
         stored, before = resumed.read_info()
         options = replace(stored, pipeline=options.pipeline, timeout=options.timeout)
     options = options.resolved()
-    reached = linked(options.pipeline, local_device(options.device), options.timeout)
-    with deterministic_kernels(options.deterministic), reached as links:
-        return _train(options, resumed, before, links, say)
+    if options.deterministic:  # until this process ends
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+        torch.use_deterministic_algorithms(True)
+    with linked(options.pipeline, local_device(options.device), options.timeout) as links:
+        return _train(options, resumed, before, links, say, on_step)
 
 
-def _train(options: TrainOptions, resumed: Run | None, before: list[Span], links: Links | None, say: Any) -> Path:
+def _train(
+    options: TrainOptions, resumed: Run | None, before: list[Span], links: Links | None, say: Any, on_step: Any
+) -> Path:
     model, tokenizer = load_to_train(options, links)
     ranks = Ranks(model)
     say = say if ranks.is_first else lambda line: None
@@ -60,7 +70,8 @@ def _train(options: TrainOptions, resumed: Run | None, before: list[Span], links
     recompute = total >= LARGE if options.recompute is None else options.recompute
     options = replace(options, output=str(run.directory), recompute=recompute)
     say(f"model   {options.model}: {total:,} parameters, {trainable:,} of them trained, {options.dtype}")
-    for title, words in (("past", describe(model.config)), ("ranks", ranks.describe()), ("data", line)):
+    rope = ", ".join(f"{name} {value}" for name, value in (ranks.model.rope or {}).items())
+    for title, words in (("past", describe(model.config)), ("rope", rope), ("ranks", ranks.describe()), ("data", line)):
         if words:
             say(f"{title:7} {words}")
     num_chunks = 1 if options.method == "full" else len(cut(options.seq_len, options.chunk_size))
@@ -79,7 +90,7 @@ def _train(options: TrainOptions, resumed: Run | None, before: list[Span], links
         run.restore(trainer)
         say(f"resume  {run.directory} after step {trainer.step} of {options.steps}")
     try:
-        _run_steps(trainer, run, options)
+        _run_steps(trainer, run, options, on_step)
         try:
             after = loss_by_position(model, validation, options.chunk_size, spans, "loss by position after")
             write_results(ranks, run, options, before, after)
@@ -99,7 +110,7 @@ def _train(options: TrainOptions, resumed: Run | None, before: list[Span], links
     return run.directory
 
 
-def _run_steps(trainer: Trainer, run: Run, options: TrainOptions) -> None:
+def _run_steps(trainer: Trainer, run: Run, options: TrainOptions, on_step: Any) -> None:
     """Ctrl-C lets the step at work end, and saves; a second one stops at once."""
     ranks, interrupted = trainer.ranks, list[int]()
 
@@ -115,10 +126,12 @@ def _run_steps(trainer: Trainer, run: Run, options: TrainOptions) -> None:
     bar = tqdm(total=options.steps, initial=trainer.step, desc="train", unit="step", disable=not ranks.is_first)
     try:
         while trainer.step < options.steps:
-            metrics = trainer.run_step()
+            metrics: dict[str, Any] = trainer.run_step()
             peaks, interrupts = zip(*ranks.everyones((peak_memory(trainer.device), bool(interrupted))), strict=True)
             if ranks.is_first:
-                run.append_metrics({**metrics, "peak_bytes": max(peaks)})
+                metrics["peak_bytes"] = max(peaks)
+                run.append_metrics(metrics)
+                on_step(metrics)
             speed = f"{metrics['tokens'] / metrics['seconds']:,.0f}"
             bar.set_postfix({"loss": f"{metrics['loss']:.3f}", "tokens/s": speed, "peak": human_bytes(max(peaks))})
             bar.update()

@@ -1,36 +1,7 @@
 """The event log: one training step, written down as it happens. `trace` writes it, a port may, the page shows it.
 
-An event is a JSON object, a log is a list of them, a file has one to a line. Chunks and layers count from 0, a norm is
-that of all numbers of one tensor. `kind` says what has just happened, in this order:
-
-| kind       | when                                   | fields                                    | and perhaps |
-|------------|----------------------------------------|-------------------------------------------|-------------|
-| `begin`    | first                                  | `format`, `method`, `chunks`, `layers`    | see below   |
-| `draw`     | SpaCO has drawn its chunks             | `entries`                                 | `rates`     |
-| `memory`   | there is room for what chunks write    |                                           | `remembers` |
-| `fill`     | chunks have been run without gradients | `chunks`, `written`                       | `shapes`    |
-| `rebuild`  | a chunk has been run with its graph    | `chunk`, `written`                        | `shapes`    |
-| `forward`  | `full`: the whole text has             | `chunk`: 0                                |             |
-| `loss`     | it has its loss                        | `chunk`, `loss`, times its factor         | `factor`    |
-| `relay`    | it has what later chunks sent to it    | `chunk`, `received`, not times its factor | `factor`    |
-| `backward` | the backward pass has left a layer     | `chunk`, `layer`, `sent`                  | `held`      |
-| `done`     | its backward pass is over              | `chunk`                                   | see below   |
-| `end`      | the step is over                       | `loss`                                    | see below   |
-
-`begin`: perhaps also the numbers `tokens`, `batch` and `parameters`, `recompute` (true, false), the names `model` and
-`torch`, and `text`, what each chunk says. `entries`: for each chunk null, or [loss factor, relay factor]. `rates`: for
-each chunk the chance of its own coin, where factors of 1/chance make the estimate unbiased. `remembers`: for each layer
-"keys and values" or "state". `done` and `end`: perhaps `gradient_norm`, of all parameters so far, and `done` the `loss`
-so far.
-
-`method`: "full", "seco", "spaco" or a name of your own. `chunks` of `begin`: [start, stop) of each. `layers`: how many.
-`written`, `received`: for each layer the norms of its tensors (keys, values; a state, its decay); [] where there is
-nothing. `shapes`: those of what was written. `sent`: [earlier chunk, norms …] of what this layer has sent to the memory
-just now, also to chunks that will never take it (SpaCO's skipped ones). `held`: the same for the sums so far.
-
-Any event may have `step`, its number; `bytes`, an object of what is alive now: `weights`, `gradients` (the
-parameters'), `memory` (keys and values, states), `memory_gradients` (sent back to them) and `activations` (all else);
-`peak`, the most that was alive at once since the event before.
+tutorials/walk.md describes every kind of event and every field. An event is a JSON object, a log is a list of them, a
+file has one to a line.
 """
 
 import json
@@ -66,12 +37,8 @@ def write_events(path: str | Path, events: Iterable[Event]) -> None:
 
 def read_events(path: str | Path) -> list[Event]:
     """Read a log. Raises InputError, naming file and line, for an event without what the page needs of it."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
     events: list[Event] = []
-    for where, event in json_lines(path, text):
+    for where, event in json_lines(path, Path(path).read_text(encoding="utf-8", errors="replace")):
         try:
             check_event(event, events[0] if events else event)
         except (TypeError, ValueError, LookupError, AttributeError) as error:  # of another type than events.py says

@@ -102,7 +102,7 @@ class WalkOptions(ModelOptions):
       minichunk walk --log logs                     # also write the logs, one JSON object a line
       minichunk walk --events mine.jsonl            # look at the log of another implementation
 
-    `python -c "import minichunk.walk.events as e; help(e)"` describes the log.
+    tutorials/walk.md describes the log.
     """
 
     data: tuple[str, ...] | None = option(None, "text or JSONL files", metavar="FILE", absent="a shipped novel")
@@ -127,10 +127,7 @@ def run_walk(options: WalkOptions) -> None:
         for log in logs:
             write_events(folder / f"{title(log)}.jsonl", log)
     page = make_page(logs, [Path(path).stem for path in paths] if paths else None)
-    try:
-        write_text(options.output, page)
-    except OSError as error:
-        raise InputError(f"{options.output} cannot be written: {error.strerror}") from None
+    write_text(options.output, page)
     print(f"written  {options.output}  (open it in a browser)")
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from ..batch import check_batch
+from ..batch import check_tokens
 from ..chunks import Chunk, cut
 from ..costs.count import CountBytes
 from ..errors import InputError
@@ -54,8 +54,8 @@ def trace(
 ) -> list[Event]:
     """Call `function(model, input_ids, labels, …)`, one of `seco`, `spaco` and `full`; return the log of its events.
 
-    The function is run as it is and adds to `.grad` what it adds alone, bit for bit; events.py describes the log. The
-    arguments after `labels` are the function's own.
+    The function is run as it is and adds to `.grad` what it adds alone, bit for bit. The arguments after `labels` are
+    its own. tutorials/walk.md describes the log.
 
     model: a `protocol.Model` with its `layers`, as all of ours are.
     input_ids, labels: int64 (B, T).
@@ -66,9 +66,9 @@ def trace(
     """
     if function not in (seco, spaco, full):
         raise InputError(f"trace watches seco, spaco or full, but was given {getattr(function, '__name__', function)}")
-    if keywords.get("layers_at_once") is not None:
-        raise InputError("trace watches a step whose layers are run all at once: leave out layers_at_once")
-    check_batch(model, input_ids, labels, None)
+    if keywords.get("layers_at_once") is not None or keywords.get("offload"):
+        raise InputError("trace watches a step with all layers at once: leave out layers_at_once and offload")
+    check_tokens(input_ids, labels, None, model.lm_head.weight.shape[0])
     bound = inspect.signature(function).bind(model, input_ids, labels, *arguments, **keywords)
     bound.apply_defaults()
     given, (batch, tokens) = bound.arguments, input_ids.shape

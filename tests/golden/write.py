@@ -23,9 +23,10 @@ from minichunk.chunks import cut, span
 from minichunk.files.atomic import write_tensors
 from minichunk.full import full
 from minichunk.memory.window import FULL, Window
-from minichunk.models.config import Llama3Rope, LlamaConfig
+from minichunk.models.config import LlamaConfig
 from minichunk.models.llama import Attention, Layer, Llama, rope_tables
 from minichunk.models.lora import DropoutMasks, adapters, add_lora
+from minichunk.models.rope import Llama3Rope
 from minichunk.models.ssm import StateSpace, StateSpaceConfig
 from minichunk.porting.compare import FORMAT
 from minichunk.protocol import Options, flat
@@ -225,7 +226,7 @@ def golden(case: Case, step: Step | None = None) -> dict[str, Tensor]:
         out |= {f"{of}input_ids": input_ids, f"{of}labels": labels}
     attention = case.config if isinstance(case.config, LlamaConfig) else case.config.attention
     if attention is not None:
-        out["rope.cos"], out["rope.sin"] = rope_tables(attention, 0, LENGTH, next(model.parameters()))
+        out["rope.cos"], out["rope.sin"] = rope_tables(attention, torch.arange(LENGTH), next(model.parameters()))
     out |= {f"weights.{name}": p.detach().clone() for name, p in model.named_parameters()}
     losses = [full(model, *batch, num_targets=step.num_targets) for batch in step.batches]
     out["full.loss"] = torch.stack(losses).sum()

@@ -1,0 +1,204 @@
+"""Models of transformers in chunks against their own full backpropagation; `python -m tests.sweep_wrap` tries all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+import minichunk as mc
+from minichunk.batch import IGNORE, shift
+from minichunk.chunks import cut
+
+from .gradients import combine
+from .rounding import Exact, exactly, outcome
+from .tiny_transformers import batch, exact, own, tiny_transformer
+
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache  # isort: skip (if it is there)
+
+TYPES = [
+    "llama", "gemma2", "gemma3_text", "gemma3n_text", "gpt2", "phi", "granite", "mixtral", "gpt_oss", "llama4_text",
+    "qwen3_next", "bamba", "lfm2",
+]  # fmt: skip
+WAYS: list[dict[str, Any]] = [{"chunk_size": 5}, {"chunk_size": 4, "recompute": True, "fill_size": 12}]
+NAME = "minichunk"
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_seco_is_its_own_full_backpropagation(model_type: str) -> None:
+    (ids, labels), model = batch(), tiny_transformer(model_type)
+    with exact():
+        expected = exactly(model, lambda: own(model, ids, labels))
+        wrapped = mc.wrap(model)
+        expected.check(outcome(model, lambda: mc.full(wrapped, ids, labels)))
+        for way in [*WAYS, *([{"chunk_size": 1}] if wrapped.states else [])]:
+            expected.check(outcome(model, partial(mc.seco, wrapped, ids, labels, **way)))
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "qwen3_next"])
+def test_spaco_is_unbiased(model_type: str) -> None:
+    (ids, labels), model, sampler = batch(length=13), tiny_transformer(model_type), mc.Bernoulli([0.3, 0.5, 0.8])
+    with exact():
+        expected, wrapped = exactly(model, lambda: own(model, ids, labels)), mc.wrap(model)
+        got = [
+            (chance, outcome(model, partial(mc.spaco, wrapped, ids, labels, 5, sampler=lambda *_, draw=draw: draw)))
+            for chance, draw in sampler.outcomes(3)
+        ]
+        everything = [mc.Weight(1.0, 1.0)] * 3
+        expected.check(outcome(model, partial(mc.spaco, wrapped, ids, labels, 5, sampler=lambda *_: everything)))
+    noise = {name: 8 * x for name, x in expected.noise.items()}  # a draw's weights make fewer terms cancel
+    expected.check(combine(got), beside=Exact(expected.values, noise))
+
+
+def lora(model: Any, dropout: float = 0.0, **more: Any) -> Any:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(5)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_dropout=dropout, task_type="CAUSAL_LM", **more))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:  # zero at first: nothing would flow into A
+            parameter.data.normal_(std=0.3)
+    return adapted
+
+
+@pytest.mark.parametrize(
+    "adapted",
+    [
+        lambda: lora(tiny_transformer("llama")),
+        lambda: lora(tiny_transformer("llama"), modules_to_save=["lm_head"]),
+        lambda: lora(tiny_transformer("qwen3_next"), target_modules=["q_proj", "in_proj_qkvz"]),
+    ],
+)
+def test_adapters_of_peft(adapted: Callable[[], Any]) -> None:
+    """In two batches of 2, whose gradients add up."""
+    (ids, labels), model = batch(rows=4), adapted()
+    with exact():
+        expected, wrapped = exactly(model, lambda: own(model, ids, labels)), mc.wrap(model)
+        count = int((shift(labels) != IGNORE).sum())
+
+        def both(way: dict[str, Any]) -> Tensor:
+            return sum(mc.seco(wrapped, ids[i : i + 2], labels[i : i + 2], num_targets=count, **way) for i in (0, 2))
+
+        for way in WAYS:
+            expected.check(outcome(model, lambda way=way: both(way)))
+
+
+def through_its_own_cache(model: Any, ids: Tensor, labels: Tensor, size: int, seed: int) -> Tensor:
+    """Plain backpropagation through all chunks and transformers' cache at once, with the masks that a seed draws."""
+    cache, total, targets = DynamicCache(config=model.config), torch.zeros(()), shift(labels)
+    for start, stop in cut(ids.shape[1], size):
+        torch.manual_seed(seed + start)
+        logits = model(input_ids=ids[:, start:stop], past_key_values=cache, use_cache=True).logits
+        total = total + cross_entropy(logits.flatten(0, 1), targets[:, start:stop].flatten(), reduction="sum")
+    loss = total / (targets != IGNORE).sum()
+    loss.backward()
+    return loss.detach()
+
+
+@pytest.mark.parametrize(
+    "dropping",
+    [lambda: lora(tiny_transformer("llama"), 0.1), lambda: tiny_transformer("gpt2", resid_pdrop=0.1, embd_pdrop=0.1)],
+)
+def test_dropout_draws_the_same_masks_whenever_a_chunk_is_run(dropping: Callable[[], Any]) -> None:
+    (ids, labels), model = batch(), dropping().eval()
+    with exact():
+        wrapped = mc.wrap(model)
+        assert wrapped.dropout_seed() is None
+        model.train()
+        seed = wrapped.dropout_seed()
+        wrapped.dropout_seed = lambda: seed
+        expected = exactly(model, lambda: through_its_own_cache(model, ids, labels, 5, seed))
+        for options in ({}, {"recompute": True, "fill_size": 12}):
+            expected.check(outcome(model, partial(mc.seco, wrapped, ids, labels, 5, **options)))
+
+
+def ignoring(name: str) -> Callable[..., Any]:
+    """Our attention function without a part of what it is asked for."""
+    attend = AttentionInterface()[NAME]
+    return lambda *args, **asked: attend(*args, **{key: x for key, x in asked.items() if key != name})
+
+
+@pytest.mark.parametrize(
+    ("model_type", "ignored", "more"),
+    [
+        ("gemma3_text", "mask", {}),
+        ("llama4_text", "mask", {}),
+        ("gemma3_text", "scaling", {}),
+        ("gpt_oss", "s_aux", {}),
+        ("gemma2", "softcap", {"attn_logit_softcapping": 1.0}),
+        ("gemma2", "final cap", {}),
+        ("qwen3_next", "states", {}),
+    ],
+)
+def test_who_ignores_a_part_of_a_model_is_found_out(
+    model_type: str, ignored: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from minichunk.models import transformers_cache, wrap
+
+    model = tiny_transformer(model_type, **more)
+    mc.wrap(model)
+    monkeypatch.setitem(AttentionInterface._global_mapping, NAME, ignoring(ignored))
+    if ignored == "mask":
+        rule = transformers_cache.Rule(transformers_cache.FULL)
+        monkeypatch.setitem(AttentionMaskInterface._global_mapping, NAME, lambda **_: rule)
+    if ignored == "final cap":
+        monkeypatch.setattr(wrap, "getattr", lambda x, name, other=None: None, raising=False)
+    if ignored == "states":
+        monkeypatch.setattr(transformers_cache.Run, "get_conv_state", lambda *_, **__: None)
+    with pytest.raises(mc.InputError, match=r"would be off by|not a linear function"):
+        mc.wrap(model)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "more", "reason"),
+    [
+        ("bloom", {}, "AttentionInterface"),
+        ("diffllama", {}, "runs twice"),
+        ("jamba", {}, "would be off by"),
+    ],
+)
+def test_others_are_refused_in_a_line(model_type: str, more: dict[str, Any], reason: str) -> None:
+    with pytest.raises(mc.InputError, match=f"cannot be run in chunks: .*{reason}") as error:
+        mc.wrap(tiny_transformer(model_type, **more))
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_not_done_is_refused() -> None:
+    ids, labels = batch()
+    with pytest.raises(mc.InputError, match="not torch's Linear"):
+        mc.wrap(lora(tiny_transformer("llama"), target_modules=["q_proj", "lm_head"]))
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    model = tiny_transformer("llama", rope_parameters=rope, max_position_embeddings=20)
+    wrapped = mc.wrap(model)
+    mc.seco(wrapped, ids[:, :20], labels[:, :20], 5)
+    with pytest.raises(mc.InputError, match="past 20 tokens"):
+        mc.seco(wrapped, ids, labels, 5)
+    with pytest.raises(mc.InputError, match="attention_dropout=0"):
+        mc.wrap(tiny_transformer("llama", attention_dropout=0.1))
+    model.gradient_checkpointing_enable()
+    with pytest.raises(mc.InputError, match="gradient_checkpointing_disable"):
+        mc.seco(wrapped, ids[:, :20], labels[:, :20], 5)
+    model.gradient_checkpointing_disable()
+    with pytest.raises(mc.InputError, match="offload"):
+        mc.seco(wrapped, ids[:, :20], labels[:, :20], 5, offload=True)
+
+
+def test_the_model_stays_as_it_was() -> None:
+    (ids, labels), model = batch(), tiny_transformer("gemma2").train()
+    before, state, config = model(input_ids=ids).logits.detach(), torch.get_rng_state(), model.config.to_dict()
+    model.model.layers[0].mlp.eval().requires_grad_(False)
+    modes = [(module.training, vars(module).keys()) for module in model.modules()]
+    learning = [p.requires_grad for p in model.parameters()]
+    wrapped = mc.wrap(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(p.grad is None for p in model.parameters())
+    mc.seco(wrapped, ids, labels, 5, recompute=True)
+    assert [p.requires_grad for p in model.parameters()] == learning
+    assert [(module.training, vars(module).keys()) for module in model.modules()] == modes
+    assert model.config.to_dict() == config
+    assert model.config._attn_implementation == "eager"
+    assert torch.equal(model(input_ids=ids).logits, before)
