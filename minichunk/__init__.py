@@ -9,6 +9,7 @@ from typing import Any
 
 from .errors import InputError
 from .full import full
+from .objective import log_probs
 from .samplers import Bernoulli, FixedBudget, PaperBudget, Weight
 from .seco import seco
 from .spaco import spaco
@@ -18,21 +19,23 @@ _LATER = {
     "memory.window": ("Strided", "Window"),
     "models.adapter_files": ("load_adapter", "save_adapter"),
     "models.load": (  # which gives them `from_pretrained` and `from_dict`
-        "Gemma3", "Gemma3Config", "Llama", "LlamaConfig", "Mamba2", "Mamba2Config", "StateSpace", "StateSpaceConfig",
+        "Llama", "LlamaConfig", "Mamba2", "Mamba2Config", "StateSpace", "StateSpaceConfig",
         "change_rope", "load_model",
     ),
-    "models.lora": ("add_lora", "merge_lora"),
+    "models.lora": ("add_lora", "merge_lora", "without_adapter"),
     "models.partial": ("partial_context",),
     "pipeline.links": ("Links", "RankLost"),
     "pipeline.stage": ("PipelineStage",),
     "pipeline.pipeline_seco": ("pipeline_seco", "pipeline_spaco"),
     "models.wrap": ("wrap",),  # needs transformers: minichunk[hf]
     "training.generate": ("generate",),
+    "training.transformers_trainer": ("Trainer",),  # and accelerate
     "walk.trace": ("trace",),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _LATER.items() for name in names}
 __all__ = [
-    "Bernoulli", "FixedBudget", "InputError", "PaperBudget", "Weight", "full", "seco", "spaco", *_MODULE_OF,
+    "Bernoulli", "FixedBudget", "InputError", "PaperBudget", "Weight", "full", "log_probs", "seco", "spaco",
+    *_MODULE_OF,
 ]  # fmt: skip
 
 

@@ -1,24 +1,46 @@
 """What comes before the first chunk: a batch is checked, its labels become targets, gradients become wide enough."""
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .chunks import Chunk, span
 from .errors import InputError
 from .protocol import Model
 
 IGNORE = -100  # Hugging Face's label of a position without a target
+Objective = Callable[[Tensor], Tensor]  # see objective.py
+ChunkLoss = Callable[[Tensor, Chunk], Tensor]  # of what the LM head is given for a chunk, (B, C, E), and its place
 
 
 class Batch(NamedTuple):
-    """input_ids and targets, int64 (B, T), the number that the summed loss is divided by, and `Options.positions`."""
+    """input_ids and targets, int64 (B, T), the number that the summed loss is divided by, and `Options.positions`.
+
+    labelled: bool (B, T) on the CPU, whatever the device: where there is a target. There alone the LM head is run.
+    factors: (B, T), of the loss of each target; None: 1.
+    chunk_loss: a loss of the caller's in its place.
+    """
 
     input_ids: Tensor
     targets: Tensor
     num_targets: Tensor | float
+    labelled: Tensor
     positions: Tensor | None = None
+    factors: Tensor | None = None
+    chunk_loss: ChunkLoss | None = None
+
+    def part(self, chunks: Sequence[Chunk]) -> "Batch":
+        """What belongs to these adjacent chunks; positions are those of the whole."""
+        here = span(chunks)
+        return self._replace(
+            input_ids=self.input_ids[:, here],
+            targets=self.targets[:, here],
+            labelled=self.labelled[:, here],
+            factors=None if self.factors is None else self.factors[:, here],
+        )
 
 
 def shift(labels: Tensor) -> Tensor:
@@ -30,8 +52,9 @@ def shift(labels: Tensor) -> Tensor:
 
 
 def prepare(
-    model: Model, input_ids: Tensor, labels: Tensor, num_targets: float | None, positions: Tensor | None = None
-) -> Batch:
+    model: Model, input_ids: Tensor, labels: Tensor, num_targets: float | None, positions: Tensor | None = None,
+    objective: Objective | None = None, chunk_loss: ChunkLoss | None = None,
+) -> Batch:  # fmt: skip
     """Check a batch and let the model's gradients be summed in float32. Raises InputError.
 
     num_targets: the divisor of the loss; None counts the valid targets.
@@ -40,15 +63,18 @@ def prepare(
     check_tokens(input_ids, labels, num_targets, model.lm_head.weight.shape[0])
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError("no parameter of the model requires a gradient: nothing to train")
+    check_loss(num_targets, objective, chunk_loss)
     positions = check_positions(model, positions, input_ids)
     widen_gradients(model)
-    return make_batch(input_ids, labels, num_targets, positions)
+    return make_batch(input_ids, labels, num_targets, positions)._replace(chunk_loss=chunk_loss)
 
 
 def make_batch(input_ids: Tensor, labels: Tensor, num_targets: float | None, positions: Tensor | None = None) -> Batch:
     """Of tensors that have been checked."""
     targets = shift(labels)
-    return Batch(input_ids, targets, (targets != IGNORE).sum() if num_targets is None else num_targets, positions)
+    labelled = targets != IGNORE
+    divisor = labelled.sum() if num_targets is None else num_targets
+    return Batch(input_ids, targets, divisor, labelled.cpu(), positions)
 
 
 def check_positions(model: object, positions: Tensor | None, input_ids: Tensor) -> Tensor:
@@ -83,6 +109,14 @@ def check_tokens(input_ids: Tensor, labels: Tensor, num_targets: float | None, v
             raise InputError(f"{name} has the token id {wrong}, but the vocabulary goes from 0 to {vocab_size - 1}")
     if num_targets is None and not (labels[:, 1:] != IGNORE).any():
         raise InputError(f"labels has no valid target: after the shift every label is {IGNORE}")
+
+
+def check_loss(num_targets: float | None, objective: Objective | None, chunk_loss: ChunkLoss | None) -> None:
+    """Raise InputError where more than one of these is given: a loss of the caller's normalises by itself."""
+    all_of_them = {"num_targets": num_targets, "objective": objective, "chunk_loss": chunk_loss}
+    given = [name for name, value in all_of_them.items() if value is not None]
+    if len(given) > 1:
+        raise InputError(f"{' and '.join(given)} were given, but only one of them can say what the loss is")
 
 
 def widen_gradients(model: Model | nn.Module) -> None:

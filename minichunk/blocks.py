@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import Batch
+from .batch import Batch, Objective
 from .chunks import Chunk, groups, span
 from .errors import InputError
-from .loss import summed_loss
+from .loss import loss_of_chunk
+from .objective import Scores, weigh
 from .protocol import Memory, Model, Options, relay
 
 Kept = Sequence[tuple[Chunk, tuple[float, float]]]  # chunks, each with the factors on its loss and on its relay
@@ -31,7 +32,7 @@ Kept = Sequence[tuple[Chunk, tuple[float, float]]]  # chunks, each with the fact
 
 def through_blocks(
     model: Any, batch: Batch, chunks: Sequence[Chunk], kept: Kept, options: Options, layers_at_once: int | None,
-    offload: bool,
+    offload: bool, objective: Objective | None = None,
 ) -> Tensor:  # fmt: skip
     """Add to `.grad` what `spaco` adds if it keeps these chunks, and `seco` with all of them; return the loss.
 
@@ -45,23 +46,29 @@ def through_blocks(
         raise InputError(f"layers_at_once and offload need a model in blocks of layers: {kind} has no method blocks")
     blocks: Sequence[Model] = model.blocks(size)
     first, (B, _), device = first_that_learns(blocks), batch.input_ids.shape, batch.input_ids.device
-    *receiving, last = [chunk for chunk, _ in kept]
-    chunks = [chunk for chunk in chunks if chunk <= last]  # no chunk reads what comes after
-    walk = Walk(model, batch, chunks, kept, options)
+    seen = [chunk for chunk in chunks if kept and chunk <= kept[-1][0]]  # no kept chunk reads what comes after
+    walk = Walk(model, batch, seen if objective is None else chunks, kept, options)
     copies = torch.cuda.Stream(device) if offload and device.type == "cuda" else None
     inputs = [Hidden(device, offload, copies) for _ in blocks]
-    inputs[0].keep(chunks, batch.input_ids[:, span(chunks)])
+    inputs[0].keep(walk.chunks, batch.input_ids[:, span(walk.chunks)])
     for i, block in enumerate(blocks[:-1]):
-        walk.go_up(block, block.new_memory(B, last.stop, (), options), inputs[i], inputs[i + 1])
+        walk.go_up(block, block.new_memory(B, walk.chunks[-1].stop, (), options), inputs[i], inputs[i + 1])
         if i < first:  # nothing learns there, so nobody comes back
             inputs[i].parts.clear()
+    if objective is not None:
+        scores = Scores(model, batch)
+        walk.go_up(blocks[-1], blocks[-1].new_memory(B, chunks[-1].stop, (), options), inputs[-1], scores)
+        batch, value = weigh(objective, batch, scores.log_probs())
+        if not kept:
+            return value
+        walk = Walk(model, batch, seen, kept, options)
     total, gradients = torch.zeros((), device=device), None
     for i in reversed(range(first, len(blocks))):
-        memory = blocks[i].new_memory(B, last.start, receiving, options)
+        memory = blocks[i].new_memory(B, seen[-1].start, [chunk for chunk, _ in kept[:-1]], options)
         total = total + walk.go_down(blocks[i], memory, inputs[i], gradients, learns_below=i > first)
         del memory  # before the next block has one
         gradients = inputs.pop()
-    return total
+    return total if objective is None else value
 
 
 def first_that_learns(blocks: Sequence[Model]) -> int:
@@ -80,7 +87,7 @@ class Walk:
     options: Options
 
     @torch.no_grad()
-    def go_up(self, block: Model, memory: Memory, x: "Hidden", y: "Hidden") -> None:
+    def go_up(self, block: Model, memory: Memory, x: "Hidden", y: "Hidden | Scores") -> None:
         """Through all chunks: from the block's inputs x to its outputs y."""
         passes = [*groups(self.chunks[:-1], self.options.fill_size), self.chunks[-1:]]
         for group, part in zip(passes, x.bring(passes), strict=True):
@@ -106,8 +113,7 @@ class Walk:
         for (chunk, (on_loss, on_relay)), part, grad in zip(reversed(self.kept), x.bring(back), ends, strict=False):
             end, written = block.run(part.requires_grad_(learns_below), memory, [chunk], self.options)  # line 5
             if grad is None:
-                targets = self.batch.targets[:, span([chunk])]
-                end = on_loss * (summed_loss(end, self.model.lm_head.weight, targets) / self.batch.num_targets)
+                end = on_loss * loss_of_chunk(end, self.model.lm_head.weight, self.batch, chunk)
                 total = total + end.detach()
             made, received = relay(written, memory.hand_over(chunk))  # line 6
             torch.autograd.backward([end, *made], [grad, *(on_relay * g for g in received)])  # line 7

@@ -4,7 +4,9 @@ A tile is all tokens by a part of the vocabulary: each part of the LM head is re
 few would fit into a tile of whole rows (130 at a vocabulary of 128,256). The softmax needs all of a row, so the tiles
 are computed twice: first for the log-sum-exp, then, last one first, for the gradient.
 
-Shapes: N tokens (B*C), E hidden size, V vocabulary; hidden (N, E), weight (V, E), targets int64 (N).
+Positions without a target, as in a prompt, have no logits at all.
+
+Shapes: N tokens with a target (of B*C), E hidden size, V vocabulary; hidden (N, E), weight (V, E), targets int64 (N).
 """
 
 from collections.abc import Iterator
@@ -13,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .batch import IGNORE
+from .batch import IGNORE, Batch
+from .chunks import Chunk
 
 _TILE_ELEMENTS = 1 << 24  # logits alive at once: 64 MiB in float32
 
@@ -22,7 +25,9 @@ class _SummedLoss(torch.autograd.Function):
     """Forward computes the gradient too: the last tile's logits are at hand, and none are saved."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, factors: Tensor | None, cap: float | None
+    ) -> Tensor:
         losses, lse, logits = _token_losses(hidden, weight, targets, cap)
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         dhidden = torch.zeros_like(hidden, dtype=lse.dtype) if needs_hidden else None
@@ -33,7 +38,7 @@ class _SummedLoss(torch.autograd.Function):
             slope = None if cap is None else 1 - (logits / cap).square()  # of the cap
             p = logits.sub_(lse[:, None]).exp_()  # softmax, in place of the logits
             p.scatter_add_(1, index, -inside.to(p.dtype))
-            p = p.mul_((targets != IGNORE)[:, None])
+            p = p if factors is None else p.mul_(factors[:, None])
             dlogits = (p if slope is None else p.mul_(slope)).to(hidden.dtype)  # (N, columns)
             if dhidden is not None:
                 dhidden += dlogits @ weight[columns]
@@ -42,7 +47,7 @@ class _SummedLoss(torch.autograd.Function):
             del p, dlogits
             logits = None
         ctx.save_for_backward(dhidden if dhidden is None else dhidden.to(hidden.dtype), dweight)
-        return losses.sum()
+        return (losses if factors is None else losses * factors).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -53,12 +58,13 @@ class _SummedLoss(torch.autograd.Function):
             None if dweight is None else dweight * grad,
             None,
             None,
+            None,
         )
 
 
 def _tiles(hidden: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """For each tile its columns, the column of each target in it (N, 1), and whether the target is in it (N, 1)."""
-    V, size = weight.shape[0], max(1, _TILE_ELEMENTS // hidden.shape[0])
+    V, size = weight.shape[0], max(1, _TILE_ELEMENTS // max(1, hidden.shape[0]))
     for start in range(0, V, size):
         stop = min(start + size, V)
         inside = (targets >= start) & (targets < stop)
@@ -73,7 +79,7 @@ def _logits(hidden: Tensor, weight: Tensor, cap: float | None) -> Tensor:
 def _token_losses(
     hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Loss of each token (N), 0 without a target; the log-sum-exps (N); and the last tile's logits."""
+    """Loss of each token (N); the log-sum-exps (N); and the last tile's logits."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     lse = hidden.new_full(targets.shape, -torch.inf, dtype=wide)
     picked = hidden.new_zeros(targets.shape, dtype=wide)
@@ -83,21 +89,44 @@ def _token_losses(
         logits = _logits(hidden, weight[columns], cap)
         lse = torch.logaddexp(lse, logits.logsumexp(-1))
         picked += logits.gather(1, index).where(inside, 0)[:, 0]
-    return (lse - picked) * (targets != IGNORE), lse, logits
+    return lse - picked, lse, logits
 
 
-def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def loss_of_chunk(hidden: Tensor, weight: Tensor, batch: Batch, chunk: Chunk) -> Tensor:
+    """A chunk's share of the loss of a batch; hidden: (B, C, E), what the LM head is given for it."""
+    if batch.chunk_loss is not None:
+        return batch.chunk_loss(hidden, chunk)
+    part = batch.part([chunk])
+    return summed_loss(hidden, weight, part.targets, part.labelled, part.factors) / part.num_targets
+
+
+def summed_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, labelled: Tensor | None = None, factors: Tensor | None = None
+) -> Tensor:
     """Cross-entropy of `hidden @ weight.T` against `targets`, summed over the valid ones.
 
     hidden: (B, C, E). weight: (V, E), the LM head's. targets: int64 (B, C), -100 for none.
+    labelled: bool (B, C), where there is a target; on the CPU, or a GPU would be waited for. None: found from them.
+    factors: (B, C), which each target's loss is multiplied by, in float32 or wider; None: 1.
     Where the weight has an attribute `softcap`, logits x become softcap · tanh(x / softcap), as in Gemma 2.
     Returns a scalar in float32, or in the model's dtype where that is wider.
     """
-    return _SummedLoss.apply(hidden.flatten(0, 1), weight, targets.flatten(), getattr(weight, "softcap", None))
+    labelled = targets != IGNORE if labelled is None else labelled
+    factors = None if factors is None else _rows(factors, labelled)  # without those that an objective may leave as NaN
+    cap = getattr(weight, "softcap", None)
+    return _SummedLoss.apply(_rows(hidden, labelled), weight, _rows(targets, labelled), factors, cap)
 
 
 @torch.no_grad()
-def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, labelled: Tensor | None = None) -> Tensor:
     """As `summed_loss`, but each token's own loss (B, C), 0 without a target, and no gradient."""
+    labelled = targets != IGNORE if labelled is None else labelled
     cap = getattr(weight, "softcap", None)
-    return _token_losses(hidden.flatten(0, 1), weight, targets.flatten(), cap)[0].view(targets.shape)
+    losses, _, _ = _token_losses(_rows(hidden, labelled), weight, _rows(targets, labelled), cap)
+    return losses.new_zeros(targets.shape).masked_scatter_(labelled.to(losses.device), losses)
+
+
+def _rows(x: Tensor, labelled: Tensor) -> Tensor:
+    """Of x (B, C, ·) what has a target: (N, ·)."""
+    x = x.flatten(0, 1)
+    return x if labelled.all() else x.index_select(0, labelled.flatten().nonzero()[:, 0].to(x.device))

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .batch import Batch, prepare
+from .batch import Batch, ChunkLoss, Objective, prepare
 from .blocks import through_blocks
 from .chunks import Chunk, check_fill_size, cut, groups, span
-from .loss import summed_loss
+from .loss import loss_of_chunk
+from .objective import score, weigh
 from .protocol import Memory, Model, Options, relay
 
 
@@ -24,6 +25,8 @@ def seco(
     labels: Tensor,
     chunk_size: int,
     *,
+    objective: Objective | None = None,
+    chunk_loss: ChunkLoss | None = None,
     fill_size: int | None = None,
     num_targets: float | None = None,
     recompute: bool = False,
@@ -38,6 +41,10 @@ def seco(
 
     input_ids, labels: int64 (B, T); labels as Hugging Face has them (same positions, -100 ignored).
     chunk_size: tokens whose activations are in memory at once; any number from 1.
+    objective: another loss than the mean: a function of the log-probabilities (B, T) of the labels, each at its label's
+        own position and 0 where there is none, that returns a scalar. See objective.py.
+    chunk_loss: another loss that is a sum over chunks, for what takes more than those: a function of what the LM head
+        is given for a chunk, (B, C, E), and the chunk, that returns the chunk's share. It is called in the walk back.
     fill_size: tokens per forward pass of the fill, rounded down to whole chunks; None: one chunk.
     num_targets: divides the summed loss instead of the count of valid targets, for gradient accumulation.
     recompute: within a chunk, keep only the layers' inputs and what attention returned, and run the rest of each
@@ -52,20 +59,24 @@ def seco(
     Raises InputError for a batch or a size that does not fit.
     """
     check_fill_size(fill_size, chunk_size)
-    batch, chunks = prepare(model, input_ids, labels, num_targets, positions), cut(input_ids.shape[1], chunk_size)
+    batch = prepare(model, input_ids, labels, num_targets, positions, objective, chunk_loss)
+    chunks = cut(input_ids.shape[1], chunk_size)
     options = Options(fill_size, recompute, cache_grad_dtype, model.dropout_seed(), batch.positions)
     if layers_at_once is not None or offload:
         kept = [(chunk, (1.0, 1.0)) for chunk in chunks]
-        return through_blocks(model, batch, chunks, kept, options, layers_at_once, offload)
+        return through_blocks(model, batch, chunks, kept, options, layers_at_once, offload, objective)
     memory = new_memory(model, input_ids, chunks, options)
-    fill(model, input_ids, chunks[:-1], memory, options)  # lines 1-3; no chunk reads the last one
+    if objective is None:
+        fill(model, input_ids, chunks[:-1], memory, options)  # lines 1-3; no chunk reads the last one
+    else:
+        batch, value = weigh(objective, batch, score(model, batch, chunks, memory, options))
     total = torch.zeros((), device=input_ids.device)
     for chunk in reversed(chunks):  # line 4
         loss, written, received = rebuild(model, batch, chunk, memory, options)  # lines 5, 6
         torch.autograd.backward([loss, *written], [None, *received])  # line 7
         total = total + loss.detach()
         del loss, written, received  # or they would live on beside the next chunk's
-    return total
+    return total if objective is None else value
 
 
 def new_memory(model: Model, input_ids: Tensor, kept: Sequence[Chunk], options: Options) -> Memory:
@@ -90,7 +101,6 @@ def rebuild(
     Returns its share of the mean loss; what it wrote; and the gradients that later chunks have sent back to that. See
     `relay` for what both leave out.
     """
-    here = span([chunk])
-    hidden, written = model.run(batch.input_ids[:, here], memory, [chunk], options)  # line 5
-    loss = summed_loss(hidden, model.lm_head.weight, batch.targets[:, here]) / batch.num_targets
+    hidden, written = model.run(batch.part([chunk]).input_ids, memory, [chunk], options)  # line 5
+    loss = loss_of_chunk(hidden, model.lm_head.weight, batch, chunk)
     return loss, *relay(written, memory.hand_over(chunk))  # line 6

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .batch import prepare
+from .batch import ChunkLoss, Objective, prepare
 from .blocks import through_blocks
 from .chunks import check_fill_size, cut
 from .errors import InputError
+from .objective import score, weigh
 from .protocol import Model, Options
 from .samplers import Bernoulli, Weight
 from .seco import fill, new_memory, rebuild
@@ -24,6 +25,8 @@ def spaco(
     labels: Tensor,
     chunk_size: int,
     *,
+    objective: Objective | None = None,
+    chunk_loss: ChunkLoss | None = None,
     sampler: Sampler = QUARTER,
     generator: torch.Generator | None = None,
     fill_size: int | None = None,
@@ -44,28 +47,35 @@ def spaco(
     generator: a CPU generator for the sampler; None: PyTorch's default one.
     The other arguments are those of `seco`.
 
-    A draw that keeps nothing leaves `.grad` as it was and returns 0.
+    With an objective the fill goes to the end of the text, and what is returned is the loss itself, no estimate.
+    A draw that keeps nothing leaves `.grad` as it was and returns 0, or the objective's loss.
     Raises InputError for a batch, a size or a sampler's answer that does not fit.
     """
     check_fill_size(fill_size, chunk_size)
-    batch, chunks = prepare(model, input_ids, labels, num_targets, positions), cut(input_ids.shape[1], chunk_size)
+    batch = prepare(model, input_ids, labels, num_targets, positions, objective, chunk_loss)
+    chunks = cut(input_ids.shape[1], chunk_size)
     weights = check_weights(sampler(len(chunks), generator), len(chunks))  # which chunks are kept
     kept = [(chunk, weight) for chunk, weight in zip(chunks, weights, strict=True) if weight is not None]
     total = torch.zeros((), device=input_ids.device)
-    if not kept:
+    if not kept and objective is None:
         return total
     options = Options(fill_size, recompute, cache_grad_dtype, model.dropout_seed(), batch.positions)
     if layers_at_once is not None or offload:
-        return through_blocks(model, batch, chunks, kept, options, layers_at_once, offload)
-    memory = new_memory(model, input_ids, [chunk for chunk, _ in kept], options)
-    fill(model, input_ids, [chunk for chunk in chunks if chunk < kept[-1][0]], memory, options)
+        return through_blocks(model, batch, chunks, kept, options, layers_at_once, offload, objective)
+    run_again = [chunk for chunk, _ in kept]
+    if objective is None:
+        memory = new_memory(model, input_ids, run_again, options)
+        fill(model, input_ids, [chunk for chunk in chunks if chunk < kept[-1][0]], memory, options)
+    else:  # of all tokens: the fill runs the last chunk too, whether or not it is kept
+        memory = new_memory(model, input_ids, sorted({*run_again, chunks[-1]}), options)
+        batch, value = weigh(objective, batch, score(model, batch, chunks, memory, options))
     for chunk, weight in reversed(kept):  # not all of them, as in line 4 of Algorithm 1
         loss, written, received = rebuild(model, batch, chunk, memory, options)
         loss, received = weight.loss * loss, [weight.relay * g for g in received]  # makes up for the chunks not kept
         torch.autograd.backward([loss, *written], [None, *received])
         total = total + loss.detach()
         del loss, written, received  # or they would live on beside the next chunk's
-    return total
+    return total if objective is None else value
 
 
 def check_weights(weights: Sequence[Weight | None], num_chunks: int) -> Sequence[Weight | None]:

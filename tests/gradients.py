@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -69,13 +69,14 @@ def oracle(
     entries: Sequence[mc.Weight | None],
     num_targets: float | None = None,
     positions: Tensor | None = None,
+    objective: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """What SpaCO computes, by plain autograd through the whole sequence at once; adds to `.grad`.
 
     A key or value that is seen from a later chunk is one whose gradient is multiplied by its own
     chunk's relay factor (0 if that chunk is skipped), and so is what a chunk adds to a state; a chunk's loss is
     multiplied by its loss factor. No cache, no chunk attention, no scan, no tiled loss: naive softmax over T x T
-    scores, and a loop over tokens.
+    scores, and a loop over tokens. Of an objective the chunks weigh what each label adds to its gradient.
     """
     T = input_ids.shape[1]
     x = model.model.embed_tokens(input_ids)
@@ -95,10 +96,15 @@ def oracle(
     logits = model.lm_head(model.model.norm(x))
     targets = shift(labels)
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
-    loss = (losses.view(targets.shape) * loss_factor).sum() / (num_targets or int((targets != IGNORE).sum()))
+    losses = losses.view(targets.shape)
+    loss = value = (losses * loss_factor).sum() / (num_targets or int((targets != IGNORE).sum()))
+    if objective is not None:
+        leaf = losses.detach().requires_grad_()
+        value = objective(F.pad(-leaf[:, :-1], (1, 0)))
+        loss = (losses * loss_factor * torch.autograd.grad(value, leaf)[0]).sum()
     if loss.requires_grad:
         loss.backward()
-    return loss.detach()
+    return value.detach()
 
 
 def through_attention(

@@ -19,13 +19,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from minichunk.chunks import Chunk
 from minichunk.costs.count import CountBytes
 from minichunk.memory import kernels
-from minichunk.memory.attention import Past
+from minichunk.memory.cache import LayerCache
 from minichunk.memory.kernels import FlashCPU, FlashCUDA, Kernel, Plain, kernel_for, pick_kernel
 from minichunk.memory.window import FULL, Pattern, Strided, Window, runs
 
 from .gradients import Tensors, distance, visible
 from .rounding import Exact, measure
-from .strategies import blocks_of, cache_of, examples, strided, windows
+from .strategies import blocks_of, examples, strided, windows
 
 
 class Unmasked(Plain):
@@ -48,12 +48,12 @@ class NoEmptyKeys(Kernel):
         assert min(q.shape[2], k.shape[2], v.shape[2]) > 0
         return self.kernel.forward(q, k, v, window)
 
-    def prepare(self, *tensors: torch.Tensor) -> Any:
-        return self.kernel.prepare(*tensors)
+    def prepare(self, query: Any) -> Any:
+        return self.kernel.prepare(query)
 
-    def backward(self, grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, *rest: Any, **named: Any) -> Any:
-        assert min(q.shape[2], k.shape[2]) > 0
-        return self.kernel.backward(grad, q, k, *rest, **named)
+    def backward(self, query: Any, k: torch.Tensor, v: torch.Tensor, window: int | None = None) -> Any:
+        assert min(query[0].shape[2], k.shape[2]) > 0
+        return self.kernel.backward(query, k, v, window)
 
 
 KERNELS = {"plain": Plain(), "plain, all queries": Unmasked(), "capped": Plain(cap=1.5), "flash-cpu": FlashCPU()}
@@ -76,7 +76,7 @@ def reference(
 
 def attend_alone(x: torch.Tensor) -> torch.Tensor:
     """A chunk without a past."""
-    past: Past = cache_of(FULL, (*x.shape[:2], 0, x.shape[3]), [], x).past([Chunk(0, x.shape[2])], save=False)
+    past = LayerCache((*x.shape[:2], 0, x.shape[3]), [], x, x.dtype).past([Chunk(0, x.shape[2])], save=False)
     return past.attend(x, x, x)
 
 
@@ -108,7 +108,7 @@ def run(
     # A cache with more room than is used, and a second chunk behind this one.
     filled = [Chunk(0, past)] if past else []
     receiving = [*filled, Chunk(past, past + C)]
-    memory = cache_of(pattern, (B, G, past + C + 3, D), receiving, q.detach())
+    memory = LayerCache((B, G, past + C + 3, D), receiving, q.detach(), torch.float64, pattern)
     for x in memory.tensors().remembered:
         x.fill_(torch.nan)
     memory.kernel = NoEmptyKeys(kernel)
@@ -179,7 +179,7 @@ def test_runs_are_the_rule(start: int, length: int, most: int, pattern: Pattern)
     stop = start + length
     seen = torch.zeros(length, stop, dtype=torch.int64)
     at = start
-    for run in runs(pattern, start, stop, most):
+    for run, _ in runs(pattern, start, stop, most):
         assert run.start == at and run.stop <= at + most
         pinned = {j for span in pattern.pinned(0, run.start) for j in range(*span)}
         assert pinned >= {*range(run.low, run.start - pattern.reach)}
@@ -368,15 +368,15 @@ def test_cuda_kernel_calls_fit_the_operators(monkeypatch: pytest.MonkeyPatch) ->
         out, lse = kernel.forward(q, k, k)
         assert out.shape == q.shape
         assert lse.shape == (2, 6, 16)
-        grads = kernel.backward(out, q, k, k, out, lse)
+        grads = kernel.backward((out, q, out, lse), k, k)
         assert [g.shape for g in grads] == [q.shape, k.shape, k.shape]
         for window, keys, sides in ((16, q[:, :2], {}), (33, k, {"window_size_left": 32, "window_size_right": 0})):
             out, lse = kernel.forward(q, keys, keys, window)
             assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
             assert (given[8], given[-1]) == (True, sides)  # causal
-            grads = kernel.backward(out, q, keys, keys, out, lse, window)
+            grads = kernel.backward((out, q, out, lse), keys, keys, window)
             assert [g.shape for g in grads] == [q.shape, keys.shape, keys.shape]
             assert (given[11], given[-1]) == (True, sides)
-        kernel.backward(out, q, k, k, out, lse.mT.contiguous().mT)
+        kernel.backward((out, q, out, lse.mT.contiguous().mT), k, k)
     assert given[5].is_contiguous()  # the kernel reads lse row after row, whatever its strides
     assert (given[12].dtype, given[12].shape) == (torch.uint64, (2,))  # seed and offset

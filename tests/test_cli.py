@@ -35,12 +35,9 @@ OTHERS = {
         head_dim=4,
     ),
     "mamba2": mc.Mamba2Config(300, 8, 4, 2, num_heads=2, head_dim=8, n_groups=1),
-    "gemma 3": mc.Gemma3Config(
-        300, 8, 12, 2, 2, 1, 4, sliding_window=9, layer_types=("sliding_attention", "full_attention")
-    ),
 }  # fmt: skip
 ADAPTED = {
-    "hybrid": {"a_proj", "b_proj", "c_proj"}, "mamba2": {"in_proj"}, "gemma 3": {"q_proj", "up_proj"},
+    "hybrid": {"a_proj", "b_proj", "c_proj"}, "mamba2": {"in_proj"},
 }  # fmt: skip
 
 

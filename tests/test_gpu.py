@@ -15,12 +15,13 @@ from minichunk.blocks import Hidden
 from minichunk.chunks import Chunk
 from minichunk.costs.forecast import bytes_of_share
 from minichunk.costs.setting import Setting
+from minichunk.memory.cache import LayerCache
 from minichunk.memory.kernels import FlashCUDA, Plain, usable
 from minichunk.memory.window import FULL, Pattern, Strided, Window
 from minichunk.models.llama import Llama
 from minichunk.models.shapes import random_model
 
-from .strategies import cache_of, tiny
+from .strategies import tiny
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,7 +39,7 @@ def test_cuda_kernel_equals_the_plain_one(past: int, pattern: Pattern) -> None:
     results = []
     for kernel in (FlashCUDA(), Plain()):
         filled = Chunk(0, past)
-        memory = cache_of(pattern, (2, 2, past, 64), [filled] if past else [], q, grad_dtype=torch.float32)
+        memory = LayerCache((2, 2, past, 64), [filled] if past else [], q, torch.float32, pattern)
         memory.kernel = kernel
         keys = torch.linspace(-1, 1, past, device="cuda")[:, None].expand(2, 2, past, 64)
         memory.write([filled], (keys, keys))

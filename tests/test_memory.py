@@ -15,7 +15,7 @@ from minichunk.batch import prepare
 from minichunk.chunks import cut
 from minichunk.memory.cache import LayerCache
 from minichunk.memory.layer_memory import LayerMemories
-from minichunk.memory.window import FULL, Pattern, WindowCache
+from minichunk.memory.window import FULL, Pattern
 from minichunk.protocol import Options
 from minichunk.seco import fill, new_memory, rebuild
 from tutorials.concatenating import Concatenating
@@ -79,9 +79,9 @@ def test_gradient_space_for_kept_chunks_alone(kept: list[int], rows: int) -> Non
     with mock.patch.object(LayerMemories, "__init__", spy):
         mc.spaco(model, ids, ids, 3, sampler=lambda *_: entries)
     for layer in seen[0].layers:
-        assert isinstance(layer, LayerCache)
-        assert layer.key_grads.shape[2] == layer.value_grads.shape[2] == rows
-        assert layer.keys.shape[2] == 3 * kept[-1]
+        remembered, sums = layer.tensors()
+        assert {x.shape[2] for x in remembered} == {0, 3 * kept[-1]}
+        assert {x.shape[2] for x in sums} == {rows}
 
 
 def test_the_fill_does_only_what_the_cache_needs() -> None:
@@ -109,8 +109,8 @@ def with_pattern(pattern: Pattern) -> mc.Llama:
     return model
 
 
-@pytest.mark.parametrize(("kind", "pattern"), [(LayerCache, FULL), (WindowCache, mc.Window(2, 1))])
-def test_no_gradient_is_sent_to_a_past_that_needs_none(kind: type, pattern: Pattern) -> None:
+@pytest.mark.parametrize("pattern", [FULL, mc.Window(2, 1)])
+def test_no_gradient_is_sent_to_a_past_that_needs_none(pattern: Pattern) -> None:
     """With LoRA on q alone, the first layer's keys and values do not depend on a trained parameter."""
     model = with_pattern(pattern)
     mc.add_lora(model, 2, 4, ["q_proj"])
@@ -119,8 +119,8 @@ def test_no_gradient_is_sent_to_a_past_that_needs_none(kind: type, pattern: Patt
             torch.nn.init.ones_(parameter)
     ids = torch.randint(23, (1, 12))
     layers: list[int] = []
-    original = kind.add_grads
-    with mock.patch.object(kind, "add_grads", lambda self, *a: layers.append(id(self)) or original(self, *a)):
+    original = LayerCache.add_grads
+    with mock.patch.object(LayerCache, "add_grads", lambda self, *a: layers.append(id(self)) or original(self, *a)):
         mc.seco(model, ids, ids, 4)
     assert len(set(layers)) == 1  # the second layer's
 

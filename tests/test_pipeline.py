@@ -15,7 +15,7 @@ from minichunk.pipeline.split_layers import split_costs
 
 from . import ranks as tasks
 from .ranks import Case, Ranks
-from .strategies import Batch, batches, build, examples, models, state_models, tiny, tiny_state
+from .strategies import OBJECTIVES, Batch, batches, build, examples, models, state_models, tiny, tiny_state
 
 PICTURE = tasks.tutorial("pipeline_picture")
 
@@ -51,7 +51,9 @@ def cases(draw: st.DrawFn, number: int) -> Case:
     ends = [0, *sorted(cuts), layers] if cuts is not None else []
     options: dict[str, Any] = {
         "fill_size": draw(st.none() | st.integers(chunk_size, 20)),
-        "num_targets": draw(st.none() | st.just(7.0)),
+        **draw(
+            st.fixed_dictionaries({"num_targets": st.none() | st.just(7.0)}) | st.builds(dict, objective=OBJECTIVES)
+        ),
         "recompute": draw(st.booleans()),
         "cache_grad_dtype": draw(st.none() | st.just(torch.float32)),
         "positions": batch.positions,
@@ -79,10 +81,8 @@ def test_four_ranks_find_what_one_process_finds(ranks: Ranks, layers: str, chunk
     check(ranks, 4, case(model, chunk_size=chunk_size, options={"recompute": chunk_size == 2}, steps=1 + tied))
 
 
-KINDS = ("sliding_attention", "sliding_attention", "full_attention")
 OTHERS = [
     mc.Mamba2Config(23, 8, 3, 3, num_heads=4, head_dim=4, n_groups=2, eos_token_id=None),
-    mc.Gemma3Config(23, 8, 12, 3, 4, 2, 4, sliding_window=3, max_position_embeddings=32, layer_types=KINDS),
 ]
 
 

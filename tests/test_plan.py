@@ -15,9 +15,10 @@ import minichunk as mc
 from minichunk import blocks
 from minichunk.batch import prepare
 from minichunk.command.main import main
+from minichunk.costs import forecast as module
 from minichunk.costs.baselines import tiled_full
 from minichunk.costs.count import CountBytes
-from minichunk.costs.forecast import forecast
+from minichunk.costs.forecast import fewest_blocks, fitted, forecast
 from minichunk.costs.peak import optimizer_states, step_memory
 from minichunk.costs.plan import parse_bytes
 from minichunk.costs.setting import CHUNKED, METHODS, Setting
@@ -26,8 +27,9 @@ from minichunk.memory.kernels import kernel_for
 from minichunk.models.shapes import random_model
 from minichunk.pipeline.split_layers import layer_costs
 from minichunk.samplers import most_kept
+from minichunk.training.options import TrainOptions
 
-from .strategies import tiny
+from .strategies import PROJECTIONS, tiny
 
 BEYOND = 3328  # tokens: longer than the step that is counted
 
@@ -148,7 +150,40 @@ def test_it_grows_evenly(directory: str) -> None:
     for method, times in (("seco", 3), ("spaco", 1)):
         line = forecast(of(directory, method, **options))
         assert all(line.at(tokens) == step_memory(line.setting, tokens) for tokens in (700, 4096))
-        assert line.growth(3072) == (times * cache + 24, 0)
+        assert line.growth(3072) == (times * cache + 25, 0)
+
+
+def test_auto_is_the_fewest_blocks_that_fit(tmp_path: Path) -> None:
+    """With all that is needed, and with a byte less. Where nothing fits, and for the longest text: what grows least."""
+    config = llama(6, num_attention_heads=8, num_key_value_heads=8)  # 512 numbers a token and layer, 64 between blocks
+    setting, host = of(write(tmp_path, config), dtype="bfloat16", layers_at_once="auto"), 2**40
+    for offload in (False, True):
+        setting = replace(setting, offload=offload)
+        steps = {size: forecast(replace(setting, layers_at_once=str(size))).at(BEYOND) for size in (6, 3, 2, 1)}
+        for size, fewer in ((6, 3), (3, 2), (2, 1), (1, 1)):
+            assert fewest_blocks(setting, BEYOND, steps[size].peak, host) == size
+            assert fewest_blocks(setting, BEYOND, steps[size].peak - 1, host) == fewer
+        assert fewest_blocks(setting, None, 2**30, host) == fewest_blocks(setting, BEYOND, 1, host) == 1
+    assert fewest_blocks(setting, BEYOND, steps[2].peak, steps[2].host) == 2
+
+
+def test_auto_of_a_training_asks_what_is_free(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = TrainOptions(model=directory, layers_at_once="auto", recompute=True, dtype="bfloat16", seq_len=8192)
+    assert fitted(replace(told, layers_at_once="3")).layers_at_once == "3"
+    assert fitted(told).layers_at_once is None  # on a CPU
+    monkeypatch.setattr("minichunk.training.options.check_device", lambda name: "cuda")
+    setting = of(directory, rank=8, targets=PROJECTIONS, device="cuda", dtype="bfloat16", seq_len=8192)
+    peaks = [forecast(replace(setting, layers_at_once=size)).at(8192).peak for size in ("4", "2", "1")]
+    for peak, size in zip(peaks, ("4", "2", "1"), strict=True):
+        monkeypatch.setattr(module, "free_memory", lambda device, peak=peak: peak + module.RESERVE)
+        assert fitted(told).layers_at_once == size
+    monkeypatch.setattr(module, "free_memory", lambda device: 0)
+    with pytest.raises(mc.InputError, match=r"--layers-at-once auto: 8,192 tokens need .* take a shorter --seq-len"):
+        fitted(told)
+    with pytest.raises(mc.InputError, match=r"--layers-at-once auto .* but --batch-size is 2"):
+        fitted(replace(told, batch_size=2))
+    with pytest.raises(mc.InputError, match=r"let costs.forecast\.fitted decide"):
+        told.keywords()
 
 
 def test_spaco_is_counted_with_what_its_coins_may_keep(directory: str) -> None:

@@ -28,7 +28,7 @@ from minichunk.seco import fill, new_memory, rebuild
 
 from .gradients import distance, oracle, take_gradients
 from .rounding import exactly, outcome
-from .strategies import HOW, Batch, batches, blocks_of, build, examples, models, tiny, tiny_state
+from .strategies import HOW, OBJECTIVES, Batch, Drawn, batches, blocks_of, build, examples, models, tiny, tiny_state
 
 spaco_module = sys.modules["minichunk.spaco"]  # the attribute of that name is the function
 
@@ -48,12 +48,10 @@ def masks_of(model: mc.Llama, seed: int, chunks: list[Chunk]) -> Iterator[None]:
             yield
 
 
-def full_with_masks(
-    model: mc.Llama, batch: Batch, seed: int, chunk_size: int, num_targets: float | None = None
-) -> torch.Tensor:
+def full_with_masks(model: mc.Llama, batch: Batch, seed: int, chunk_size: int, **options: Any) -> torch.Tensor:
     """`full`, with the dropout masks that the chunks draw put together."""
     with masks_of(model, seed, cut(batch.input_ids.shape[1], chunk_size)):
-        return mc.full(model, batch.input_ids, batch.labels, num_targets=num_targets, positions=batch.positions)
+        return mc.full(model, batch.input_ids, batch.labels, positions=batch.positions, **options)
 
 
 @examples(100)
@@ -64,15 +62,18 @@ def full_with_masks(
     fill=st.tuples(st.integers(0, 4), st.integers(0, 3)),
     block=st.integers(1, 6),
     options=HOW,
+    objective=OBJECTIVES,
     seed=st.integers(0, 2**31),
 )
 def test_seco_equals_full(
-    model: mc.Llama, batch: Batch, size: int, fill: tuple[int, int], block: int, options: dict[str, Any], seed: int
-) -> None:
+    model: mc.Llama, batch: Batch, size: int, fill: tuple[int, int], block: int, options: dict[str, Any],
+    objective: Drawn | None, seed: int,
+) -> None:  # fmt: skip
     """Chunks shorter and longer than a block of the past, and such blocks that end within a chunk; the layers all at
     once or in blocks; on the device and in host memory; positions that are not those of the text."""
     options |= {"fill_size": fill[0] * size + fill[1] if fill[0] else None, "positions": batch.positions}
-    exact = exactly(model, lambda: full_with_masks(model, batch, seed, size))
+    options |= {"objective": objective}
+    exact = exactly(model, lambda: full_with_masks(model, batch, seed, size, objective=objective))
     torch.manual_seed(seed)
     with blocks_of(block):
         exact.check(outcome(model, lambda: mc.seco(model, batch.input_ids, batch.labels, size, **options)))
@@ -98,19 +99,22 @@ def test_accumulated_batches_equal_full(
         torch.manual_seed(seed)
         return mc.seco(model, batch.input_ids, batch.labels, chunk_size, num_targets=count)
 
-    exact = exactly(model, lambda: sum(full_with_masks(model, batch, seed, chunk_size, count) for batch, seed in draws))
+    def full(batch: Batch, seed: int) -> torch.Tensor:
+        return full_with_masks(model, batch, seed, chunk_size, num_targets=count)
+
+    exact = exactly(model, lambda: sum(full(*draw) for draw in draws))
     with blocks_of(block):
         exact.check(outcome(model, lambda: sum(seco(*draw) for draw in draws)))
 
 
 @examples(25)
-@given(model=models(lora=False), batch=batches(positions=True))
-def test_full_equals_naive_attention(model: mc.Llama, batch: Batch) -> None:
+@given(model=models(lora=False), batch=batches(positions=True), objective=OBJECTIVES)
+def test_full_equals_naive_attention(model: mc.Llama, batch: Batch, objective: Drawn | None) -> None:
     """The oracle itself, against softmax over T x T scores written out."""
     whole = [Chunk(0, batch.input_ids.shape[1])]
-    told = {"positions": batch.positions}
-    exact = exactly(model, lambda: oracle(model, batch.input_ids, batch.labels, whole, [mc.Weight(1, 1)], **told))
-    exact.check(outcome(model, lambda: mc.full(model, batch.input_ids, batch.labels, **told)))
+    text, told = (model, batch.input_ids, batch.labels), {"positions": batch.positions, "objective": objective}
+    exact = exactly(model, lambda: oracle(*text, whole, [mc.Weight(1, 1)], **told))
+    exact.check(outcome(model, lambda: mc.full(*text, **told)))
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -188,7 +192,7 @@ def top_left_mask(patch: pytest.MonkeyPatch) -> None:
     """What `is_causal=True` means with fewer queries than keys: query i sees the keys up to i, not start + i."""
 
     def attend(self: Past, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        for _, past_k, past_v in self.memory.blocks(self.start, None):
+        for *_, (past_k, past_v) in self.memory.pieces(0, self.start):
             k, v = torch.cat([past_k, k], 2), torch.cat([past_v, v], 2)
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
@@ -203,8 +207,8 @@ def shuffled_dropout(patch: pytest.MonkeyPatch) -> None:
 
 def every_block_is_the_first(patch: pytest.MonkeyPatch) -> None:
     """Gradients of all blocks of the past go to the first one's positions."""
-    original = LayerCache.blocks
-    patch.setattr(LayerCache, "blocks", lambda *a: ((0, *piece[1:]) for piece in original(*a)))
+    original = LayerCache.add_grads
+    patch.setattr(LayerCache, "add_grads", lambda self, _, *grads: original(self, 0, *grads))
 
 
 MISTAKES = [

@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minichunk as mc
+from minichunk import losses
 from minichunk.chunks import Chunk, cut
 
 from .gradients import Tensors, combine, distance, gradients_by_chain_length, oracle
 from .rounding import Exact, exactly, measure, outcome, weighted
-from .strategies import CUTS, Batch, batches, blocks_of, build, examples, models, tiny
+from .strategies import CUTS, OBJECTIVES, Batch, Drawn, batches, blocks_of, build, examples, models, tiny
 
 LENGTH = 13
 
@@ -43,7 +44,8 @@ def expectation(
     for probability, entries in sampler.outcomes(len(chunks)):  # type: ignore[attr-defined]
         draw = {"sampler": lambda *_, entries=entries: entries, **options}
         got.append((probability, outcome(model, lambda draw=draw: mc.spaco(model, ids, labels, chunk_size, **draw))))
-        exact = exactly(model, lambda entries=entries: oracle(model, ids, labels, chunks, entries))
+        told = {"objective": options.get("objective")}
+        exact = exactly(model, lambda entries=entries: oracle(model, ids, labels, chunks, entries, **told))
         expected.append((probability, exact))
         total += probability
     assert total == pytest.approx(1, abs=1e-12)
@@ -57,6 +59,15 @@ def test_bernoulli_is_unbiased(chunk_size: int, rate: float | str) -> None:
     rates = [0.9, 0.2, 0.5, 0.35, 1.0][: len(chunks)] if rate == "per chunk" else rate
     got, draws = expectation(model, ids, labels, chunk_size, mc.Bernoulli(rates))  # type: ignore[arg-type]
     exactly(model, lambda: mc.full(model, ids, labels)).check(got, beside=draws)
+
+
+def test_bernoulli_is_unbiased_for_a_preference() -> None:
+    """No function of a sum would be, if the sum were estimated too: its weights come from the whole fill."""
+    model, ids, labels, _ = case(chunk_size=4)
+    reference = mc.log_probs(build(tiny(3), seed=9), ids, labels, 4)
+    told = {"objective": losses.dpo(reference, 0.5)}
+    got, draws = expectation(model, ids, labels, 4, mc.Bernoulli([0.9, 0.2, 0.5, 0.35]), **told)
+    exactly(model, lambda: mc.full(model, ids, labels, **told)).check(got, beside=draws)
 
 
 @examples(25)
@@ -127,19 +138,20 @@ def test_fixed_budget_is_unbiased_with_one_layer() -> None:
     weights=st.lists(st.none() | st.builds(mc.Weight, st.floats(-2, 2), st.floats(-2, 2)), min_size=14, max_size=14),
     fill_chunks=st.integers(1, 3),
     at_once=CUTS,
+    objective=OBJECTIVES,
 )
 def test_any_draw_equals_the_oracle(
     model: mc.Llama, batch: Batch, chunk_size: int, block: int, weights: list[mc.Weight | None], fill_chunks: int,
-    at_once: int | None,
+    at_once: int | None, objective: Drawn | None,
 ) -> None:  # fmt: skip
     """One draw with arbitrary factors, against autograd through the whole sequence."""
     chunks = cut(batch.input_ids.shape[1], chunk_size)
     entries = weights[: len(chunks)]
-    told = {"positions": batch.positions}
-    exact = exactly(model, lambda: oracle(model, batch.input_ids, batch.labels, chunks, entries, **told))
+    text, told = (model, batch.input_ids, batch.labels), {"positions": batch.positions, "objective": objective}
+    exact = exactly(model, lambda: oracle(*text, chunks, entries, **told))
     keywords = {"sampler": lambda *_: entries, "fill_size": fill_chunks * chunk_size, "layers_at_once": at_once, **told}
     with blocks_of(block):
-        exact.check(outcome(model, lambda: mc.spaco(model, batch.input_ids, batch.labels, chunk_size, **keywords)))
+        exact.check(outcome(model, lambda: mc.spaco(*text, chunk_size, **keywords)))
 
 
 @pytest.mark.parametrize("sampler", [mc.Bernoulli(1), mc.Bernoulli([1.0] * 5), mc.FixedBudget(5), mc.PaperBudget(7)])

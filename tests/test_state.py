@@ -23,7 +23,20 @@ from minichunk.seco import fill
 
 from .gradients import oracle
 from .rounding import exactly, outcome
-from .strategies import HOW, Batch, batches, blocks_of, build, examples, remember, state_models, tiny, tiny_state
+from .strategies import (
+    HOW,
+    OBJECTIVES,
+    Batch,
+    Drawn,
+    batches,
+    blocks_of,
+    build,
+    examples,
+    remember,
+    state_models,
+    tiny,
+    tiny_state,
+)
 from .test_spaco import expectation
 
 EVERY_OTHER = [mc.Weight(0.5 + i, 2.0 - i) if i % 2 == 0 else None for i in range(14)]
@@ -66,8 +79,8 @@ def test_full_and_seco_equal_the_loop(
 
 
 @examples(8)
-@example(**plain_case("ss", weights=EVERY_OTHER, fill_chunks=1, how={"layers_at_once": 1}))
-@example(**plain_case("sas", weights=EVERY_THIRD, fill_chunks=2, how=ALL))
+@example(**plain_case("ss", weights=EVERY_OTHER, fill_chunks=1, how={"layers_at_once": 1}, objective=None))
+@example(**plain_case("sas", weights=EVERY_THIRD, fill_chunks=2, how=ALL, objective=Drawn("rows", 1)))
 @given(
     model=state_models(max_layers=3),
     batch=batches(),
@@ -75,16 +88,19 @@ def test_full_and_seco_equal_the_loop(
     weights=st.lists(WEIGHTS, min_size=14, max_size=14),
     fill_chunks=st.integers(1, 3),
     how=HOW,
+    objective=OBJECTIVES,
 )
 def test_any_draw_equals_the_oracle(
-    model: mc.StateSpace, batch: Batch, chunk_size: int, weights: list[mc.Weight | None], fill_chunks: int, how: Any
-) -> None:
+    model: mc.StateSpace, batch: Batch, chunk_size: int, weights: list[mc.Weight | None], fill_chunks: int, how: Any,
+    objective: Drawn | None,
+) -> None:  # fmt: skip
     """One draw with arbitrary factors, against autograd through the whole sequence."""
     chunks = cut(batch.input_ids.shape[1], chunk_size)
     entries = weights[: len(chunks)]
-    exact = exactly(model, lambda: oracle(model, batch.input_ids, batch.labels, chunks, entries))
-    keywords = {"sampler": lambda *_: entries, "fill_size": fill_chunks * chunk_size, **how}
-    exact.check(outcome(model, lambda: mc.spaco(model, batch.input_ids, batch.labels, chunk_size, **keywords)))
+    text, told = (model, batch.input_ids, batch.labels), {"objective": objective}
+    exact = exactly(model, lambda: oracle(*text, chunks, entries, **told))
+    keywords = {"sampler": lambda *_: entries, "fill_size": fill_chunks * chunk_size, **how, **told}
+    exact.check(outcome(model, lambda: mc.spaco(*text, chunk_size, **keywords)))
 
 
 def test_bernoulli_is_unbiased() -> None:

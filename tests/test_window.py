@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 import minichunk as mc
 from minichunk.chunks import Chunk, cut
-from minichunk.memory import kernels, window
-from minichunk.memory.window import FULL, Pattern, Strided, Window, WindowCache, WindowPast, runs
+from minichunk.memory import attention, kernels
+from minichunk.memory.attention import Past
+from minichunk.memory.cache import LayerCache
+from minichunk.memory.window import FULL, Pattern, Strided, Window, runs
 from minichunk.models.partial import partial_config
 from minichunk.models.shapes import layer_memory_bytes, shape
 from minichunk.protocol import Options
@@ -24,7 +26,7 @@ from tutorials.concatenating import Concatenating
 
 from .gradients import Tensors, distance, oracle
 from .rounding import exactly, measure, outcome
-from .strategies import blocks_of, build, cache_of, examples, give_pattern, strided, tiny, windows
+from .strategies import blocks_of, build, examples, give_pattern, strided, tiny, windows
 
 KINDS = ("sliding_attention", "full_attention", "sliding_attention")
 IDS = torch.randint(23, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -37,8 +39,9 @@ def windowed(sinks: int = 2) -> mc.Llama:
     return model
 
 
-def layer_of(pattern: Pattern, capacity: int, receiving: Sequence[Chunk]) -> Any:
-    layer = cache_of(pattern, (1, 1, capacity, 1), receiving, torch.zeros(1, dtype=torch.float64))
+def layer_of(pattern: Pattern, capacity: int, receiving: Sequence[Chunk]) -> LayerCache:
+    like = torch.zeros(1, dtype=torch.float64)
+    layer = LayerCache((1, 1, capacity, 1), receiving, like, torch.float64, pattern)
     for x in layer.tensors().remembered:
         x.fill_(torch.nan)
     return layer
@@ -49,11 +52,11 @@ def positions(length: int, start: int = 0) -> torch.Tensor:
     return torch.arange(start, start + length, dtype=torch.float64)[None, None, :, None]
 
 
-def seen_spans(pattern: Pattern, start: int, stop: int) -> list[list[tuple[int, int]]]:
+def seen_spans(pattern: Pattern, start: int, stop: int) -> list[tuple[int, int]]:
     """What the queries of a chunk ask of the past: the band before it, and the pinned positions before that."""
-    *_, last = found = list(runs(pattern, start, stop, window.TILE))
+    *_, last = found = [run for run, _ in runs(pattern, start, stop, attention.TILE)]
     bands = [(run.low, start) for run in found[:1] if run.low < start]
-    return [bands, pattern.pinned(0, min(start, last.low))]
+    return bands + pattern.pinned(0, min(start, last.low))
 
 
 @examples(100)
@@ -74,9 +77,9 @@ def test_every_chunk_finds_what_it_sees(
         layer = layer_of(pattern, kept[-1].start, kept[:-1])
 
         def check_reads(start: int, stop: int) -> None:
-            for spans in seen_spans(pattern, start, stop):
-                expected = [float(j) for span in spans for j in range(*span)]
-                assert not spans or layer.read(spans)[0].flatten().tolist() == expected
+            for span in seen_spans(pattern, start, stop):
+                found = [j for *_, (keys, _) in layer.pieces(*span) for j in keys.flatten().tolist()]
+                assert found == [float(j) for j in range(*span)]
 
         before = [chunk for chunk in chunks if chunk < kept[-1]]
         for i in range(0, len(before), fill):
@@ -104,11 +107,9 @@ def test_what_is_sent_is_handed_over(pattern: Pattern, chunk_size: int, count: i
             if chunk != chunks[-1]:
                 for grads in layer.hand_over(chunk):
                     assert torch.equal(grads[0, 0, :, 0], sent[chunk.start : chunk.stop].double())
-            whole = [[(0, chunk.start)]] if chunk.start else []
-            for spans in whole if pattern == FULL else seen_spans(pattern, *chunk):
-                for start, stop in spans:
-                    layer.add_grads(start, *(torch.ones(1, 1, stop - start, 1, dtype=torch.float64),) * 2)
-                    sent[start:stop] += 1
+            for start, stop in seen_spans(pattern, *chunk):
+                layer.add_grads(start, *(torch.ones(1, 1, stop - start, 1, dtype=torch.float64),) * 2)
+                sent[start:stop] += 1
 
 
 @pytest.mark.parametrize(("chunk_size", "most", "rows"), [(4, 2, 4), (8, 1, 5)])
@@ -118,18 +119,16 @@ def test_gradients_come_late_and_go_when_they_are_handed_over(chunk_size: int, m
     give_pattern(model, Window(6, 2))
     ids = torch.randint(23, (1, 40), generator=torch.Generator().manual_seed(0))
     alive: list[int] = []
-    layers: set[WindowCache] = set()
-    original = WindowCache.add_grads
+    layers: set[LayerCache] = set()
+    original = LayerCache.add_grads
 
-    def spy(self: WindowCache, *arguments: Any) -> None:
+    def spy(self: LayerCache, *arguments: Any) -> None:
         original(self, *arguments)
         layers.add(self)
-        parts = [part for chunk, parts in self.sums.items() for part in parts if part[2] is not None]
-        late = [(start, stop) for start, stop, _ in parts if start >= 2]  # the first two are the sinks
-        alive.append(len(late))
-        assert all(stop - start <= rows for start, stop in late)
+        alive.append(len(self.sums))
+        assert all(sums.pair[0].shape[2] <= rows for sums in self.sums.values())
 
-    with mock.patch.object(WindowCache, "add_grads", spy):
+    with mock.patch.object(LayerCache, "add_grads", spy):
         mc.seco(model, ids, ids, chunk_size)
     assert max(alive) == most
     assert len(layers) == 3
@@ -162,8 +161,8 @@ def test_an_8b_llama_of_128k_tokens(pattern: Pattern, remembered: float, trained
 def test_no_more_rows_than_positions_and_pinned_ones() -> None:
     """Chunks shorter than the reach ask for all of the past: it is there once, and the last ones not once more."""
     kept = cut(64, 4)[:-1]
-    assert layer_of(Window(20, 3), 60, kept).store.keys.shape[2] == 60
-    assert layer_of(Window(20, 3), 60, []).store.keys.shape[2] == 3 + 19
+    assert layer_of(Window(20, 3), 60, kept).tensors().bytes()[0] == 16 * 60
+    assert layer_of(Window(20, 3), 60, []).tensors().bytes()[0] == 16 * (3 + 19)
 
 
 def a_window_too_wide(patch: pytest.MonkeyPatch) -> None:
@@ -177,17 +176,18 @@ def a_mask_off_by_one(patch: pytest.MonkeyPatch) -> None:
 
 
 def nothing_sent_to_the_past(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(WindowCache, "add_grads", lambda *_: None)
+    patch.setattr(LayerCache, "add_grads", lambda *_: None)
 
 
 def sinks_forgotten(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(WindowPast, "pinned", lambda *_: [])
+    original = Past.seen
+    patch.setattr(Past, "seen", lambda self, *a: (*original(self, *a)[:3], []))
 
 
 def sinks_seen_by_all_queries(patch: pytest.MonkeyPatch) -> None:
     """Also by those at the chunk's start that have them in their band."""
-    original = WindowPast.pinned
-    patch.setattr(WindowPast, "pinned", lambda *a: ((0, spans) for _, spans in original(*a)))
+    original = Past.seen
+    patch.setattr(Past, "seen", lambda *a: (*original(*a)[:3], [(0, spans) for _, spans in original(*a)[3]]))
 
 
 MISTAKES = [
@@ -226,7 +226,7 @@ def test_many_queries_in_tiles_of_their_real_size(pattern: Pattern) -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, h, 700, 8, dtype=torch.float64, generator=generator) for h in (4, 2, 2))
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    past = cache_of(pattern, (1, 2, 0, 8), [], q.detach()).past([Chunk(0, 700)], save=False)
+    past = LayerCache((1, 2, 0, 8), [], q.detach(), q.dtype, pattern).past([Chunk(0, 700)], save=False)
 
     def tensors(out: torch.Tensor) -> Tensors:
         grads = torch.autograd.grad(out.square().sum(), leaves)

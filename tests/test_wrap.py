@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from .gradients import combine
 from .rounding import Exact, exactly, outcome
 from .tiny_transformers import batch, exact, own, tiny_transformer
 
+import transformers  # isort: skip (if it is there)
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache  # isort: skip (if it is there)
 
 TYPES = [
@@ -143,10 +145,11 @@ def test_who_ignores_a_part_of_a_model_is_found_out(
     mc.wrap(model)
     monkeypatch.setitem(AttentionInterface._global_mapping, NAME, ignoring(ignored))
     if ignored == "mask":
-        rule = transformers_cache.Rule(transformers_cache.FULL)
+        rule = transformers_cache.Rule(mc.Window())
         monkeypatch.setitem(AttentionMaskInterface._global_mapping, NAME, lambda **_: rule)
     if ignored == "final cap":
-        monkeypatch.setattr(wrap, "getattr", lambda x, name, other=None: None, raising=False)
+        capless = lambda x, name, *other: None if "softcap" in name else getattr(x, name, *other)  # noqa: E731
+        monkeypatch.setattr(wrap, "getattr", capless, raising=False)
     if ignored == "states":
         monkeypatch.setattr(transformers_cache.Run, "get_conv_state", lambda *_, **__: None)
     with pytest.raises(mc.InputError, match=r"would be off by|not a linear function"):
@@ -177,8 +180,9 @@ def test_what_is_not_done_is_refused() -> None:
     mc.seco(wrapped, ids[:, :20], labels[:, :20], 5)
     with pytest.raises(mc.InputError, match="past 20 tokens"):
         mc.seco(wrapped, ids, labels, 5)
+    dropping = tiny_transformer("llama", attention_dropout=0.1).train()
     with pytest.raises(mc.InputError, match="attention_dropout=0"):
-        mc.wrap(tiny_transformer("llama", attention_dropout=0.1))
+        mc.seco(mc.wrap(dropping), ids, labels, 5)
     model.gradient_checkpointing_enable()
     with pytest.raises(mc.InputError, match="gradient_checkpointing_disable"):
         mc.seco(wrapped, ids[:, :20], labels[:, :20], 5)
@@ -202,3 +206,26 @@ def test_the_model_stays_as_it_was() -> None:
     assert model.config.to_dict() == config
     assert model.config._attn_implementation == "eager"
     assert torch.equal(model(input_ids=ids).logits, before)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_five_steps_of_a_trainer(tmp_path: Path) -> None:
+    """In two batches each, the weights become those of transformers' own Trainer."""
+    pytest.importorskip("accelerate")
+    ids, labels = batch(rows=20)
+    rows = [
+        {"input_ids": i, "labels": x, "attention_mask": torch.ones_like(i)} for i, x in zip(ids, labels, strict=True)
+    ]
+    weights = []
+    for kind, more in ((transformers.Trainer, {}), (mc.Trainer, {"chunk_size": 5})):
+        model = tiny_transformer("llama")
+        told = transformers.TrainingArguments(
+            output_dir=str(tmp_path), max_steps=5, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+            learning_rate=1e-2, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True, optim="sgd",
+        )  # fmt: skip
+        with exact():
+            kind(model=model, args=told, train_dataset=rows, **more).train()
+        weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
+    before = dict(tiny_transformer("llama").named_parameters())
+    for name, expected in weights[0].items():
+        assert (weights[1][name] - expected).norm() < 1e-9 * (expected - before[name]).norm(), name

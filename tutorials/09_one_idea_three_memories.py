@@ -252,7 +252,7 @@ assert all(loss < 1 for steps, loss in fetching if steps >= 300)
 # `--full-layers` says otherwise; LoRA and a 4-bit base go with it. The adapter and the checkpoint say what they are:
 # `evaluate` and `generate` follow them, and PEFT refuses the adapter of a converted base. Windows without sinks are saved
 # as Ministral or Qwen, which stock transformers compute alike; what they would ignore silently is saved under a
-# `model_type` that they refuse. Checkpoints that have windows already (Mistral, Ministral, Qwen2, Qwen3, Gemma 3) need
+# `model_type` that they refuse. Checkpoints that have windows already (Mistral, Ministral, Qwen2, Qwen3) need
 # none of this: they are read as their `config.json` says.
 #
 # What it saves in Llama-3-8B at 131,072 tokens, in bfloat16 (window: the last 1,024 and the first 64; strided: blocks of

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..blocks import host_like
-from ..loss import summed_loss
+from ..chunks import Chunk
+from ..loss import loss_of_chunk
 from ..models.stack import Stack
 from ..protocol import Options
 
@@ -34,6 +35,6 @@ def tiled_full(
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack) if offload else nullcontext():
         hidden, _ = model.run(batch.input_ids, options=Options(recompute=True))
-    loss = summed_loss(hidden, model.lm_head.weight, batch.targets) / batch.num_targets
+    loss = loss_of_chunk(hidden, model.lm_head.weight, batch, Chunk(0, batch.input_ids.shape[1]))
     loss.backward()
     return loss.detach()

@@ -20,7 +20,7 @@ from ..training.train import LARGE
 from .peak import StepBytes, step_memory, ways
 from .setting import CHUNKED, Setting, Share, Way
 
-BATCH = 3 * torch.int64.itemsize  # bytes per token: input_ids, targets and positions
+BATCH = 3 * torch.int64.itemsize + 1  # bytes per token: input_ids, targets, where there is one, and positions
 RESERVE = 2**30  # bytes of a GPU for what is not counted: see plan.py's LEFT_OUT
 SPAN = 1024  # chunks over which the growth is taken: what is remembered of strided blocks grows by whole blocks
 

@@ -89,7 +89,8 @@ def step_memory(setting: Setting, tokens: int, share: Share | None = None, way: 
             for p in trained:
                 p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
         ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
-        batch = Batch(ids, shift(ids), float(tokens), torch.arange(tokens, device="meta"))
+        labelled = torch.arange(tokens)[None] < tokens - 1  # every token has a label
+        batch = Batch(ids, shift(ids), float(tokens), labelled, torch.arange(tokens, device="meta"))
         count.peak = count.live  # making the model took more, for 4 bits much more; loading it does not
         cache, grads = step(model, batch, setting, count)
         between, host = (0, count.left_out) if way is None else hidden_bytes(model, setting, tokens, way)

@@ -29,7 +29,8 @@ class ChatTemplate:
     """A checkpoint's chat template; transformers reads it, from wherever it is kept, when it is first needed."""
 
     def __init__(self, directory: str | Path) -> None:
-        self.directory, self._tokenizer = Path(directory), None
+        self.directory = Path(directory)
+        self._tokenizer: Any = None
 
     def _load(self) -> Any:
         if self._tokenizer is None:

@@ -114,15 +114,20 @@ def _find_tensors(directory: Path) -> dict[Path, list[str]]:
     raise InputError(f"{directory} has neither model.safetensors nor {_INDEX}")
 
 
+def copy_beside(origin: Path | None, directory: str | Path) -> None:
+    """What `origin` has beside config and tensors, and `directory` has not."""
+    for path in [path for pattern in BESIDE for path in (origin.glob(pattern) if origin else ())]:
+        target = Path(directory) / path.relative_to(origin or "")
+        if path.is_file() and not target.exists():
+            shutil.copy(path, make_directory(target.parent))
+
+
 def write_checkpoint(
     directory: str | Path, config: dict[str, Any], tensors: dict[str, Tensor], origin: Path | None = None
 ) -> None:
     """Write `model.safetensors`, then `config.json`, and what `origin` has beside them and `directory` has not."""
     directory = Path(directory)
-    for path in [path for pattern in BESIDE for path in (origin.glob(pattern) if origin else ())]:
-        target = directory / path.relative_to(origin or "")
-        if path.is_file() and not target.exists():
-            shutil.copy(path, make_directory(target.parent))
+    copy_beside(origin, directory)
     write_tensors(directory / "model.safetensors", tensors, {"format": "pt"})
     (directory / _INDEX).unlink(missing_ok=True)  # of a sharded checkpoint that was here before
     write_json(directory / "config.json", config)

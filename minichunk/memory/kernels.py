@@ -9,6 +9,7 @@ Shapes: q (B, H, C, D); k, v (B, G, C or past, D); out (B, H, C, D); lse (B, H, 
 import functools
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,14 +17,16 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .layer_memory import wide
+
 aten = torch.ops.aten
+Query = Sequence[Tensor]  # of a chunk's backward pass: the gradient of out, q, out and lse
 
 
 def visible(q: Tensor, k: Tensor, window: int) -> Tensor:
     """bool (C, keys): what queries that are the keys' last see up to their own, the last `window` of it."""
     C, keys = q.shape[2], k.shape[2]
-    before = keys - C
-    return torch.ones(C, keys, dtype=torch.bool, device=q.device).tril(before).triu(before - window + 1)
+    return torch.ones(C, keys, dtype=torch.bool, device=q.device).tril(keys - C).triu(keys - C - window + 1)
 
 
 def _rows_first(x: Tensor) -> Tensor:
@@ -35,11 +38,9 @@ def _rows_first(x: Tensor) -> Tensor:
 class Kernel:
     """Attention of q to k and v, of which there is at least one.
 
-    window: the queries are the last C of the keys' positions, and each sees so many of them, up to its own. None: all
-    keys, as those of the past.
+    window: the queries are the last C of the keys' positions, and each sees so many of them, up to its own. None: all.
     block: how many positions of the past `forward` may be given at once; None: all of them.
-    takes_many: whether it does no more than a window's work for any number of queries. The others build a mask, and
-        are given some queries at a time (window.py).
+    takes_many: whether it does no more than a window's work for any number of queries; others build a mask for a few.
     """
 
     block: ClassVar[int | None] = None
@@ -49,14 +50,12 @@ class Kernel:
         """Return out and lse."""
         raise NotImplementedError
 
-    def prepare(self, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+    def prepare(self, query: Query) -> Query:
         """The same as `backward` wants them for many blocks of the past: copies are made once."""
-        return grad, q, out, lse
+        return query
 
-    def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of q, k and v, where `out` and `lse` may belong to more keys than k's."""
+    def backward(self, query: Query, k: Tensor, v: Tensor, window: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of q, k and v, where out and lse may belong to more keys than k's."""
         raise NotImplementedError
 
 
@@ -74,8 +73,7 @@ class Plain(Kernel):
         B, H, C, D = q.shape
         G = k.shape[1]
         # H/G query heads share a key head. Scores in at least float32, as in the fast kernels.
-        wide = torch.promote_types(q.dtype, torch.float32)
-        s = q.reshape(B, G, H // G, C, D).to(wide) @ k.unsqueeze(2).to(wide).mT / D**0.5
+        s = q.reshape(B, G, H // G, C, D).to(wide(q)) @ k.unsqueeze(2).to(wide(q)).mT / D**0.5
         if self.cap < math.inf:
             s = self.cap * (s / self.cap).tanh()
         if window is not None:
@@ -88,9 +86,8 @@ class Plain(Kernel):
         p = (s - lse[..., None]).exp().to(q.dtype)
         return (p @ v.unsqueeze(2)).flatten(1, 2), lse.flatten(1, 2)
 
-    def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, query: Query, k: Tensor, v: Tensor, window: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        grad, q, out, lse = query
         B, H, C, D = q.shape
         shape = (B, k.shape[1], H // k.shape[1], C)
         grad_, q_ = grad.reshape(*shape, D), q.reshape(*shape, D)
@@ -110,35 +107,28 @@ class FlashCPU(Kernel):
 
     @staticmethod
     def mask(q: Tensor, k: Tensor, window: int | None) -> tuple[bool, Tensor | None]:
-        """Whether the mask is the common one: as many queries as keys, and nothing before them left out. If it is
-        another one, what is added to the scores: -inf where a query does not see."""
+        """Whether it is the common one, where nothing is left out; if another one, what is added to the scores."""
         if window is None or q.shape[2] == k.shape[2] <= window:
             return window is not None, None
-        seen = visible(q, k, window)
-        return False, q.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+        return False, q.new_zeros(q.shape[2], k.shape[2]).masked_fill_(~visible(q, k, window), -torch.inf)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
         causal, mask = self.mask(q, k, window)
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
-        return out, lse
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=mask)
 
-    def prepare(self, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+    def prepare(self, query: Query) -> Query:
         # Whole heads go to a core, and few leave some idle: `backward` cuts the past, as if into sequences of a batch.
-        pieces = 4 if q.shape[0] == 1 else q.shape[0]
-        grad, q, out, lse = (x.expand(pieces, *x.shape[1:]) for x in (grad, q, out, lse))
-        return _rows_first(grad), q, out, lse
+        B = query[0].shape[0]
+        grad, *rest = (x.expand(4 if B == 1 else B, *x.shape[1:]) for x in query)
+        return _rows_first(grad), *rest
 
-    def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        operator = aten._scaled_dot_product_flash_attention_for_cpu_backward
+    def backward(self, query: Query, k: Tensor, v: Tensor, window: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        (grad, q, out, lse), operator = query, aten._scaled_dot_product_flash_attention_for_cpu_backward
         B, pieces = k.shape[0], q.shape[0] // k.shape[0]  # more than one: prepared
         # Each piece has a gradient of all queries: of a short past, that costs more than an idle core.
         if pieces == 1 or k.shape[2] % pieces or pieces * k.shape[2] < q.shape[2]:
-            grad, q, out, lse = (x[:B] for x in (grad, q, out, lse))
             causal, mask = self.mask(q, k, window)
-            dq, dk, dv = operator(grad, q, k, v, out, lse, 0.0, causal, attn_mask=mask)
-            return dq, dk, dv
+            return operator(grad[:B], q[:B], k, v, out[:B], lse[:B], 0.0, causal, attn_mask=mask)
         k, v = (x[0].unflatten(1, (pieces, -1)).transpose(0, 1) for x in (k, v))  # (pieces, G, past/pieces, D)
         dq, dk, dv = operator(grad, q, k, v, out, lse, 0.0, False)
         dk, dv = (x.transpose(0, 1).flatten(1, 2)[None] for x in (dk, dv))
@@ -156,9 +146,7 @@ class FlashCUDA(Kernel):
     @staticmethod
     def sides(k: Tensor, window: int | None) -> dict[str, int]:
         """How many positions before and after its own a query sees, where that is not all of those before."""
-        if window is None or window >= k.shape[2]:
-            return {}
-        return {"window_size_left": window - 1, "window_size_right": 0}
+        return {"window_size_left": window - 1, "window_size_right": 0} if window and window < k.shape[2] else {}
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
         sides = self.sides(k, window)
@@ -167,21 +155,19 @@ class FlashCUDA(Kernel):
         out, lse, *_ = aten._flash_attention_forward(q, k, v, *lengths, 0.0, window is not None, False, **sides)
         return out.transpose(1, 2), lse
 
-    def prepare(self, grad: Tensor, q: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+    def prepare(self, query: Query) -> Query:
+        grad, q, out, lse = query
         return _rows_first(grad), q, _rows_first(out), lse.contiguous()
 
-    def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, window: int | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        sides = self.sides(k, window)
+    def backward(self, query: Query, k: Tensor, v: Tensor, window: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        sides, (grad, q, out, lse) = self.sides(k, window), query
         grad, q, k, v, out = (x.transpose(1, 2) for x in (grad, q, k, v, out))
         lengths = (None, None, q.shape[1], k.shape[1])
         lse = lse.contiguous()  # the kernel takes this for granted, and does not check it
         # Dropout's random state, which the call wants and with dropout 0 does not read.
         state, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
-        dq, dk, dv = aten._flash_attention_backward(
-            grad, q, k, v, out, lse, *lengths, 0.0, window is not None, state, unused, **sides
-        )
+        rest = (*lengths, 0.0, window is not None, state, unused)
+        dq, dk, dv = aten._flash_attention_backward(grad, q, k, v, out, lse, *rest, **sides)
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
@@ -223,8 +209,7 @@ def usable(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: i
 def _difference(kernel: Kernel, device: torch.device, dtype: torch.dtype, D: int) -> str:
     """What the kernel gets wrong in the three cases of chunk attention; "" if nothing.
 
-    Wrong is what is off by more than 2^-5 of its norm, 4 units of bfloat16's last place: a changed operator
-    is off by far more, and no rounding is.
+    Wrong is what is off by more than 2^-5 of its norm, 4 units of bfloat16's last place; no rounding is.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -239,11 +224,10 @@ def _difference(kernel: Kernel, device: torch.device, dtype: torch.dtype, D: int
         out, lse = Plain().forward(q_, k_, v_, window)
         # Backward as if there were as much again beside these keys: the kernel must take what it is given.
         merged, merged_lse = (out / 2).to(dtype), lse + math.log(2)
-        expected = [out, lse, *Plain().backward(grad.double(), q_, k_, v_, merged.double(), merged_lse, window)]
+        expected = [out, lse, *Plain().backward((grad.double(), q_, merged.double(), merged_lse), k_, v_, window)]
         got = list(kernel.forward(q, k, v, window))
         given = grad, q, merged, merged_lse.to(got[1].dtype)
-        grad, q, merged, merged_lse = given if window else kernel.prepare(*given)
-        got += kernel.backward(grad, q, k, v, merged, merged_lse, window)
+        got += kernel.backward(given if window else kernel.prepare(given), k, v, window)
         for name, x, y in zip(("out", "lse", "dq", "dk", "dv"), got, expected, strict=True):
             error = float((x - y).double().norm() / y.double().norm())
             if not error <= 2**-5:  # not: a NaN is wrong too

@@ -18,11 +18,8 @@ def wide(x: Tensor) -> torch.dtype:
 
 @dataclass
 class MemorySpec:
-    """What a layer is told that makes a memory of its own.
-
-    Room for `batch` sequences of up to `capacity` positions, and for the gradients of the receiving chunks alone.
-    like: a tensor of the model's dtype, on its device.
-    """
+    """What a layer is told that makes a memory: room for `batch` sequences of up to `capacity` positions, and for the
+    gradients of the receiving chunks alone. like: a tensor of the model's dtype, on its device."""
 
     batch: int
     capacity: int
@@ -61,10 +58,7 @@ class LayerMemory(Protocol):
 
 
 class LayerMemories:
-    """The memory of one training step, or of one text that is read or written; a `protocol.Memory`.
-
-    receiving: the chunks that later ones send gradients to.
-    """
+    """The memory of one training step, or of one text; a `protocol.Memory`. receiving: who is sent gradients."""
 
     def __init__(self, layers: Sequence[LayerMemory], receiving: Sequence[Chunk]) -> None:
         self.layers, self.receiving = list(layers), set(receiving)

@@ -12,6 +12,7 @@ needs all chunks on the way to be kept.
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -34,13 +35,11 @@ class Before(NamedTuple):
 class Handed:
     """One tensor that chunks hand on: stores it at the start of every chunk that is rebuilt, and carries its adjoint.
 
-    The timeline of a step. h_j is what chunk j is handed, and d_j how much of it is left in h_(j+1):
+    h_j is what chunk j is handed, and d_j how much of it is left in h_(j+1). A step:
 
-    - *Fill*, first chunk to last: `before` answers h_j. `write` takes h_(j+1) and d_j, and stores h where a chunk that
-      is rebuilt begins. Of the chunks up to the next one that is rebuilt it stores two products of decays: `through`,
-      d_j of the rebuilt one, and `skipped`, those of the ones after it.
-    - *Rebuild*, last chunk to first: `before` answers h_j as a leaf, in whose `.grad` autograd leaves what chunk j
-      sends back.
+    - *Fill*, first chunk to last: `before` answers h_j. `write` takes h_(j+1) and d_j. It stores h where a chunk begins
+      that is rebuilt, and two products of decays: `through` it, and those `skipped` up to the next one that is rebuilt.
+    - *Rebuild*, last chunk to first: `before` answers h_j as a leaf, whose `.grad` is what chunk j sends back.
     - *hand_over*, right after the rebuild: the loss's derivative by h_(j+1). That is `adjoint`, the derivative by what
       the next rebuilt chunk was handed, times `skipped`. Then `adjoint` passes chunk j, times `through`; what chunk j
       itself sends back is added when the chunk before it is rebuilt, for only then is its backward pass done.
@@ -52,12 +51,10 @@ class Handed:
         # The last chunk that is rebuilt begins at `capacity`, and is not among the receiving ones.
         self.starts = sorted({spec.capacity, *(chunk.start for chunk in spec.receiving)})
         self.rows = {start: row for row, start in enumerate(self.starts)}
+        self.states = zero.new_zeros(len(self.rows), *zero.shape)
+        self.through, self.skipped = (decay.new_empty(len(self.rows), *decay.shape) for _ in range(2))
         self.last = zero  # the fill: what the last chunk that was written has handed on
         self.decay = torch.ones_like(decay)  # the fill: of all chunks since the last one that is rebuilt
-        room = (x.new_empty((len(self.rows), *x.shape)) for x in (zero, decay, decay))
-        self.states, self.through, self.skipped = room
-        if self.starts[0] == 0:
-            self.states[0] = 0  # no other chunk comes before it, to write it
         self.read: dict[int, Tensor] = {}  # leaves, by row
         self.adjoint = zero
 
@@ -86,9 +83,9 @@ class Handed:
         if row >= 0:
             rebuilt = self.starts[row] == chunk.start
             self.decay = torch.ones_like(decay) if rebuilt else self.decay * decay
-            self.skipped[row].copy_(self.decay)
+            self.skipped[row] = self.decay
             if rebuilt:
-                self.through[row].copy_(decay)
+                self.through[row] = decay
         self.last = value
         if chunk.stop in self.rows:
             self.last = self.states[self.rows[chunk.stop]].copy_(value)
@@ -116,10 +113,9 @@ class LayerState:
         return Before(tuple(part.before(chunks[0].start) for part in self.handed), lengths)
 
     def write(self, chunks: Sequence[Chunk], written: tuple[Tensor, ...]) -> None:
-        pairs = iter(zip(written[::2], written[1::2], strict=True))
-        for chunk in chunks:
-            for part in self.handed:
-                part.write(chunk, *next(pairs))
+        pairs = zip(written[::2], written[1::2], strict=True)
+        for (chunk, part), pair in zip(product(chunks, self.handed), pairs, strict=True):
+            part.write(chunk, *pair)
 
     def hand_over(self, chunk: Chunk) -> tuple[Tensor, ...]:
         return tuple(tensor for part in self.handed for tensor in part.hand_over(chunk))
@@ -154,7 +150,6 @@ def scan(x: Tensor, log_a: Tensor, b: Tensor, c: Tensor, h: Tensor) -> tuple[Ten
     Within a block of L tokens y = scores x, where scores[t, s] sums c[t] (a[s+1] … a[t]) b[s] over the N: attention,
     with products of gates in the place of a softmax. From block to block goes the state. A product of gates is the
     exponential of a sum that begins where the product begins: nothing overflows, and nothing cancels.
-
     x: (…, T, P). log_a: logarithms of the gates (…, T, N), or (…, T, 1), one for all N. b, c: (…, T, N). h: (…, P, N),
     before the first token. The leading dimensions (batch, heads) broadcast. A gate may be 0, its logarithm -inf.
     Returns y (…, T, P), and the state after the last token.
@@ -169,9 +164,8 @@ def scan(x: Tensor, log_a: Tensor, b: Tensor, c: Tensor, h: Tensor) -> tuple[Ten
         scores = (c[..., None, :] * between * b[..., None, :, :]).sum(-1)
     added = x.mT @ (b * between[..., -1, :, :])  # (…, n, P, N): what each block adds to the state at its end
     since = log_a.cumsum(-2).exp()  # (…, n, L, N): what is left at t of the state before the block
-    left = since[..., -1:, :]  # (…, n, 1, N)
     h, before = torch.broadcast_tensors(h, added[..., 0, :, :])[0], []
-    for part, more in zip(left.unbind(-3), added.unbind(-3), strict=True):
+    for part, more in zip(since[..., -1:, :].unbind(-3), added.unbind(-3), strict=True):
         before.append(h)
         h = h * part + more
     y = scores @ x + (c * since) @ torch.stack(before, -3).mT

@@ -15,12 +15,22 @@ def several(ends: Any) -> tuple[Any, ...]:
     return tuple(ends) if isinstance(ends, list | tuple) else () if ends is None else (ends,)
 
 
+def is_number(x: Any) -> bool:
+    return type(x) in (int, float) and 0 < x < float("inf")
+
+
 # By the type of a field: what it must be, whether it is that, and what is made of it. null is false, or an empty list;
 # a negative end token is none: no model writes it.
 _KINDS: dict[Any, tuple[str, Callable[[Any], bool], Callable[[Any], Any]]] = {
     int: ("a whole number of at least 1", lambda x: type(x) is int and x >= 1, int),
-    float: ("a number above 0", lambda x: type(x) in (int, float) and 0 < x < float("inf"), float),
+    float: ("a number above 0", is_number, float),
     bool: ("true or false", lambda x: x in (True, False, None), bool),
+    float | None: ("a number above 0, or null", lambda x: x is None or is_number(x), lambda x: x),
+    tuple[float, ...]: (
+        "a list of numbers above 0",
+        lambda x: isinstance(x, list | tuple) and all(map(is_number, x)),
+        tuple,
+    ),
     tuple[str, ...]: ("a list", lambda x: isinstance(x, list | tuple | None), lambda x: tuple(x or ())),
     EndTokens: (
         "a token id, a list of them, or null",

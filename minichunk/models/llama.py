@@ -4,9 +4,6 @@ Shapes: B batch, T tokens of this call, H query heads, G key-value heads, D head
 E hidden size, V vocabulary. Parameter names are Hugging Face's.
 """
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +11,7 @@ from torch import Tensor, nn
 from ..memory.attention import Past
 from ..memory.cache import LayerCache
 from ..memory.layer_memory import LayerMemory, MemorySpec, wide
-from ..memory.window import FULL, DeviceStore, Pattern, WindowCache
+from ..memory.window import FULL, Pattern
 from .config import LlamaConfig
 from .stack import Stack
 
@@ -37,9 +34,11 @@ def rope_tables(config: LlamaConfig, positions: Tensor, like: Tensor, whole: Ten
     whole: the positions of the whole text, for the rules of rope.py that depend on its length; None: nobody told them.
     Angles and results are float32 numbers, found in Hugging Face's order, whatever the model's dtype.
     """
-    frequencies, scale = 1.0 / periods(config.head_dim, config.rope_theta, like), 1.0
-    if config.rope_scaling is not None:
-        frequencies, scale = config.rope_scaling.frequencies(config, like, whole), config.rope_scaling.scale()
+    rule, scale = config.rope_scaling, 1.0
+    of_pairs = periods(config.head_dim if rule is None else rule.turned(config), config.rope_theta, like)
+    frequencies = 1.0 / of_pairs
+    if rule is not None:
+        frequencies, scale = rule.frequencies(of_pairs, config, whole), rule.scale()
     angles = (positions[..., None].float() * frequencies).double()
     return (angles.cos().float() * scale).to(like.dtype), (angles.sin().float() * scale).to(like.dtype)
 
@@ -93,15 +92,12 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(E, inner, bias=bias)
         self.up_proj = nn.Linear(E, inner, bias=bias)
         self.down_proj = nn.Linear(inner, E, bias=bias)
-        self.activation: Callable[[Tensor], Tensor] = F.silu
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Layer(nn.Module):
-    which = 0  # of the ropes that it is called with
-
     def __init__(self, config: LlamaConfig, pattern: Pattern = FULL) -> None:
         super().__init__()
         self.self_attn = Attention(config, pattern)
@@ -109,23 +105,20 @@ class Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, past: Past | None, *ropes: Rope) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        y, written = self.self_attn(self.input_layernorm(x), past, ropes[self.which])
+    def forward(self, x: Tensor, past: Past | None, rope: Rope) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        y, written = self.self_attn(self.input_layernorm(x), past, rope)
         x = x + y
         return x + self.mlp(self.post_attention_layernorm(x)), written
 
-    def fill(self, x: Tensor, past: Past | None, *ropes: Rope) -> tuple[Tensor, Tensor]:
+    def fill(self, x: Tensor, past: Past | None, rope: Rope) -> tuple[Tensor, Tensor]:
         """What `forward` writes, and no more."""
-        return self.self_attn.keys_values(self.input_layernorm(x), ropes[self.which])
+        return self.self_attn.keys_values(self.input_layernorm(x), rope)
 
     def new_memory(self, spec: MemorySpec) -> LayerMemory:
         """For keys and values, as far as the pattern needs them, and the gradients that are sent back to them."""
-        B, G, D, pattern = spec.batch, self.self_attn.groups, self.self_attn.head_dim, self.self_attn.pattern
-        grad_dtype = spec.options.cache_grad_dtype or wide(spec.like)
-        if pattern == FULL:
-            return LayerCache((B, G, spec.capacity, D), spec.receiving, spec.like, grad_dtype)
-        new_store = partial(DeviceStore, (B, G, D), like=spec.like, grad_dtype=grad_dtype)
-        return WindowCache(new_store, pattern, spec.capacity, spec.receiving)
+        attention, grad_dtype = self.self_attn, spec.options.cache_grad_dtype or wide(spec.like)
+        shape = (spec.batch, attention.groups, spec.capacity, attention.head_dim)
+        return LayerCache(shape, spec.receiving, spec.like, grad_dtype, attention.pattern)
 
 
 class Llama(Stack):

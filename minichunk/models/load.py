@@ -17,7 +17,6 @@ from ..files.atomic import check_room, read_json
 from ..files.checkpoint import checkpoint_bytes, checkpoint_directory, read_checkpoint, write_checkpoint
 from ..memory.window import Pattern, Strided, Window
 from .config import FULL_ATTENTION, SLIDING_ATTENTION, Config, EndTokens, LlamaConfig, checked, needed
-from .gemma3 import Gemma3, Gemma3Config
 from .llama import Llama
 from .lora import adapters
 from .mamba2 import Mamba2, Mamba2Config
@@ -26,7 +25,7 @@ from .rope import RULES, RopeRule
 from .ssm import StateSpace, StateSpaceConfig
 from .stack import Stack
 
-OTHERS: dict[str, Any] = {Gemma3Config.name: Gemma3, Mamba2Config.name: Mamba2, StateSpaceConfig.name: StateSpace}
+OTHERS: dict[str, Any] = {Mamba2Config.name: Mamba2, StateSpaceConfig.name: StateSpace}
 
 _NO_BIAS = {"attention_bias": False, "attention_out_bias": False, "mlp_bias": False}
 # What each model_type implies, whatever its config.json says.
@@ -69,6 +68,8 @@ def load(
         check_bitsandbytes()
     path, generation = checkpoint_directory(directory) / "config.json", Path(directory) / "generation_config.json"
     config = read_json(path)
+    if kind is Stack and config.get("model_type") not in {*_FAMILIES, *OTHERS, _PARTIAL_CONTEXT, None}:
+        return load_wrapped(directory, dtype, device, load_in_4bit, prepare)
     kind = class_of(config) if kind is Stack else kind
     try:
         with torch.device("meta"):  # shapes without memory
@@ -100,6 +101,20 @@ def load(
     if len(here) == len(wanted):
         model.tie_weights()
     return model.eval()
+
+
+def load_wrapped(directory: str | Path, dtype: Any, device: Any, load_in_4bit: bool, prepare: Any) -> Any:
+    """`load` for the model_types that transformers computes, by `wrap`."""
+    try:
+        from .wrap import load_transformer
+    except ImportError:
+        what = f"{directory}: this model_type is run by the transformers library"
+        raise InputError(f"{what}: pip install 'minichunk[hf]'") from None
+    if load_in_4bit:
+        raise InputError(f"{directory}: 4 bits are for model_types of minichunk's own: load it with transformers")
+    model = load_transformer(directory, dtype, device)
+    prepare(model)
+    return model
 
 
 def save(

@@ -89,7 +89,7 @@ def linear_layers(model: Stack) -> dict[str, Any]:
     """By full name, what an adapter can be put at: all linear layers but the LM head; of other ranks, their sizes."""
     found: dict[str, Any] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Linear4bit):
+        if isinstance(module, nn.Linear | Linear4bit) and module is not getattr(model, "linear", None):  # a head's
             found[name] = module
         elif isinstance(module, Placeholder):
             found |= {f"{name}.{inside}": layer for inside, layer in module.linear.items()}
@@ -155,6 +155,24 @@ def _add_product(layer: Any, inputs: tuple[Tensor], y: Tensor) -> Tensor:
     # The adapter's few columns are computed in the model's dtype; its weights stay wide.
     low = F.linear(x, layer.lora_A.weight.to(x.dtype))
     return y + F.linear(low, layer.lora_B.weight.to(x.dtype)) * layer.scale
+
+
+@contextmanager
+def without_adapter(model: Stack) -> Iterator[None]:
+    """Within the block the model is what it was before `add_lora`: the reference of a preference loss.
+
+    Raises InputError for a model without an adapter, which would be its own reference.
+    """
+    layers = adapters(model).values()
+    if not layers:
+        raise InputError("without_adapter needs a model with an adapter: call add_lora(model) first")
+    for layer in layers:
+        layer.hook.remove()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.hook = layer.register_forward_hook(_add_product)
 
 
 @torch.no_grad()

@@ -6,14 +6,13 @@ rule as `rope_type`, with the fields of a class of RULES beside it. All of them 
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .config import Config, LlamaConfig, checked
-from .llama import periods
+from .config import Config, LlamaConfig
+from .llama import periods as periods_of
 
 
 @dataclass(frozen=True)
@@ -22,32 +21,22 @@ class RopeRule(Config):
 
     partial_rotary_factor: float = field(default=1.0, kw_only=True)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, kind in get_type_hints(type(self)).items():
-            value: Any = getattr(self, name)
-            if kind == float | None and value is not None:
-                checked(float, name, value)
-            if kind == tuple[float, ...]:
-                several = checked(tuple[str, ...], name, value)
-                object.__setattr__(self, name, tuple(checked(float, name, each) for each in several))
-
     def check(self, config: LlamaConfig) -> None:
         """Raise InputError unless the rule fits the model's heads."""
-        if self.partial_rotary_factor > 1 or self.turned(config) < 2:
-            part = f"partial_rotary_factor is {self.partial_rotary_factor}"
-            raise InputError(f"config: {part}, but must be at most 1, and turn 2 numbers of a head at least")
+        if self.partial_rotary_factor > 1 or self.turned(config) < 4:
+            part = f"partial_rotary_factor is {self.partial_rotary_factor} and head_dim {config.head_dim}"
+            raise InputError(f"config: {part}, but must be at most 1, and turn 4 numbers of a head at least")
 
     def turned(self, config: LlamaConfig) -> int:
         """How many numbers of a head are."""
         return int(config.head_dim * self.partial_rotary_factor)
 
-    def periods(self, config: LlamaConfig, like: Tensor) -> Tensor:
-        return periods(self.turned(config), config.rope_theta, like)
+    def frequencies(self, periods: Tensor, config: LlamaConfig, whole: Tensor | None) -> Tensor:
+        """Radians to a position of each pair, float32 (D/2), which are 1 / periods as first published.
 
-    def frequencies(self, config: LlamaConfig, like: Tensor, whole: Tensor | None) -> Tensor:
-        """Radians to a position of each pair, float32 (D/2). whole: see rope_tables; InputError where it is needed."""
-        return 1.0 / self.periods(config, like)
+        whole: see rope_tables; InputError where it is needed and None.
+        """
+        return 1.0 / periods
 
     def scale(self) -> float:
         """What cos and sin are multiplied by."""
@@ -58,24 +47,19 @@ class RopeRule(Config):
 class Linear(RopeRule):
     factor: float
 
-    def frequencies(self, config: LlamaConfig, like: Tensor, whole: Tensor | None) -> Tensor:
-        return 1.0 / self.periods(config, like) / self.factor
+    def frequencies(self, periods: Tensor, config: LlamaConfig, whole: Tensor | None) -> Tensor:
+        return 1.0 / periods / self.factor
 
 
 @dataclass(frozen=True)
 class Dynamic(RopeRule):
     factor: float
 
-    def check(self, config: LlamaConfig) -> None:
-        super().check(config)
-        if self.turned(config) == 2:
-            raise InputError("config: rope_type 'dynamic' needs a head of which more than 2 numbers are turned")
-
-    def frequencies(self, config: LlamaConfig, like: Tensor, whole: Tensor | None) -> Tensor:
+    def frequencies(self, periods: Tensor, config: LlamaConfig, whole: Tensor | None) -> Tensor:
         size, context = self.turned(config), config.max_position_embeddings
         longer = length(whole).clamp(min=context).double() / context
         theta = config.rope_theta * (self.factor * longer - (self.factor - 1)) ** (size / (size - 2))
-        return 1.0 / periods(size, theta, like)
+        return 1.0 / periods_of(size, theta, periods)
 
 
 @dataclass(frozen=True)
@@ -89,8 +73,8 @@ class Yarn(RopeRule):
     mscale_all_dim: float | None = None
     truncate: bool = True
 
-    def frequencies(self, config: LlamaConfig, like: Tensor, whole: Tensor | None) -> Tensor:
-        size, of_pairs = self.turned(config), self.periods(config, like)
+    def frequencies(self, periods: Tensor, config: LlamaConfig, whole: Tensor | None) -> Tensor:
+        size = self.turned(config)
 
         def pair(turns: float) -> float:
             """The number of the pair, not rounded, that turns so often within the old context."""
@@ -101,9 +85,9 @@ class Yarn(RopeRule):
         if self.truncate:
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, size - 1)
-        pairs = torch.arange(len(of_pairs), dtype=torch.float32, device=like.device)
+        pairs = torch.arange(len(periods), dtype=torch.float32, device=periods.device)
         keep = 1 - ((pairs - low) / (high - low or 0.001)).clamp(0, 1)  # 1: as trained, 0: slowed by the whole factor
-        return 1.0 / (self.factor * of_pairs) * (1 - keep) + 1.0 / of_pairs * keep
+        return 1.0 / (self.factor * periods) * (1 - keep) + 1.0 / periods * keep
 
     def scale(self) -> float:
         if self.attention_factor is not None:
@@ -129,10 +113,10 @@ class LongRope(RopeRule):
             if len(given) != pairs:
                 raise InputError(f"config: {name} has {len(given)} numbers, but must have {pairs}, one for each pair")
 
-    def frequencies(self, config: LlamaConfig, like: Tensor, whole: Tensor | None) -> Tensor:
-        factors = torch.tensor((self.short_factor, self.long_factor), dtype=torch.float32, device=like.device)
+    def frequencies(self, periods: Tensor, config: LlamaConfig, whole: Tensor | None) -> Tensor:
+        factors = torch.tensor((self.short_factor, self.long_factor), dtype=torch.float32, device=periods.device)
         is_long = length(whole) > self.original_max_position_embeddings
-        return 1.0 / (torch.where(is_long, factors[1], factors[0]) * self.periods(config, like))
+        return 1.0 / (torch.where(is_long, factors[1], factors[0]) * periods)
 
     def scale(self) -> float:
         if self.attention_factor is not None:
@@ -152,8 +136,8 @@ class Llama3Rope(RopeRule):
         if self.high_freq_factor <= self.low_freq_factor:
             raise InputError(f"config: high_freq_factor is {self.high_freq_factor}, but must be above low_freq_factor")
 
-    def frequencies(self, config: LlamaConfig, like: Tensor, whole: Tensor | None) -> Tensor:
-        frequencies = 1.0 / self.periods(config, like)
+    def frequencies(self, periods: Tensor, config: LlamaConfig, whole: Tensor | None) -> Tensor:
+        frequencies = 1.0 / periods
         turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
         keep = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         keep = keep.clamp(0, 1)  # 1: as trained, 0: slowed down by the whole factor
@@ -169,8 +153,8 @@ class Proportional(RopeRule):
     def turned(self, config: LlamaConfig) -> int:
         return config.head_dim
 
-    def frequencies(self, config: LlamaConfig, like: Tensor, whole: Tensor | None) -> Tensor:
-        frequencies = 1.0 / self.periods(config, like)
+    def frequencies(self, periods: Tensor, config: LlamaConfig, whole: Tensor | None) -> Tensor:
+        frequencies = 1.0 / periods
         frequencies[int(self.partial_rotary_factor * config.head_dim // 2) :] = 0
         return frequencies / self.factor
 

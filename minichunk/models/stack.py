@@ -29,7 +29,6 @@ class Stack(nn.Module):
     config_class: ClassVar[Any]  # with `to_dict` and `from_dict`
     from_pretrained: ClassVar[Any]  # load.py sets these two: a model needs no files
     save_pretrained: ClassVar[Any]
-    embedding_class: ClassVar[type[nn.Embedding]] = nn.Embedding
     names: ClassVar = ("model", "embed_tokens", "norm")  # of all but the LM head, and of two things in there
     model: Any
     lora: Any = None  # what `add_lora` was told, if there is an adapter
@@ -46,7 +45,7 @@ class Stack(nn.Module):
         self.config: Any = config
         body = nn.Module()
         self.add_module(self.names[0], body)
-        body.add_module(self.names[1], self.embedding_class(config.vocab_size, config.hidden_size))
+        body.add_module(self.names[1], nn.Embedding(config.vocab_size, config.hidden_size))
         body.layers = nn.ModuleList(layers)
         body.add_module(self.names[2], norm)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -24,7 +24,7 @@ from ..memory.cache import LayerCache
 from ..memory.kernels import Plain
 from ..memory.layer_memory import LayerMemories, LayerMemory, MemorySpec, wide
 from ..memory.state import Handed, LayerState
-from ..memory.window import FULL, DeviceStore, Pattern, Strided, Window, WindowCache
+from ..memory.window import Pattern, Strided, Window
 from ..protocol import Written
 
 NAME = "minichunk"  # of our attention, among transformers'
@@ -173,16 +173,12 @@ def find_rule(*, mask_function: Callable[..., Tensor], device: Any, local_size: 
     raise InputError("its mask is neither causal, nor a window, nor blocks")
 
 
-def new_cache(spec: MemorySpec, k: Tensor, pattern: Pattern, cap: float | None) -> LayerMemory:
+def new_memory(spec: MemorySpec, k: Tensor, pattern: Pattern, cap: float | None) -> LayerMemory:
     """Of keys like k (B, G, C, D)."""
-    (B, G, _, D), like = k.shape, k.new_empty(0)
+    B, G, _, D = k.shape
     grad_dtype = spec.options.cache_grad_dtype or wide(k)
-    if pattern == FULL:
-        cache: Any = LayerCache((B, G, spec.capacity, D), spec.receiving, like, grad_dtype)
-    else:
-        new_store = partial(DeviceStore, (B, G, D), like=like, grad_dtype=grad_dtype)
-        cache = WindowCache(new_store, pattern, spec.capacity, spec.receiving)
-    cache.pattern, cache.kernel = pattern, Plain(cap) if cap else None
+    cache = LayerCache((B, G, spec.capacity, D), spec.receiving, k.new_empty(0), grad_dtype, pattern)
+    cache.kernel = Plain(cap) if cap else None
     return cache
 
 
@@ -206,7 +202,7 @@ def attend(
         run.owners[module], _ = run.owners.setdefault(id(key), (module, key))
     owner = run.owners[module]
     if owner is module:
-        run.write(module, (k, v), lambda spec: new_cache(spec, k, attention_mask.pattern, softcap))
+        run.write(module, (k, v), lambda spec: new_memory(spec, k, attention_mask.pattern, softcap))
     past = run.past(module, owner)
     if past.memory.pattern != attention_mask.pattern:
         raise InputError("two layers share keys, and do not see the same")

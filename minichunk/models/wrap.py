@@ -7,22 +7,27 @@ compares loss and gradient of a few tokens with the model's own.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..batch import make_batch
 from ..chunks import Chunk, cut
 from ..errors import InputError
+from ..files.checkpoint import copy_beside
 from ..memory.layer_memory import MemorySpec
 from ..memory.state import LayerState
 from ..protocol import DEFAULTS, Options, Written
 from ..seco import fill, new_memory, rebuild
+from .config import Config, EndTokens
 from .stack import Stack
 from .transformers_cache import NAME, Filled, Run, WrappedMemory, running
 
@@ -59,6 +64,16 @@ class Head:
         return logits if self.cap is None else self.cap * (logits / self.cap).tanh()
 
 
+@dataclass(frozen=True)
+class WrappedConfig(Config):
+    """What the commands ask of a config."""
+
+    vocab_size: int
+    max_position_embeddings: int
+    eos_token_id: EndTokens
+    model_type: str
+
+
 class Wrapped:
     """See protocol.Model. Whatever it is asked beyond that is asked of the model: `parameters()`, `train()`, ….
 
@@ -67,6 +82,10 @@ class Wrapped:
     """
 
     draws, states, single = False, False, True
+    ends: Any = None  # these as a Stack has them, for the commands
+    partial, rope, lora, masks = None, None, None, None
+    origin: Path | None = None
+    unadapted = ()
     stop: int | None = None
     lm_head: Any
     run_chunks, chunk_losses = Stack.run_chunks, Stack.chunk_losses
@@ -80,20 +99,34 @@ class Wrapped:
             raise InputError(
                 f"its LM head is a {type(linear).__name__} ({type(linear).__module__}), not torch's Linear"
             )
-        self.model, self.linear, self.config = model, linear, base.config.get_text_config()
-        self.lm_head = Head(linear, getattr(self.config, "final_logit_softcapping", None))
+        self.model, self.linear, self.text = model, linear, base.config.get_text_config()
+        self.config = WrappedConfig(
+            linear.out_features, getattr(self.text, "max_position_embeddings", 2**31), self.text.eos_token_id,
+            self.text.model_type,
+        )  # fmt: skip
+        self.lm_head = Head(linear, getattr(self.text, "final_logit_softcapping", None))
         self.cache_is = "cache" if "cache" in signature(base.forward).parameters else "past_key_values"
         layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
         inner = {module for layer in layers for module in layer.modules() if module is not layer}
         self.layers = [layer for layer in layers if layer not in inner]
-        ropes = getattr(self.config, "rope_parameters", None) or {}
+        ropes = getattr(self.text, "rope_parameters", None) or {}
         ropes = [ropes] if "rope_type" in ropes else [rope for rope in ropes.values() if isinstance(rope, dict)]
         grows = [rope for rope in ropes if rope.get("rope_type") in ("dynamic", "longrope")]
-        limits = [rope.get("original_max_position_embeddings", self.config.max_position_embeddings) for rope in grows]
+        limits = [rope.get("original_max_position_embeddings", self.text.max_position_embeddings) for rope in grows]
+        tables = [m for m in base.modules() if type(m) is nn.Embedding and m is not base.get_input_embeddings()]
+        most = self.config.max_position_embeddings
+        limits += [most for table in tables if table.num_embeddings - most in (0, 2)]  # learnt positions
         self.longest: int | None = min(limits, default=None)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["model"], name)
+
+    def save_pretrained(self, directory: str | Path, whole: Any = None) -> None:
+        """As the model does; tokenizer and chat template come along."""
+        if hasattr(self.text, "max_position_embeddings"):
+            self.text.max_position_embeddings = self.config.max_position_embeddings
+        self.model.save_pretrained(directory)
+        copy_beside(self.origin, directory)
 
     @property
     def like(self) -> Tensor:
@@ -102,7 +135,8 @@ class Wrapped:
 
     def dropout_seed(self) -> int | None:
         """See protocol.Model."""
-        return int(torch.randint(2**62, ())) if self.draws and self.model.training else None
+        draws = self.draws or self.masks is not None
+        return int(torch.randint(2**62, ())) if draws and self.model.training else None
 
     def new_memory(
         self, batch: int, capacity: int, receiving: Sequence[Chunk] = (), options: Options = DEFAULTS
@@ -118,9 +152,9 @@ class Wrapped:
         return WrappedMemory(MemorySpec(batch, capacity, receiving, options, self.like))
 
     def check_length(self, length: int) -> None:
-        """Raise InputError where a chunk would have another RoPE than the whole."""
+        """Raise InputError where there are no positions, or a chunk would have another RoPE than the whole."""
         if self.longest is not None and length > self.longest:
-            raise InputError(f"past {self.longest} tokens its RoPE depends on the whole length")
+            raise InputError(f"past {self.longest} tokens it has no positions, or a RoPE that depends on the length")
 
     def run(
         self, input_ids: Tensor, memory: WrappedMemory | None = None, chunks: Sequence[Chunk] = (),
@@ -183,12 +217,12 @@ class Wrapped:
     @contextmanager
     def attending(self, run: Run) -> Iterator[None]:
         """Within the block, the model attends as we do."""
-        before, token = self.config._attn_implementation, running.set(run)
-        self.config._attn_implementation = NAME
+        before, token = self.text._attn_implementation, running.set(run)
+        self.text._attn_implementation = NAME
         try:
             yield
         finally:
-            self.config._attn_implementation = before
+            self.text._attn_implementation = before
             running.reset(token)
 
     @contextmanager
@@ -196,13 +230,24 @@ class Wrapped:
         """Within the block, its logits are what goes into the LM head, and are not capped."""
         cap = self.lm_head.cap
         if cap is not None:
-            self.config.final_logit_softcapping = 2.0**60  # so high that it changes nothing; some insist on a number
+            self.text.final_logit_softcapping = 2.0**60  # so high that it changes nothing; some insist on a number
         try:
             with forwards([self.linear], lambda _: lambda x: x):
                 yield
         finally:
             if cap is not None:
-                self.config.final_logit_softcapping = cap
+                self.text.final_logit_softcapping = cap
+
+
+def load_transformer(directory: str | Path, dtype: torch.dtype | None, device: str | torch.device) -> Wrapped:
+    """A checkpoint directory, as the commands take it: in evaluation mode. Raises InputError."""
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto")
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{directory}: transformers cannot load it: {error}".partition("\n")[0]) from None
+    wrapped = wrap(model.to(device).eval())
+    wrapped.ends, wrapped.origin = model.generation_config.eos_token_id, Path(directory)
+    return wrapped
 
 
 @contextmanager
@@ -270,8 +315,9 @@ def find_draws(wrapped: Any) -> None:
     ids, drawn = some_ids(wrapped), []
     for runs in (False, True):
         torch.manual_seed(0)
-        if runs:
-            wrapped.run(ids, new_memory(wrapped, ids, ONE, DEFAULTS), ONE)
+        with suppress(InputError):  # of a training: dropout that is not done here
+            if runs:
+                wrapped.run(ids, new_memory(wrapped, ids, ONE, DEFAULTS), ONE)
         drawn.append([torch.rand(1, device=device).item() for device in {"cpu", ids.device.type}])
     wrapped.draws = drawn[0] != drawn[1]
 

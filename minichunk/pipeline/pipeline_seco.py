@@ -18,11 +18,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch import Batch, check_positions, check_tokens, make_batch, widen_gradients
+from ..batch import (
+    Batch,
+    ChunkLoss,
+    Objective,
+    check_loss,
+    check_positions,
+    check_tokens,
+    make_batch,
+    widen_gradients,
+)  # fmt: skip
 from ..chunks import Chunk, check_fill_size, cut, span
 from ..errors import InputError
-from ..loss import summed_loss
+from ..loss import loss_of_chunk
 from ..memory.layer_memory import LayerMemories, wide
+from ..objective import Scores, outputs, weigh
 from ..protocol import Options, Written, relay
 from ..samplers import Weight
 from ..seco import fill, new_memory
@@ -44,44 +54,76 @@ def pipeline_seco(stage: PipelineStage, input_ids: Tensor, labels: Tensor, chunk
 
 
 def pipeline_spaco(
-    stage: PipelineStage, input_ids: Tensor, labels: Tensor, chunk_size: int, *, sampler: Sampler = QUARTER,
-    generator: torch.Generator | None = None, fill_size: int | None = None, num_targets: float | None = None,
-    recompute: bool = False, cache_grad_dtype: torch.dtype | None = None, layers_at_once: int | None = None,
-    offload: bool = False, positions: Tensor | None = None,
+    stage: PipelineStage, input_ids: Tensor, labels: Tensor, chunk_size: int, *, objective: Objective | None = None,
+    chunk_loss: ChunkLoss | None = None, sampler: Sampler = QUARTER, generator: torch.Generator | None = None,
+    fill_size: int | None = None, num_targets: float | None = None, recompute: bool = False,
+    cache_grad_dtype: torch.dtype | None = None, layers_at_once: int | None = None, offload: bool = False,
+    positions: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`spaco` of a model whose layers are on several ranks; see pipeline_seco. The first rank draws for all of them."""
+    """`spaco` of a model whose layers are on several ranks; see pipeline_seco.
+
+    The first rank draws for all of them, and the last one alone calls `objective` or `chunk_loss`.
+    """
     if layers_at_once is not None or offload:  # a rank's next block could only begin when the ranks above are all done
         raise InputError("layers_at_once and offload are for one process: ranks that cut their layers would take turns")
     check_fill_size(fill_size, chunk_size)
     check_tokens(input_ids, labels, num_targets, stage.vocab_size)
+    check_loss(num_targets, objective, chunk_loss)
     widen_gradients(stage)
     positions = check_positions(stage, positions, input_ids)
-    batch, chunks, links = make_batch(input_ids, labels, num_targets), cut(input_ids.shape[1], chunk_size), stage.links
+    batch = make_batch(input_ids, labels, num_targets)._replace(chunk_loss=chunk_loss)
+    chunks, links = cut(input_ids.shape[1], chunk_size), stage.links
     options = Options(fill_size, recompute, cache_grad_dtype, positions=positions)
     drawn = check_weights(sampler(len(chunks), generator), len(chunks)) if links.is_first else []
-    weights, options, below_learns = agree(stage, input_ids, chunks, options, drawn)
+    weights, options, below_learns = agree(stage, input_ids, chunks, options, drawn, objective is not None)
     kept = [(chunk, weight) for chunk, weight in zip(chunks, weights, strict=True) if weight is not None]
-    if not kept:
+    if not kept and objective is None:
         return torch.zeros((), dtype=wide(stage.like), device=input_ids.device)
     model: Any = stage  # no LM head is asked for
-    memory: Any = new_memory(model, input_ids, [chunk for chunk, _ in kept], options)
-    fill(model, input_ids, [chunk for chunk in chunks if chunk < kept[-1][0]], memory, options)  # lines 1-3
+    run_again = [chunk for chunk, _ in kept]
+    memory: Any
+    if objective is None:
+        memory = new_memory(model, input_ids, run_again, options)
+        fill(model, input_ids, [chunk for chunk in chunks if chunk < kept[-1][0]], memory, options)  # lines 1-3
+    else:
+        memory = new_memory(model, input_ids, sorted({*run_again, chunks[-1]}), options)
+        batch, value = weigh_on_the_last(stage, objective, batch, chunks, memory, options)
     with tied_weight_summed(stage):
         total = walk_back(stage, batch, memory, kept, options, below_learns)
         links.flush()
         del memory  # before room is needed for a tied weight's sum
+    if objective is not None:
+        total = value.to(total)
     links.add(total, links.up)  # 0 before the last rank
     return total
 
 
+def weigh_on_the_last(
+    stage: PipelineStage, objective: Objective, batch: Batch, chunks: Sequence[Chunk], memory: LayerMemories,
+    options: Options,
+) -> tuple[Batch, Tensor]:  # fmt: skip
+    """See `weigh`, with the memory filled on the way; on other ranks the batch is as it was, and the loss is 0."""
+
+    def run(input_ids: Tensor, *others: Any) -> tuple[Tensor, Written]:
+        return stage.run_and_hand(stage.take(input_ids), *others)
+
+    scores = Scores(stage.model, batch)
+    for group, hidden in outputs(run, batch, chunks, memory, options):
+        if stage.links.is_last:
+            scores.keep(group, hidden)
+    return weigh(objective, batch, scores.log_probs()) if stage.links.is_last else (batch, torch.zeros(()))
+
+
 def agree(
-    stage: PipelineStage, input_ids: Tensor, chunks: Sequence[Chunk], options: Options, drawn: Sequence[Weight | None]
-) -> tuple[Sequence[Weight | None], Options, bool]:
+    stage: PipelineStage, input_ids: Tensor, chunks: Sequence[Chunk], options: Options, drawn: Sequence[Weight | None],
+    has_objective: bool,
+) -> tuple[Sequence[Weight | None], Options, bool]:  # fmt: skip
     """The first rank's draw and its seed of the dropouts, for all; and whether anything learns on the ranks before.
 
     Raises InputError unless all ranks are about to do the same, and some parameter learns.
     """
     step = f"a batch of shape {list(input_ids.shape)}, chunks of {chunks[0].stop} and {options}"
+    step += ", with an objective" if has_objective else ""
     learns = any(parameter.requires_grad for parameter in stage.parameters())
     said = stage.links.everyones((step, drawn, stage.dropout_seed(), learns))
     steps, draws, seeds, learning = zip(*said, strict=True)
@@ -119,8 +161,7 @@ def _backward(
     """Lines 6 and 7, when a chunk's turn has come. Returns its share of the loss on the last rank, 0 on others."""
     links, grad = stage.links, None
     if links.is_last:
-        loss = summed_loss(end, stage.model.lm_head.weight, batch.targets[:, span([chunk])]) / batch.num_targets
-        end = weight.loss * loss
+        end = weight.loss * loss_of_chunk(end, stage.model.lm_head.weight, batch, chunk)
     elif end.requires_grad:
         grad = links.take(torch.empty_like(end), links.rank + 1)
     if end.requires_grad:  # or nothing from the embedding up to here learns

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from ..errors import InputError
 from ..files.atomic import check_room
 from ..files.chat import ChatTemplate, load_chat_template
 from ..files.documents import Document, check_vocabulary, cut_documents, load_tokenizer, read_documents
@@ -50,6 +51,8 @@ def load_to_train(options: TrainOptions, links: Links | None = None) -> tuple[An
     stages: list[PipelineStage] = []
 
     def prepare(model: Stack) -> None:
+        if not isinstance(model, Stack) and (links is not None or options.offload):
+            raise InputError("--pipeline and --offload need a model of minichunk's own: leave them out")
         if (pattern := options.pattern()) is not None:
             partial_context(model, pattern, options.full_layers)
         if rope := options.rope_parameters():

@@ -66,8 +66,9 @@ def trace(
     """
     if function not in (seco, spaco, full):
         raise InputError(f"trace watches seco, spaco or full, but was given {getattr(function, '__name__', function)}")
-    if keywords.get("layers_at_once") is not None or keywords.get("offload"):
-        raise InputError("trace watches a step with all layers at once: leave out layers_at_once and offload")
+    for name in ("layers_at_once", "offload", "objective", "chunk_loss"):
+        if keywords.get(name) not in (None, False):
+            raise InputError(f"trace watches the mean loss, with all layers at once: leave out {name}")
     check_tokens(input_ids, labels, None, model.lm_head.weight.shape[0])
     bound = inspect.signature(function).bind(model, input_ids, labels, *arguments, **keywords)
     bound.apply_defaults()
@@ -117,7 +118,7 @@ class Recorder(CountBytes):
                 self.ends.callback(layer.register_forward_pre_hook(partial(self.enter, i)).remove)
             self.listen(self.model, "new_memory", self.remember)
             self.listen(self.model, "run", self.run)
-            self.listen(SECO, "summed_loss", self.take_loss)
+            self.listen(SECO, "loss_of_chunk", self.take_loss)
             self.listen(F, "cross_entropy", self.take_loss)  # of full.py
             self.listen(torch.autograd, "backward", self.done)
             yield

@@ -1,0 +1,132 @@
+"""Preference and reward losses for `seco(..., objective=...)`, as their papers have them and TRL computes them.
+
+Each function here returns an objective. Rows of pairs are as in TRL: the first half of the batch has the chosen
+answers, the second half, in the same order, the rejected ones. What is given beside them:
+
+labels: int64 (B, T), those of the step: -100 at prompts and padding, so that l sums and means are over the answers.
+reference, old: (B, T), `log_probs` of the reference model and of the policy that wrote the answers, computed before the
+step with the same labels, chunk size and fill size. Below l is a log-probability, r its reference, σ the logistic
+function, and Σ and mean go over the tokens of an answer.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .batch import IGNORE, Objective
+from .errors import InputError
+
+
+def dpo(reference: Tensor, beta: float = 0.1) -> Objective:
+    """-log σ(β (Σ (l - r) of the chosen answer - Σ (l - r) of the rejected one)); eq. 7 of arXiv 2305.18290."""
+
+    def objective(log_probs: Tensor) -> Tensor:
+        chosen, rejected = pairs((log_probs - reference).sum(1))
+        return -F.logsigmoid(beta * (chosen - rejected)).mean()
+
+    return objective
+
+
+def ipo(labels: Tensor, reference: Tensor, beta: float = 0.1) -> Objective:
+    """(mean (l - r) of the chosen - mean (l - r) of the rejected - 1 / 2β)²; eq. 17 of arXiv 2310.12036.
+
+    Means, where the paper has sums: its authors' own choice, see TRL's.
+    """
+
+    def objective(log_probs: Tensor) -> Tensor:
+        chosen, rejected = pairs(means(log_probs - reference, labels))
+        return (chosen - rejected - 1 / (2 * beta)).square().mean()
+
+    return objective
+
+
+def simpo(labels: Tensor, beta: float = 2.0, gamma: float = 1.0) -> Objective:
+    """-log σ(β (mean l of the chosen - mean l of the rejected) - γ), without a reference; eq. 6 of arXiv 2405.14734."""
+
+    def objective(log_probs: Tensor) -> Tensor:
+        chosen, rejected = pairs(means(log_probs, labels))
+        return -F.logsigmoid(beta * (chosen - rejected) - gamma).mean()
+
+    return objective
+
+
+def orpo(labels: Tensor, beta: float = 0.1, answers: Tensor | None = None) -> Objective:
+    """-mean l of the chosen tokens - β log σ(log odds of the chosen - log odds of the rejected).
+
+    Eq. 6 and 7 of arXiv 2403.07691. An answer's odds are p / (1 - p) with log p = mean l.
+
+    answers: bool (B, T), where the answers are if there are labels on prompts too, which only the first term reads.
+    """
+    within = labels if answers is None else labels.where(answers, IGNORE)
+
+    def objective(log_probs: Tensor) -> Tensor:
+        chosen, rejected = pairs(means(log_probs * (within != IGNORE), within))
+        odds = (chosen - rejected) - (log_of_rest(chosen) - log_of_rest(rejected))
+        likely, _ = pairs(log_probs)
+        return -likely.sum() / counted(pairs(labels)[0]).sum() - beta * F.logsigmoid(odds).mean()
+
+    return objective
+
+
+def kto(
+    reference: Tensor, desirable: Tensor, kl: Tensor | float, beta: float = 0.1,
+    weights: tuple[float, float] = (1.0, 1.0),
+) -> Objective:  # fmt: skip
+    """1 - σ(β (Σ (l - r) - kl)) of a desirable answer, 1 - σ(β (kl - Σ (l - r))) of another; eq. 8 of arXiv 2402.01306.
+
+    desirable: bool (B). kl: at least 0, of answers with prompts that are not theirs. weights: of the two kinds.
+    """
+
+    def objective(log_probs: Tensor) -> Tensor:
+        away = beta * ((log_probs - reference).sum(1) - kl)
+        return torch.where(desirable, weights[0] * (-away).sigmoid(), weights[1] * away.sigmoid()).mean()
+
+    return objective
+
+
+def grpo(
+    labels: Tensor, advantages: Tensor, old: Tensor | None = None, clip: tuple[float, float] = (0.2, 0.2),
+    reference: Tensor | None = None, beta: float = 0.0,
+) -> Objective:  # fmt: skip
+    """mean of β (e^(r - l) - (r - l) - 1) - min(ρ A, clipped ρ A), ρ = e^(l - old); eq. 3 and 4 of arXiv 2402.03300.
+
+    advantages: A, (B) or (B, T). old: None: this policy, before the step.
+    clip: how far below and above 1 ρ still counts.
+    reference: asked for if beta is not 0.
+    """
+    if beta and reference is None:
+        raise InputError(f"grpo's beta is {beta}, but without a reference it must be 0")
+    A = advantages if advantages.ndim == 2 else advantages[:, None]
+
+    def objective(log_probs: Tensor) -> Tensor:
+        ratio = (log_probs - (log_probs.detach() if old is None else old)).exp()
+        each = -torch.minimum(ratio * A, ratio.clamp(1 - clip[0], 1 + clip[1]) * A)
+        if reference is not None:
+            away = reference - log_probs
+            each = each + beta * (away.exp() - away - 1)
+        return means(each * (labels != IGNORE), labels).mean()
+
+    return objective
+
+
+def pairs(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The chosen and the rejected ones. Raises InputError where there are not as many."""
+    if len(rows) % 2:
+        raise InputError(f"the batch has {len(rows)} rows, but pairs need as many chosen as rejected ones")
+    chosen, rejected = rows.chunk(2)
+    return chosen, rejected
+
+
+def means(log_probs: Tensor, labels: Tensor) -> Tensor:
+    """Of each row's labelled tokens: (B, T) to (B)."""
+    return log_probs.sum(1) / counted(labels)
+
+
+def counted(labels: Tensor) -> Tensor:
+    """How many tokens of each row have a label that is predicted: at least 1, so that an empty answer is no NaN."""
+    return (labels[:, 1:] != IGNORE).sum(1).clamp(min=1)
+
+
+def log_of_rest(log_p: Tensor) -> Tensor:
+    """log(1 - p), in the form that is exact for this p."""
+    return torch.where(log_p > -0.693, (-torch.expm1(log_p)).log(), torch.log1p(-log_p.exp()))

@@ -1,0 +1,100 @@
+"""Losses that are a function of the log-probabilities of all labels: preferences, rewards, whatever a user writes.
+
+Such a loss J = f(l_1 .. l_T), where l_t is the log-probability of label t, reaches the model through the l_t alone:
+
+    dJ/dΘ = Σ_t w_t dl_t/dΘ,        w_t = dJ/dl_t
+
+The fill can yield the l_t, if the last chunk and the LM head join it. From them autograd gives the w_t, one number for
+each label, and with these the walk back is the ordinary one, over a weighted sum of the labels' losses. Nothing else of
+SeCO changes. Nor does SpaCO: its fill goes through all chunks then, so that the w_t are exact, and what is estimated is
+a sum, as ever. (Estimated from the kept chunks alone the w_t would be biased, and so would all that they multiply.)
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .batch import Batch, Objective, check_positions, check_tokens, make_batch
+from .chunks import Chunk, check_fill_size, cut, groups
+from .errors import InputError
+from .loss import token_losses
+from .protocol import Memory, Model, Options
+
+
+def weigh(objective: Objective, batch: Batch, log_probs: Tensor) -> tuple[Batch, Tensor]:
+    """The batch with a factor on the loss of each target, and what the objective says, detached.
+
+    log_probs: (B, T), see `log_probs`. Raises InputError unless the objective makes a scalar of them.
+    """
+    leaf = log_probs.detach().requires_grad_()
+    with torch.enable_grad():
+        value = objective(leaf)
+    if not isinstance(value, Tensor) or value.shape != () or not value.requires_grad:
+        found = f"{type(value).__name__} {list(value.shape) if isinstance(value, Tensor) else value!r}"
+        raise InputError(f"the objective returned {found}, but must return a scalar made of the log-probabilities")
+    (weights,) = torch.autograd.grad(value, leaf)
+    return batch._replace(num_targets=1, factors=-F.pad(weights[:, 1:], (0, 1))), value.detach()
+
+
+class Scores:
+    """Gathers the losses of a batch's targets, chunk by chunk. model: whose LM head it is."""
+
+    def __init__(self, model: Any, batch: Batch) -> None:
+        self.model, self.batch = model, batch
+        self.losses: list[Tensor] = []
+
+    def keep(self, chunks: Sequence[Chunk], hidden: Tensor) -> None:
+        """hidden: (B, C, E), what the LM head is given for the next adjacent chunks."""
+        part = self.batch.part(chunks)
+        self.losses.append(token_losses(hidden, self.model.lm_head.weight, part.targets, part.labelled))
+
+    def log_probs(self) -> Tensor:
+        """(B, T), see `log_probs`."""
+        return -F.pad(torch.cat(self.losses, 1)[:, :-1], (1, 0))
+
+
+@torch.no_grad()
+def outputs(
+    run: Callable[..., Any], batch: Batch, chunks: Sequence[Chunk], memory: Memory, options: Options
+) -> Iterator[tuple[Sequence[Chunk], Tensor]]:
+    """Lines 1-3 of Algorithm 1, and the last chunk too, which is not written, as no chunk reads it.
+
+    run: the model's. Yields what it returns for each pass, after the chunks that are in it.
+    """
+    for group in [*groups(chunks[:-1], options.fill_size), chunks[-1:]]:
+        hidden, written = run(batch.part(group).input_ids, memory, group, options)
+        if group[-1] != chunks[-1]:
+            memory.write(group, written)
+        yield group, hidden
+
+
+def score(model: Model, batch: Batch, chunks: Sequence[Chunk], memory: Memory, options: Options) -> Tensor:
+    """The log-probabilities of a batch, see `log_probs`, with the memory filled on the way."""
+    scores = Scores(model, batch)
+    for group, hidden in outputs(model.run, batch, chunks, memory, options):
+        scores.keep(group, hidden)
+    return scores.log_probs()
+
+
+def log_probs(
+    model: Model, input_ids: Tensor, labels: Tensor, chunk_size: int, *, fill_size: int | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The log-probability of each label at the label's own position, 0 where there is none and at the first one.
+
+    input_ids, labels, positions: int64 (B, T); see `seco`.
+    Returns (B, T), in float32 or in the model's dtype where that is wider, without a graph. It is what an objective of
+    `seco` is given, to the last bit if chunk_size and fill_size are the same too: other sizes round otherwise, and in
+    half precision a reference that starts as the policy would be off by what a preference weighs.
+    Raises InputError for a batch or a size that does not fit.
+    """
+    check_tokens(input_ids, labels, 1, model.lm_head.weight.shape[0])
+    check_fill_size(fill_size, chunk_size)
+    positions = check_positions(model, positions, input_ids)
+    batch, chunks = make_batch(input_ids, labels, 1), cut(input_ids.shape[1], chunk_size)
+    options = Options(fill_size, dropout_seed=model.dropout_seed(), positions=positions)
+    memory = model.new_memory(len(input_ids), chunks[-1].start, (), options)
+    return score(model, batch, chunks, memory, options)
