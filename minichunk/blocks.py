@@ -89,7 +89,7 @@ class Walk:
     @torch.no_grad()
     def go_up(self, block: Model, memory: Memory, x: "Hidden", y: "Hidden | Scores") -> None:
         """Through all chunks: from the block's inputs x to its outputs y."""
-        passes = [*groups(self.chunks[:-1], self.options.fill_size), self.chunks[-1:]]
+        passes = [*groups(self.chunks[:-1], self.options.fill_size, self.options.trunk), self.chunks[-1:]]
         for group, part in zip(passes, x.bring(passes), strict=True):
             out, written = block.run(part, memory, group, self.options)
             memory.write(group, written)
@@ -103,7 +103,7 @@ class Walk:
 
         gradients: of its outputs; None for the last block, which has the loss instead. Returns that, or 0.
         """
-        passes = groups(self.chunks[:-1], self.options.fill_size)
+        passes = groups(self.chunks[:-1], self.options.fill_size, self.options.trunk)
         for group, part in zip(passes, x.bring(passes), strict=True):  # lines 1-3
             memory.write(group, block.fill(part, memory, group, self.options))
             del part

@@ -141,6 +141,7 @@ class Llama:
         self.lora_scale = lora["alpha"] / lora["rank"] if lora else None
         self.grad: dict[str, Array] = defaultdict(float)  # type: ignore[arg-type]
         self.rows = slice(0)  # of the chunk that is run, in the text
+        self.hidden_grads: list[Array] = [np.zeros(0) for _ in self.layers]  # of the layers' inputs
 
     def new_memory(self, B: int, cuts: list[tuple[int, int]]) -> list[Any]:
         """For each layer, what chunks leave behind in it."""
@@ -249,6 +250,7 @@ class Llama:
         dx = self.norm_backward("model.norm", dlogits @ self.w[f"{self.head}.weight"], final)
         for i in reversed(self.layers):
             dx, back = self.layer_backward(i, layers[i], dx, relayed[i])
+            self.hidden_grads[i] = dx
             sent.append(back)
         embedding = np.zeros_like(self.w["model.embed_tokens.weight"])
         np.add.at(embedding, ids, dx)
@@ -336,5 +338,6 @@ def spaco(
         for n, layer in enumerate(memory):
             names = [f"chunk.{i}.layer.{n}.{name}" for name in (*layer.written, *layer.relayed)]
             out |= dict(zip(names, (*written[n], *relayed[n]), strict=True))
+            out[f"chunk.{i}.layer.{n}.hidden_grad"] = model.hidden_grads[n]
         out |= {f"chunk.{i}.grad.{name}": np.array(grad) for name, grad in model.grad.items()}
     return out

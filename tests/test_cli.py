@@ -86,6 +86,8 @@ MISTAKES = {
     "train --resume --lr 1": "leave out --lr",
     "evaluate --data nowhere.txt": "nowhere.txt cannot be read",
     "evaluate --adapter nowhere": "nowhere",
+    "evaluate --recall --seq-len 40 --documents 1": "--recall in 40 tokens: passkey and question alone take more",
+    "evaluate --recall --seq-len 200000": "--recall in 200,000 tokens needs as many: the data has 135,237",
     "generate x --adapter nowhere": "nowhere is not a directory",
     "": "the following arguments are required: COMMAND",
 }

@@ -101,12 +101,16 @@ class Numpy:
         return self.method(self.model, ids, labels, chunk_size, draw, json.loads(self.metadata["num_targets"]))
 
     def walks(self, method: str) -> dict[str, Any]:
-        """All batches by `seco` or `spaco`, by the file's names."""
+        """All batches by `seco` or `spaco`, by the file's names.
+
+        The walk takes all layers at once, where the file's may have taken one at a time: the numbers are the same.
+        """
         size, length = int(self.metadata["chunk_size"]), self.tensors["input_ids"].shape[1]
         draw = json.loads(self.metadata["spaco"]) if method == "spaco" else [(1.0, 1.0)] * -(-length // size)
         self.model.grad.clear()
         of = ["", *(["second."] if "second.input_ids" in self.tensors else [])]
-        return {f"{n}{method}.{key}": value for n in of for key, value in self.walk(size, draw, n).items()}
+        found = {f"{n}{method}.{key}": value for n in of for key, value in self.walk(size, draw, n).items()}
+        return {key: value for key, value in found.items() if key in self.tensors or not key.endswith("hidden_grad")}
 
 
 @pytest.mark.parametrize("method", ["seco", "spaco"])

@@ -14,7 +14,7 @@ import torch
 
 import minichunk as mc
 from minichunk.models.load import read_model_config
-from minichunk.models.rope import Yarn
+from minichunk.models.rope import RopeRule
 
 from .gradients import Tensors, take_gradients
 from .rounding import exactly, measure, outcome
@@ -213,7 +213,9 @@ def test_a_changed_rope_keeps_what_it_does_not_say() -> None:
     mc.change_rope(model, {"rope_theta": 8e6})
     assert model.config == replace(before, rope_theta=8e6)
     mc.change_rope(model, {"rope_type": "yarn", "factor": 16})  # of the length that it was first trained on
-    assert model.config == replace(before, rope_theta=8e6, rope_scaling=Yarn(16.0, 32))
+    assert model.config == replace(
+        before, rope_theta=8e6, rope_scaling=RopeRule("yarn", factor=16.0, original_max_position_embeddings=32)
+    )
     mc.change_rope(model, {"rope_type": "default"})
     assert model.config == replace(before, rope_theta=8e6, rope_scaling=None)
     again = build(before, seed=0)

@@ -79,6 +79,8 @@ def order(name: str) -> tuple[int, ...]:
         return (stage, 4) if found["chunk"] is None else (stage, 1, -chunk)
     if kind == "grad":
         return stage, 3, -chunk, 1, *_backward_order(found["parameter"])
+    if kind == "hidden_grad":  # comes behind the parameters of its layer
+        return stage, 3, -chunk, 1, 2, -int(layer), len(BACKWARD) + 1
     return stage, 3, -chunk, 0, -int(layer), WALK.index(kind)
 
 

@@ -42,7 +42,7 @@ def option(
     default: `MISSING` if it has to be given; None, whatever the annotation says, if it is chosen for the case.
     absent: the default in words. group: its title in the help; None: that of the option before it; "": none.
     least, above, most, below: bounds of every number. belongs: another option, and which values it must have for this
-    one; (): any but None. positional: without `--`. none: a tuple may be empty.
+    one; (): any but None and false. positional: without `--`. none: a tuple may be empty.
     A flag is turned off by `--no-…`.
     """
     return field(default=default, metadata={name: value for name, value in locals().items() if name != "default"})
@@ -82,7 +82,7 @@ def check_options(options: Any) -> None:
                 raise InputError(f"{name} is {one!r}, but must be {must}")
         if rule["belongs"] and value != each.default:
             owner, allowed = rule["belongs"]
-            if getattr(options, owner) is None or (allowed and getattr(options, owner) not in allowed):
+            if not getattr(options, owner) or (allowed and getattr(options, owner) not in allowed):
                 raise InputError(f"{name} belongs to {flag(owner)} {' or '.join(allowed)}".strip())
 
 
@@ -189,7 +189,8 @@ class StepOptions:
         """How a step is computed, as keywords of `seco`. Raises InputError for an `auto` that nobody has decided."""
         if self.layers_at_once == "auto":
             raise InputError("--layers-at-once is 'auto': let costs.forecast.fitted decide it first")
-        how = {name: value for name, value in vars(self.options()).items() if name not in ("dropout_seed", "positions")}
+        of_a_batch = ("dropout_seed", "positions", "trunk")
+        how = {name: value for name, value in vars(self.options()).items() if name not in of_a_batch}
         return {**how, "layers_at_once": self.layers_at_once and int(self.layers_at_once), "offload": self.offload}
 
     def pattern(self) -> Pattern | None:

@@ -18,8 +18,7 @@ from ..files.atomic import make_directory, open_tensors, read_json, write_json, 
 from ..files.checkpoint import BESIDE, digest
 from ..files.shipped import SHIPPED_MODEL
 from ..models.adapter_files import save_adapter
-from ..models.rope import Dynamic
-from .evaluate import Span
+from .evaluate import Span, draw_losses, new_figure, save_figure
 from .loop import Ranks, Trainer
 from .options import TrainOptions, check_options, options_of
 
@@ -142,7 +141,8 @@ def write_results(ranks: Ranks, run: Run, options: TrainOptions, before: Sequenc
     if options.rank:
         save_adapter(model, run.adapter, options.model, ranks.whole)
     else:
-        if not isinstance(getattr(model.config, "rope_scaling", None), Dynamic):  # which stretches by the old length
+        rule = getattr(model.config, "rope_scaling", None)
+        if rule is None or rule.rope_type != "dynamic":  # which stretches by the old length
             model.config = replace(model.config, max_position_embeddings=max(context, options.seq_len))
         model.save_pretrained(run.model, ranks.whole)
     if not ranks.is_first:
@@ -150,15 +150,6 @@ def write_results(ranks: Ranks, run: Run, options: TrainOptions, before: Sequenc
     losses = {"before": [asdict(span) for span in before], "after": [asdict(span) for span in after]}
     write_json(run.directory / "loss_by_position.json", {**losses, "context": context})
     plot_run(run.directory / "loss.png", run.read_metrics(), before, after, context)
-
-
-def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib Figure of so many inches, which needs no screen; None if matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def plot_run(
@@ -171,9 +162,5 @@ def plot_run(
     by_step, by_position = figure.subplots(1, 2)
     by_step.plot([m["step"] for m in metrics], [m["loss"] for m in metrics])
     by_step.set(xlabel="step", ylabel="training loss (nats per token)")
-    for spans, label in ((before, "before"), (after, "after")):
-        by_position.plot([(s.start + s.stop) / 2 for s in spans], [s.loss for s in spans], "o-", label=label)
-    by_position.axvline(context, linestyle=":", color="tab:gray", label="the old context")
-    by_position.set(xlabel="position", ylabel="held-out loss (nats per token)")
-    by_position.legend()
-    figure.savefig(path, dpi=120)
+    draw_losses(by_position, {"before": before, "after": after}, context)
+    save_figure(figure, path)

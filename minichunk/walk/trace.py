@@ -66,7 +66,7 @@ def trace(
     """
     if function not in (seco, spaco, full):
         raise InputError(f"trace watches seco, spaco or full, but was given {getattr(function, '__name__', function)}")
-    for name in ("layers_at_once", "offload", "objective", "chunk_loss"):
+    for name in ("layers_at_once", "offload", "objective", "chunk_loss", "share"):
         if keywords.get(name) not in (None, False):
             raise InputError(f"trace watches the mean loss, with all layers at once: leave out {name}")
     check_tokens(input_ids, labels, None, model.lm_head.weight.shape[0])

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import numpy
 import torch
@@ -19,19 +20,21 @@ from torch import Tensor
 
 import minichunk.models.load  # noqa: F401 - configs are written by it
 from minichunk.batch import IGNORE, prepare, shift
-from minichunk.chunks import cut, span
+from minichunk.blocks import Hidden
+from minichunk.chunks import Chunk, cut, span
 from minichunk.files.atomic import write_tensors
 from minichunk.full import full
 from minichunk.memory.window import FULL, Window
 from minichunk.models.config import LlamaConfig
 from minichunk.models.llama import Attention, Layer, Llama, rope_tables
 from minichunk.models.lora import DropoutMasks, adapters, add_lora
-from minichunk.models.rope import Llama3Rope
+from minichunk.models.rope import RopeRule
 from minichunk.models.ssm import StateSpace, StateSpaceConfig
 from minichunk.porting.compare import FORMAT
 from minichunk.protocol import Options, flat
 from minichunk.samplers import Weight
 from minichunk.seco import fill, new_memory, rebuild
+from minichunk.spaco import spaco
 
 HERE = Path(__file__).parent
 BATCH, LENGTH, CHUNK_SIZE = 2, 11, 3  # a ragged last chunk
@@ -47,7 +50,7 @@ class Case(NamedTuple):
 
     seed: of its numbers. rounding: how many units of rounding, relative to its norm, a tensor is moved by one such unit
     in each step: the worst tensor, measured (tests/test_golden.py). spread: of the weights. sinks: which all queries of
-    layers with a window see. batches: of one step.
+    layers with a window see. batches: of one step. layers_at_once: as `seco` has it.
     """
 
     config: LlamaConfig | StateSpaceConfig
@@ -57,6 +60,7 @@ class Case(NamedTuple):
     sinks: int = 0
     lora: dict[str, Any] | None = None
     batches: int = 1
+    layers_at_once: int | None = None
 
 
 def llama(**changes: Any) -> LlamaConfig:
@@ -68,7 +72,8 @@ def llama(**changes: Any) -> LlamaConfig:
     return LlamaConfig(**{**common, **changes})
 
 
-SCALED = llama(rope_theta=500.0, rope_scaling=Llama3Rope(4.0, 1.0, 2.0, 8))
+RULE = RopeRule("llama3", factor=4.0, high_freq_factor=2.0, original_max_position_embeddings=8)
+SCALED = llama(rope_theta=500.0, rope_scaling=RULE)
 NORMED = llama(model_type="qwen3", qk_norm=True, head_dim=6, num_key_value_heads=2)
 KINDS = ("sliding_attention", "full_attention", "sliding_attention")
 WINDOW = llama(model_type="ministral", num_key_value_heads=2, sliding_window=4, layer_types=KINDS)
@@ -90,6 +95,7 @@ CASES = {  # one for each thing that a port can get wrong by itself
     "calm": Case(llama(num_hidden_layers=2), seed=0, rounding=20, spread=0.1),
     "state": Case(STATE, seed=0, rounding=700),
     "hybrid": Case(HYBRID, seed=0, rounding=120),
+    "blocks": Case(llama(num_key_value_heads=2), seed=2, rounding=100, layers_at_once=1),
 }
 
 
@@ -213,6 +219,26 @@ def record(case: Case, step: Step, n: int, weights: Sequence[Weight | None], pre
     return out | {f"{prefix}.loss": total}
 
 
+def record_blocks(case: Case, step: Step, weights: Sequence[Weight | None], prefix: str) -> dict[str, Tensor]:
+    """What a walk through blocks of layers has beside that, watched in blocks.py itself; adds to `.grad`.
+
+    On the way down a gradient takes the place of each block's input: block after block, chunk after chunk, last first.
+    """
+    model, size, kept = step.model, case.layers_at_once, [i for i, weight in enumerate(weights) if weight is not None]
+    grads, keep = list[Tensor](), Hidden.keep
+
+    def watched(hidden: Hidden, chunks: Sequence[Chunk], x: Tensor) -> None:
+        if chunks[0] in hidden.parts:
+            grads.append(x.clone())
+        keep(hidden, chunks, x)
+
+    with patch.object(Hidden, "keep", watched):
+        spaco(model, *step.batches[0], CHUNK_SIZE, sampler=lambda *_: weights, layers_at_once=size)
+    firsts = range(size, len(model.layers), size)
+    names = [f"{prefix}.chunk.{i}.layer.{layer}.hidden_grad" for layer in reversed(firsts) for i in reversed(kept)]
+    return dict(zip(names, grads, strict=True))
+
+
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -235,6 +261,7 @@ def golden(case: Case, step: Step | None = None) -> dict[str, Tensor]:
         model.zero_grad(set_to_none=True)
         for n, of in enumerate(prefixes):
             out |= record(case, step, n, weights, f"{of}{method}")
+        out |= record_blocks(case, step, weights, method) if case.layers_at_once else {}
     return out
 
 
@@ -244,6 +271,7 @@ def metadata(name: str, case: Case) -> dict[str, str]:
     out |= {"num_targets": build(case).num_targets, "spaco": [weight and list(weight) for weight in DRAW]}
     out |= {"rounding": case.rounding}
     out |= {"sinks": case.sinks} if case.sinks else {}
+    out |= {"layers_at_once": case.layers_at_once} if case.layers_at_once else {}
     out |= {"lora": case.lora} if case.lora is not None else {}
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in out.items()}
 
