@@ -20,6 +20,7 @@ from ..batch import Batch, shift, widen_gradients
 from ..blocks import Hidden, Walk, first_that_learns
 from ..chunks import Chunk, span
 from ..full import backpropagate
+from ..graphs import fill_with_graphs
 from ..memory import attention
 from ..memory.kernels import kernel_for
 from ..memory.layer_memory import LayerMemories
@@ -101,9 +102,11 @@ def step_memory(setting: Setting, tokens: int, share: Share | None = None, way: 
 # Each step returns bytes on the device: of the memory, and of the gradients that have room in it from the start.
 
 
-def _chunked_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes) -> tuple[int, int]:
+def _chunked_step(model: Any, batch: Batch, setting: Setting, count: CountBytes) -> tuple[int, int]:
     """SeCO or SpaCO: what seco.py and spaco.py call."""
     kept, memory, options, remembered = _filled(model, batch, setting)
+    if setting.graphs:
+        model = fill_with_graphs(model, batch.input_ids, kept[:-1][-setting.graphs :], memory, options)
     for chunk in kept[:-3:-1]:
         loss, written, received = rebuild(model, batch, chunk, memory, options)
         if setting.method == "spaco":

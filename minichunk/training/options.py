@@ -153,7 +153,9 @@ class StepOptions:
                                           absent="float32, or wider with a wider model")
     layers_at_once: str | None = option(
         None, "take the text through a block of N layers at a time, up and down again: the cache is one block's, for "
-        "some more work; auto: the fewest blocks that fit, by the forecast of plan", metavar="N|auto", absent="all")
+        "some more work; auto: what is fastest and fits, by the forecast of plan", metavar="N|auto", absent="all")
+    graphs: int = option(0, "seco: keep the graphs of the fill's last N chunks, and do not build them again; with "
+                         "--layers-at-once auto as many as fit", least=0, belongs=("method", ("seco",)))
     offload: bool = option(False, "let the blocks' inputs wait in host memory; by default of blocks of one layer")
     partial_context: str | None = option(
         None, "what all but --full-layers see, as in LongGen; the model has to learn it. window: the last positions "
@@ -179,6 +181,8 @@ class StepOptions:
             raise InputError("--load-in-4bit freezes the base: it needs an adapter, --rank of at least 1")
         if (given := self.layers_at_once) not in (None, "auto") and not (given.isdecimal() and int(given)):
             raise InputError(f"--layers-at-once is {given!r}, but must be a whole number of at least 1, or auto")
+        if self.graphs and (self.offload or given not in (None, "auto")):
+            raise InputError("--graphs is for all layers at once: leave out --layers-at-once N and --offload")
 
     def options(self) -> Options:
         """How chunks are computed."""
@@ -191,7 +195,8 @@ class StepOptions:
             raise InputError("--layers-at-once is 'auto': let costs.forecast.fitted decide it first")
         of_a_batch = ("dropout_seed", "positions", "trunk")
         how = {name: value for name, value in vars(self.options()).items() if name not in of_a_batch}
-        return {**how, "layers_at_once": self.layers_at_once and int(self.layers_at_once), "offload": self.offload}
+        how |= {"layers_at_once": self.layers_at_once and int(self.layers_at_once), "offload": self.offload}
+        return how | ({"graphs": self.graphs} if self.graphs else {})
 
     def pattern(self) -> Pattern | None:
         """What the layers of `--partial-context` see; None without it."""
@@ -284,8 +289,8 @@ class TrainOptions(StepOptions, ModelOptions):
             raise InputError(f"--pipeline is {ranks}, but must divide the number of processes, {world}: {start}")
         if self.method == "full" and ranks > 1:
             raise InputError("--method full has no pipeline: take seco or spaco, or --pipeline 1")
-        if in_blocks and ranks > 1:
-            raise InputError("--layers-at-once and --offload are for --pipeline 1: ranks in blocks would take turns")
+        if (in_blocks or self.graphs) and ranks > 1:
+            raise InputError("--layers-at-once, --offload and --graphs are for --pipeline 1")
         if self.accumulate is not None and self.accumulate < (copies := world // ranks):
             raise InputError(f"--accumulate is {self.accumulate}, but {copies} copies of the model need a batch each")
 
