@@ -138,14 +138,6 @@ def test_float32_on_cuda_is_counted_with_the_plain_kernel(directory: str) -> Non
     assert cuda == pytest.approx(real_peak(of(directory, device="cuda"), 2304)[0], rel=0.02)
 
 
-def test_layer_inputs_in_host_memory(directory: str) -> None:
-    """Of 4 layers, and 4 that the last norm saves: (1, tokens, 64) in bfloat16. The device has that much less."""
-    tiled, offload = (forecast(of(directory, method, dtype="bfloat16")) for method in METHODS[-2:])
-    assert (offload.growth(4096)[1], tiled.growth(4096)[1]) == (8 * 64 * 2, 0)
-    assert offload.at(4096).host == 4096 * 8 * 64 * 2
-    assert offload.growth(4096)[0] < tiled.growth(4096)[0]
-
-
 def test_it_grows_evenly(directory: str) -> None:
     """Keys and values of 4 layers, 2 heads of 16, in bfloat16; SeCO also has their gradients; and the batch."""
     cache, options = 4 * 2 * 2 * 16 * 2, {"dtype": "bfloat16", "sampler": "fixed", "cache_grad_dtype": "float32"}
@@ -194,7 +186,7 @@ def test_auto_of_a_training_asks_what_is_free(directory: str, monkeypatch: pytes
 
 def test_spaco_is_counted_with_what_its_coins_may_keep(directory: str) -> None:
     coins, fixed = (of(directory, "spaco", 64, sampler=sampler, dtype="bfloat16") for sampler in ("bernoulli", "fixed"))
-    assert (coins.kept(64), fixed.kept(64), fixed.kept(2)) == (most_kept("bernoulli", 3, 64), 3, 2)
+    assert [len(each.chunks(64 * 64)[1]) for each in (coins, fixed)] == [most_kept("bernoulli", 3, 64), 3]
     longest = forecast(coins).longest(8 * 2**20)
     assert 0 < longest < forecast(fixed).longest(8 * 2**20)
     assert forecast(coins).at(longest).peak <= 8 * 2**20 < forecast(coins).at(longest + 64).peak

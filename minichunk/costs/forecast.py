@@ -173,12 +173,11 @@ def fitted(options: TrainOptions) -> TrainOptions:
     step = {each.name: getattr(told, each.name) for each in fields(StepOptions)} | {"layers_at_once": None}
     step |= {"model": told.model, "dtype": told.dtype, "budget": told.budget or 1, "recompute": bool(told.recompute)}
     model = Setting(**step).meta_model()
-    step["targets"] = told.targets or tuple(default_targets(model))
-    if told.recompute is None:
-        step["recompute"] = count_parameters(model) >= LARGE
+    recompute = count_parameters(model) >= LARGE if told.recompute is None else told.recompute
+    step |= {"targets": told.targets or tuple(default_targets(model)), "recompute": recompute}
     available = (free_memory(device) or 0) - RESERVE
     size = fewest_blocks(Setting(**step), told.seq_len, available, free_memory(torch.device("cpu")) or 0)
-    peak = forecast(Setting(**{**step, "layers_at_once": str(size)})).at(told.seq_len).peak
+    peak = forecast(Setting(**step | {"layers_at_once": str(size)})).at(told.seq_len).peak
     if peak > available:
         words = f"{human_bytes(peak)}, but {human_bytes(available)} are free on {device}: take a shorter --seq-len"
         raise InputError(f"--layers-at-once auto: {told.seq_len:,} tokens need {words}")

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..chunks import Chunk, cut
+from ..chunks import Chunk
 from ..memory.attention import BLOCK
 from ..memory.window import Pattern, Strided
 from ..models.config import LlamaConfig
@@ -14,7 +14,6 @@ from ..models.partial import partial_config
 from ..models.shapes import NAMES, layer_memory_bytes, random_model, shape
 from ..models.stack import Stack
 from ..pipeline.links import MOST_ON_THE_WAY
-from ..samplers import most_kept
 from ..training.options import DTYPES, StepOptions, changed, option
 
 CHUNKED = ("seco", "spaco")
@@ -91,15 +90,6 @@ class Setting(StepOptions):
     def pass_chunks(self) -> int:
         """Chunks in a pass of the fill."""
         return (self.fill_size or self.chunk_size) // self.chunk_size
-
-    def kept(self, num_chunks: int) -> int:
-        """The most chunks that a step keeps, see `most_kept`."""
-        return most_kept(self.sampler, self.budget, num_chunks) if self.method == "spaco" else num_chunks
-
-    def chunks(self, tokens: int) -> tuple[list[Chunk], list[Chunk]]:
-        """All chunks of a text, and those that are kept: the last ones, which remember most."""
-        chunks = cut(tokens, self.chunk_size)
-        return chunks, chunks[-self.kept(len(chunks)) :]
 
     def memory_bytes(self, tokens: int, way: Way | None = None) -> Tensor:
         """What each layer of the whole model remembers of so many tokens, and the gradients that have room from the

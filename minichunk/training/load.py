@@ -71,7 +71,7 @@ def load_to_train(options: TrainOptions, links: Links | None = None) -> tuple[An
 
 def memory_of_layers(options: TrainOptions, config: Any, dtype: torch.dtype) -> list[int]:
     """Bytes that each layer remembers of a batch of pieces, with the gradients sent back to that."""
-    how = options.most_kept(), options.options(), options.batch_size
+    how = options.chunks(options.seq_len)[1], options.options(), options.batch_size
     return [sum(both) for both in layer_memory_bytes(config, dtype, *how)]
 
 

@@ -193,10 +193,15 @@ class StepOptions:
         """How a step is computed, as keywords of `seco`. Raises InputError for an `auto` that nobody has decided."""
         if self.layers_at_once == "auto":
             raise InputError("--layers-at-once is 'auto': let costs.forecast.fitted decide it first")
-        of_a_batch = ("dropout_seed", "positions", "trunk")
-        how = {name: value for name, value in vars(self.options()).items() if name not in of_a_batch}
+        how = {name: getattr(self.options(), name) for name in ("fill_size", "recompute", "cache_grad_dtype")}
         how |= {"layers_at_once": self.layers_at_once and int(self.layers_at_once), "offload": self.offload}
         return how | ({"graphs": self.graphs} if self.graphs else {})
+
+    def chunks(self, tokens: int) -> tuple[list[Chunk], list[Chunk]]:
+        """All chunks of a text, and the most of them that a step backpropagates: as many, at the end of it."""
+        chunks = cut(tokens, self.chunk_size)
+        kept = most_kept(self.sampler, self.budget or 1, len(chunks)) if self.method == "spaco" else len(chunks)
+        return chunks, chunks[-kept:]
 
     def pattern(self) -> Pattern | None:
         """What the layers of `--partial-context` see; None without it."""
@@ -303,11 +308,6 @@ class TrainOptions(StepOptions, ModelOptions):
         if kind not in ("yarn", "linear") or not re.fullmatch(r"\d+(\.\d+)?", factor) or float(factor) <= 1:
             raise InputError(f"--rope is {self.rope!r}, but must be yarn:FACTOR or linear:FACTOR, a factor above 1")
         return {**said, "rope_type": kind, "factor": float(factor)}
-
-    def most_kept(self) -> list[Chunk]:
-        """The most chunks of a piece that a step backpropagates: as many, at the end of it."""
-        chunks = cut(self.seq_len, self.chunk_size)
-        return chunks[-most_kept(self.sampler, self.budget, len(chunks)) :] if self.budget is not None else chunks
 
     def make_sampler(self) -> Sampler:
         """The sampler of `--sampler` and `--budget`; Bernoulli keeps `budget` chunks on average."""
