@@ -252,9 +252,8 @@ def counted(rank: int, setting: Setting, counts: Sequence[int], tokens: int) -> 
     """Bytes on this rank and in host memory at the peak of a real step of what is forecast, with AdamW's state."""
     model = random_model(setting.config(), setting.torch_dtype, setting.rank, setting.targets)
     stage = PipelineStage(model, counts, mc.Links(timeout=TIMEOUT))
-    num_chunks = -(-tokens // setting.chunk_size)
-    kept = setting.kept(num_chunks)
-    entries = [None] * (num_chunks - kept) + [mc.Weight(1.0, 2.0)] * kept
+    chunks, kept = setting.chunks(tokens)
+    entries = [None] * (len(chunks) - len(kept)) + [mc.Weight(1.0, 2.0)] * len(kept)
     gc.collect()
     with CountBytes() as count:
         count.add(*stage.parameters(), *stage.buffers())

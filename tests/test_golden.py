@@ -48,11 +48,11 @@ def check(name: str, got: dict[str, Any], expected: dict[str, np.ndarray]) -> No
 
 @pytest.mark.parametrize("name", CASES)
 def test_rounding_is_what_the_file_says(name: str) -> None:
-    """By a few random runs: within a factor of two."""
+    """By three random runs, of which the worst of 24 moved a hybrid 7 times as far as the best: a factor of four."""
     exact = measured(name)
     sizes = {key: float(value.norm()) for key, value in exact.values.items() if value.is_floating_point()}
     worst = max(exact.noise[key] / size for key, size in sizes.items() if size > 0)
-    assert worst / 2 <= CASES[name].rounding <= 2 * worst
+    assert worst / 4 <= CASES[name].rounding <= 4 * worst
 
 
 @pytest.fixture(scope="module")

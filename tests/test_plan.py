@@ -100,6 +100,8 @@ SLIDING, FULL = "sliding_attention", "full_attention"
         (llama(2), "spaco", {"rank": 0, "recompute": False}),
         (llama(4), "spaco", {"recompute": False, "layers_at_once": "1", "offload": True, "fill_size": 1024}),
         (llama(4), "seco", {"layers_at_once": "1", "fill_size": 1024}),
+        (llama(4), "seco", {"graphs": 2, "rank": 0}),
+        (llama(4), "seco", {"graphs": 6, "dtype": "bfloat16"}),
         *((llama(2), m, o) for m in METHODS if m not in CHUNKED for o in ({}, {"dtype": "bfloat16", "rank": 0})),
         (state_space("state", FULL, "state"), "seco", {"rank": 0, "offload": True}),
         (state_space("state", FULL, "state"), "spaco", {"rank": 0, "recompute": False}),
@@ -136,14 +138,6 @@ def test_float32_on_cuda_is_counted_with_the_plain_kernel(directory: str) -> Non
     assert cuda == pytest.approx(real_peak(of(directory, device="cuda"), 2304)[0], rel=0.02)
 
 
-def test_layer_inputs_in_host_memory(directory: str) -> None:
-    """Of 4 layers, and 4 that the last norm saves: (1, tokens, 64) in bfloat16. The device has that much less."""
-    tiled, offload = (forecast(of(directory, method, dtype="bfloat16")) for method in METHODS[-2:])
-    assert (offload.growth(4096)[1], tiled.growth(4096)[1]) == (8 * 64 * 2, 0)
-    assert offload.at(4096).host == 4096 * 8 * 64 * 2
-    assert offload.growth(4096)[0] < tiled.growth(4096)[0]
-
-
 def test_it_grows_evenly(directory: str) -> None:
     """Keys and values of 4 layers, 2 heads of 16, in bfloat16; SeCO also has their gradients; and the batch."""
     cache, options = 4 * 2 * 2 * 16 * 2, {"dtype": "bfloat16", "sampler": "fixed", "cache_grad_dtype": "float32"}
@@ -176,7 +170,11 @@ def test_auto_of_a_training_asks_what_is_free(directory: str, monkeypatch: pytes
     peaks = [forecast(replace(setting, layers_at_once=size)).at(8192).peak for size in ("4", "2", "1")]
     for peak, size in zip(peaks, ("4", "2", "1"), strict=True):
         monkeypatch.setattr(module, "free_memory", lambda device, peak=peak: peak + module.RESERVE)
-        assert fitted(told).layers_at_once == size
+        assert fitted(told).layers_at_once == (None if size == "4" else size)
+    for graphs in (0, 5, 7, 400):  # of 32 chunks; all that fit
+        peak = forecast(replace(setting, graphs=graphs)).at(8192).peak
+        monkeypatch.setattr(module, "free_memory", lambda device, peak=peak: peak + module.RESERVE)
+        assert fitted(told).graphs == min(graphs, 31)
     monkeypatch.setattr(module, "free_memory", lambda device: 0)
     with pytest.raises(mc.InputError, match=r"--layers-at-once auto: 8,192 tokens need .* take a shorter --seq-len"):
         fitted(told)
@@ -188,7 +186,7 @@ def test_auto_of_a_training_asks_what_is_free(directory: str, monkeypatch: pytes
 
 def test_spaco_is_counted_with_what_its_coins_may_keep(directory: str) -> None:
     coins, fixed = (of(directory, "spaco", 64, sampler=sampler, dtype="bfloat16") for sampler in ("bernoulli", "fixed"))
-    assert (coins.kept(64), fixed.kept(64), fixed.kept(2)) == (most_kept("bernoulli", 3, 64), 3, 2)
+    assert [len(each.chunks(64 * 64)[1]) for each in (coins, fixed)] == [most_kept("bernoulli", 3, 64), 3]
     longest = forecast(coins).longest(8 * 2**20)
     assert 0 < longest < forecast(fixed).longest(8 * 2**20)
     assert forecast(coins).at(longest).peak <= 8 * 2**20 < forecast(coins).at(longest + 64).peak

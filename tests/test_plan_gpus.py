@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from minichunk.chunks import cut
 from minichunk.command.main import main
 from minichunk.costs.forecast import bytes_of_share, forecast
 from minichunk.costs.setting import Setting, Share
@@ -75,20 +74,12 @@ def test_a_training_splits_the_layers_as_the_forecast_does(tmp_path: Path) -> No
     found = forecast(setting_of(tmp_path, config, method="spaco", size=64, budget=3), 3)
     model, seen = random_model(config, torch.float32, 4), set()
     for tokens in (512, 2048, 65536):
-        chunks = cut(tokens, 64)
-        kept = chunks[-found.setting.kept(len(chunks)) :]
+        _, kept = found.setting.chunks(tokens)
         remembered = layer_memory_bytes(model.config, torch.float32, kept, found.setting.options())
         counts = tuple(split_layers(model, 3, [sum(layer) for layer in remembered]))
         assert counts == found.counts(tokens)
         seen.add(counts)
     assert len(seen) > 1
-
-
-def test_long_texts_are_split_otherwise() -> None:
-    """By weights the ends have fewer layers, for the embedding and the LM head; by what they remember, as many."""
-    found = forecast(Setting(cache_grad_dtype="bfloat16"), 4)
-    assert found.counts(512) == (7, 9, 9, 7)
-    assert found.counts(300_032) == (8, 8, 8, 8)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

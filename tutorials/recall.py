@@ -1,4 +1,4 @@
-"""A job whose loss needs the far past: `python tutorials/recall.py` trains four kinds of memory on it.
+"""A job whose loss needs the far past: `python tutorials/recall.py` trains six kinds of memory on it.
 
 A text is facts, `a b` for a -> b, and then questions. `a` asks for one hop, b; `+` behind it for two: of a -> b and
 b -> c the answer is c. The facts make a circle through all symbols, in random order, anew in each text, so that weights
@@ -30,20 +30,25 @@ from minichunk.training.recall import wilson
 
 HERE = Path(__file__).parent
 SYMBOLS, FACTS, LAYERS, STEPS, BATCH, LR = 32, 16, 4, 1100, 24, 3e-3
-CHUNK, WINDOW, STATE = 32, 4, 8  # a layer of windows sees 3 positions before its own: four of them reach 12
+CHUNK, WINDOW = 32, 4  # a layer of windows sees 3 positions before its own: four of them reach 12
 KEYS, VALUES, HOP = 0, SYMBOLS, 2 * SYMBOLS  # of 65 tokens: symbols asked for, symbols answered, and +
 LENGTHS, BINS, TEXTS = (4, 8, 12, 16), 4, 64
-KINDS = ("full attention", "windows, one layer full", "states, one layer full", "states")
+KINDS = (
+    "full attention", "windows, one layer full", "states of 8, one layer full", "states of 8",
+    "states of 2, one layer full", "states of 2",
+)  # fmt: skip
 
 
 def make_model(kind: str) -> Any:
-    """Four layers, 64 wide."""
+    """Four layers, 64 wide. A state has so many numbers for each of the 64 channels."""
     attention = {"intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}
     shape = {"vocab_size": HOP + 1, "hidden_size": 64, "num_hidden_layers": LAYERS}
     if kind.startswith("states"):
         layers = tuple("full_attention" if "full" in kind and i == 2 else "state" for i in range(LAYERS))
         more = attention if "full" in kind else {}
-        return mc.StateSpace(mc.StateSpaceConfig(**shape, state_size=STATE, layer_types=layers, **more))
+        return mc.StateSpace(
+            mc.StateSpaceConfig(**shape, state_size=int(kind.split()[2].strip(",")), layer_types=layers, **more)
+        )
     model = mc.Llama(mc.LlamaConfig(**shape, **attention, max_position_embeddings=4 * FACTS + 1))
     if kind.startswith("windows"):
         mc.partial_context(model, mc.Window(WINDOW, 0), [2])
@@ -104,20 +109,20 @@ def measure(model: Any, generator: torch.Generator) -> dict[str, Any]:
 
 def table(runs: Sequence[dict[str, Any]]) -> str:
     """Shares of right answers of the longest texts, with the 95 % interval of Wilson, for each run."""
-    lines = [f"{FACTS} facts: {'':16} seed  {'one hop':18} {'two hops':18} CPU seconds (chance {1 / FACTS:.0%})"]
+    lines = [f"{FACTS} facts: {'':18} seed  {'one hop':18} {'two hops':18} CPU seconds (chance {1 / FACTS:.0%})"]
     for run in runs:
         words = []
         for hops in (1, 2):
             found, asked = map(sum, zip(*run["found"][f"{FACTS} facts, hops {hops}"], strict=True))
             low, high = wilson(found, asked)
             words.append(f"{found / asked:4.0%} ({low:.0%} to {high:.0%})")
-        lines.append(f"{run['kind']:26} {run['seed']:4}  {words[0]:18} {words[1]:18} {run['cpu_seconds']:.0f}")
+        lines.append(f"{run['kind']:28} {run['seed']:4}  {words[0]:18} {words[1]:18} {run['cpu_seconds']:.0f}")
     return "\n".join(lines)
 
 
 def draw(runs: Sequence[dict[str, Any]]) -> None:
     """A column for each kind, a row for each number of hops; all seeds together."""
-    if (figure := new_figure(10, 4.6)) is None:
+    if (figure := new_figure(12, 4.2)) is None:
         return
     axes = figure.subplots(2, len(KINDS), sharex=True, sharey=True)
     for column, kind in enumerate(KINDS):
@@ -128,12 +133,12 @@ def draw(runs: Sequence[dict[str, Any]]) -> None:
             image = here.imshow(share, cmap="viridis", vmin=0, vmax=1, aspect="auto")
             for i, j in product(range(BINS), range(len(LENGTHS))):
                 dark = share[i, j] < 0.6
-                here.text(j, i, f"{share[i, j]:.0%}", ha="center", va="center", fontsize=8, color="w" if dark else "k")
+                here.text(j, i, f"{share[i, j]:.0%}", ha="center", va="center", fontsize=7, color="w" if dark else "k")
             here.set_xticks(range(len(LENGTHS)), map(str, LENGTHS))
             here.set_yticks(range(BINS), [f"{(i + 0.5) / BINS:.0%}" for i in range(BINS)])
-            here.set(title=kind if row == 0 else "", xlabel="facts" if row else "")
-        axes[0, 0].set(ylabel="one hop: depth of the fact")
-        axes[1, 0].set(ylabel="two hops: of the first fact")
+            here.set(title=kind.replace(", ", ",\n") if row == 0 else "", xlabel="facts" if row else "")
+        axes[0, 0].set_ylabel("one hop:\ndepth of the fact", fontsize=9)
+        axes[1, 0].set_ylabel("two hops:\nof the first fact", fontsize=9)
     figure.colorbar(image, ax=axes, label="answered rightly")
     save_figure(figure, HERE / "figures" / "recall.png")
 

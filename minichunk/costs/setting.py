@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..chunks import Chunk, cut
+from ..chunks import Chunk
 from ..memory.attention import BLOCK
 from ..memory.window import Pattern, Strided
 from ..models.config import LlamaConfig
@@ -14,7 +14,6 @@ from ..models.partial import partial_config
 from ..models.shapes import NAMES, layer_memory_bytes, random_model, shape
 from ..models.stack import Stack
 from ..pipeline.links import MOST_ON_THE_WAY
-from ..samplers import most_kept
 from ..training.options import DTYPES, StepOptions, changed, option
 
 CHUNKED = ("seco", "spaco")
@@ -92,15 +91,6 @@ class Setting(StepOptions):
         """Chunks in a pass of the fill."""
         return (self.fill_size or self.chunk_size) // self.chunk_size
 
-    def kept(self, num_chunks: int) -> int:
-        """The most chunks that a step keeps, see `most_kept`."""
-        return most_kept(self.sampler, self.budget, num_chunks) if self.method == "spaco" else num_chunks
-
-    def chunks(self, tokens: int) -> tuple[list[Chunk], list[Chunk]]:
-        """All chunks of a text, and those that are kept: the last ones, which remember most."""
-        chunks = cut(tokens, self.chunk_size)
-        return chunks, chunks[-self.kept(len(chunks)) :]
-
     def memory_bytes(self, tokens: int, way: Way | None = None) -> Tensor:
         """What each layer of the whole model remembers of so many tokens, and the gradients that have room from the
         start; int64 (layers, 2). way: of the layers of one block alone; on the way up nothing is sent back."""
@@ -121,4 +111,4 @@ class Setting(StepOptions):
         passes = 1 if share is None else MOST_ON_THE_WAY + 1  # a rank still has what it has handed on in them
         tokens = max(BLOCK * stride, passes * (self.fill_size or 0), reach)
         in_flight = 0 if share is None else len(share.counts) - share.rank
-        return (tokens // self.chunk_size + 3 + in_flight) * self.chunk_size
+        return (tokens // self.chunk_size + 3 + in_flight + self.graphs) * self.chunk_size

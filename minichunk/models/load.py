@@ -147,10 +147,6 @@ def read_llama_config(cls: type[LlamaConfig], config: dict[str, Any]) -> LlamaCo
     partial = config.get("model_type") == _PARTIAL_CONTEXT
     field = "base_model_type" if partial else "model_type"
     model_type = config.get(field, None if partial else "llama")
-    if config.get(field) is None and "d_model" in config:
-        raise InputError(
-            f"config: {field} is missing, as in what mamba_ssm writes: convert the checkpoint for transformers"
-        )
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         known = f"{', '.join(sorted(_FAMILIES))}, and by minichunk.load_model also {', '.join(OTHERS)}"
         raise InputError(f"config: {field} {model_type!r} is not supported; supported are {known}")

@@ -95,7 +95,7 @@ CASES = {  # one for each thing that a port can get wrong by itself
     "qkv-bias": Case(llama(model_type="qwen2", attention_bias=True), seed=4, rounding=200),
     "qk-norm": Case(NORMED, seed=3, rounding=100),
     "window": Case(WINDOW, seed=4, rounding=100, sinks=1),
-    "lora": Case(llama(), seed=4, rounding=250, lora=LORA),
+    "lora": Case(llama(), seed=4, rounding=350, lora=LORA),
     "accumulated": Case(llama(num_hidden_layers=2), seed=1, rounding=150, batches=2),
     "calm": Case(llama(num_hidden_layers=2), seed=0, rounding=20, spread=0.1),
     "state": Case(STATE, seed=0, rounding=700),
