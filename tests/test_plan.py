@@ -102,6 +102,8 @@ SLIDING, FULL = "sliding_attention", "full_attention"
         (llama(2), "spaco", {"rank": 0, "recompute": False}),
         (llama(4), "spaco", {"recompute": False, "layers_at_once": "1", "offload": True, "fill_size": 1024}),
         (llama(4), "seco", {"layers_at_once": "1", "fill_size": 1024}),
+        (llama(4), "seco", {"graphs": 2, "rank": 0}),
+        (llama(4), "seco", {"graphs": 6, "dtype": "bfloat16"}),
         *((llama(2), m, o) for m in METHODS if m not in CHUNKED for o in ({}, {"dtype": "bfloat16", "rank": 0})),
         (state_space("state", FULL, "state"), "seco", {"rank": 0, "offload": True}),
         (state_space("state", FULL, "state"), "spaco", {"rank": 0, "recompute": False}),
@@ -170,7 +172,11 @@ def test_auto_of_a_training_asks_what_is_free(directory: str, monkeypatch: pytes
     peaks = [forecast(replace(setting, layers_at_once=size)).at(8192).peak for size in ("4", "2", "1")]
     for peak, size in zip(peaks, ("4", "2", "1"), strict=True):
         monkeypatch.setattr(module, "free_memory", lambda device, peak=peak: peak + module.RESERVE)
-        assert fitted(told).layers_at_once == size
+        assert fitted(told).layers_at_once == (None if size == "4" else size)
+    for graphs in (0, 5, 7, 400):  # of 32 chunks; all that fit
+        peak = forecast(replace(setting, graphs=graphs)).at(8192).peak
+        monkeypatch.setattr(module, "free_memory", lambda device, peak=peak: peak + module.RESERVE)
+        assert fitted(told).graphs == min(graphs, 31)
     monkeypatch.setattr(module, "free_memory", lambda device: 0)
     with pytest.raises(mc.InputError, match=r"--layers-at-once auto: 8,192 tokens need .* take a shorter --seq-len"):
         fitted(told)

@@ -55,8 +55,8 @@ def at_batch(number: int, happens: Callable[[], float], monkeypatch: pytest.Monk
     """Let something happen in the gradient of a run's batch, counted from 1; its loss is multiplied by what returns."""
     original = train_module.make_gradient
 
-    def make(options: TrainOptions) -> Any:
-        gradient, calls = original(options), 0
+    def make(*told: Any) -> Any:
+        gradient, calls = original(*told), 0
 
         def changed(*arguments: Any) -> torch.Tensor:
             nonlocal calls

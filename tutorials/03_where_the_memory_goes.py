@@ -180,6 +180,70 @@ ratio = slopes["full"] / slopes["seco"]
 print(f"here: full grows {ratio:.0f} times as fast as SeCO, recompute {slopes['recompute'] / slopes['seco']:.1f} times")
 
 # %% [markdown]
+# ## Three orders through a grid
+#
+# A step is a grid, layers by chunks. SeCO goes through it chunk by chunk, with all layers at once, and so what grows is
+# the cache of *all* layers. But the layers can be cut as well (`layers_at_once=`, [`blocks.py`](../minichunk/blocks.py)).
+# Then the text goes up through one block of layers after the other, and of each block only its input is kept. On the way
+# down each block is a SeCO of its own, whose last layer is given a gradient instead of a loss; its cache is gone before
+# the next block's is made. One layer at a time is the order of StreamBP ([arXiv
+# 2506.03077](https://arxiv.org/abs/2506.03077)). This is what runs when, watched:
+
+
+# %%
+def watch(layers_at_once, tokens=512, chunk_size=128):
+    """(layer, chunk, whether with a graph) of everything that runs, in order."""
+    ids = torch.randint(config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    index, seen, run = {layer: i for i, layer in enumerate(model.layers)}, [], model._layer
+
+    def watched(layer, chunks, options, *inputs):
+        owner = getattr(layer, "__self__", layer)  # a layer, or its method `fill`
+        seen.append((index[owner], chunks[0].start // chunk_size, torch.is_grad_enabled()))
+        return run(layer, chunks, options, *inputs)
+
+    model._layer = watched
+    mc.seco(model, ids, ids, chunk_size, layers_at_once=layers_at_once)
+    del model._layer
+    return seen
+
+
+figure, axes = plt.subplots(1, 3, figsize=(10, 3.6), layout="constrained", sharey=True)
+for panel, (size, title) in zip(axes, ((6, "all layers: SeCO"), (2, "two layers at once"), (1, "one layer at once"))):
+    order = [(layer, chunk) for layer, chunk, graph in watch(size) if graph]
+    when = torch.empty(6, 4)
+    for step, (layer, chunk) in enumerate(order):
+        when[layer, chunk] = step
+        panel.text(chunk, layer, step + 1, ha="center", va="center", color="white" if step < 16 else "black")
+    panel.imshow(when, origin="lower", aspect="auto", cmap="viridis")
+    panel.set(title=title, xticks=range(4), xlabel="chunk", yticks=range(6))
+axes[0].set_ylabel("layer")
+figure.suptitle("Which graphs are built when")
+plt.show()
+
+# %% [markdown]
+# What is gained is a trade. With $n$ of $L$ layers at once a token leaves behind the inputs of all blocks but the first,
+# whose inputs are tokens, and the keys, values and gradients of one block:
+#
+# $$\left(\frac{L}{n} - 1\right) E + 4\,n\,G D$$
+#
+# numbers. It is smallest near $n = \sqrt{L E / 4 G D}$, and where $E = 4 G D$, as here and in Llama-3-8B, that is the
+# root of the number of layers. (On the way down, a gradient takes the place of the input that it belongs to.)
+
+# %%
+print("layers at once   bytes per token: predicted   measured")
+for size in (6, 3, 2, 1):
+    step = lambda ids, size=size: mc.seco(model, ids, ids, C, layers_at_once=size)  # noqa: E731
+    slope = (max(timeline(step, T)) - max(timeline(step, T // 2))) / (T // 2)
+    expected = 4 * ((L // size - 1) * E + 4 * size * G * D)
+    print(f"{size:14} {expected:28,} {slope:10,.0f}")
+    assert abs(slope / expected - 1) < 0.05
+
+# %% [markdown]
+# The price: of each block but the last everything runs once more to have its outputs, so $L / n$ blocks cost the
+# forward pass of all layers but the last block's a second time. One layer at a time is cheap again, because filling
+# one layer's cache takes its keys and values alone, and no attention. There the blocks' inputs are what grows, and these can
+# wait in host memory (`--offload`): each is copied there and back a few times, whatever the number of chunks.
+#
 # ## A real one, without owning it
 #
 # `minichunk plan` does this for any model, with the real code on tensors that have shapes but no memory. An 8B Llama in
@@ -259,3 +323,5 @@ for method in ("full-recompute-tiled", "seco"):
 # 3. Full logits are 2 V numbers per token. Compute their share for Llama-3-8B (V = 128,256). Then read
 #    [`loss.py`](../minichunk/loss.py).
 # 4. How does the picture change without grouped queries (G = H)? At which H / G does SeCO's slope cross `recompute`'s?
+# 5. With a pencil: how many layers at once are best for Llama-3-8B (32 layers, E = 4,096, G D = 1,024), and how many KiB
+#    does a token leave behind then, in bfloat16? And at 8:1 (E = 8,192, G D = 1,024, 80 layers)?

@@ -19,6 +19,7 @@ from ..batch import Batch, shift, widen_gradients
 from ..blocks import Hidden, Walk, first_that_learns
 from ..chunks import span
 from ..full import backpropagate
+from ..graphs import fill_with_graphs
 from ..memory import attention
 from ..memory.kernels import kernel_for
 from ..memory.window import FULL
@@ -101,9 +102,11 @@ def step_memory(setting: Setting, tokens: int, share: Share | None = None, way: 
 Parts = tuple[int, int, int, int]
 
 
-def _chunked_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes) -> Parts:
+def _chunked_step(model: Any, batch: Batch, setting: Setting, count: CountBytes) -> Parts:
     """SeCO or SpaCO: what seco.py and spaco.py call."""
     kept, memory, options, (cache, grads) = _filled(model, batch, setting)
+    if setting.graphs:
+        model = fill_with_graphs(model, batch.input_ids, kept[:-1][-setting.graphs :], memory, options)
     for chunk in kept[:-3:-1]:
         loss, written, received = rebuild(model, batch, chunk, memory, options)
         if setting.method == "spaco":

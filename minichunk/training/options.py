@@ -24,6 +24,7 @@ from ..spaco import Sampler
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+PREFERENCES = ("dpo", "ipo", "simpo", "orpo", "kto")  # objectives that compare two answers
 WINDOW, STRIDED = ("partial_context", ("window",)), ("partial_context", ("strided",))  # what options belong to
 BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "least": ("at least", operator.ge), "above": ("above", operator.gt), "most": ("at most", operator.le),
@@ -143,7 +144,10 @@ class StepOptions:
     """What one step of a training does: `minichunk train` takes it, `minichunk plan` forecasts its memory."""
 
     method: str = option("seco", "spaco estimates the gradient", choices=("seco", "spaco", "full"), group="method")
-    seq_len: int = option(2048, "tokens per document piece", least=2)
+    objective: str | None = option(
+        None, "another loss: preferences between answers (rows of prompt, chosen, rejected; or prompt, completion, "
+        "label for kto), or what --teacher says of each token", choices=(*PREFERENCES, "distill"), absent="the mean")
+    seq_len: int = option(2048, "tokens per document piece, or of each of two answers with its prompt", least=2)
     chunk_size: int = option(256, "tokens per chunk", least=1)
     fill_size: int | None = option(None, "tokens per forward pass of the fill", least=1, absent="the chunk size")
     budget: int | None = option(None, "spaco: chunks kept of a document, on average", least=1, absent="a quarter")
@@ -153,7 +157,9 @@ class StepOptions:
                                           absent="float32, or wider with a wider model")
     layers_at_once: str | None = option(
         None, "take the text through a block of N layers at a time, up and down again: the cache is one block's, for "
-        "some more work; auto: the fewest blocks that fit, by the forecast of plan", metavar="N|auto", absent="all")
+        "some more work; auto: what is fastest and fits, by the forecast of plan", metavar="N|auto", absent="all")
+    graphs: int = option(0, "seco: keep the graphs of the fill's last N chunks, and do not build them again; with "
+                         "--layers-at-once auto as many as fit", least=0, belongs=("method", ("seco",)))
     offload: bool = option(False, "let the blocks' inputs wait in host memory; by default of blocks of one layer")
     partial_context: str | None = option(
         None, "what all but --full-layers see, as in LongGen; the model has to learn it. window: the last positions "
@@ -179,6 +185,13 @@ class StepOptions:
             raise InputError("--load-in-4bit freezes the base: it needs an adapter, --rank of at least 1")
         if (given := self.layers_at_once) not in (None, "auto") and not (given.isdecimal() and int(given)):
             raise InputError(f"--layers-at-once is {given!r}, but must be a whole number of at least 1, or auto")
+        if self.graphs and (self.offload or given not in (None, "auto")):
+            raise InputError("--graphs is for all layers at once: leave out --layers-at-once N and --offload")
+
+    @property
+    def rows(self) -> int:
+        """Of a piece: a preference has two."""
+        return 2 if self.objective in PREFERENCES else 1
 
     def options(self) -> Options:
         """How chunks are computed."""
@@ -190,7 +203,8 @@ class StepOptions:
         if self.layers_at_once == "auto":
             raise InputError("--layers-at-once is 'auto': let costs.forecast.fitted decide it first")
         how = {name: getattr(self.options(), name) for name in ("fill_size", "recompute", "cache_grad_dtype")}
-        return {**how, "layers_at_once": self.layers_at_once and int(self.layers_at_once), "offload": self.offload}
+        how |= {"layers_at_once": self.layers_at_once and int(self.layers_at_once), "offload": self.offload}
+        return how | ({"graphs": self.graphs} if self.graphs else {})
 
     def chunks(self, tokens: int) -> tuple[list[Chunk], list[Chunk]]:
         """All chunks of a text, and the most of them that a step backpropagates: as many, at the end of it."""
@@ -240,6 +254,13 @@ class TrainOptions(StepOptions, ModelOptions):
         "(2501.15383)", above=1, absent="the config's")
     cap: float | None = option(None, "spaco with paper: the most the relay factor may be", above=0, absent="none",
                                belongs=("sampler", ("paper",)), group="method")
+    beta: float | None = option(None, "how dearly leaving the reference is paid; in orpo the weight of the odds",
+                                above=0, absent="0.1; 2 for simpo", belongs=("objective", PREFERENCES))
+    gamma: float = option(1.0, "simpo: the margin that is asked for", least=0, belongs=("objective", ("simpo",)))
+    desirable_weight: float = option(1.0, "kto: of an answer with label true, where others have 1", above=0,
+                                     belongs=("objective", ("kto",)))
+    teacher: str | None = option(None, "distill: a larger checkpoint of the same vocabulary", metavar="DIR",
+                                 belongs=("objective", ("distill",)))
     steps: int = option(60, "optimizer steps", least=1, group="training")
     batch_size: int = option(1, "pieces at a time", least=1)
     accumulate: int = option(None, "batches per step, of all copies together", least=1, absent="one for each copy")
@@ -267,6 +288,7 @@ class TrainOptions(StepOptions, ModelOptions):
         # The shipped model, of 3 million parameters, takes larger steps.
         lr = 2e-5 if self.rank == 0 else 4e-3 if self.model is None else 3e-4
         chosen: dict[str, Any] = {"model": str(SHIPPED_MODEL), "device": device, "dtype": default_dtype(device)}
+        chosen |= {"beta": 2.0 if self.objective == "simpo" else 0.1} if self.objective in PREFERENCES else {}
         chosen |= {"lr": lr, "warmup": self.steps // 10, "pipeline": 1, "accumulate": copies}
         if self.method == "spaco":
             chosen["budget"] = max(1, len(cut(self.seq_len, self.chunk_size)) // 4)
@@ -281,7 +303,13 @@ class TrainOptions(StepOptions, ModelOptions):
         if self.method == "full" and (self.fill_size or self.cache_grad_dtype or in_blocks):
             names = "--fill-size, --cache-grad-dtype, --layers-at-once and --offload"
             raise InputError(f"{names} belong to --method seco and spaco")
+        if self.objective in PREFERENCES and not self.data:
+            raise InputError(f"--objective {self.objective} needs --data with rows of answers")
+        if self.objective == "distill" and self.teacher is None:
+            raise InputError("--objective distill needs a --teacher")
         world, ranks = started().world, self.pipeline or 1
+        if self.objective and world > 1:
+            raise InputError(f"--objective {self.objective} is for one process")
         if self.pipeline is None and world > 1:
             raise InputError(f"torchrun has started {world} processes: say with --pipeline how many share the layers")
         if world % ranks:
@@ -289,8 +317,8 @@ class TrainOptions(StepOptions, ModelOptions):
             raise InputError(f"--pipeline is {ranks}, but must divide the number of processes, {world}: {start}")
         if self.method == "full" and ranks > 1:
             raise InputError("--method full has no pipeline: take seco or spaco, or --pipeline 1")
-        if in_blocks and ranks > 1:
-            raise InputError("--layers-at-once and --offload are for --pipeline 1: ranks in blocks would take turns")
+        if (in_blocks or self.graphs) and ranks > 1:
+            raise InputError("--layers-at-once, --offload and --graphs are for --pipeline 1")
         if self.accumulate is not None and self.accumulate < (copies := world // ranks):
             raise InputError(f"--accumulate is {self.accumulate}, but {copies} copies of the model need a batch each")
 
