@@ -23,7 +23,7 @@ import torch
 from tokenizers import Tokenizer
 
 import minichunk as mc
-from minichunk.files.shipped import ASSETS, novel
+from minichunk.files.documents import ASSETS, novel
 from minichunk.pipeline import pipeline_seco as step
 from minichunk.pipeline.links import Links
 

@@ -19,7 +19,7 @@ from ..chunks import cut, span
 from ..errors import InputError
 from ..files.atomic import make_directory, write_text
 from ..files.chat import load_chat_template
-from ..files.shipped import EXTENDED_ON, SHIPPED_MODEL, novel
+from ..files.documents import EXTENDED_ON, SHIPPED_MODEL, novel
 from ..full import full
 from ..models.config import LlamaConfig
 from ..models.llama import Llama
