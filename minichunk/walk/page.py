@@ -107,6 +107,7 @@ class WalkOptions(ModelOptions):
 
       minichunk walk
       minichunk walk --model DIR --data notes.txt --seq-len 1024 --chunk-size 256
+      minichunk walk --method seco seco-blocks --layers-at-once 3
       minichunk walk --log logs                     # also write the logs, one JSON object a line
       minichunk walk --events mine.jsonl            # look at the log of another implementation
 
