@@ -27,6 +27,7 @@ from minichunk.models.ssm import StateLayer
 VOCAB = 23
 CUTS = st.none() | st.integers(1, 4)  # layers_at_once
 HOW = st.fixed_dictionaries({"recompute": st.booleans(), "offload": st.booleans(), "layers_at_once": CUTS})
+SECO_HOW = HOW | st.fixed_dictionaries({"recompute": st.booleans(), "graphs": st.integers(0, 4)})
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch import Batch, shift, widen_gradients
-from ..blocks import Hidden, Walk, first_that_learns
+from ..blocks import Hidden, Walk, fill_with_graphs, first_that_learns
 from ..chunks import span
 from ..full import backpropagate
 from ..memory import attention
@@ -102,9 +102,11 @@ def step_memory(setting: Setting, tokens: int, share: Share | None = None, way: 
 Parts = tuple[int, int, int, int]
 
 
-def _chunked_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes) -> Parts:
+def _chunked_step(model: Any, batch: Batch, setting: Setting, count: CountBytes) -> Parts:
     """SeCO or SpaCO: what seco.py and spaco.py call."""
     kept, memory, options, (cache, grads) = _filled(model, batch, setting)
+    if setting.graphs:
+        model = fill_with_graphs(model, batch.input_ids, kept[:-1][-setting.graphs :], memory, options)
     for chunk in kept[: -3 - setting.rows // 2 : -1]:  # a third one of pairs, where a prompt's end may be short
         loss, written, received = rebuild(model, batch, chunk, memory, options)
         if setting.method == "spaco":

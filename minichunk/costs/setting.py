@@ -120,4 +120,4 @@ class Setting(StepOptions):
         passes = 1 if share is None else MOST_ON_THE_WAY + 1  # a rank still has what it has handed on in them
         tokens = (self.answer or 0) + max(BLOCK * stride, passes * (self.fill_size or 0), reach)
         in_flight = 0 if share is None else len(share.counts) - share.rank
-        return (tokens // self.chunk_size + 3 + in_flight) * self.chunk_size
+        return (tokens // self.chunk_size + 3 + in_flight + self.graphs) * self.chunk_size

@@ -15,7 +15,7 @@ import torch
 
 from ..chunks import Chunk, cut
 from ..errors import InputError
-from ..files.shipped import SHIPPED_MODEL
+from ..files.documents import SHIPPED_MODEL
 from ..memory.window import Pattern, Strided, Window
 from ..pipeline.start import started
 from ..protocol import Options
@@ -157,7 +157,9 @@ class StepOptions:
                                           absent="float32, or wider with a wider model")
     layers_at_once: str | None = option(
         None, "take the text through a block of N layers at a time, up and down again: the cache is one block's, for "
-        "some more work; auto: the fewest blocks that fit, by the forecast of plan", metavar="N|auto", absent="all")
+        "some more work; auto: what is fastest and fits, by the forecast of plan", metavar="N|auto", absent="all")
+    graphs: int = option(0, "seco: keep the graphs of the fill's last N chunks, and do not build them again; with "
+                         "--layers-at-once auto as many as fit", least=0)
     offload: bool = option(False, "let the blocks' inputs wait in host memory; by default of blocks of one layer")
     partial_context: str | None = option(
         None, "what all but --full-layers see, as in LongGen; the model has to learn it. window: the last positions "
@@ -183,6 +185,8 @@ class StepOptions:
             raise InputError("--load-in-4bit freezes the base: it needs an adapter, --rank of at least 1")
         if (given := self.layers_at_once) not in (None, "auto") and not (given.isdecimal() and int(given)):
             raise InputError(f"--layers-at-once is {given!r}, but must be a whole number of at least 1, or auto")
+        if self.graphs and (self.method != "seco" or self.offload or given not in (None, "auto")):
+            raise InputError("--graphs is for seco with all layers at once: leave out --layers-at-once N and --offload")
 
     @property
     def rows(self) -> int:
@@ -199,7 +203,8 @@ class StepOptions:
         if self.layers_at_once == "auto":
             raise InputError("--layers-at-once is 'auto': let costs.forecast.fitted decide it first")
         how = {name: getattr(self.options(), name) for name in ("fill_size", "recompute", "cache_grad_dtype")}
-        return {**how, "layers_at_once": self.layers_at_once and int(self.layers_at_once), "offload": self.offload}
+        how |= {"layers_at_once": self.layers_at_once and int(self.layers_at_once), "offload": self.offload}
+        return how | ({"graphs": self.graphs} if self.graphs else {})
 
     def trunk(self, tokens: int) -> int:
         """How many first tokens of so many are taken to be the same in all rows."""
@@ -304,6 +309,8 @@ class TrainOptions(StepOptions, ModelOptions):
             raise InputError(f"{names} belong to --method seco and spaco")
         if self.objective in PREFERENCES and not self.data:
             raise InputError(f"--objective {self.objective} needs --data with rows of answers")
+        if self.objective in PREFERENCES and self.graphs:
+            raise InputError(f"--graphs is not for --objective {self.objective}")
         if self.objective == "distill" and self.teacher is None:
             raise InputError("--objective distill needs a --teacher")
         world, ranks = started().world, self.pipeline or 1
@@ -316,8 +323,8 @@ class TrainOptions(StepOptions, ModelOptions):
             raise InputError(f"--pipeline is {ranks}, but must divide the number of processes, {world}: {start}")
         if self.method == "full" and ranks > 1:
             raise InputError("--method full has no pipeline: take seco or spaco, or --pipeline 1")
-        if in_blocks and ranks > 1:
-            raise InputError("--layers-at-once and --offload are for --pipeline 1: ranks in blocks would take turns")
+        if (in_blocks or self.graphs) and ranks > 1:
+            raise InputError("--layers-at-once, --offload and --graphs are for --pipeline 1")
         if self.accumulate is not None and self.accumulate < (copies := world // ranks):
             raise InputError(f"--accumulate is {self.accumulate}, but {copies} copies of the model need a batch each")
 
