@@ -157,7 +157,7 @@ def fewest_blocks(setting: Setting, tokens: int | None, available: int, host: in
 
 def most_graphs(setting: Setting, tokens: int, available: int) -> int:
     """How many graphs of a step of SeCO with all layers at once fit beside all else."""
-    if setting.in_blocks or setting.method != "seco":
+    if setting.in_blocks or setting.method != "seco" or setting.objective:
         return 0
     two, three = (forecast(replace(setting, graphs=number)).at(tokens).peak for number in (2, 3))
     return max(0, min(2 + (available - two) // (three - two), -(-tokens // setting.chunk_size) - 1))

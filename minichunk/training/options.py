@@ -185,8 +185,10 @@ class StepOptions:
             raise InputError("--load-in-4bit freezes the base: it needs an adapter, --rank of at least 1")
         if (given := self.layers_at_once) not in (None, "auto") and not (given.isdecimal() and int(given)):
             raise InputError(f"--layers-at-once is {given!r}, but must be a whole number of at least 1, or auto")
-        if self.graphs and (self.method != "seco" or self.offload or given not in (None, "auto")):
-            raise InputError("--graphs is for seco with all layers at once: leave out --layers-at-once N and --offload")
+        others = self.method != "seco" or self.objective or self.offload or given not in (None, "auto")
+        if self.graphs and others:
+            names = "--layers-at-once N, --offload and --objective"
+            raise InputError(f"--graphs is for seco with all layers at once: leave out {names}")
 
     @property
     def rows(self) -> int:
