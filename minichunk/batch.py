@@ -111,6 +111,17 @@ def check_tokens(input_ids: Tensor, labels: Tensor, num_targets: float | None, v
         raise InputError(f"labels has no valid target: after the shift every label is {IGNORE}")
 
 
+def trunk_of(model: object, input_ids: Tensor, positions: Tensor | None, share: bool) -> int:
+    """`Options.trunk`. Raises InputError where nothing can be shared."""
+    if not share:
+        return 0
+    if not getattr(model, "has_trunk", False) or positions is not None:
+        kind = "positions of their own" if positions is not None else f"a {type(model).__name__}"
+        raise InputError(f"share is for rows of a model of ours that count alike, not for {kind}: leave it out")
+    alike = (input_ids == input_ids[:1]).all(0)
+    return int(alike.long().cumprod(0).sum()) if len(input_ids) > 1 else 0
+
+
 def check_loss(num_targets: float | None, objective: Objective | None, chunk_loss: ChunkLoss | None) -> None:
     """Raise InputError where more than one of these is given: a loss of the caller's normalises by itself."""
     all_of_them = {"num_targets": num_targets, "objective": objective, "chunk_loss": chunk_loss}

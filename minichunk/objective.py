@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batch import Batch, Objective, check_positions, check_tokens, make_batch
+from .batch import Batch, Objective, check_positions, check_tokens, make_batch, trunk_of
 from .chunks import Chunk, check_fill_size, cut, groups
 from .errors import InputError
 from .loss import token_losses
@@ -64,7 +64,7 @@ def outputs(
 
     run: the model's. Yields what it returns for each pass, after the chunks that are in it.
     """
-    for group in [*groups(chunks[:-1], options.fill_size), chunks[-1:]]:
+    for group in [*groups(chunks[:-1], options.fill_size, options.trunk), chunks[-1:]]:
         hidden, written = run(batch.part(group).input_ids, memory, group, options)
         if group[-1] != chunks[-1]:
             memory.write(group, written)
@@ -81,20 +81,21 @@ def score(model: Model, batch: Batch, chunks: Sequence[Chunk], memory: Memory, o
 
 def log_probs(
     model: Model, input_ids: Tensor, labels: Tensor, chunk_size: int, *, fill_size: int | None = None,
-    positions: Tensor | None = None,
+    positions: Tensor | None = None, share: bool = False,
 ) -> Tensor:  # fmt: skip
     """The log-probability of each label at the label's own position, 0 where there is none and at the first one.
 
     input_ids, labels, positions: int64 (B, T); see `seco`.
     Returns (B, T), in float32 or in the model's dtype where that is wider, without a graph. It is what an objective of
-    `seco` is given, to the last bit if chunk_size and fill_size are the same too: other sizes round otherwise, and in
+    `seco` is given, to the last bit if chunk_size, fill_size and share are: other sizes round otherwise, and in
     half precision a reference that starts as the policy would be off by what a preference weighs.
     Raises InputError for a batch or a size that does not fit.
     """
     check_tokens(input_ids, labels, 1, model.lm_head.weight.shape[0])
     check_fill_size(fill_size, chunk_size)
+    trunk = trunk_of(model, input_ids, positions, share)
     positions = check_positions(model, positions, input_ids)
-    batch, chunks = make_batch(input_ids, labels, 1), cut(input_ids.shape[1], chunk_size)
-    options = Options(fill_size, dropout_seed=model.dropout_seed(), positions=positions)
+    batch, chunks = make_batch(input_ids, labels, 1), cut(input_ids.shape[1], chunk_size, trunk)
+    options = Options(fill_size, dropout_seed=model.dropout_seed(), positions=positions, trunk=trunk)
     memory = model.new_memory(len(input_ids), chunks[-1].start, (), options)
     return score(model, batch, chunks, memory, options)

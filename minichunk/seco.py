@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .batch import Batch, ChunkLoss, Objective, prepare
-from .blocks import through_blocks
+from .batch import Batch, ChunkLoss, Objective, prepare, trunk_of
+from .blocks import check_graphs, fill_with_graphs, through_blocks
 from .chunks import Chunk, check_fill_size, cut, groups, span
 from .loss import loss_of_chunk
 from .objective import score, weigh
@@ -33,7 +33,9 @@ def seco(
     cache_grad_dtype: torch.dtype | None = None,
     offload: bool = False,
     layers_at_once: int | None = None,
+    graphs: int = 0,
     positions: Tensor | None = None,
+    share: bool = False,
 ) -> Tensor:
     """Add the exact gradient of the mean loss to `.grad`; return the loss, detached.
 
@@ -55,19 +57,26 @@ def seco(
     layers_at_once: go through the text with a block of so many adjacent layers at a time, up and down again. What grows
         is then the memory of one block, and a hidden state of each token for every block; see blocks.py. None: all
         layers are one block.
+    graphs: where memory is left, of the last so many chunks of the fill the graphs are kept, and not built again.
     positions: int64 (B, T), for rope alone: what a chunk sees stays the text before it; None: 0, 1, 2, …
+    share: run the first tokens that all rows have in common, a prompt, as one row, and let each row go on with chunks
+        of its own; see memory/shared.py. Dropout draws one mask for them.
     Raises InputError for a batch or a size that does not fit.
     """
     check_fill_size(fill_size, chunk_size)
+    check_graphs(graphs, objective=objective, layers_at_once=layers_at_once, offload=offload)
     batch = prepare(model, input_ids, labels, num_targets, positions, objective, chunk_loss)
-    chunks = cut(input_ids.shape[1], chunk_size)
-    options = Options(fill_size, recompute, cache_grad_dtype, model.dropout_seed(), batch.positions)
+    trunk = trunk_of(model, input_ids, positions, share)
+    chunks = cut(input_ids.shape[1], chunk_size, trunk)
+    options = Options(fill_size, recompute, cache_grad_dtype, model.dropout_seed(), batch.positions, trunk)
     if layers_at_once is not None or offload:
         kept = [(chunk, (1.0, 1.0)) for chunk in chunks]
         return through_blocks(model, batch, chunks, kept, options, layers_at_once, offload, objective)
     memory = new_memory(model, input_ids, chunks, options)
     if objective is None:
-        fill(model, input_ids, chunks[:-1], memory, options)  # lines 1-3; no chunk reads the last one
+        early, late = chunks[: -1 - graphs], chunks[:-1][-graphs:] if graphs else []
+        fill(model, input_ids, early, memory, options)  # lines 1-3; no chunk reads the last one
+        model = fill_with_graphs(model, input_ids, late, memory, options)
     else:
         batch, value = weigh(objective, batch, score(model, batch, chunks, memory, options))
     total = torch.zeros((), device=input_ids.device)
@@ -89,7 +98,7 @@ def fill(model: Model, input_ids: Tensor, chunks: Sequence[Chunk], memory: Memor
 
     With a fill size as many whole chunks as fit into it run at a time; what ends up in the memory is the same.
     """
-    for group in groups(chunks, options.fill_size):
+    for group in groups(chunks, options.fill_size, options.trunk):
         memory.write(group, model.fill(input_ids[:, span(group)], memory, group, options))  # lines 2, 3
 
 

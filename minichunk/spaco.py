@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .batch import ChunkLoss, Objective, prepare
+from .batch import ChunkLoss, Objective, prepare, trunk_of
 from .blocks import through_blocks
 from .chunks import check_fill_size, cut
 from .errors import InputError
@@ -36,6 +36,7 @@ def spaco(
     offload: bool = False,
     layers_at_once: int | None = None,
     positions: Tensor | None = None,
+    share: bool = False,
 ) -> Tensor:
     """Add an estimate of the gradient of the mean loss to `.grad`; return an estimate of the loss.
 
@@ -53,13 +54,14 @@ def spaco(
     """
     check_fill_size(fill_size, chunk_size)
     batch = prepare(model, input_ids, labels, num_targets, positions, objective, chunk_loss)
-    chunks = cut(input_ids.shape[1], chunk_size)
+    trunk = trunk_of(model, input_ids, positions, share)
+    chunks = cut(input_ids.shape[1], chunk_size, trunk)
     weights = check_weights(sampler(len(chunks), generator), len(chunks))  # which chunks are kept
     kept = [(chunk, weight) for chunk, weight in zip(chunks, weights, strict=True) if weight is not None]
     total = torch.zeros((), device=input_ids.device)
     if not kept and objective is None:
         return total
-    options = Options(fill_size, recompute, cache_grad_dtype, model.dropout_seed(), batch.positions)
+    options = Options(fill_size, recompute, cache_grad_dtype, model.dropout_seed(), batch.positions, trunk)
     if layers_at_once is not None or offload:
         return through_blocks(model, batch, chunks, kept, options, layers_at_once, offload, objective)
     run_again = [chunk for chunk, _ in kept]

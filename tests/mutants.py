@@ -56,7 +56,7 @@ UNSCALED = RELAYED.replace("weight[1] * ", "")
 ADD_UP = "total[:, :, : grad.shape[2]] += grad"
 SEND = "layer.send(i, grads)"
 DIVISOR = "divisor = float((targets != IGNORE).sum()) if num_targets is None else num_targets"
-LOSS = 'loss_and_gradient(inside["logits"], targets[:, start:stop], divisor)'
+LOSS = 'loss_and_gradient(inside["logits"], targets[:, start:stop], divisor'
 OWN_TARGETS = "np.concatenate((labels[:, start + 1 : stop], np.full((B, 1), IGNORE)), 1)"
 BACKWARD = "sent = model.backward(tape, weight[0] * dlogits, relayed)\n"
 THROUGH_THE_PAST = """        for j, (first, last) in reversed(list(enumerate(cuts[:i]))):
@@ -118,7 +118,7 @@ LOSSES = [
     mutant("shift in each chunk", LOSS, LOSS.replace("targets[:, start:stop]", OWN_TARGETS)),
     mutant("mean of chunk means", LOSS,
            LOSS.replace("divisor", "(targets[:, start:stop] != IGNORE).sum() * len(cuts)")),
-    mutant("-100 counts", "valid = targets != IGNORE", "valid, targets = targets == targets, np.maximum(targets, 0)"),
+    mutant("-100 counts", "valid = (targets != IGNORE) * factors", "valid, targets = factors, np.maximum(targets, 0)"),
     mutant("each batch by itself", DIVISOR, "divisor = float((targets != IGNORE).sum())", "accumulated"),
 ]
 BACKWARDS = [

@@ -290,19 +290,36 @@ def join(x: Array) -> Array:
     return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1)  # (B, H, C, D) -> (B, C, H*D)
 
 
-def loss_and_gradient(logits: Array, targets: Array, divisor: float) -> tuple[float, Array]:
-    """Summed cross-entropy of the valid targets over `divisor`, and its gradient."""
+def log_softmax(logits: Array) -> Array:
     shifted = logits - logits.max(-1, keepdims=True)
-    log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    valid = targets != IGNORE
-    one_hot = np.eye(logits.shape[-1])[np.where(valid, targets, 0)] * valid[..., None]
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def dpo_factors(logits: Array, targets: Array, beta: float, reference: float) -> tuple[Array, dict[str, Any]]:
+    """Of the loss of each target; and DPO's loss, with what a port can compare on the way to them.
+
+    The first row is the chosen answer, the second the rejected one; reference: of each target, in the reference model.
+    """
+    valid, sign = targets != IGNORE, np.array([[1.0], [-1.0]])
+    log_p = np.take_along_axis(log_softmax(logits), np.where(valid, targets, 0)[..., None], -1)[..., 0] * valid
+    margin = beta * (sign * (log_p - reference * valid)).sum()
+    weights = -beta / (1 + np.exp(margin)) * sign * valid  # dJ/dl of J = log(1 + exp(-margin))
+    own = [np.concatenate((0 * x[:, :1], x[:, :-1]), 1) for x in (log_p, weights)]  # at the label's own position
+    return -weights, {"loss": np.log1p(np.exp(-margin)), "log_probs": own[0], "token_weights": own[1]}
+
+
+def loss_and_gradient(logits: Array, targets: Array, divisor: float, factors: Array) -> tuple[float, Array]:
+    """Summed cross-entropy of the valid targets, each times its factor, over `divisor`; and its gradient."""
+    log_p = log_softmax(logits)
+    valid = (targets != IGNORE) * factors
+    one_hot = np.eye(logits.shape[-1])[np.where(targets != IGNORE, targets, 0)] * valid[..., None]
     loss = float(-(one_hot * log_p).sum() / divisor)
     return loss, (np.exp(log_p) * valid[..., None] - one_hot) / divisor
 
 
 def spaco(
     model: Llama, ids: Array, labels: Array, chunk_size: int, weights: list[tuple[float, float] | None],
-    num_targets: float | None = None,
+    num_targets: float | None = None, dpo: dict[str, float] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Algorithm 2; with all weights (1, 1) it is Algorithm 1. Adds to `model.grad`.
 
@@ -313,12 +330,16 @@ def spaco(
     divisor = float((targets != IGNORE).sum()) if num_targets is None else num_targets
     cuts = [(start, min(start + chunk_size, T)) for start in range(0, T, chunk_size)]
     memory = model.new_memory(B, cuts)
+    logits = []
     for start, stop in cuts:  # fill
-        _, written, _ = model.forward(ids[:, start:stop], start, [layer.past[-1] for layer in memory])
+        _, written, inside = model.forward(ids[:, start:stop], start, [layer.past[-1] for layer in memory])
         for layer, own in zip(memory, written, strict=True):
             layer.write(own)
+        logits.append(inside["logits"])
 
-    out: dict[str, Any] = {"loss": 0.0}
+    factors, out = np.ones((B, T)), {"loss": 0.0}
+    if dpo is not None:
+        factors, out = dpo_factors(np.concatenate(logits, 1), targets, **dpo)
     for i in reversed(range(len(cuts))):
         if (weight := weights[i]) is None:
             for layer in memory:
@@ -327,12 +348,12 @@ def spaco(
         start, stop = cuts[i]
         past = [layer.past[i] for layer in memory]
         tape, written, inside = model.forward(ids[:, start:stop], start, past)  # rebuild
-        loss, dlogits = loss_and_gradient(inside["logits"], targets[:, start:stop], divisor)
+        loss, dlogits = loss_and_gradient(inside["logits"], targets[:, start:stop], divisor, factors[:, start:stop])
         relayed = [tuple(weight[1] * g for g in layer.hand_over(i)) for layer in memory]  # relay
         sent = model.backward(tape, weight[0] * dlogits, relayed)
         for layer, grads in zip(memory, sent, strict=True):
             layer.send(i, grads)
-        out["loss"] += weight[0] * loss
+        out["loss"] += 0 if dpo is not None else weight[0] * loss
         out[f"chunk.{i}.loss"] = weight[0] * loss
         out |= {f"chunk.{i}.{name}": tensor for name, tensor in inside.items()}
         for n, layer in enumerate(memory):

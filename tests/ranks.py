@@ -248,13 +248,12 @@ def lose_one_in_the_walk(rank: int, lost: int, hangs: bool, case: Case) -> None:
     case.run(mc.pipeline_seco, stage)
 
 
-def counted(rank: int, setting: Setting, counts: Sequence[int], tokens: int) -> int:
-    """Bytes on this rank at the peak of a whole real step of what is forecast, with the optimizer's state."""
+def counted(rank: int, setting: Setting, counts: Sequence[int], tokens: int) -> tuple[int, int]:
+    """Bytes on this rank and in host memory at the peak of a real step of what is forecast, with AdamW's state."""
     model = random_model(setting.config(), setting.torch_dtype, setting.rank, setting.targets)
     stage = PipelineStage(model, counts, mc.Links(timeout=TIMEOUT))
-    num_chunks = -(-tokens // setting.chunk_size)
-    kept = setting.kept(num_chunks)
-    entries = [None] * (num_chunks - kept) + [mc.Weight(1.0, 2.0)] * kept
+    chunks, kept = setting.chunks(tokens)
+    entries = [None] * (len(chunks) - len(kept)) + [mc.Weight(1.0, 2.0)] * len(kept)
     gc.collect()
     with CountBytes() as count:
         count.add(*stage.parameters(), *stage.buffers())
@@ -263,4 +262,4 @@ def counted(rank: int, setting: Setting, counts: Sequence[int], tokens: int) -> 
         draw = {"sampler": lambda *_: entries} if setting.method == "spaco" else {}
         getattr(mc, f"pipeline_{setting.method}")(stage, ids, ids, setting.chunk_size, **draw, **setting.keywords())
     assert states
-    return count.peak
+    return count.peak, count.left_out

@@ -21,12 +21,13 @@ from minichunk.memory.attention import BLOCK
 from minichunk.memory.kernels import Plain
 from minichunk.memory.window import FULL, Pattern, Strided, Window
 from minichunk.models.load import class_of
-from minichunk.models.rope import Dynamic, Llama3Rope, LongRope, Proportional, RopeRule, Yarn
+from minichunk.models.rope import RopeRule
 from minichunk.models.ssm import StateLayer
 
 VOCAB = 23
 CUTS = st.none() | st.integers(1, 4)  # layers_at_once
 HOW = st.fixed_dictionaries({"recompute": st.booleans(), "offload": st.booleans(), "layers_at_once": CUTS})
+SECO_HOW = HOW | st.fixed_dictionaries({"recompute": st.booleans(), "graphs": st.integers(0, 4)})
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -121,8 +122,13 @@ def strided(block: int = 4) -> st.SearchStrategy[Strided]:
 def ropes(head_dim: int) -> st.SearchStrategy[RopeRule | None]:
     """Rules that stretch rope, also by the length of the whole text, for heads of so many numbers."""
     short, long = tuple(1.0 + i for i in range(head_dim // 2)), tuple(2.0 + 3 * i for i in range(head_dim // 2))
-    rules = [Llama3Rope(4.0, 1.0, 2.0, 16), Yarn(4.0, 16), LongRope(short, long, 6, 3.0), Dynamic(2.0)]
-    wide = [RopeRule(partial_rotary_factor=0.5), Proportional(partial_rotary_factor=0.5)] if head_dim == 8 else []
+    rules = [
+        RopeRule("llama3", factor=4.0, high_freq_factor=2.0, original_max_position_embeddings=16),
+        RopeRule("yarn", factor=4.0, original_max_position_embeddings=16),
+        RopeRule("longrope", short_factor=short, long_factor=long, factor=3.0, original_max_position_embeddings=6),
+        RopeRule("dynamic", factor=2.0),
+    ]
+    wide = [RopeRule(name, partial_rotary_factor=0.5) for name in ("default", "proportional") if head_dim == 8]
     return st.none() | st.sampled_from([*rules, *wide]) if head_dim > 2 else st.none()
 
 

@@ -124,7 +124,8 @@ def test_the_order_is_that_of_the_page() -> None:
     steps = (
         "input_ids", "weights.lm_head.weight", "rope.cos", "seco.chunk.0.layer.0.hidden", "seco.chunk.0.layer.0.keys",
         "seco.chunk.0.layer.0.attention", "seco.chunk.0.layer.1.hidden", "seco.chunk.0.logits",
-        "seco.chunk.1.layer.0.keys", "seco.chunk.3.loss", "seco.chunk.2.loss", "full.loss", "full.grad.lm_head.weight",
+        "seco.chunk.1.layer.0.keys", "seco.log_probs", "seco.token_weights", "seco.chunk.3.loss", "seco.chunk.2.loss",
+        "full.loss", "full.grad.lm_head.weight",
         "seco.chunk.3.layer.2.key_grads", "seco.chunk.3.grad.lm_head.weight", "seco.chunk.3.layer.2.hidden_grad",
         "seco.chunk.3.grad.model.layers.1.mlp.down_proj.weight", "seco.chunk.3.grad.model.embed_tokens",
         "seco.chunk.2.layer.2.key_grads", "seco.chunk.2.grad.lm_head.weight", "seco.loss", "spaco.chunk.0.layer.0.keys",

@@ -48,11 +48,11 @@ def check(name: str, got: dict[str, Any], expected: dict[str, np.ndarray]) -> No
 
 @pytest.mark.parametrize("name", CASES)
 def test_rounding_is_what_the_file_says(name: str) -> None:
-    """By a few random runs: within a factor of two."""
+    """By three random runs, of which the worst of 24 moved a hybrid 7 times as far as the best: a factor of four."""
     exact = measured(name)
     sizes = {key: float(value.norm()) for key, value in exact.values.items() if value.is_floating_point()}
     worst = max(exact.noise[key] / size for key, size in sizes.items() if size > 0)
-    assert worst / 2 <= CASES[name].rounding <= 2 * worst
+    assert worst / 4 <= CASES[name].rounding <= 4 * worst
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,8 @@ class Numpy:
     def walk(self, chunk_size: int, draw: Any, of: str = "") -> dict[str, Any]:
         """One batch, the first or the "second.": what the file has of it, without the method's name."""
         ids, labels = self.tensors[f"{of}input_ids"], self.tensors[f"{of}labels"]
-        return self.method(self.model, ids, labels, chunk_size, draw, json.loads(self.metadata["num_targets"]))
+        divisor, dpo = (json.loads(self.metadata.get(key, "null")) for key in ("num_targets", "dpo"))
+        return self.method(self.model, ids, labels, chunk_size, draw, divisor, dpo)
 
     def walks(self, method: str) -> dict[str, Any]:
         """All batches by `seco` or `spaco`, by the file's names.

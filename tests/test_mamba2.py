@@ -26,7 +26,7 @@ from minichunk.models.quantize import Linear4bit
 
 from .gradients import Tensors, combine, take_gradients
 from .rounding import Exact, exactly, measure, outcome, weighted
-from .strategies import HOW, VOCAB, Batch, batches, examples
+from .strategies import SECO_HOW, VOCAB, Batch, batches, examples
 
 transformers = pytest.importorskip("transformers")
 Theirs: Any = transformers.Mamba2ForCausalLM
@@ -106,7 +106,7 @@ def configs(draw: st.DrawFn) -> mc.Mamba2Config:
     chunk_size=st.integers(1, 8),
     fill_chunks=st.integers(1, 3),
     blocks=st.tuples(*[st.integers(1, 6)] * 2),
-    how=HOW,
+    how=SECO_HOW,
 )
 def test_logits_and_gradients_equal_transformers(
     config: mc.Mamba2Config,

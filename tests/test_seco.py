@@ -28,7 +28,19 @@ from minichunk.seco import fill, new_memory, rebuild
 
 from .gradients import distance, oracle, take_gradients
 from .rounding import exactly, outcome
-from .strategies import HOW, OBJECTIVES, Batch, Drawn, batches, blocks_of, build, examples, models, tiny, tiny_state
+from .strategies import (
+    OBJECTIVES,
+    SECO_HOW,
+    Batch,
+    Drawn,
+    batches,
+    blocks_of,
+    build,
+    examples,
+    models,
+    tiny,
+    tiny_state,
+)
 
 spaco_module = sys.modules["minichunk.spaco"]  # the attribute of that name is the function
 
@@ -61,7 +73,7 @@ def full_with_masks(model: mc.Llama, batch: Batch, seed: int, chunk_size: int, *
     size=st.integers(1, 16),
     fill=st.tuples(st.integers(0, 4), st.integers(0, 3)),
     block=st.integers(1, 6),
-    options=HOW,
+    options=SECO_HOW,
     objective=OBJECTIVES,
     seed=st.integers(0, 2**31),
 )
@@ -72,6 +84,7 @@ def test_seco_equals_full(
     """Chunks shorter and longer than a block of the past, and such blocks that end within a chunk; the layers all at
     once or in blocks; on the device and in host memory; positions that are not those of the text."""
     options |= {"fill_size": fill[0] * size + fill[1] if fill[0] else None, "positions": batch.positions}
+    objective = None if "graphs" in options else objective
     options |= {"objective": objective}
     exact = exactly(model, lambda: full_with_masks(model, batch, seed, size, objective=objective))
     torch.manual_seed(seed)
@@ -306,6 +319,8 @@ def test_same_seed_same_bits() -> None:
         ({"positions": torch.tensor([[0, 1, 2]])}, r"positions is .* of shape \[1, 3\]"),
         ({"positions": torch.tensor([[0, 1]], dtype=torch.int32)}, "positions is torch.int32"),
         ({"layers_at_once": 0}, "layers_at_once is 0, but must be at least 1"),
+        ({"graphs": -1}, "graphs is -1, but must be at least 0"),
+        ({"graphs": 2, "offload": True}, "graphs is 2, but is not supported together with offload"),
     ],
 )
 def test_wrong_arguments_are_named(change: dict[str, object], words: str) -> None:

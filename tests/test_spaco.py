@@ -39,12 +39,11 @@ def expectation(
     A draw's weights make other terms cancel than in the exact gradient: the error of the sum is
     bounded by the noise of the draws, each measured by its own oracle, times their probabilities.
     """
-    chunks = cut(ids.shape[1], chunk_size)
+    chunks, told = cut(ids.shape[1], chunk_size), {"objective": options.get("objective")}
     got, expected, total = [], [], 0.0
     for probability, entries in sampler.outcomes(len(chunks)):  # type: ignore[attr-defined]
         draw = {"sampler": lambda *_, entries=entries: entries, **options}
         got.append((probability, outcome(model, lambda draw=draw: mc.spaco(model, ids, labels, chunk_size, **draw))))
-        told = {"objective": options.get("objective")}
         exact = exactly(model, lambda entries=entries: oracle(model, ids, labels, chunks, entries, **told))
         expected.append((probability, exact))
         total += probability

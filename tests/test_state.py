@@ -27,6 +27,7 @@ from .rounding import exactly, outcome
 from .strategies import (
     HOW,
     OBJECTIVES,
+    SECO_HOW,
     Batch,
     Drawn,
     batches,
@@ -65,7 +66,7 @@ def plain_case(layers: str, **others: Any) -> dict[str, Any]:
     fill_chunks=st.integers(0, 4),
     extra=st.integers(0, 3),
     block=st.integers(1, 6),
-    how=HOW,
+    how=SECO_HOW,
 )
 def test_full_and_seco_equal_the_loop(
     model: mc.StateSpace, batch: Batch, chunk_size: int, fill_chunks: int, extra: int, block: int, how: Any

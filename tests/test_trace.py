@@ -27,7 +27,7 @@ from minichunk.walk.events import BYTES, NEEDS, check_event, read_events, write_
 from minichunk.walk.page import ALGORITHMS, WalkOptions, listing, make_page, record, title
 
 from .gradients import take_gradients
-from .strategies import Batch, batches, build, examples, models, tiny, tiny_state
+from .strategies import CUTS, Batch, batches, build, examples, models, tiny, tiny_state
 
 PACKAGE = Path(mc.__file__).parent
 COMMITTED = PACKAGE.parent / "tutorials" / "walk.html"
@@ -63,12 +63,13 @@ def logs_of(page: str) -> list[Log]:
     chunk_size=st.integers(1, 16),
     method=st.sampled_from([mc.seco, mc.spaco, mc.full]),
     recompute=st.booleans(),
+    at_once=CUTS,
     seed=st.integers(0, 99),
 )
 def test_a_watched_step_is_the_step_bit_for_bit(
-    model: mc.Llama, batch: Batch, chunk_size: int, method: Any, recompute: bool, seed: int
+    model: mc.Llama, batch: Batch, chunk_size: int, method: Any, recompute: bool, at_once: int | None, seed: int
 ) -> None:
-    keywords: dict[str, Any] = {} if method is mc.full else {"chunk_size": chunk_size}
+    keywords: dict[str, Any] = {} if method is mc.full else {"chunk_size": chunk_size, "layers_at_once": at_once}
     keywords |= {"sampler": mc.Bernoulli(0.6)} if method is mc.spaco else {}
     take_gradients(model)
     torch.manual_seed(seed)
@@ -101,6 +102,13 @@ def test_the_events_of_a_step_come_in_the_order_of_the_algorithm(kind: str) -> N
     assert of(coins, "draw")[0]["rates"] == [0.5, 1.0, 1.0]
     assert [(e["chunk"], e["layer"]) for e in of(log, "backward")] == [(j, i) for j in (2, 0) for i in (2, 1, 0)]
     assert of(mc.trace(mc.seco, model, *batch, 9, fill_size=18), "fill")[0]["chunks"] == [0, 1]
+    log = mc.trace(mc.seco, model, *batch, 9, layers_at_once=2)
+    up, filled = ["memory", *["fill", "keep"] * 3], ["memory", *["fill"] * 2]
+    upper = ["rebuild", "loss", "relay", "backward", "done", "keep"]
+    lower = ["rebuild", "relay", *["backward"] * 2, "done"]
+    assert kinds(log) == ["begin", *up, *filled, *upper * 3, *filled, *lower * 3, "end"]
+    assert log[0]["blocks"] == [[0, 2], [2, 3]]
+    assert [(event["block"], event["up"]) for event in log[1:9:7]] == [(0, True), (1, False)]
     assert kinds(mc.trace(mc.full, model, *batch)) == ["begin", "forward", "loss", *["backward"] * 3, "done", "end"]
     assert kinds(mc.trace(mc.spaco, model, *batch, 9, sampler=lambda *_: [None] * 3)) == ["begin", "draw", "end"]
 
@@ -158,36 +166,44 @@ def test_norms_and_losses_are_those_of_the_step(kind: str) -> None:
             torch.autograd.backward([weight.loss * loss, *written], [None, *(weight.relay * g for g in received)])
 
 
+@pytest.mark.parametrize("at_once", [None, 1])
 @pytest.mark.parametrize("pattern", [None, mc.Window(4, 2), mc.Strided(2, 2, 3)])
-def test_what_is_sent_is_what_a_chunk_receives(pattern: Pattern | None) -> None:
+def test_what_is_sent_is_what_a_chunk_receives(pattern: Pattern | None, at_once: int | None) -> None:
     model, (ids, _) = small()
     if pattern is not None:
         mc.partial_context(model, pattern, [0])
-    log = mc.trace(mc.seco, model, ids, ids, 6)
+    log = mc.trace(mc.seco, model, ids, ids, 6, layers_at_once=at_once)
     assert all(e["sent"] == e["held"] for e in of(log, "backward") if e["chunk"] == 3)
     # The last `held` is the sum of all that was sent: what the chunk receives.
     held = {(i, e["layer"]): norms for e in of(log, "backward") for i, *norms in e["held"]}
     for event in of(log, "relay"):
-        for layer, norms in enumerate(event["received"]):
+        for layer, norms in enumerate(event["received"], start=event.get("block", 0)):
             assert norms == pytest.approx(held[event["chunk"], layer], rel=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["attention", "state"])
-@pytest.mark.parametrize("method", ["seco", "spaco", "full"])
+@pytest.mark.parametrize("method", ["seco", "spaco", "seco-blocks", "full"])
 def test_bytes_are_those_that_are_alive(method: str, kind: str) -> None:
     model, batch = small(kind)
-    function, chunks = getattr(mc, method), cut(22, 9)
-    keywords: dict[str, Any] = {} if method == "full" else {"chunk_size": 9, "recompute": method == "seco"}
+    function, chunks, at_once = ALGORITHMS[method.partition("-")[0]], cut(22, 9), 2 if "blocks" in method else None
+    keywords: dict[str, Any] = {"chunk_size": 9, "recompute": method == "seco", "layers_at_once": at_once}
+    keywords = {} if method == "full" else keywords
     if method == "spaco":
         keywords["sampler"] = lambda *_: [mc.Weight(2.0, 2.0), None, mc.Weight(2.0, 2.0)]
     with CountBytes() as count:
         count.add(*model.parameters(), *model.buffers(), *batch)
         function(model, *batch, **keywords)
     take_gradients(model)
-    room = model.new_memory(2, 18, chunks[:1] if method == "spaco" else chunks[:2]).tensors().bytes()
+    receiving, blocks = chunks[:1] if method == "spaco" else chunks[:2], model.blocks(at_once or 3)
+    rooms = {
+        (block, up): blocks[block].new_memory(2, *([22, ()] if up else [18, receiving])).tensors().bytes()
+        for block in range(len(blocks))
+        for up in (False, True)
+    }
 
     def look(event: dict[str, Any]) -> None:
         there = method != "full" and event["kind"] not in ("begin", "draw", "end")
+        room = rooms[event.get("block", 0), event.get("up", False)]
         assert (event["bytes"]["memory"], event["bytes"]["memory_gradients"]) == (room if there else (0, 0))
         assert event["bytes"]["gradients"] == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
         assert set(event["bytes"]) == set(BYTES)
@@ -209,7 +225,7 @@ def test_bytes_are_those_that_are_alive(method: str, kind: str) -> None:
     assert alive["done"] < alive["forward" if method == "full" else "rebuild"], "the graph is gone"
 
 
-@pytest.mark.parametrize("method", ["seco", "spaco", "full"])
+@pytest.mark.parametrize("method", ["seco", "spaco", "seco-blocks", "full"])
 def test_the_marked_lines_are_those_that_run(method: str) -> None:
     """At each event of a step of another size, the functions that run are at the lines that the page marks."""
     model, batch = small()
@@ -219,14 +235,18 @@ def test_the_marked_lines_are_those_that_run(method: str) -> None:
     def look(event: dict[str, Any]) -> None:
         stack = [(Path(frame.f_code.co_filename), number) for frame, number in traceback.walk_stack(None)]
         running = [(path.name, number) for path, number in reversed(stack) if path.parent == PACKAGE]
-        marked = [(shown["functions"][at], line) for at, line in shown["where"][event["kind"]]]
+        running = [(name, number) for name, number in running if name in {file["file"] for file in shown["functions"]}]
+        key = event["kind"] + (" up" if event.get("up") else "")
+        marked = [(shown["functions"][at], line) for at, line in shown["where"][key]]
         assert running == [(function["file"], function["first"] + line) for function, line in marked]
         for function, line in marked:
             text = (PACKAGE / function["file"]).read_text().splitlines()[function["first"] + line - 1]
             assert text.strip() == function["lines"][line].strip()
-        seen.add((event["kind"], bool(marked)))
+        seen.add((key, bool(marked)))
 
-    mc.trace(ALGORITHMS[method], model, *batch, on_event=look, **({} if method == "full" else {"chunk_size": 9}))
+    told: dict[str, Any] = {} if method == "full" else {"chunk_size": 9}
+    told |= {"layers_at_once": 2} if "blocks" in method else {}
+    mc.trace(ALGORITHMS[method.partition("-")[0]], model, *batch, on_event=look, **told)
     assert seen == {(kind, kind not in ("begin", "end")) for kind in shown["where"]}
     assert seen >= {("forward" if method == "full" else "relay", True), ("loss", True), ("backward", True)}
 
@@ -234,7 +254,7 @@ def test_the_marked_lines_are_those_that_run(method: str) -> None:
 def test_a_log_is_written_read_and_described(tmp_path: Path) -> None:
     words, (model, batch) = COMMITTED.with_name("walk.md").read_text(), small()
     assert all(f"`{name}`" in words for kind, fields in NEEDS.items() for name in (kind, *fields))
-    for log in (mc.trace(mc.seco, model, *batch, 9), mc.trace(mc.full, model, *batch)):
+    for log in (mc.trace(mc.seco, model, *batch, 9, layers_at_once=2), mc.trace(mc.full, model, *batch)):
         assert all(f"`{field}`" in words for event in log for field in event)
         write_events(tmp_path / "log.jsonl", log)
         assert read_events(tmp_path / "log.jsonl") == log
@@ -255,6 +275,7 @@ BEGIN = {"kind": "begin", "format": "minichunk trace 1", "method": "mine", "chun
         ([BEGIN, {"kind": "backward", "chunk": 1, "layer": 2, "sent": []}], "'layer' is 2, but layers go from 0 to 1"),
         ([BEGIN, {"kind": "backward", "chunk": 1, "layer": 0, "sent": [[5, 1.0]]}], "names the chunk 5"),
         ([BEGIN, {"kind": "relay", "chunk": 0, "received": [[1.0]]}], "'received' has 1 entries, but must have 2"),
+        ([BEGIN, {"kind": "done", "chunk": 0, "block": 1}], "'block' is 1, but blocks go from 0 to 0"),
     ],
 )
 def test_a_foreign_log_that_cannot_be_drawn_is_refused(events: list[Any], words: str, tmp_path: Path) -> None:
@@ -268,7 +289,7 @@ def test_the_log_that_a_port_is_shown_can_be_drawn(tmp_path: Path) -> None:
     page = (COMMITTED.parent / "walk.md").read_text()
     (tmp_path / "mine.jsonl").write_text(re.findall(r"```jsonl\n(.*?)```", page, re.DOTALL)[0])
     log = read_events(tmp_path / "mine.jsonl")
-    assert {event["kind"] for event in log} == NEEDS.keys() - {"draw", "memory", "forward"}
+    assert {event["kind"] for event in log} == NEEDS.keys() - {"draw", "memory", "forward", "keep"}
     assert all(set(event) == {"kind", *NEEDS[event["kind"]]} for event in log)
     assert logs_of(make_page([log])) == [log]
 
@@ -283,7 +304,8 @@ def test_the_command_writes_page_and_logs(
     walk = ["walk", "--model", str(model_directory), "--data", str(text), "--seq-len", "40", "--device", "cpu", *output]
     assert main([*walk, "--chunk-size", "8", "16", "--budget", "2", "--log", str(logs)]) == 0
     assert f"written  {tmp_path / 'page.html'}" in capsys.readouterr().out
-    names = ["seco-8", "seco-16", "spaco-8", "spaco-16", "full", "full-recompute"]
+    names = [f"{name}-{size}" for name in ("seco", "spaco", "seco-blocks") for size in (8, 16)]
+    names += ["full", "full-recompute"]
     found = logs_of((tmp_path / "page.html").read_text())
     assert [title(log) for log in found] == names
     assert found == [read_events(logs / f"{name}.jsonl") for name in names]

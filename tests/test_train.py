@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import minichunk as mc
 from minichunk.files.documents import Document, load_tokenizer
-from minichunk.models.rope import Yarn
+from minichunk.models.rope import RopeRule
 from minichunk.training import run_directory
 from minichunk.training import train as train_module
 from minichunk.training.evaluate import loss_by_position, spans_for
@@ -55,8 +55,8 @@ def at_batch(number: int, happens: Callable[[], float], monkeypatch: pytest.Monk
     """Let something happen in the gradient of a run's batch, counted from 1; its loss is multiplied by what returns."""
     original = train_module.make_gradient
 
-    def make(options: TrainOptions) -> Any:
-        gradient, calls = original(options), 0
+    def make(*told: Any) -> Any:
+        gradient, calls = original(*told), 0
 
         def changed(*arguments: Any) -> torch.Tensor:
             nonlocal calls
@@ -148,7 +148,8 @@ def test_another_rope_is_written_and_read_again(rank: int, options: TrainOptions
     else:
         theirs = pytest.importorskip("transformers").AutoConfig.from_pretrained(directory / "model")
         assert theirs.rope_parameters["rope_theta"] == 500.0 and theirs.rope_parameters["rope_type"] == "yarn"
-    assert model.config.rope_scaling == Yarn(4.0, base.config.max_position_embeddings)
+    context = base.config.max_position_embeddings
+    assert model.config.rope_scaling == RopeRule("yarn", factor=4.0, original_max_position_embeddings=context)
     assert model.config.rope_theta == 500.0
     after = json.loads((directory / "loss_by_position.json").read_text())["after"]
     _, validation, _ = load_data(options.resolved(), model, load_tokenizer(str(options.model)))

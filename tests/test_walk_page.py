@@ -46,6 +46,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, dict
     for name, function, keywords in (
         ("SeCO", mc.seco, {"chunk_size": 6}), ("SpaCO", mc.spaco, {"chunk_size": 6} | draw), ("full", mc.full, {}),
         ("full, recomputed", mc.full, {"recompute": True}), ("states", mc.spaco, {"chunk_size": 6} | draw),
+        ("blocks", mc.seco, {"chunk_size": 6, "layers_at_once": 1}),
     ):  # fmt: skip
         model = build(tiny_state(2) if name == "states" else tiny(3), seed=1)
         logs[name] = mc.trace(function, model, ids, ids, **keywords)
@@ -87,16 +88,17 @@ def test_every_number_on_the_page_is_one_of_the_log(opened: Any) -> None:
             assert [x for x, _ in found["table"]] == pytest.approx(table_of(event), rel=1e-12)
             assert [x for _, x in found["table"]] == [float(f"{x:.5g}") for x, _ in found["table"]]
             sent = {str(i): math.hypot(*norms) for i, *norms in event.get("sent", [])}
-            relayed = {str(i): math.hypot(*norms) for i, norms in enumerate(event.get("received", []))}
+            block = event.get("block", 0)  # of one layer
+            relayed = {str(block + i): math.hypot(*norms) for i, norms in enumerate(event.get("received", []))}
             assert found["sent"] == pytest.approx(sent, rel=1e-12)
             assert found["relayed"] == pytest.approx(relayed, rel=1e-12)
-            held = {} if event["kind"] == "end" else held
+            held = {} if event["kind"] in ("memory", "end") else held
             held |= {f"{event['layer']},{i}": math.hypot(*norms) for i, *norms in event.get("held", [])}
             held |= {f"{layer},{event['chunk']}": x for layer, x in relayed.items()}
             assert found["held"] == pytest.approx({key: x for key, x in held.items() if x}, rel=1e-12)
             assert len(set(found["graphs"])) <= 1, "no two graphs are alive at once"
             assert found["marked"] == [True] * ((event["kind"] not in ("begin", "end")) + (event["kind"] == "relay"))
-            assert event["kind"] in ("begin", "draw", "memory") or event["kind"] in found["terms"]
+            assert event["kind"] in ("begin", "draw", "memory", "keep") or event["kind"] in found["terms"]
             page.keyboard.press("ArrowRight")
 
 

@@ -180,6 +180,71 @@ ratio = slopes["full"] / slopes["seco"]
 print(f"here: full grows {ratio:.0f} times as fast as SeCO, recompute {slopes['recompute'] / slopes['seco']:.1f} times")
 
 # %% [markdown]
+# ## Three orders through a grid
+#
+# A step is a grid, layers by chunks. SeCO goes through it chunk by chunk, with all layers at once, and so what grows is
+# the cache of *all* layers. But the layers can be cut as well (`layers_at_once=`, [`blocks.py`](../minichunk/blocks.py)).
+# Then the text goes up through one block of layers after the other, and of each block only its input is kept. On the way
+# down each block is a SeCO of its own, whose last layer is given a gradient instead of a loss; its cache is gone before
+# the next block's is made. One layer at a time is the order of StreamBP ([arXiv
+# 2506.03077](https://arxiv.org/abs/2506.03077)). This is what runs when, watched:
+
+
+# %%
+def watch(layers_at_once, tokens=512, chunk_size=128):
+    """(layer, chunk, whether with a graph) of everything that runs, in order."""
+    ids = torch.randint(config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    index, seen, run = {layer: i for i, layer in enumerate(model.layers)}, [], model._layer
+
+    def watched(layer, chunks, options, *inputs):
+        owner = getattr(layer, "__self__", layer)  # a layer, or its method `fill`
+        seen.append((index[owner], chunks[0].start // chunk_size, torch.is_grad_enabled()))
+        return run(layer, chunks, options, *inputs)
+
+    model._layer = watched
+    mc.seco(model, ids, ids, chunk_size, layers_at_once=layers_at_once)
+    del model._layer
+    return seen
+
+
+figure, axes = plt.subplots(1, 3, figsize=(10, 3.6), layout="constrained", sharey=True)
+sizes = {6: "all layers: SeCO", 2: "two layers at once", 1: "one layer at once"}
+for panel, (size, title) in zip(axes, sizes.items(), strict=True):
+    order = [(layer, chunk) for layer, chunk, graph in watch(size) if graph]
+    when = torch.empty(6, 4)
+    for step, (layer, chunk) in enumerate(order):
+        when[layer, chunk] = step
+        panel.text(chunk, layer, step + 1, ha="center", va="center", color="white" if step < 16 else "black")
+    panel.imshow(when, origin="lower", aspect="auto", cmap="viridis")
+    panel.set(title=title, xticks=range(4), xlabel="chunk", yticks=range(6))
+axes[0].set_ylabel("layer")
+figure.suptitle("Which graphs are built when")
+plt.show()
+
+# %% [markdown]
+# What is gained is a trade. With $n$ of $L$ layers at once a token leaves behind the inputs of all blocks but the first,
+# whose inputs are tokens, and the keys, values and gradients of one block:
+#
+# $$\left(\frac{L}{n} - 1\right) E + 4\,n\,G D$$
+#
+# numbers. It is smallest near $n = \sqrt{L E / 4 G D}$, and where $E = 4 G D$, as here and in Llama-3-8B, that is the
+# root of the number of layers. (On the way down, a gradient takes the place of the input that it belongs to.)
+
+# %%
+print("layers at once   bytes per token: predicted   measured")
+for size in (6, 3, 2, 1):
+    step = lambda ids, size=size: mc.seco(model, ids, ids, C, layers_at_once=size)  # noqa: E731
+    slope = (max(timeline(step, T)) - max(timeline(step, T // 2))) / (T // 2)
+    expected = 4 * ((L // size - 1) * E + 4 * size * G * D)
+    print(f"{size:14} {expected:28,} {slope:10,.0f}")
+    assert abs(slope / expected - 1) < 0.05
+
+# %% [markdown]
+# The price: of each block but the last everything runs once more to have its outputs, so $L / n$ blocks cost the
+# forward pass of all layers but the last block's a second time. One layer at a time is cheap again, because filling
+# one layer's cache takes its keys and values alone, and no attention. There the blocks' inputs are what grows, and these can
+# wait in host memory (`--offload`): each is copied there and back a few times, whatever the number of chunks.
+#
 # ## A real one, without owning it
 #
 # `minichunk plan` does this for any model, with the real code on tensors that have shapes but no memory. An 8B Llama in
@@ -208,15 +273,19 @@ for method in ("full-recompute-tiled", "seco"):
 #
 # - **Sums in bfloat16** (`--cache-grad-dtype bfloat16`) take half of what sums in float32 do: SeCO has 31,232 tokens
 #   instead of 20,992.
-# - **Host memory** (`--offload`): keys, values and their gradients live there (pinned, on CUDA) and pass through two
-#   blocks on the device, whose memory then does not grow with the length at all. `minichunk plan --offload
-#   --cache-grad-dtype bfloat16` forecasts 262,656 tokens with 64 GiB of host memory, at a peak of 15.54 GiB on the
-#   device. Each chunk moves the whole cache over the bus: take larger chunks and, for the fill, `--fill-size 4096`. The
-#   same code runs on the CPU, where it is tested to be exact; its streams have not run on a GPU yet.
+# - **Blocks of layers** (`--layers-at-once 8`, or `auto`): 88 KiB a token instead of 256, and 92,672 tokens; on 80 GiB
+#   759,808 instead of 260,608. SpaCO, 8 chunks kept: 140,800 instead of 53,760.
+# - **Host memory** (`--offload`): what goes from block to block waits there (pinned, on CUDA, and copied ahead on a stream
+#   of its own; this has not run on a GPU yet). `minichunk plan --offload --layers-at-once auto --cache-grad-dtype
+#   bfloat16` forecasts 513,536 tokens with 64 GiB of host memory, two layers at once; with `--host-memory 128GiB` and
+#   one layer at once, chunks of 4,096 and 20.19 GiB on the device, 540,672. Until commit `ca4e321` the cache itself
+#   waited in host memory: 262,656 tokens, and every chunk moved all of it.
 # - **4 bits** for the frozen base (`--load-in-4bit`, NF4 by bitsandbytes): with LoRA of rank 32 on all seven linear
 #   layers, its optimizer state included, `minichunk plan --load-in-4bit --rank 32 --targets q_proj k_proj v_proj o_proj
-#   gate_proj up_proj down_proj --cache-grad-dtype bfloat16` forecasts 64,000 tokens with SeCO and 118,784 with SpaCO;
-#   with `--offload`, SeCO has 262,656 tokens at a peak of 7.50 GiB.
+#   gate_proj up_proj down_proj --cache-grad-dtype bfloat16` forecasts 64,000 tokens with SeCO, 118,784 with SpaCO, and
+#   188,416 with `--layers-at-once auto` (eight).
+# - **More than enough** memory: `--graphs N` keeps the graphs of the fill's last N chunks, which are then run once
+#   instead of twice; `--layers-at-once auto` keeps as many as fit, where a given `--seq-len` fits with all layers at once.
 # - **Several GPUs**: [tutorial 10](10_seco_on_several_gpus.md). **Windows**: [tutorial
 #   9](09_one_idea_three_memories.md). **Other models**: the table of the [recipe](recipe_8b.md).
 #
@@ -239,6 +308,7 @@ for method in ("full-recompute-tiled", "seco"):
 # |---|---|---|---|
 # | SeCO | exact | cache and its gradients | a second forward pass, with recompute the linear layers a third time ([counted](costs.md#operations)); chunks one after the other |
 # | SpaCO | unbiased estimate | cache | noise; a forward pass and the kept part of SeCO's rebuilds |
+# | SeCO, SpaCO through blocks of layers | as of SeCO, SpaCO | one block's cache and gradients, and a hidden state per block | of all layers but the last block's a forward pass more; with one layer a block nearly nothing |
 # | layer checkpointing (`full --recompute`) | exact | one hidden state per layer, one layer's activations, and the logits | a second forward pass |
 # | the same with a tiled loss, and with the layers' inputs in host memory | exact | one hidden state per layer, on the device or on the host, and one layer's activations | a second forward pass, and the bus |
 # | tiled MLP and loss | exact | attention's and the layers' activations stay | nearly nothing |
@@ -259,3 +329,5 @@ for method in ("full-recompute-tiled", "seco"):
 # 3. Full logits are 2 V numbers per token. Compute their share for Llama-3-8B (V = 128,256). Then read
 #    [`loss.py`](../minichunk/loss.py).
 # 4. How does the picture change without grouped queries (G = H)? At which H / G does SeCO's slope cross `recompute`'s?
+# 5. With a pencil: how many layers at once are best for Llama-3-8B (32 layers, E = 4,096, G D = 1,024), and how many KiB
+#    does a token leave behind then, in bfloat16? And at 8:1 (E = 8,192, G D = 1,024, 80 layers)?

@@ -22,14 +22,15 @@ from tqdm import tqdm
 from ..batch import prepare
 from ..chunks import check_fill_size, cut
 from ..errors import InputError
-from ..files.atomic import human_bytes, make_directory
+from ..files.atomic import human_bytes
 from ..full import full
 from ..models.shapes import random_model, shape
 from ..samplers import FixedBudget
 from ..seco import seco
 from ..spaco import spaco
+from ..training.evaluate import new_figure, save_figure
 from ..training.options import DTYPES, StepOptions, changed, check_device, check_options, default_dtype, option
-from ..training.run_directory import new_figure, peak_memory
+from ..training.run_directory import peak_memory
 from .baselines import tiled_full
 from .setting import Setting
 
@@ -176,7 +177,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.set_xticks(lengths, [f"{tokens:,}" for tokens in lengths])
         axes.set(xlabel="tokens", title="Seconds of a step" if unit == 1 else "Peak memory, GiB", ylim=(0, None))
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc="outside lower center", ncols=5)
-    figure.savefig(make_directory(path.parent) / path.name, dpi=120)
+    save_figure(figure, path)
 
 
 def describe_machine() -> dict[str, Any]:

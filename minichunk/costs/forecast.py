@@ -94,8 +94,11 @@ def forecast(setting: Setting, gpus: int = 1) -> Forecast:
         raise InputError(f"--gpus is {gpus}, but {setting.model} has {layers} layers, and each GPU needs one at least")
     if gpus > 1 and setting.method not in CHUNKED:
         raise InputError(f"--method is {setting.method!r}, but on several GPUs must be one of {', '.join(CHUNKED)}")
-    if gpus > 1 and setting.in_blocks:
-        raise InputError("--layers-at-once and --offload are for one GPU: ranks in blocks would take turns")
+    if setting.objective and (gpus > 1 or setting.in_blocks or setting.graphs or setting.method not in CHUNKED):
+        where = "seco and spaco, on one GPU, with all layers at once and without --graphs"
+        raise InputError(f"--objective {setting.objective} is forecast for {where}")
+    if gpus > 1 and (setting.in_blocks or setting.graphs):
+        raise InputError("--layers-at-once, --offload and --graphs are for one GPU")
     return Forecast(setting, gpus)
 
 
@@ -109,6 +112,11 @@ def bytes_of_share(setting: Setting, tokens: int, share: Share | None, way: Way 
     if setting.in_blocks and way is None:
         found = [bytes_of_share(setting, tokens, None, way) for way in ways(setting)]
         return replace(max(found, key=attrgetter("peak")), host=max(each.host for each in found))
+    graphs = min(setting.graphs, -(-tokens // setting.chunk_size) - 1)
+    if graphs > 3:  # each takes as much
+        two, three = (bytes_of_share(replace(setting, graphs=number), tokens, share) for number in (2, 3))
+        more = (graphs - 3) * (three.peak - two.peak)
+        return replace(three, peak=three.peak + more, chunk=three.chunk + more)
     base = setting.even_from(share)
     if tokens <= base:
         return step_memory(setting, tokens, share, way)
@@ -118,7 +126,8 @@ def bytes_of_share(setting: Setting, tokens: int, share: Share | None, way: Way 
         device, host = (round(more * (getattr(second, n) - getattr(first, n)) / base) for n in ("peak", "host"))
         return replace(first, peak=first.peak + device, chunk=first.chunk + device, host=first.host + host)
     cache, grads = setting.memory_bytes(tokens, way)[share.layers if share else slice(None)].sum(0).tolist()
-    chunk, between, host = first.chunk + BATCH * more, *(n * tokens // base for n in (first.between_blocks, first.host))
+    chunk = first.chunk + setting.rows * BATCH * more
+    between, host = (n * tokens // base for n in (first.between_blocks, first.host))
     peak = first.weights + first.adapter_and_optimizer + cache + grads + between + chunk
     return StepBytes(peak, first.weights, first.adapter_and_optimizer, cache, grads, between, chunk, host)
 
@@ -146,8 +155,19 @@ def fewest_blocks(setting: Setting, tokens: int | None, available: int, host: in
     return min(parts, key=lambda size: parts[size])  # of equals the first, with the fewest blocks
 
 
+def most_graphs(setting: Setting, tokens: int, available: int) -> int:
+    """How many graphs of a step of SeCO with all layers at once fit beside all else."""
+    if setting.in_blocks or setting.method != "seco" or setting.objective:
+        return 0
+    two, three = (forecast(replace(setting, graphs=number)).at(tokens).peak for number in (2, 3))
+    return max(0, min(2 + (available - two) // (three - two), -(-tokens // setting.chunk_size) - 1))
+
+
 def fitted(options: TrainOptions) -> TrainOptions:
-    """With `--layers-at-once auto` decided: by what is free on the GPU now; on a CPU, one block. Raises InputError."""
+    """With `--layers-at-once auto` decided, and `--graphs` where all layers fit, by what is free on the GPU now.
+
+    On a CPU all layers are taken at once. Raises InputError.
+    """
     if options.layers_at_once != "auto":
         return options
     told = options.resolved()
@@ -156,16 +176,18 @@ def fitted(options: TrainOptions) -> TrainOptions:
         return replace(options, layers_at_once=None)
     if told.batch_size > 1:
         raise InputError(f"--layers-at-once auto is for one piece at a time, but --batch-size is {told.batch_size}")
-    step = {each.name: getattr(told, each.name) for each in fields(StepOptions)}
+    step = {each.name: getattr(told, each.name) for each in fields(StepOptions)} | {"layers_at_once": None}
     step |= {"model": told.model, "dtype": told.dtype, "budget": told.budget or 1, "recompute": bool(told.recompute)}
     model = Setting(**step).meta_model()
-    step["targets"] = told.targets or tuple(default_targets(model))
-    if told.recompute is None:
-        step["recompute"] = count_parameters(model) >= LARGE
+    recompute = count_parameters(model) >= LARGE if told.recompute is None else told.recompute
+    step |= {"targets": told.targets or tuple(default_targets(model)), "recompute": recompute}
     available = (free_memory(device) or 0) - RESERVE
     size = fewest_blocks(Setting(**step), told.seq_len, available, free_memory(torch.device("cpu")) or 0)
-    peak = forecast(Setting(**{**step, "layers_at_once": str(size)})).at(told.seq_len).peak
+    peak = forecast(Setting(**step | {"layers_at_once": str(size)})).at(told.seq_len).peak
     if peak > available:
         words = f"{human_bytes(peak)}, but {human_bytes(available)} are free on {device}: take a shorter --seq-len"
         raise InputError(f"--layers-at-once auto: {told.seq_len:,} tokens need {words}")
+    if size == len(model.layers):
+        graphs = most_graphs(Setting(**step), told.seq_len, available)
+        return replace(options, layers_at_once=None, graphs=graphs)
     return replace(options, layers_at_once=str(size))

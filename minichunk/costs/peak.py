@@ -5,10 +5,9 @@ to be run. Of the fill, those on the longest past are enough. Of the rebuilds, t
 one before it also receives some, and the earlier ones do the same on a shorter past.
 """
 
-import functools
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
 from typing import Any
 from unittest.mock import patch
 
@@ -17,23 +16,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch import Batch, shift, widen_gradients
-from ..blocks import Hidden, Walk, first_that_learns
-from ..chunks import Chunk, span
+from ..blocks import Hidden, Walk, fill_with_graphs, first_that_learns
+from ..chunks import span
 from ..full import backpropagate
 from ..memory import attention
 from ..memory.kernels import kernel_for
-from ..memory.layer_memory import LayerMemories
 from ..memory.window import FULL
 from ..models.llama import Attention
 from ..models.quantize import Linear4bit, check_bitsandbytes
 from ..models.shapes import alike
 from ..models.stack import Stack
+from ..objective import score
 from ..pipeline import pipeline_seco as pipeline
 from ..pipeline.links import MOST_ON_THE_WAY, Links
 from ..pipeline.stage import PipelineStage
 from ..protocol import Options
 from ..samplers import Weight
-from ..seco import fill, rebuild
+from ..seco import fill, new_memory, rebuild
 from .baselines import tiled_full
 from .count import CountBytes
 from .setting import CHUNKED, Setting, Share, Way
@@ -56,7 +55,7 @@ class StepBytes:
     host: int = 0
 
 
-@functools.cache
+@lru_cache(None)
 def step_memory(setting: Setting, tokens: int, share: Share | None = None, way: Way | None = None) -> StepBytes:
     """What a step of `tokens` tokens takes. Raises InputError.
 
@@ -72,12 +71,13 @@ def step_memory(setting: Setting, tokens: int, share: Share | None = None, way: 
         patch.object(attention, "pick_kernel", lambda q: kernel_for(setting.device, q.dtype, q.shape[-1])),
         CountBytes() as count,
     ):
-        model, step = setting.meta_model(), _chunked_step if setting.method in CHUNKED else _whole_step
+        model = setting.meta_model()
+        step: Any = _chunked_step if setting.method in CHUNKED else _whole_step
         if way is not None:
-            step = functools.partial(_block_step, way=way)
+            step = partial(_block_step, way=way)
         if share is not None:
             learns_before = any(p.requires_grad for p in model.layers[: share.layers.start].parameters())
-            step = functools.partial(_rank_step, learns_before=learns_before)
+            step = partial(_rank_step, learns_before=learns_before)
             model = PipelineStage(model, share.counts, links=LinksToNobody(share))
         states = optimizer_states(model)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -88,34 +88,38 @@ def step_memory(setting: Setting, tokens: int, share: Share | None = None, way: 
         if way is not None:  # earlier batches of the step, or blocks above, have left gradients
             for p in trained:
                 p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
-        ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
-        labelled = torch.arange(tokens)[None] < tokens - 1  # every token has a label
+        ids = torch.zeros(setting.rows, tokens, dtype=torch.int64, device="meta")
+        labelled = torch.arange(tokens).expand(ids.shape) < tokens - 1  # every token has a label
         batch = Batch(ids, shift(ids), float(tokens), labelled, torch.arange(tokens, device="meta"))
         count.peak = count.live  # making the model took more, for 4 bits much more; loading it does not
-        cache, grads = step(model, batch, setting, count)
-        between, host = (0, count.left_out) if way is None else hidden_bytes(model, setting, tokens, way)
+        cache, grads, between, host = step(model, batch, setting, count)
     chunk = count.peak - weights - adapter - cache - grads
     return StepBytes(count.peak + between, weights, adapter, cache, grads, between, chunk, host)
 
 
-# Each step returns bytes on the device: of the memory, and of the gradients that have room in it from the start.
+# Each step returns bytes: of the memory, of the gradients that have room in it from the start, of what waits between
+# blocks of layers on the device, and in host memory.
+Parts = tuple[int, int, int, int]
 
 
-def _chunked_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes) -> tuple[int, int]:
+def _chunked_step(model: Any, batch: Batch, setting: Setting, count: CountBytes) -> Parts:
     """SeCO or SpaCO: what seco.py and spaco.py call."""
-    kept, memory, options, remembered = _filled(model, batch, setting)
-    for chunk in kept[:-3:-1]:
+    kept, memory, options, (cache, grads) = _filled(model, batch, setting)
+    if setting.graphs:
+        model = fill_with_graphs(model, batch.input_ids, kept[:-1][-setting.graphs :], memory, options)
+    for chunk in kept[: -3 - setting.rows // 2 : -1]:  # a third one of pairs, where a prompt's end may be short
         loss, written, received = rebuild(model, batch, chunk, memory, options)
         if setting.method == "spaco":
             received = [1.0 * g for g in received]
         torch.autograd.backward([loss, *written], [None, *received])
         del loss, written, received
-    return remembered
+    return cache, grads, 0, 0
 
 
-def _block_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes, way: Way) -> tuple[int, int]:
+def _block_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes, way: Way) -> Parts:
     """Up or down through one block: what blocks.py calls, for the last chunks; what waits between blocks left out."""
-    (chunks, kept), options, blocks = setting.chunks(batch.input_ids.shape[1]), setting.options(), setting.blocks(model)
+    tokens, wide = batch.input_ids.shape[1], model.config.hidden_size * model.hidden_dtype.itemsize
+    (chunks, kept), options, blocks = setting.chunks(tokens), setting.options(), setting.blocks(model)
     options = replace(options, positions=batch.positions)
     # At the peak a pass of the fill is at work, and the next one is there. Or, where results pile up on the device, the
     # last pass, and the last chunk is there, and all results but of these.
@@ -133,27 +137,19 @@ def _block_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes,
     del hidden
     capacity, receiving = (kept[-1].start, kept[:-1]) if way.down else (chunks[-1].stop, ())
     memory = block.new_memory(1, capacity, receiving, options)
-    remembered = memory.tensors().bytes()
+    cache, grads = memory.tensors().bytes()
+    first = first_that_learns(blocks)
     if way.down:
-        above, learns_below = y if block is not blocks[-1] else None, way.block > first_that_learns(blocks)
-        walk.go_down(block, memory, x, above, learns_below)
+        walk.go_down(block, memory, x, y if block is not blocks[-1] else None, learns_below=way.block > first)
     else:
         walk.go_up(block, memory, x, y)
     count.peak -= not_yet
-    return remembered
+    waiting = range(min(way.block, first), min(way.block + 2, len(blocks)))  # the inputs of these
+    between = tokens * sum(wide if i > 0 else torch.int64.itemsize for i in waiting)
+    return (cache, grads, 0, between) if setting.offload else (cache, grads, between, 0)
 
 
-def hidden_bytes(model: Stack, setting: Setting, tokens: int, way: Way) -> tuple[int, int]:
-    """Of what waits between blocks of layers at the end of a way up, or at the beginning of one down: on the device,
-    and in host memory."""
-    blocks = setting.blocks(model)
-    waiting = range(min(way.block, first_that_learns(blocks)), min(way.block + 2, len(blocks)))  # the inputs of these
-    wide = model.config.hidden_size * model.hidden_dtype.itemsize
-    found = tokens * sum(wide if block > 0 else torch.int64.itemsize for block in waiting)
-    return (0, found) if setting.offload else (found, 0)
-
-
-@functools.cache
+@lru_cache(None)
 def ways(setting: Setting) -> list[Way]:
     """Those of a step in blocks that may need most. Where layers are alike: of the last two blocks."""
     blocks = setting.blocks(setting.meta_model())
@@ -162,22 +158,20 @@ def ways(setting: Setting) -> list[Way]:
     return [Way(i, False) for i in range(start, last)] + [Way(i, True) for i in range(max(start, first), last + 1)]
 
 
-def _rank_step(
-    stage: PipelineStage, batch: Batch, setting: Setting, count: CountBytes, learns_before: bool
-) -> tuple[int, int]:
+def _rank_step(stage: PipelineStage, batch: Batch, setting: Setting, count: CountBytes, learns_before: bool) -> Parts:
     """One rank of a pipeline: what pipeline_seco.py calls, until the pipeline is full."""
-    links, passes = stage.links, MOST_ON_THE_WAY + 1  # what the passes of the fill have handed on lives on
-    kept, memory, options, remembered = _filled(stage, batch, setting, passes)
+    links, passes = stage.links, MOST_ON_THE_WAY + 1  # what passes of the fill have handed on lives on
+    kept, memory, options, (cache, grads) = _filled(stage, batch, setting, passes)
     weight = Weight(1.0, 2.0 if setting.method == "spaco" else 1.0)
     walk = [(chunk, weight) for chunk in kept[-1 - max(links.ranks - links.rank, MOST_ON_THE_WAY) :]]
     with pipeline.tied_weight_summed(stage):
         pipeline.walk_back(stage, batch, memory, walk, options, learns_before)
         links.flush()
         del memory
-    return remembered
+    return cache, grads, 0, 0
 
 
-def _whole_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes) -> tuple[int, int]:
+def _whole_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes) -> Parts:
     """A step without chunks."""
     for layer in model.modules():
         if isinstance(layer, Attention):  # or each made a mask of (tokens, tokens), as no trainer of long texts does
@@ -186,21 +180,22 @@ def _whole_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes)
         backpropagate(model, batch, recompute=setting.method == "full-recompute")
     else:
         tiled_full(model, batch, offload=setting.method.endswith("offload"), room=count.room)
-    return 0, 0
+    return 0, 0, 0, count.left_out
 
 
-def _filled(
-    model: Any, batch: Batch, setting: Setting, passes: int = 1
-) -> tuple[Sequence[Chunk], LayerMemories, Options, tuple[int, int]]:
-    """The chunks that a step keeps, its memory after the last passes of the fill, its options, and what the memory
-    takes."""
+def _filled(model: Any, batch: Batch, setting: Setting, passes: int = 1) -> tuple[Any, Any, Options, tuple[int, int]]:
+    """The chunks that a step keeps, its memory after the last passes of the fill, its options, and the memory's bytes
+    but for what comes later and goes: that is a chunk's."""
     (chunks, kept), options = setting.chunks(batch.input_ids.shape[1]), setting.options()
-    options = replace(options, positions=batch.positions)
-    memory = model.new_memory(1, kept[-1].start, kept[:-1], options)
-    remembered = memory.tensors().bytes()  # and not what comes later and goes: that is a chunk's
+    options = replace(options, positions=batch.positions, trunk=setting.trunk(batch.input_ids.shape[1]))
+    memory: Any = new_memory(model, batch.input_ids, kept, options)
+    found = memory.tensors().bytes()
     last = passes * setting.pass_chunks()
-    fill(model, batch.input_ids, chunks[:-1][-last:], memory, options)
-    return kept, memory, options, remembered
+    if setting.objective:
+        score(model, batch, chunks[-2 * last - 1 :], memory, options)  # a prompt's last pass may be short
+    else:
+        fill(model, batch.input_ids, chunks[:-1][-last:], memory, options)
+    return kept, memory, options, found
 
 
 class LinksToNobody(Links):
@@ -229,8 +224,7 @@ class LinksToNobody(Links):
 def optimizer_states(model: nn.Module) -> list[Tensor]:
     """AdamW's two moments of every trained parameter, and the float32 copies of those in half precision."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    copies = [torch.zeros_like(p, dtype=torch.float32) for p in trained if p.dtype.itemsize < 4]
-    return copies + [torch.zeros_like(p, dtype=torch.float32) for p in trained for _ in range(2)]
+    return [torch.zeros_like(p, dtype=torch.float32) for p in trained for _ in range(3 if p.dtype.itemsize < 4 else 2)]
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, **_: Any) -> Tensor:

@@ -11,7 +11,7 @@ from ..errors import InputError
 from ..files.atomic import human_bytes
 from ..memory.window import FULL
 from ..training.options import StepOptions, changed, option
-from .forecast import fewest_blocks, forecast
+from .forecast import fewest_blocks, forecast, most_graphs
 from .setting import CHUNKED, METHODS, Setting, Share
 
 UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -62,11 +62,15 @@ def plan(options: PlanOptions) -> dict[str, Any]:
     if options.layers_at_once == "auto":
         size = fewest_blocks(options, options.seq_len, memory - reserve, host)
         options = replace(options, layers_at_once=str(size))
+        if (tokens := options.seq_len) and size == options.config().num_hidden_layers and not options.offload:
+            options = replace(options, layers_at_once=None)
+            options = replace(options, graphs=most_graphs(options, tokens, memory - reserve))
     here = forecast(options, options.gpus)
     others = (METHODS if options.gpus == 1 else CHUNKED) if options.compare else ()
     methods: dict[str, Any] = {}
     for method in tqdm({options.method: 0} | dict.fromkeys(others), "plan", leave=False, disable=options.json):
-        line = forecast(replace(options, method=method), options.gpus)
+        graphs = options.graphs if method == "seco" else 0
+        line = forecast(replace(options, method=method, graphs=graphs), options.gpus)
         longest = line.longest(memory - reserve, host)
         device, on_host = line.growth(longest or options.seq_len or options.chunk_size)
         methods[method] = {"max_tokens": longest, "bytes_per_token": device, "host_bytes_per_token": on_host}
@@ -81,6 +85,7 @@ def plan(options: PlanOptions) -> dict[str, Any]:
         **({} if share is None else {"layers_per_rank": list(share.counts), "largest_rank": share.rank}),
         "method": options.method,
         "layers_at_once": options.keywords()["layers_at_once"],
+        "graphs": options.graphs,
         "memory_bytes": memory,
         "reserve_bytes": reserve,
         "seq_len": length,
@@ -108,6 +113,7 @@ def describe(found: dict[str, Any]) -> str:
         who = f", on that of {found['gpus']} GPUs which needs most ({which})"
         split = f"\nlayers of each rank: {', '.join(map(str, counts))}"
     in_blocks = f", {found['layers_at_once']} layers at once" if found["layers_at_once"] else ""
+    in_blocks += f", {found['graphs']} graphs kept" if found["graphs"] else ""
     lines = [
         f"{found['model']}, {found['method']}{in_blocks}: the longest sequence that fits has "
         f"{found['max_tokens']:,} tokens",

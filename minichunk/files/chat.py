@@ -164,7 +164,7 @@ class _Turns:
             # Templates may prompt with more than they write before what was said, as an open <think>.
             text, places = self._places([*self.marked[:i], _marked({"role": "assistant", "content": "words"}, i)])
             begun = text[places.get(_end(i - 1), 0) : places.get(_end(i), 0) - len("words")]
-            opening = prompt[: _shared(prompt, begun)]
+            opening = prompt[: shared(prompt, begun)]
             if not self.text.startswith(opening, before):
                 return None
             known += [opening] if opening or not prompt else []
@@ -183,7 +183,7 @@ class _Turns:
             # After the words; or from the beginning, for a template that writes a call without them.
             ended, going_on = ended[ends.get(_end(i), 0) :], going_on[: places.get(_begin(i + 1), 0)]
             going_on = going_on[places.get(_end(i), 0) :]
-            heading = going_on[_shared(ended, going_on) :]
+            heading = going_on[shared(ended, going_on) :]
             if not heading or not self.text.endswith(heading, 0, after):
                 return None
             known.append(heading)
@@ -211,8 +211,8 @@ def _marked(message: Message, i: int) -> Message:
     return {**message, "content": content.replace(said, f"{begin}{said}{_end(i)}", 1)}
 
 
-def _shared(a: str, b: str) -> int:
-    """How many characters two texts share at their beginnings."""
+def shared(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many characters two texts share at their beginnings; or items, two lists."""
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 

@@ -19,8 +19,14 @@ from torch import Tensor
 from ..batch import IGNORE, shift
 from ..errors import InputError
 from .atomic import json_lines, read_json
-from .chat import ChatTemplate, Message, Span, unknown_fields
+from .chat import ChatTemplate, Message, Span, shared, unknown_fields
 from .checkpoint import checkpoint_directory
+
+ASSETS = Path(__file__).parents[1] / "assets"
+SHIPPED_MODEL = ASSETS / "austen-llama"
+SHIPPED_STATE = ASSETS / "austen-state"  # a StateSpace, whose tokens are bytes
+TRAINED_ON = ("emma", "mansfieldpark", "prideprejudice", "sensesensibility")  # the shipped models
+EXTENDED_ON, MEASURED_ON = "persuasion", "northangerabbey"  # the main job
 
 FORMS = "must be an object with the string 'text', with 'prompt' and 'completion', or with 'messages'"
 # Fields of other programs' rows that say what is learnt, or what is seen before it. They are refused, not dropped.
@@ -60,6 +66,25 @@ class Document:
         return int((shift(self.labels[None]) != IGNORE).sum())
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, which has the same tokens before both; `name` as of a document.
+
+    desirable: what KTO compares with. The first answer is the prompt's own then, and the second one another prompt's.
+    """
+
+    name: str
+    rows: tuple[Document, Document]
+    desirable: bool = True
+
+    def __len__(self) -> int:
+        return sum(map(len, self.rows))
+
+    def num_targets(self) -> int:
+        """Of both answers."""
+        return sum(row.num_targets() for row in self.rows)
+
+
 def load_tokenizer(directory: str | Path) -> Tokenizer:
     """Read `tokenizer.json` from a checkpoint directory. Raises InputError."""
     path = checkpoint_directory(directory) / "tokenizer.json"
@@ -80,6 +105,11 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     return tokenizer
 
 
+def novel(name: str) -> Path:
+    """The path of a shipped novel."""
+    return ASSETS / "austen" / f"{name}.txt"
+
+
 def read_documents(
     paths: Sequence[str | Path], tokenizer: Tokenizer, eos_token_id: int | None = None,
     chat: ChatTemplate | None = None,
@@ -95,19 +125,61 @@ def read_documents(
     Raises InputError, naming file and line, for anything else, for a field that would change what is learnt and is
     not understood, and for a document of fewer than two tokens.
     """
-    documents = []
-    for path in map(Path, paths):
-        for name, record in _records(path):
-            try:
-                row = record if isinstance(record, Row) else _row(record, chat)
-                check_text("the text", row.text)
-            except InputError as error:
-                raise InputError(f"{name}: {error}") from None
-            ids, labels = encode(row, tokenizer, eos_token_id)
-            if len(ids) < 2:
-                raise InputError(f"{name}: a document of {len(ids)} tokens, but a next-token loss needs at least 2")
-            documents.append(Document(name, torch.tensor(ids), torch.tensor(labels)))
-    return documents
+    records = (each for path in map(Path, paths) for each in _records(path))
+    return [_document(*each, tokenizer, eos_token_id, chat) for each in records]
+
+
+def _document(name: str, record: Any, tokenizer: Tokenizer, eos_token_id: int | None, chat: Any) -> Document:
+    """One of `read_documents`."""
+    try:
+        row = record if isinstance(record, Row) else _row(record, chat)
+        check_text("the text", row.text)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+    ids, labels = encode(row, tokenizer, eos_token_id)
+    if len(ids) < 2:
+        raise InputError(f"{name}: a document of {len(ids)} tokens, but a next-token loss needs at least 2")
+    return Document(name, torch.tensor(ids), torch.tensor(labels))
+
+
+def read_pairs(
+    paths: Sequence[str | Path], tokenizer: Tokenizer, eos_token_id: int | None = None,
+    chat: ChatTemplate | None = None, *, with_labels: bool = False, seq_len: int,
+) -> tuple[list[Pair], str]:  # fmt: skip
+    """Read rows of JSON with `prompt`, `chosen` and `rejected`, or with the last two alone, which begin with the prompt
+    then; or, with labels, with `prompt`, `completion` and `label`.
+
+    Prompt and answer are what prompt and completion are to `read_documents`, but a prompt that is found within texts
+    gets no template. The answers begin at the first token that is one's own, or in which they differ: what is before
+    is the same in both rows. A row with a label is paired with its prompt and the completion of the row before.
+    Returns the pairs of rows of at most `seq_len` tokens, as none is cut, and a line that names the others.
+    Raises InputError, naming file, line and field, and if there are none.
+    """
+    records, pairs = [each for path in map(Path, paths) for each in _records(path)], []
+    rows = [(name, *_compared(name, record, chat, with_labels)) for name, record in records]
+    if with_labels and len(rows) == 1:
+        raise InputError(f"{rows[0][0]} is the only row, but each needs another one's completion beside its own")
+    fields = ("completion", "completion of the row before") if with_labels else ("chosen", "rejected")
+    for i, (name, template, label, rest, answers) in enumerate(rows):
+        both = []
+        for field, answer in zip(fields, (*answers, *rows[i - 1][-1]), strict=False):
+            told = f"{name}: {field!r}", {**rest, "completion": answer}
+            both.append(_document(*told, tokenizer, eos_token_id, template))
+            if not both[-1].num_targets():
+                raise InputError(f"{told[0]} has no token that can be predicted")
+        begins = [int((row.labels != IGNORE).nonzero()[0]) for row in both]
+        start = min(shared(*(row.input_ids.tolist() for row in both)), *begins)
+        for row, begin in zip(both, begins, strict=True):
+            row.labels[start:begin] = row.input_ids[start:begin]
+        pairs.append(Pair(name, (both[0], both[1]), label))
+    kept = [pair for pair in pairs if max(map(len, pair.rows)) <= seq_len]
+    longer = ", ".join(pair.name for pair in pairs if max(map(len, pair.rows)) > seq_len)
+    line = f"{len(kept):,} pairs of {sum(map(len, kept)):,} tokens"
+    if longer:
+        line += f"; {len(pairs) - len(kept):,} with a row of more than {seq_len:,} left out: {longer[:400]}"
+    if not kept:
+        raise InputError(f"--seq-len is {seq_len}, but pairs are not cut: {line}")
+    return kept, line
 
 
 def encode(row: Row, tokenizer: Tokenizer, eos_token_id: int | None) -> tuple[list[int], list[int]]:
@@ -170,6 +242,28 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
         yield from json_lines(path, text)
     else:
         yield str(path), Row(text, [(0, len(text))])
+
+
+def _compared(
+    name: str, record: Any, chat: ChatTemplate | None, with_labels: bool
+) -> tuple[ChatTemplate | None, bool, dict[str, Any], list[Any]]:
+    """Of a record for `read_pairs`: its template, its label, what else it has, and its answers. Raises InputError."""
+    first: Any
+    last: Any
+    needed = ("prompt", "completion", "label") if with_labels else ("prompt", "chosen", "rejected")
+    rest = {key: value for key, value in record.items() if value is not None} if isinstance(record, dict) else {}
+    first, last = map(rest.get, needed[1:])
+    if "prompt" not in rest and any(isinstance(first, form) and isinstance(last, form) for form in (str, list)):
+        size, chat = shared(first, last), chat if isinstance(first, list) else None
+        rest |= {"prompt": first[:size], needed[1]: first[size:], needed[2]: last[size:]}
+    if not rest.keys() >= {*needed} or (with_labels and not isinstance(last, bool)):
+        label = ", which is true or false" if with_labels else "; the last two alone may both begin with the prompt"
+        raise InputError(f"{name}: must be an object with {needed[0]!r}, {needed[1]!r} and {needed[2]!r}{label}")
+    first, last = (rest.pop(field) for field in needed[1:])
+    if "completion" in rest or first == last:
+        wrong = "has a 'completion' too" if "completion" in rest else "'chosen' and 'rejected' are the same"
+        raise InputError(f"{name}: {wrong}")
+    return (chat, last, rest, [first]) if with_labels else (chat, True, rest, [first, last])
 
 
 def _json(text: str) -> Any:
@@ -304,8 +398,13 @@ def check_vocabulary(documents: Sequence[Document], vocab_size: int) -> None:
             )
 
 
-def collate(documents: Sequence[Document], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Right-pad documents into input_ids and labels, int64 (B, T); labels are -100 on the padding."""
+def collate(documents: Sequence[Any], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Right-pad documents into input_ids and labels, int64 (B, T); labels are -100 on the padding.
+
+    Of pairs all first answers, then all second ones.
+    """
+    if isinstance(documents[0], Pair):
+        documents = [pair.rows[i] for i in (0, 1) for pair in documents]
     T = max(len(document) for document in documents)
     input_ids = torch.zeros(len(documents), T, dtype=torch.int64)
     labels = torch.full((len(documents), T), IGNORE)
@@ -315,7 +414,7 @@ def collate(documents: Sequence[Document], device: torch.device | str = "cpu") -
     return input_ids.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
-def step_documents(documents: Sequence[Document], per_step: int, step: int, seed: int) -> list[Document]:
+def step_documents(documents: Sequence[Any], per_step: int, step: int, seed: int) -> list[Any]:
     """The documents of one step: a new shuffle every epoch, and nothing to remember for a resume."""
     order: list[int] = []
     first = step * per_step

@@ -63,7 +63,7 @@ class Handed:
         if start not in self.rows:
             return self.last.detach()
         row = self.rows[start]
-        h = self.states[row].detach()
+        h = self.states[row].data  # not `detach`: to write other rows while a graph lives is no change of this one
         if torch.is_grad_enabled():
             self._add_what_the_next_sent(row)  # now, so that its leaf can go
             if row > 0:  # there is a rebuilt chunk before it to hand the gradient to

@@ -34,11 +34,10 @@ def rope_tables(config: LlamaConfig, positions: Tensor, like: Tensor, whole: Ten
     whole: the positions of the whole text, for the rules of rope.py that depend on its length; None: nobody told them.
     Angles and results are float32 numbers, found in Hugging Face's order, whatever the model's dtype.
     """
-    rule, scale = config.rope_scaling, 1.0
-    of_pairs = periods(config.head_dim if rule is None else rule.turned(config), config.rope_theta, like)
-    frequencies = 1.0 / of_pairs
-    if rule is not None:
-        frequencies, scale = rule.frequencies(of_pairs, config, whole), rule.scale()
+    if config.rope_scaling is None:
+        frequencies, scale = 1.0 / periods(config.head_dim, config.rope_theta, like), 1.0
+    else:
+        frequencies, scale = config.rope_scaling.frequencies(config, like, whole)
     angles = (positions[..., None].float() * frequencies).double()
     return (angles.cos().float() * scale).to(like.dtype), (angles.sin().float() * scale).to(like.dtype)
 

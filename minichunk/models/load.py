@@ -21,7 +21,7 @@ from .llama import Llama
 from .lora import adapters
 from .mamba2 import Mamba2, Mamba2Config
 from .quantize import Linear4bit, check_bitsandbytes, is_in_4bit, is_stored_in_4bit
-from .rope import RULES, RopeRule
+from .rope import OLD, RULES, RopeRule
 from .ssm import StateSpace, StateSpaceConfig
 from .stack import Stack
 
@@ -154,10 +154,6 @@ def read_llama_config(cls: type[LlamaConfig], config: dict[str, Any]) -> LlamaCo
     partial = config.get("model_type") == _PARTIAL_CONTEXT
     field = "base_model_type" if partial else "model_type"
     model_type = config.get(field, None if partial else "llama")
-    if config.get(field) is None and "d_model" in config:
-        raise InputError(
-            f"config: {field} is missing, as in what mamba_ssm writes: convert the checkpoint for transformers"
-        )
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         known = f"{', '.join(sorted(_FAMILIES))}, and by minichunk.load_model also {', '.join(OTHERS)}"
         raise InputError(f"config: {field} {model_type!r} is not supported; supported are {known}")
@@ -182,7 +178,7 @@ def write_llama_config(config: LlamaConfig) -> dict[str, Any]:
     architecture = f"{config.model_type.capitalize()}ForCausalLM"
     out: dict[str, Any] = {"architectures": [architecture], "model_type": config.model_type, "hidden_act": "silu"}
     out |= Config.to_dict(config)
-    out["rope_scaling"] = write_rope(config.rope_scaling) or None
+    out["rope_scaling"] = config.rope_scaling and config.rope_scaling.to_dict()
     kinds = {"layer_types": list(config.layer_types)} if config.layer_types else {}
     if config.pattern is not None:
         ours = {"model_type": _PARTIAL_CONTEXT, "architectures": ["PartialContextForCausalLM"]}
@@ -247,23 +243,15 @@ def _read_rope_field(c: dict[str, Any], field: str) -> tuple[float, RopeRule | N
     kind = rope.get("rope_type", rope.get("type", "default"))
     if not isinstance(kind, str) or kind not in RULES:
         raise InputError(f"config: {field}.rope_type {kind!r} is not supported; supported are {', '.join(RULES)}")
-    context = checked(int, "max_position_embeddings", c.get("max_position_embeddings", 2048))
-    old = c.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or context
     part = rope.get("partial_rotary_factor", c.get("partial_rotary_factor"))
-    told = {**rope, "partial_rotary_factor": 1.0 if part is None else part, "original_max_position_embeddings": old}
-    if kind == "longrope" and told.get("factor") is None:
-        told["factor"] = context / checked(int, "original_max_position_embeddings", old)
-    rule = RULES[kind].from_dict(told)
-    return theta, None if rule == RopeRule() else rule
-
-
-def write_rope(rule: RopeRule | None) -> dict[str, Any]:
-    """As config.json has it; empty for the default."""
-    if rule is None:
-        return {}
-    kind = next(name for name, known in RULES.items() if known is type(rule))
-    said = {name: list(x) if isinstance(x, tuple) else x for name, x in vars(rule).items() if x is not None}
-    return {"rope_type": kind, **{name: x for name, x in said.items() if (name, x) != ("partial_rotary_factor", 1.0)}}
+    told = {**rope, "rope_type": kind, "partial_rotary_factor": part}
+    if OLD in RULES[kind]:
+        context = checked(int, "max_position_embeddings", c.get("max_position_embeddings", 2048))
+        told[OLD] = checked(int, OLD, c.get(OLD) or rope.get(OLD) or context)
+        if kind == "longrope" and told.get("factor") is None:
+            told["factor"] = context / told[OLD]
+    rule = RopeRule.from_dict(told)
+    return theta, rule if kind != "default" or part not in (None, 1.0) else None
 
 
 def change_rope(model: Stack, rope: dict[str, Any]) -> None:
@@ -282,14 +270,14 @@ def change_rope(model: Stack, rope: dict[str, Any]) -> None:
     if type(config) is not LlamaConfig:
         kind = getattr(config, "name", None) or config.model_type
         raise InputError(f"another rope needs a model of the Llama family, not a {kind}")
-    old = {"rope_theta": config.rope_theta, **write_rope(config.rope_scaling)}
+    old = {"rope_theta": config.rope_theta, **(config.rope_scaling or RopeRule()).to_dict()}
     if rope.keys() & {"rope_type", "type"}:
         lasting = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")
         old = {name: value for name, value in old.items() if name in lasting}
     whole = {"max_position_embeddings": config.max_position_embeddings, "rope_parameters": {**old, **rope}}
     theta, rule = _read_rope(whole)
     model.config = replace(config, rope_theta=theta, rope_scaling=rule)
-    model.rope = {"rope_theta": theta, "rope_type": "default", **write_rope(rule)}
+    model.rope = {"rope_theta": theta, **(rule or RopeRule()).to_dict()}
 
 
 Stack.from_pretrained = classmethod(load)

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ..chunks import Chunk, cut, span
 from ..loss import token_losses
 from ..memory.layer_memory import LayerMemories, MemorySpec, wide
+from ..memory.shared import shared_cache
 from ..protocol import DEFAULTS, Options, Written
 
 
@@ -37,6 +38,7 @@ class Stack(nn.Module):
     rope: Any = None  # what `change_rope` did
     origin: Path | None = None  # the directory that it was loaded from
     ends: Any = None  # the end tokens of its generation_config.json, as a config has them; None: those of the config
+    has_trunk: ClassVar = True  # see Options.trunk
     takes_positions: Any = False  # whether a token's position is more than its place in the text
     unadapted: tuple[str, ...] = ()  # linear layers that an adapter leaves out unless told otherwise
 
@@ -109,6 +111,8 @@ class Stack(nn.Module):
     ) -> LayerMemories:
         """See protocol.Model."""
         spec = MemorySpec(batch, capacity, receiving, options, self.like)
+        if options.trunk:
+            return LayerMemories([shared_cache(layer, spec, i) for i, layer in enumerate(self.layers)], receiving)
         return LayerMemories([layer.new_memory(spec) for layer in self.layers], receiving)
 
     def dropout_seed(self) -> int | None:
@@ -126,7 +130,7 @@ class Stack(nn.Module):
 
         Returns the last layer's normalized output (B, T, E) and what these tokens write, one tuple for each layer.
         """
-        x = self.embedding(input_ids)  # (B, T, E)
+        x = self.embedding(_rows(input_ids, chunks, options))  # (B, T, E)
         shared = self._shared(x, chunks, options)
         written, call = [], self._layer
         recompute = options.recompute and torch.is_grad_enabled()
@@ -139,14 +143,14 @@ class Stack(nn.Module):
                 past = memory.layers[i].past(chunks, save=recompute) if memory is not None else None
             x, wrote = call(layer, chunks, options, x, past, *shared)
             written.append(wrote)
-        return self.norm(x), written
+        return self.norm(x).expand(len(input_ids), -1, -1), written
 
     @torch.no_grad()
     def fill(
         self, input_ids: Tensor, memory: LayerMemories, chunks: Sequence[Chunk], options: Options = DEFAULTS
     ) -> Written:
         """As `run`, without gradients and only as far as memory needs it: the last layer stops at what it writes."""
-        x = self.embedding(input_ids)  # (B, T, E)
+        x = self.embedding(_rows(input_ids, chunks, options))  # (B, T, E)
         shared = self._shared(x, chunks, options)
         *layers, last = zip(self.layers, memory.layers, strict=True)
         written = []
@@ -191,3 +195,8 @@ class Stack(nn.Module):
         """Logits (B, T, V) of a whole sequence, without a memory."""
         hidden, _ = self.run(input_ids)
         return self.lm_head(hidden)
+
+
+def _rows(x: Tensor, chunks: Sequence[Chunk], options: Options) -> Tensor:
+    """What is run of x (B, ·): one row, if these chunks belong to what all rows share."""
+    return x[:1] if chunks and chunks[0].start < options.trunk else x

@@ -45,7 +45,7 @@ def pipeline_seco(stage: PipelineStage, input_ids: Tensor, labels: Tensor, chunk
 
     Called on all ranks with the same arguments; returns the loss on all of them. A weight that is both embedding and
     LM head gets its whole gradient on the first and on the last rank.
-    options: the keywords of `seco`, but for `layers_at_once` and `offload`.
+    options: the keywords of `seco`, but for `layers_at_once`, `offload` and `share`.
     Raises InputError also if ranks do not agree on the batch, and RankLost if one of them ends or does not answer.
     """
     return pipeline_spaco(
@@ -58,7 +58,7 @@ def pipeline_spaco(
     chunk_loss: ChunkLoss | None = None, sampler: Sampler = QUARTER, generator: torch.Generator | None = None,
     fill_size: int | None = None, num_targets: float | None = None, recompute: bool = False,
     cache_grad_dtype: torch.dtype | None = None, layers_at_once: int | None = None, offload: bool = False,
-    positions: Tensor | None = None,
+    positions: Tensor | None = None, share: bool = False,
 ) -> Tensor:  # fmt: skip
     """`spaco` of a model whose layers are on several ranks; see pipeline_seco.
 
@@ -66,6 +66,8 @@ def pipeline_spaco(
     """
     if layers_at_once is not None or offload:  # a rank's next block could only begin when the ranks above are all done
         raise InputError("layers_at_once and offload are for one process: ranks that cut their layers would take turns")
+    if share:
+        raise InputError("share is for one process: ranks do not hand on one row in the place of several yet")
     check_fill_size(fill_size, chunk_size)
     check_tokens(input_ids, labels, num_targets, stage.vocab_size)
     check_loss(num_targets, objective, chunk_loss)

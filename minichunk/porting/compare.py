@@ -32,7 +32,9 @@ COMPUTED = re.compile(
     rf"(?P<method>{'|'.join(METHODS)})(\.chunk\.(?P<chunk>\d+))?(\.layer\.(?P<layer>\d+))?"
     r"\.(?P<kind>grad(?=\.)|\w+)(\.(?P<parameter>.+))?"
 )
-FORWARD = ("hidden", "keys", "values", "state", "decay", "attention", "residual", "logits")  # in this order
+FORWARD = (  # in this order; the last two are of all chunks
+    "hidden", "keys", "values", "state", "decay", "attention", "residual", "logits", "log_probs", "token_weights",
+)  # fmt: skip
 WALK = ("key_grads", "value_grads", "adjoint")
 # A layer's parameters in the order in which a backward pass comes to them.
 BACKWARD = (
@@ -74,7 +76,8 @@ def order(name: str) -> tuple[int, ...]:
         return 0, int(not name.endswith(("input_ids", "labels"))), int(name.startswith("rope."))
     stage, chunk, layer = 1 + METHODS.index(found["method"]), int(found["chunk"] or 0), found["layer"]
     if (kind := found["kind"]) in FORWARD:
-        return stage, 0, chunk, int(layer or 1 << 30), FORWARD.index(kind)  # logits come behind all layers
+        behind = 1 << 30  # logits come behind all layers
+        return stage, 0, int(found["chunk"] or behind), int(layer or behind), FORWARD.index(kind)
     if kind == "loss":
         return (stage, 4) if found["chunk"] is None else (stage, 1, -chunk)
     if kind == "grad":

@@ -1,7 +1,7 @@
 """What the commands read, from their options: the model and, for a training, its data and its gradient."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,18 @@ from torch import Tensor
 from ..errors import InputError
 from ..files.atomic import check_room
 from ..files.chat import ChatTemplate, load_chat_template
-from ..files.documents import Document, check_vocabulary, cut_documents, load_tokenizer, read_documents
-from ..files.shipped import EXTENDED_ON, MEASURED_ON, SHIPPED_MODEL, novel
+from ..files.documents import (
+    EXTENDED_ON,
+    MEASURED_ON,
+    SHIPPED_MODEL,
+    check_vocabulary,
+    collate,
+    cut_documents,
+    load_tokenizer,
+    novel,
+    read_documents,
+    read_pairs,
+)
 from ..full import full
 from ..models.adapter_files import load_adapter
 from ..models.config import first_eos
@@ -31,7 +41,8 @@ from ..pipeline.start import local_device, started
 from ..seco import seco
 from ..spaco import spaco
 from .loop import Gradient
-from .options import DTYPES, ModelOptions, TrainOptions, check_device, default_dtype
+from .options import DTYPES, PREFERENCES, ModelOptions, TrainOptions, check_device, default_dtype
+from .preferences import Compared, distillation, shares_prompts
 
 
 def load_as_told(
@@ -72,35 +83,44 @@ def load_to_train(options: TrainOptions, links: Links | None = None) -> tuple[An
 
 def memory_of_layers(options: TrainOptions, config: Any, dtype: torch.dtype) -> list[int]:
     """Bytes that each layer remembers of a batch of pieces, with the gradients sent back to that."""
-    how = options.most_kept(), options.options(), options.batch_size
+    how = options.chunks(options.seq_len)[1], options.options(), options.batch_size
     return [sum(both) for both in layer_memory_bytes(config, dtype, *how)]
 
 
 def check_host_room(model: Stack, options: TrainOptions) -> None:
     """Raise InputError unless the host has room for what goes from block to block with `--offload`."""
     borders = math.ceil(len(model.layers) / int(options.layers_at_once or 1)) - 1
-    numbers = borders * options.batch_size * options.seq_len * model.config.hidden_size * started().local_world
-    what = f"--offload of {options.batch_size} times {options.seq_len:,} tokens between {borders + 1} blocks of layers"
+    rows = options.batch_size * options.rows
+    numbers = borders * rows * options.seq_len * model.config.hidden_size * started().local_world
+    what = f"--offload of {rows} times {options.seq_len:,} tokens between {borders + 1} blocks of layers"
     advice = "take a larger --layers-at-once, a smaller --batch-size, a shorter --seq-len, or free memory"
     check_room(what, numbers * model.hidden_dtype.itemsize, torch.device("cpu"), advice)
 
 
 def read_pieces(
-    paths: Sequence[str | Path], model: Stack, tokenizer: Tokenizer, chat: ChatTemplate | None, seq_len: int
-) -> tuple[list[Document], str]:
-    """The texts cut into pieces of at most `seq_len` tokens, and a line that says what was kept. Raises InputError."""
+    paths: Sequence[str | Path], model: Stack, tokenizer: Tokenizer, chat: ChatTemplate | None, seq_len: int,
+    objective: str | None = None,
+) -> tuple[list[Any], str]:  # fmt: skip
+    """The texts cut into pieces of at most `seq_len` tokens, or the pairs of no more for an objective that compares
+    them, and a line that says what was kept. Raises InputError."""
+    if objective in PREFERENCES:
+        told = tokenizer, first_eos(model.config), chat
+        pairs, line = read_pairs(paths, *told, with_labels=objective == "kto", seq_len=seq_len)
+        check_vocabulary([row for pair in pairs for row in pair.rows], model.config.vocab_size)
+        return pairs, line
     documents = read_documents(paths, tokenizer, first_eos(model.config), chat)
     check_vocabulary(documents, model.config.vocab_size)
     return cut_documents(documents, seq_len)
 
 
-def load_data(options: TrainOptions, model: Stack, tokenizer: Tokenizer) -> tuple[list[Document], list[Document], str]:
-    """Training and validation pieces, and a line that says what was kept. Raises InputError."""
+def load_data(options: TrainOptions, model: Stack, tokenizer: Tokenizer) -> tuple[list[Any], list[Any], str]:
+    """Training and validation pieces, or pairs, and a line that says what was kept. Raises InputError."""
     chat = load_chat_template(options.model) if options.chat_template else None
-    training, line = read_pieces(options.data or [novel(EXTENDED_ON)], model, tokenizer, chat, options.seq_len)
+    told = (model, tokenizer, chat, options.seq_len, options.objective)
+    training, line = read_pieces(options.data or [novel(EXTENDED_ON)], *told)
     if options.val_data or not options.data:
         texts = options.val_data or [novel(MEASURED_ON)]
-        validation, val_line = read_pieces(texts, model, tokenizer, chat, options.seq_len)
+        validation, val_line = read_pieces(texts, *told)
         line += f"\n        held out: {val_line}"
     else:  # the last pieces: what comes before them is trained on, what comes after nobody has seen
         count = min(round(len(training) * options.val_fraction) or int(options.val_fraction > 0), len(training) - 1)
@@ -110,17 +130,45 @@ def load_data(options: TrainOptions, model: Stack, tokenizer: Tokenizer) -> tupl
     return training, longest_first[: options.eval_documents], line
 
 
-def make_gradient(options: TrainOptions) -> Gradient:
-    """The method of the options as a function of model or stage, input_ids, labels, num_targets, generator."""
+def load_teacher(options: TrainOptions, tokenizer: Tokenizer, vocab_size: int) -> Stack | None:
+    """The model of `--teacher`, frozen; None without it. Raises InputError for one of another vocabulary."""
+    if options.teacher is None:
+        return None
+    teacher = load_model(options.teacher, DTYPES[options.dtype], check_device(options.device))
+    same = load_tokenizer(options.teacher).get_vocab() == tokenizer.get_vocab()
+    if not same or teacher.lm_head.weight.shape[0] != vocab_size:
+        raise InputError(
+            f"--teacher is {options.teacher}, whose vocabulary is not the model's: token by token it has to be"
+        )
+    return teacher.requires_grad_(False)
+
+
+def make_gradient(
+    options: TrainOptions, reference: Mapping[str, Tensor] | None = None, teacher: Stack | None = None
+) -> Gradient:
+    """The method and the objective of the options. reference: see `preferences.score_pairs`; None: no preference."""
     keywords = options.keywords()
 
-    def gradient(model: Any, input_ids: Tensor, labels: Tensor, num_targets: int, generator: torch.Generator) -> Tensor:
+    def gradient(model: Any, batch: Sequence[Any], num_targets: int, generator: torch.Generator) -> Tensor:
+        input_ids, labels = collate(batch, next(model.parameters()).device)
+        compared, told = None, {**keywords}
+        if reference is not None:
+            compared = Compared(options, batch, labels, reference)
+            told |= {"objective": lambda log_probs: compared(log_probs) / options.accumulate}
+            told |= {"share": True} if shares_prompts(model, options) else {}
+        elif teacher is not None:
+            told["chunk_loss"] = distillation(teacher, model, input_ids, labels, num_targets, options.chunk_size)
+        else:
+            told["num_targets"] = num_targets
+        over_ranks = isinstance(model, PipelineStage)
         if options.method == "full":
-            return full(model, input_ids, labels, num_targets=num_targets, recompute=keywords["recompute"])
-        over_ranks, told = isinstance(model, PipelineStage), {**keywords, "num_targets": num_targets}
-        if options.method == "seco":
-            return (pipeline_seco if over_ranks else seco)(model, input_ids, labels, options.chunk_size, **told)
-        told |= {"sampler": options.make_sampler(), "generator": generator}
-        return (pipeline_spaco if over_ranks else spaco)(model, input_ids, labels, options.chunk_size, **told)
+            told = {name: x for name, x in told.items() if name not in keywords or name == "recompute"}
+            loss = full(model, input_ids, labels, **told)
+        elif options.method == "seco":
+            loss = (pipeline_seco if over_ranks else seco)(model, input_ids, labels, options.chunk_size, **told)
+        else:
+            told |= {"sampler": options.make_sampler(), "generator": generator}
+            loss = (pipeline_spaco if over_ranks else spaco)(model, input_ids, labels, options.chunk_size, **told)
+        return loss if compared is None else torch.tensor([float(loss), *compared.measures()], dtype=torch.float64)
 
     return gradient

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..files.documents import Document, collate, step_documents
+from ..files.documents import Document, Pair, step_documents
 from ..models.quantize import count_parameters
 from ..pipeline.stage import PipelineStage
+from .preferences import averages
 
 GOLDEN_RATIO_HASH = 2_654_435_769  # Knuth's multiplier: products of small numbers with it are far apart in 32 bits
-# Adds the gradient of the mean loss of (model or stage, input_ids, labels), given num_targets and a generator.
-Gradient = Callable[[Any, Tensor, Tensor, int, torch.Generator], Tensor]
+# Adds the gradient of (model or stage, a batch's documents or pairs), given the step's num_targets and a generator.
+# Returns the batch's share of the loss; of pairs followed by `Compared.measures`, see preferences.py.
+Gradient = Callable[[Any, Sequence[Any], int, torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,8 @@ class Trainer:
     """
 
     def __init__(
-        self, model: Any, documents: Sequence[Document], gradient: Gradient, schedule: Schedule, batch_size: int = 1,
-        accumulate: int = 1, seed: int = 0,
+        self, model: Any, documents: Sequence[Document | Pair], gradient: Gradient, schedule: Schedule,
+        batch_size: int = 1, accumulate: int = 1, seed: int = 0,
     ) -> None:  # fmt: skip
         self.model, self.documents, self.gradient, self.schedule = model, documents, gradient, schedule
         self.batch_size, self.accumulate, self.seed, self.ranks = batch_size, accumulate, seed, Ranks(model)
@@ -129,8 +131,8 @@ class Trainer:
         decay, fused = schedule.weight_decay, self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(groups, schedule.lr, (0.9, 0.95), weight_decay=decay, fused=fused)
 
-    def run_step(self) -> dict[str, float]:
-        """Do one step; returns loss (nats per token), gradient norm, learning rate, tokens, seconds.
+    def run_step(self) -> dict[str, Any]:
+        """Do one step; returns loss (nats per token, or an objective's), gradient norm, learning rate, tokens, seconds.
 
         Raises NonFiniteLoss before anything is changed.
         """
@@ -144,11 +146,10 @@ class Trainer:
             seed = self.seed * 1_000_003 + self.step + number * GOLDEN_RATIO_HASH
             torch.manual_seed(seed)  # dropout
             generator = torch.Generator().manual_seed(seed)  # the sampler
-            input_ids, labels = collate(batch, self.device)
-            found[number] = self.gradient(self.model, input_ids, labels, num_targets, generator)
+            found[number] = self.gradient(self.model, batch, num_targets, generator).reshape(-1).tolist()
         norm = self._collect_gradients()
-        of_copies = self.ranks.everyones({number: float(loss) for number, loss in found.items()})
-        losses = [loss for _, loss in sorted({n: loss for copy in of_copies for n, loss in copy.items()}.items())]
+        of_all = {n: numbers for copy in self.ranks.everyones(found) for n, numbers in copy.items()}
+        losses = [of_all[n][0] for n in sorted(of_all)]
         if not math.isfinite(sum(losses)) or not math.isfinite(norm):
             self.optimizer.zero_grad(set_to_none=True)
             bad = [batch for batch, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)]
@@ -159,7 +160,7 @@ class Trainer:
         self._update()
         self.step += 1
         done = {"step": self.step, "loss": sum(losses), "grad_norm": norm, "lr": lr, "tokens": sum(map(len, chosen))}
-        return {**done, "seconds": time.perf_counter() - began}
+        return {**done, **averages([of_all[n][1:] for n in sorted(of_all)]), "seconds": time.perf_counter() - began}
 
     def _collect_gradients(self) -> float:
         """Move the gradients to the masters, clip them, and return their norm before clipping."""

@@ -15,7 +15,7 @@ import torch
 
 from ..chunks import Chunk, cut
 from ..errors import InputError
-from ..files.shipped import SHIPPED_MODEL
+from ..files.documents import SHIPPED_MODEL
 from ..memory.window import Pattern, Strided, Window
 from ..pipeline.start import started
 from ..protocol import Options
@@ -24,6 +24,7 @@ from ..spaco import Sampler
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+PREFERENCES = ("dpo", "ipo", "simpo", "orpo", "kto")  # objectives that compare two answers
 WINDOW, STRIDED = ("partial_context", ("window",)), ("partial_context", ("strided",))  # what options belong to
 BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "least": ("at least", operator.ge), "above": ("above", operator.gt), "most": ("at most", operator.le),
@@ -42,7 +43,7 @@ def option(
     default: `MISSING` if it has to be given; None, whatever the annotation says, if it is chosen for the case.
     absent: the default in words. group: its title in the help; None: that of the option before it; "": none.
     least, above, most, below: bounds of every number. belongs: another option, and which values it must have for this
-    one; (): any but None. positional: without `--`. none: a tuple may be empty.
+    one; (): any but None and false. positional: without `--`. none: a tuple may be empty.
     A flag is turned off by `--no-…`.
     """
     return field(default=default, metadata={name: value for name, value in locals().items() if name != "default"})
@@ -82,7 +83,7 @@ def check_options(options: Any) -> None:
                 raise InputError(f"{name} is {one!r}, but must be {must}")
         if rule["belongs"] and value != each.default:
             owner, allowed = rule["belongs"]
-            if getattr(options, owner) is None or (allowed and getattr(options, owner) not in allowed):
+            if not getattr(options, owner) or (allowed and getattr(options, owner) not in allowed):
                 raise InputError(f"{name} belongs to {flag(owner)} {' or '.join(allowed)}".strip())
 
 
@@ -143,7 +144,10 @@ class StepOptions:
     """What one step of a training does: `minichunk train` takes it, `minichunk plan` forecasts its memory."""
 
     method: str = option("seco", "spaco estimates the gradient", choices=("seco", "spaco", "full"), group="method")
-    seq_len: int = option(2048, "tokens per document piece", least=2)
+    objective: str | None = option(
+        None, "another loss: preferences between answers (rows of prompt, chosen, rejected; or prompt, completion, "
+        "label for kto), or what --teacher says of each token", choices=(*PREFERENCES, "distill"), absent="the mean")
+    seq_len: int = option(2048, "tokens per document piece, or of each of two answers with its prompt", least=2)
     chunk_size: int = option(256, "tokens per chunk", least=1)
     fill_size: int | None = option(None, "tokens per forward pass of the fill", least=1, absent="the chunk size")
     budget: int | None = option(None, "spaco: chunks kept of a document, on average", least=1, absent="a quarter")
@@ -153,7 +157,9 @@ class StepOptions:
                                           absent="float32, or wider with a wider model")
     layers_at_once: str | None = option(
         None, "take the text through a block of N layers at a time, up and down again: the cache is one block's, for "
-        "some more work; auto: the fewest blocks that fit, by the forecast of plan", metavar="N|auto", absent="all")
+        "some more work; auto: what is fastest and fits, by the forecast of plan", metavar="N|auto", absent="all")
+    graphs: int = option(0, "seco: keep the graphs of the fill's last N chunks, and do not build them again; with "
+                         "--layers-at-once auto as many as fit", least=0)
     offload: bool = option(False, "let the blocks' inputs wait in host memory; by default of blocks of one layer")
     partial_context: str | None = option(
         None, "what all but --full-layers see, as in LongGen; the model has to learn it. window: the last positions "
@@ -179,6 +185,15 @@ class StepOptions:
             raise InputError("--load-in-4bit freezes the base: it needs an adapter, --rank of at least 1")
         if (given := self.layers_at_once) not in (None, "auto") and not (given.isdecimal() and int(given)):
             raise InputError(f"--layers-at-once is {given!r}, but must be a whole number of at least 1, or auto")
+        others = self.method != "seco" or self.objective or self.offload or given not in (None, "auto")
+        if self.graphs and others:
+            names = "--layers-at-once N, --offload and --objective"
+            raise InputError(f"--graphs is for seco with all layers at once: leave out {names}")
+
+    @property
+    def rows(self) -> int:
+        """Of a piece: a preference has two."""
+        return 2 if self.objective in PREFERENCES else 1
 
     def options(self) -> Options:
         """How chunks are computed."""
@@ -189,8 +204,19 @@ class StepOptions:
         """How a step is computed, as keywords of `seco`. Raises InputError for an `auto` that nobody has decided."""
         if self.layers_at_once == "auto":
             raise InputError("--layers-at-once is 'auto': let costs.forecast.fitted decide it first")
-        how = {name: value for name, value in vars(self.options()).items() if name not in ("dropout_seed", "positions")}
-        return {**how, "layers_at_once": self.layers_at_once and int(self.layers_at_once), "offload": self.offload}
+        how = {name: getattr(self.options(), name) for name in ("fill_size", "recompute", "cache_grad_dtype")}
+        how |= {"layers_at_once": self.layers_at_once and int(self.layers_at_once), "offload": self.offload}
+        return how | ({"graphs": self.graphs} if self.graphs else {})
+
+    def trunk(self, tokens: int) -> int:
+        """How many first tokens of so many are taken to be the same in all rows."""
+        return 0
+
+    def chunks(self, tokens: int) -> tuple[list[Chunk], list[Chunk]]:
+        """All chunks of a text, and the most of them that a step backpropagates: as many, at the end of it."""
+        chunks = cut(tokens, self.chunk_size, self.trunk(tokens))
+        kept = most_kept(self.sampler, self.budget or 1, len(chunks)) if self.method == "spaco" else len(chunks)
+        return chunks, chunks[-kept:]
 
     def pattern(self) -> Pattern | None:
         """What the layers of `--partial-context` see; None without it."""
@@ -234,6 +260,13 @@ class TrainOptions(StepOptions, ModelOptions):
         "(2501.15383)", above=1, absent="the config's")
     cap: float | None = option(None, "spaco with paper: the most the relay factor may be", above=0, absent="none",
                                belongs=("sampler", ("paper",)), group="method")
+    beta: float | None = option(None, "how dearly leaving the reference is paid; in orpo the weight of the odds",
+                                above=0, absent="0.1; 2 for simpo", belongs=("objective", PREFERENCES))
+    gamma: float = option(1.0, "simpo: the margin that is asked for", least=0, belongs=("objective", ("simpo",)))
+    desirable_weight: float = option(1.0, "kto: of an answer with label true, where others have 1", above=0,
+                                     belongs=("objective", ("kto",)))
+    teacher: str | None = option(None, "distill: a larger checkpoint of the same vocabulary", metavar="DIR",
+                                 belongs=("objective", ("distill",)))
     steps: int = option(60, "optimizer steps", least=1, group="training")
     batch_size: int = option(1, "pieces at a time", least=1)
     accumulate: int = option(None, "batches per step, of all copies together", least=1, absent="one for each copy")
@@ -261,6 +294,7 @@ class TrainOptions(StepOptions, ModelOptions):
         # The shipped model, of 3 million parameters, takes larger steps.
         lr = 2e-5 if self.rank == 0 else 4e-3 if self.model is None else 3e-4
         chosen: dict[str, Any] = {"model": str(SHIPPED_MODEL), "device": device, "dtype": default_dtype(device)}
+        chosen |= {"beta": 2.0 if self.objective == "simpo" else 0.1} if self.objective in PREFERENCES else {}
         chosen |= {"lr": lr, "warmup": self.steps // 10, "pipeline": 1, "accumulate": copies}
         if self.method == "spaco":
             chosen["budget"] = max(1, len(cut(self.seq_len, self.chunk_size)) // 4)
@@ -275,7 +309,15 @@ class TrainOptions(StepOptions, ModelOptions):
         if self.method == "full" and (self.fill_size or self.cache_grad_dtype or in_blocks):
             names = "--fill-size, --cache-grad-dtype, --layers-at-once and --offload"
             raise InputError(f"{names} belong to --method seco and spaco")
+        if self.objective in PREFERENCES and not self.data:
+            raise InputError(f"--objective {self.objective} needs --data with rows of answers")
+        if self.objective in PREFERENCES and self.graphs:
+            raise InputError(f"--graphs is not for --objective {self.objective}")
+        if self.objective == "distill" and self.teacher is None:
+            raise InputError("--objective distill needs a --teacher")
         world, ranks = started().world, self.pipeline or 1
+        if self.objective and world > 1:
+            raise InputError(f"--objective {self.objective} is for one process")
         if self.pipeline is None and world > 1:
             raise InputError(f"torchrun has started {world} processes: say with --pipeline how many share the layers")
         if world % ranks:
@@ -283,8 +325,8 @@ class TrainOptions(StepOptions, ModelOptions):
             raise InputError(f"--pipeline is {ranks}, but must divide the number of processes, {world}: {start}")
         if self.method == "full" and ranks > 1:
             raise InputError("--method full has no pipeline: take seco or spaco, or --pipeline 1")
-        if in_blocks and ranks > 1:
-            raise InputError("--layers-at-once and --offload are for --pipeline 1: ranks in blocks would take turns")
+        if (in_blocks or self.graphs) and ranks > 1:
+            raise InputError("--layers-at-once, --offload and --graphs are for --pipeline 1")
         if self.accumulate is not None and self.accumulate < (copies := world // ranks):
             raise InputError(f"--accumulate is {self.accumulate}, but {copies} copies of the model need a batch each")
 
@@ -297,11 +339,6 @@ class TrainOptions(StepOptions, ModelOptions):
         if kind not in ("yarn", "linear") or not re.fullmatch(r"\d+(\.\d+)?", factor) or float(factor) <= 1:
             raise InputError(f"--rope is {self.rope!r}, but must be yarn:FACTOR or linear:FACTOR, a factor above 1")
         return {**said, "rope_type": kind, "factor": float(factor)}
-
-    def most_kept(self) -> list[Chunk]:
-        """The most chunks of a piece that a step backpropagates: as many, at the end of it."""
-        chunks = cut(self.seq_len, self.chunk_size)
-        return chunks[-most_kept(self.sampler, self.budget, len(chunks)) :] if self.budget is not None else chunks
 
     def make_sampler(self) -> Sampler:
         """The sampler of `--sampler` and `--budget`; Bernoulli keeps `budget` chunks on average."""

@@ -11,31 +11,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ..errors import InputError
 from ..files.atomic import make_directory, open_tensors, read_json, write_json, write_tensors, write_text
 from ..files.checkpoint import BESIDE, digest
-from ..files.shipped import SHIPPED_MODEL
+from ..files.documents import SHIPPED_MODEL
 from ..models.adapter_files import save_adapter
-from ..models.rope import Dynamic
-from .evaluate import Span
+from .evaluate import Span, draw_losses, new_figure, save_figure
 from .loop import Ranks, Trainer
 from .options import TrainOptions, check_options, options_of
+
+Measured = list[Span] | dict[str, Any]  # what is held out: loss by position; or, of pairs, what `measure_pairs` says
 
 
 def digests(options: TrainOptions) -> dict[str, str]:
     """By path, of the files of data that were named, and of the base: config, tokenizer, template and weights."""
-    base = Path(options.model or SHIPPED_MODEL)
     patterns = ("config.json", *BESIDE, "*.safetensors*")
-    of_base = [str(path) for pattern in patterns for path in sorted(base.glob(pattern))]
+    bases = [Path(base) for base in (options.model or SHIPPED_MODEL, options.teacher) if base]
+    of_base = [str(path) for base in bases for pattern in patterns for path in sorted(base.glob(pattern))]
     return {path: digest(Path(path)) for path in [*options.data, *options.val_data, *of_base]}
 
 
 class Run:
     """The files of one training run in `directory`.
 
-    run.json: options, digests of what is read, and the losses before training. metrics.jsonl: a line per step.
+    run.json: options, digests of what is read, and what was measured before training. metrics.jsonl: a line per step.
+    reference.safetensors: of preferences, what the reference says of the answers, see `score_pairs`.
     checkpoint.safetensors: weights, optimizer state and step, replaced as a whole at every save.
     """
 
@@ -44,6 +47,7 @@ class Run:
         self.info = self.directory / "run.json"
         self.metrics = self.directory / "metrics.jsonl"
         self.checkpoint = self.directory / "checkpoint.safetensors"
+        self.reference = self.directory / "reference.safetensors"
         self.adapter, self.model = self.directory / "adapter", self.directory / "model"
 
     @classmethod
@@ -69,23 +73,31 @@ class Run:
             raise InputError(f"--resume: {directory} holds no run (run.json is missing)")
         return run
 
-    def write_info(self, options: TrainOptions, before: Sequence[Span]) -> None:
+    def write_info(self, options: TrainOptions, before: Measured) -> None:
         info = {"options": asdict(options), "digests": digests(options)}
-        write_json(self.info, {**info, "loss_by_position_before": [asdict(span) for span in before]})
+        write_json(self.info, {**info, "before": as_json(before)})
 
-    def read_info(self) -> tuple[TrainOptions, list[Span]]:
+    def read_info(self) -> tuple[TrainOptions, Measured]:
         """What was written. Raises InputError for another version's, and if data or base are not what they were."""
         info = read_json(self.info)
         try:
             stored = options_of(TrainOptions, info["options"])
             check_options(stored)
-            before, then = [Span(**span) for span in info["loss_by_position_before"]], dict(info["digests"])
+            before, then = info["before"], dict(info["digests"])
+            before = before if isinstance(before, dict) else [Span(**span) for span in before]
         except (KeyError, TypeError, AttributeError, InputError) as error:
             raise InputError(f"{self.info} is not of this version of minichunk: {error}") from None
         now = digests(stored)
         if changed := [name for name in {**then, **now} if then.get(name) != now.get(name)]:
             raise InputError(f"--resume: {changed[0]} is not what it was: bring it back, or begin another run")
         return stored, before
+
+    def read_reference(self) -> dict[str, Tensor] | None:
+        """None if there is none. Raises InputError for a damaged one."""
+        if not self.reference.exists():
+            return None
+        with open_tensors(self.reference) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:
@@ -126,9 +138,18 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def loss_table(before: Sequence[Span], after: Sequence[Span], context: int) -> str:
-    """Losses by position before and after training, as aligned text."""
-    lines = [f"{'positions':38}  loss before  after  change"]
+def as_json(measured: Measured) -> Any:
+    """A list, or a dict as it is."""
+    return measured if isinstance(measured, dict) else [asdict(span) for span in measured]
+
+
+def table(before: Any, after: Any, context: int, count: int) -> str:
+    """What was measured before and after training, of so many documents or pairs, as aligned text."""
+    if isinstance(before, dict):
+        lines = [f"{f'{count} held-out pairs':21} {'before':>9} {'after':>9}"]
+        return "\n".join([*lines, *(f"{name:21} {x:9.3f} {after[name]:9.3f}" for name, x in before.items())])
+    title = f"mean loss on held-out text, nats per token ({count} documents)"
+    lines = [title, f"{'positions':38}  loss before  after  change"]
     for old, new in zip(before, after, strict=True):
         where = "inside the old context" if old.stop <= context else "beyond it"
         losses = f"{old.loss:11.3f}  {new.loss:5.3f}  {new.loss - old.loss:+.3f}"
@@ -136,47 +157,41 @@ def loss_table(before: Sequence[Span], after: Sequence[Span], context: int) -> s
     return "\n".join(lines)
 
 
-def write_results(ranks: Ranks, run: Run, options: TrainOptions, before: Sequence[Span], after: Sequence[Span]) -> None:
+def write_results(ranks: Ranks, run: Run, options: TrainOptions, before: Measured, after: Measured) -> None:
     """Write them; called on all processes, of which the first one writes."""
     model, context = ranks.model, ranks.model.config.max_position_embeddings
     if options.rank:
         save_adapter(model, run.adapter, options.model, ranks.whole)
     else:
         config, longest = model.config, max(context, options.seq_len)
+        rule = getattr(config, "rope_scaling", None)
         if not is_dataclass(config):  # transformers'
             config.max_position_embeddings = longest
-        elif not isinstance(getattr(config, "rope_scaling", None), Dynamic):  # which stretches by the old length
+        elif rule is None or rule.rope_type != "dynamic":  # which stretches by the old length
             model.config = replace(config, max_position_embeddings=longest)  # type: ignore[type-var]
         model.save_pretrained(run.model, ranks.whole)
     if not ranks.is_first:
         return
-    losses = {"before": [asdict(span) for span in before], "after": [asdict(span) for span in after]}
-    write_json(run.directory / "loss_by_position.json", {**losses, "context": context})
+    name = "preferences.json" if options.rows == 2 else "loss_by_position.json"
+    write_json(run.directory / name, {"before": as_json(before), "after": as_json(after), "context": context})
     plot_run(run.directory / "loss.png", run.read_metrics(), before, after, context)
 
 
-def new_figure(width: float, height: float) -> Any:
-    """An empty matplotlib Figure of so many inches, which needs no screen; None if matplotlib is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def plot_run(
-    path: Path, metrics: Sequence[dict[str, Any]], before: Sequence[Span], after: Sequence[Span], context: int
-) -> None:
-    """Draw the loss by step and by position into a PNG, if matplotlib is installed."""
+def plot_run(path: Path, metrics: Sequence[dict[str, Any]], before: Any, after: Any, context: int) -> None:
+    """Draw the loss by step, and by position or the margin of pairs, into a PNG, if matplotlib is installed."""
     if (figure := new_figure(10, 3.8)) is None:
         tqdm.write("no loss plot: pip install 'minichunk[plot]' adds matplotlib")
         return
-    by_step, by_position = figure.subplots(1, 2)
+    by_step, right = figure.subplots(1, 2)
     by_step.plot([m["step"] for m in metrics], [m["loss"] for m in metrics])
     by_step.set(xlabel="step", ylabel="training loss (nats per token)")
-    for spans, label in ((before, "before"), (after, "after")):
-        by_position.plot([(s.start + s.stop) / 2 for s in spans], [s.loss for s in spans], "o-", label=label)
-    by_position.axvline(context, linestyle=":", color="tab:gray", label="the old context")
-    by_position.set(xlabel="position", ylabel="held-out loss (nats per token)")
-    by_position.legend()
-    figure.savefig(path, dpi=120)
+    if isinstance(before, dict):
+        by_step.set(ylabel="training loss")
+        seen = [m for m in metrics if "margin" in m]
+        right.plot([m["step"] for m in seen], [m["margin"] for m in seen], label="trained on")
+        right.plot([0, len(metrics)], [before.get("margin"), after.get("margin")], "o-", label="held out")
+        right.set(xlabel="step", ylabel="margin of the rewards")
+        right.legend()
+    else:
+        draw_losses(right, {"before": before, "after": after}, context)
+    save_figure(figure, path)

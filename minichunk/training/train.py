@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ..chunks import cut
 from ..errors import InputError
-from ..files.atomic import human_bytes
+from ..files.atomic import human_bytes, write_tensors
 from ..models.partial import describe
 from ..pipeline.links import Links, RankLost
 from ..pipeline.start import linked, local_device, started
-from .evaluate import Span, loss_by_position, spans_for
-from .load import check_host_room, load_data, load_to_train, make_gradient
+from .evaluate import loss_by_position, spans_for
+from .load import check_host_room, load_data, load_teacher, load_to_train, make_gradient
 from .loop import NonFiniteLoss, Ranks, Schedule, Trainer
-from .options import TrainOptions, flag
-from .run_directory import Run, loss_table, peak_memory, write_results
+from .options import PREFERENCES, TrainOptions, flag
+from .preferences import measure_pairs, score_reference
+from .run_directory import Measured, Run, peak_memory, table, write_results
 
 LARGE = 10**9  # parameters from which on a chunk's activations are recomputed unless told otherwise
 
@@ -40,7 +42,8 @@ def train(
     data, NonFiniteLoss, and KeyboardInterrupt, which says how to go on, after saving on Ctrl-C; RankLost if another
     process ends or does not answer.
     """
-    resumed, before = None, list[Span]()
+    resumed: Run | None = None
+    before: Measured = []
     if options.resume:
         theirs = ("output", "resume", "pipeline", "timeout")
         if extra := [f.name for f in fields(options) if f.name not in theirs and getattr(options, f.name) != f.default]:
@@ -57,13 +60,14 @@ def train(
 
 
 def _train(
-    options: TrainOptions, resumed: Run | None, before: list[Span], links: Links | None, say: Any, on_step: Any
+    options: TrainOptions, resumed: Run | None, before: Measured, links: Links | None, say: Any, on_step: Any
 ) -> Path:
     model, tokenizer = load_to_train(options, links)
     ranks = Ranks(model)
     say = say if ranks.is_first else lambda line: None
     if options.offload:
         check_host_room(model, options)
+    teacher = load_teacher(options, tokenizer, model.config.vocab_size)
     training, validation, line = load_data(options, model, tokenizer)
     run = resumed or Run(ranks.everyones(Run.new(options.output).directory if ranks.is_first else Path())[0])
     total, trainable = ranks.count_parameters()
@@ -79,12 +83,24 @@ def _train(
     context = model.config.max_position_embeddings
     spans = spans_for(context, max((len(document) for document in validation), default=0))
 
+    reference: dict[str, Tensor] | None = None
+
+    def measure(when: str) -> Measured:
+        if reference is not None:
+            return measure_pairs(model, validation, options, reference, f"held-out pairs {when}")
+        return loss_by_position(model, validation, options.chunk_size, spans, f"loss by position {when}")
+
+    if options.objective in PREFERENCES:  # no weight has changed yet, nor been restored
+        known = run.read_reference() if resumed else None
+        reference = score_reference(model, training, validation, options) if known is None else known
     if not resumed:
-        before = loss_by_position(model, validation, options.chunk_size, spans, "loss by position before")
+        before = measure("before")
+        if reference:
+            write_tensors(run.reference, reference, {})
         if ranks.is_first:
             run.write_info(options, before)
     schedule = Schedule(options.steps, options.lr, options.warmup, options.weight_decay, options.clip)
-    how = (make_gradient(options), schedule, options.batch_size, options.accumulate, options.seed)
+    how = (make_gradient(options, reference, teacher), schedule, options.batch_size, options.accumulate, options.seed)
     trainer = Trainer(model, training, *how)
     if resumed:
         run.restore(trainer)
@@ -92,7 +108,7 @@ def _train(
     try:
         _run_steps(trainer, run, options, on_step)
         try:
-            after = loss_by_position(model, validation, options.chunk_size, spans, "loss by position after")
+            after = measure("after")
             write_results(ranks, run, options, before, after)
         except KeyboardInterrupt:  # the last step is saved
             raise KeyboardInterrupt(_how_to_resume(trainer, run)) from None
@@ -101,8 +117,7 @@ def _train(
         raise type(error)(f"{error}{last_good}") from None
 
     if before:
-        say(f"\nmean loss on held-out text, nats per token ({len(validation)} documents)")
-        say(loss_table(before, after, context))
+        say(f"\n{table(before, after, context, len(validation))}")
     peaks = ranks.everyones(peak_memory(trainer.device))
     of_ranks = f", on the fullest of {len(peaks)} processes" if len(peaks) > 1 else ""
     say(f"\npeak memory  {human_bytes(max(peaks))}{of_ranks}")
@@ -133,7 +148,8 @@ def _run_steps(trainer: Trainer, run: Run, options: TrainOptions, on_step: Any) 
                 run.append_metrics(metrics)
                 on_step(metrics)
             speed = f"{metrics['tokens'] / metrics['seconds']:,.0f}"
-            bar.set_postfix({"loss": f"{metrics['loss']:.3f}", "tokens/s": speed, "peak": human_bytes(max(peaks))})
+            shown = {name: f"{metrics[name]:.3f}" for name in ("loss", "margin") if name in metrics}
+            bar.set_postfix(shown | {"tokens/s": speed, "peak": human_bytes(max(peaks))})
             bar.update()
             if any(interrupts) or trainer.step % options.save_every == 0 or trainer.step == options.steps:
                 run.save(trainer)

@@ -25,6 +25,7 @@ NEEDS = {
     "relay": ("chunk", "received"),
     "backward": ("chunk", "layer", "sent"),
     "done": ("chunk",),
+    "keep": ("chunks", "layer", "norms"),
     "end": ("loss",),
 }
 BYTES = ("weights", "gradients", "memory", "memory_gradients", "activations")
@@ -64,6 +65,10 @@ def check_event(event: Event, begin: Event) -> None:
         raise InputError(f"it names the chunk {min(wrong)}, but they go from 0 to {num_chunks - 1}")
     if event.get("layer", 0) not in range(num_layers):
         raise InputError(f"'layer' is {event['layer']}, but layers go from 0 to {num_layers - 1}")
-    for name, allowed in ("entries", [num_chunks]), ("written", [num_layers]), ("received", [0, num_layers]):
+    blocks, at = begin.get("blocks", [[0, num_layers]]), event.get("block", 0)
+    if at not in range(len(blocks)):
+        raise InputError(f"'block' is {at}, but blocks go from 0 to {len(blocks) - 1}")
+    first, stop = blocks[at]
+    for name, allowed in ("entries", [num_chunks]), ("written", [stop - first]), ("received", [0, stop - first]):
         if name in event and len(event[name]) not in allowed:
             raise InputError(f"{name!r} has {len(event[name])} entries, but must have {allowed[-1]}")

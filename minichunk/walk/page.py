@@ -3,20 +3,23 @@
 import ast
 import inspect
 import json
+import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..blocks import through_blocks
 from ..chunks import cut, span
 from ..errors import InputError
 from ..files.atomic import make_directory, write_text
 from ..files.chat import load_chat_template
-from ..files.shipped import EXTENDED_ON, SHIPPED_MODEL, novel
+from ..files.documents import EXTENDED_ON, SHIPPED_MODEL, novel
 from ..full import full
 from ..models.config import LlamaConfig
 from ..models.llama import Llama
@@ -31,7 +34,8 @@ from .trace import trace
 
 FILES = Path(__file__).parent / "page"
 SCRIPTS = ("state.js", "words.js", "drawing.js", "controls.js")
-METHODS = ("seco", "spaco", "full", "full-recompute")
+METHODS = ("seco", "spaco", "seco-blocks", "spaco-blocks", "full", "full-recompute")
+SHOWN = ("seco", "spaco", "seco-blocks", "full", "full-recompute")
 MOST_CHUNKS = 32  # narrower columns cannot be read
 ALGORITHMS: dict[str, Callable[..., Any]] = {"seco": seco, "spaco": spaco, "full": full}
 
@@ -42,8 +46,9 @@ def make_page(logs: Sequence[Sequence[Event]], names: Sequence[str | None] | Non
     Logs of `full` are also drawn behind the others, where bytes are counted.
     """
     runs = [{"name": name, "events": log} for name, log in zip(names or [None] * len(logs), logs, strict=True)]
-    known = sorted({"seco", *(log[0]["method"] for log in logs)} & ALGORITHMS.keys())
-    data = json.dumps({"runs": runs, "code": {method: listing(method) for method in known}}, separators=(",", ":"))
+    known = {"seco", *(log[0]["method"] + ("-blocks" if "blocks" in log[0] else "") for log in logs)} & {*METHODS}
+    code = {method: listing(method) for method in sorted(known)}
+    data = json.dumps({"runs": runs, "code": code}, separators=(",", ":"))
     page = (FILES / "page.html").read_text(encoding="utf-8")
     for place, content in (
         ("/*CSS*/", (FILES / "page.css").read_text(encoding="utf-8")),
@@ -58,30 +63,33 @@ def listing(method: str) -> dict[str, Any]:
     """What the page shows of an algorithm's code, seen in a small real step by the frames of the functions that run.
 
     functions: name, file, number of the first line, and lines behind the docstring, of each. where: for each kind of
-    event, the lines that are at work, as [function, line], the outermost first.
+    event, and apart on the way up through blocks, the lines at work, as [function, line], the outermost first.
     """
     functions: dict[str, dict[str, Any]] = {}
     where: dict[str, list[list[int]]] = {}
 
     def look(event: Event) -> None:
-        where[event["kind"]] = running = []
+        where[event["kind"] + (" up" if event.get("up") else "")] = running = []
         for frame, number in reversed(list(traceback.walk_stack(None))):
-            if frame.f_globals["__name__"] in {algorithm.__module__ for algorithm in ALGORITHMS.values()}:
-                name = frame.f_code.co_name
-                function = functions.setdefault(name, shown(frame.f_globals[name]))
+            if (module := frame.f_globals["__name__"]) in shown_of:
+                name = frame.f_code.co_qualname
+                function = functions.setdefault(name, shown(attrgetter(name)(sys.modules[module])))
                 running.append([list(functions).index(name), number - function["first"]])
 
+    algorithm, _, blocks = method.partition("-")
+    shown_of = {through_blocks.__module__} if blocks else {function.__module__ for function in ALGORITHMS.values()}
     with torch.random.fork_rng(devices=[]):
-        model, ids = Llama(LlamaConfig(8, 4, 4, 1, 1, 1, 4)), torch.zeros(1, 4, dtype=torch.int64)
-    sampler = {"sampler": Bernoulli(1.0)} if method == "spaco" else {}
-    trace(ALGORITHMS[method], model, ids, ids, *([] if method == "full" else [2]), on_event=look, **sampler)
+        model, ids = Llama(LlamaConfig(8, 4, 4, 2 if blocks else 1, 1, 1, 4)), torch.zeros(1, 4, dtype=torch.int64)
+    told: dict[str, Any] = {} if algorithm == "full" else {"chunk_size": 2, "layers_at_once": 1 if blocks else None}
+    told |= {"sampler": Bernoulli(1.0)} if algorithm == "spaco" else {}
+    trace(ALGORITHMS[algorithm], model, ids, ids, on_event=look, **told)
     return {"functions": list(functions.values()), "where": where}
 
 
 def shown(function: Callable[..., Any]) -> dict[str, Any]:
     """A function without its docstring, moved to the left."""
     lines, first = inspect.getsourcelines(function)
-    (tree,) = ast.parse("".join(lines)).body
+    (tree,) = ast.parse(textwrap.dedent("".join(lines))).body
     assert isinstance(tree, ast.FunctionDef)
     start = tree.body[ast.get_docstring(tree) is not None].lineno - 1
     file = f"{function.__module__.split('.', 1)[1]}.py"
@@ -99,6 +107,7 @@ class WalkOptions(ModelOptions):
 
       minichunk walk
       minichunk walk --model DIR --data notes.txt --seq-len 1024 --chunk-size 256
+      minichunk walk --method seco seco-blocks --layers-at-once 3
       minichunk walk --log logs                     # also write the logs, one JSON object a line
       minichunk walk --events mine.jsonl            # look at the log of another implementation
 
@@ -108,7 +117,8 @@ class WalkOptions(ModelOptions):
     data: tuple[str, ...] | None = option(None, "text or JSONL files", metavar="FILE", absent="a shipped novel")
     seq_len: int = option(512, "tokens", group="the step", metavar="N", least=2)
     chunk_size: tuple[int, ...] = option((128, 64, 256), "tokens per chunk, one or more to choose from", least=1)
-    method: tuple[str, ...] = option(METHODS, "of these", choices=METHODS)
+    method: tuple[str, ...] = option(SHOWN, f"of {', '.join(METHODS)}", choices=METHODS)
+    layers_at_once: int = option(2, "layers in a block, of -blocks", metavar="N", least=1)
     budget: int | None = changed(StepOptions, "budget", absent="half of them")
     rank: int = option(0, "of LoRA; 0 trains all", metavar="R", least=0)
     recompute: bool = option(False, "keep layers' inputs within a chunk, run the rest again")
@@ -134,7 +144,7 @@ def run_walk(options: WalkOptions) -> None:
 def title(log: Sequence[Event]) -> str:
     """A log's method, and the size of its chunks."""
     begin = log[0]
-    name = begin["method"] + ("-recompute" if begin.get("recompute") else "")
+    name = begin["method"] + ("-recompute" if begin.get("recompute") else "") + ("-blocks" if "blocks" in begin else "")
     return name if begin["method"] == "full" else f"{name}-{begin['chunks'][0][1] - begin['chunks'][0][0]}"
 
 
@@ -163,10 +173,12 @@ def record(options: WalkOptions) -> list[list[Event]]:
             keywords: dict[str, Any] = {"chunk_size": size, "recompute": options.recompute}
             if method.startswith("full"):
                 keywords = {"recompute": method == "full-recompute"}
-            elif method == "spaco":
+            if method.endswith("-blocks"):
+                keywords["layers_at_once"] = options.layers_at_once
+            if method.startswith("spaco"):
                 keywords["sampler"] = Bernoulli(min(1.0, (options.budget or len(chunks) / 2) / len(chunks)))
                 keywords["generator"] = torch.Generator().manual_seed(options.seed)
-            events = trace(ALGORITHMS[method.removesuffix("-recompute")], model, ids, labels, **keywords)
+            events = trace(ALGORITHMS[method.partition("-")[0]], model, ids, labels, **keywords)
             said = [tokenizer.decode(text.input_ids[span([chunk])].tolist()) for chunk in chunks]
             events[0] |= {"text": said, "model": Path(directory).resolve().name}
             logs.append(events)

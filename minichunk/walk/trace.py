@@ -9,11 +9,13 @@ listens, and what it writes down there:
 - the loss function: `loss`; `memory.hand_over`: `relay`
 - the gradient of a layer's input: `backward`, with what the layer has sent to its memory
 - `torch.autograd.backward`: `done`
+- `Hidden.keep`, where the step goes through blocks of layers: `keep`
 """
 
 import inspect
 import math
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -27,6 +29,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from ..batch import check_tokens
+from ..blocks import Hidden, through_blocks
 from ..chunks import Chunk, cut
 from ..costs.count import CountBytes
 from ..errors import InputError
@@ -39,7 +42,7 @@ from ..seco import seco
 from ..spaco import spaco
 from .events import BYTES, FORMAT, Event
 
-SECO = sys.modules[seco.__module__]  # the file: `minichunk.seco` is the function
+FILES = [sys.modules[function.__module__] for function in (seco, through_blocks)]  # `minichunk.seco` is the function
 Sums = dict[tuple[int, int], list[Tensor]]  # by layer and chunk
 
 
@@ -66,26 +69,28 @@ def trace(
     """
     if function not in (seco, spaco, full):
         raise InputError(f"trace watches seco, spaco or full, but was given {getattr(function, '__name__', function)}")
-    for name in ("layers_at_once", "offload", "objective", "chunk_loss"):
+    for name in ("offload", "objective", "chunk_loss", "share", "graphs"):
         if keywords.get(name) not in (None, False):
-            raise InputError(f"trace watches the mean loss, with all layers at once: leave out {name}")
+            raise InputError(f"trace watches the mean loss, without {name}: leave it out")
     check_tokens(input_ids, labels, None, model.lm_head.weight.shape[0])
     bound = inspect.signature(function).bind(model, input_ids, labels, *arguments, **keywords)
     bound.apply_defaults()
     given, (batch, tokens) = bound.arguments, input_ids.shape
     chunks = cut(tokens, given.get("chunk_size", tokens))
-    recorder = Recorder(model, chunks, on_event)
+    size, layers = given.get("layers_at_once"), len(model.layers)
+    blocks = [[first, min(first + size, layers)] for first in range(0, layers, size)] if size else []
+    recorder = Recorder(model, chunks, blocks, on_event)
     recorder.add(input_ids, labels)
     recorder.write(
         "begin", format=FORMAT, method=function.__name__, chunks=[list(chunk) for chunk in chunks],
-        layers=len(model.layers), batch=batch, tokens=tokens, recompute=bool(given["recompute"]),
+        layers=layers, batch=batch, tokens=tokens, recompute=bool(given["recompute"]),
         parameters=sum(p.numel() for p in model.parameters()), torch=torch.__version__,
+        **({"blocks": blocks} if blocks else {}),
     )  # fmt: skip
     if "sampler" in given:
         given["sampler"] = partial(recorder.draw, given["sampler"])
     with recorder.listening():
         loss = function(*bound.args, **bound.kwargs)
-    recorder.layers, recorder.sums = [], {}
     recorder.write("end", loss=float(loss), gradient_norm=recorder.gradient_norm())
     return recorder.events
 
@@ -93,16 +98,21 @@ def trace(
 class Recorder(CountBytes):
     """Writes the events of one step into `events`, with the bytes that are alive, without those of its own numbers.
 
-    chunks: of the step. The rest: see `trace`.
+    chunks: of the step. blocks: [start, stop) of the layers of each; none: it takes all at once. The rest: see `trace`.
     """
 
-    def __init__(self, model: Any, chunks: Sequence[Chunk], on_event: Callable[[Event], object]) -> None:
+    def __init__(
+        self, model: Any, chunks: Sequence[Chunk], blocks: list[list[int]], on_event: Callable[[Event], object]
+    ) -> None:
         super().__init__()
-        self.model, self.chunks, self.on_event = model, chunks, on_event
+        self.model, self.chunks, self.blocks, self.on_event = model, chunks, blocks, on_event
         self.events: list[Event] = []
         self.parameters: list[nn.Parameter] = list(model.parameters())
         self.weights: list[Tensor] = [*self.parameters, *model.buffers()]
-        self.layers: list[Any] = []  # their memories
+        self.memory: Callable[[], LayerMemories | None] = lambda: None  # a weak reference, or it would live longer
+        self.first = 0  # layer of the block that is at work
+        self.place: dict[str, Any] = {}  # of a step through blocks: the number of that block, and whether it goes up
+        self.heard = set[type]()  # kinds of layers' memories
         self.factors: list[tuple[float, float]] = [(1.0, 1.0)] * len(chunks)  # on loss and relay
         self.running = 0  # the chunk whose graph is alive
         self.now: Sums = {}  # what the running chunk has sent back, until its layer is left
@@ -116,9 +126,13 @@ class Recorder(CountBytes):
         with ExitStack() as self.ends, self:
             for i, layer in enumerate(self.model.layers):
                 self.ends.callback(layer.register_forward_pre_hook(partial(self.enter, i)).remove)
-            self.listen(self.model, "new_memory", self.remember)
-            self.listen(self.model, "run", self.run)
-            self.listen(SECO, "loss_of_chunk", self.take_loss)
+            self.listen(type(self.model), "new_memory", self.remember)  # of the model, or of its blocks
+            self.listen(type(self.model), "run", self.run)
+            self.listen(LayerMemories, "write", self.fill)
+            self.listen(LayerMemories, "hand_over", self.relay)
+            self.listen(Hidden, "keep", self.keep)
+            for file in FILES:
+                self.listen(file, "loss_of_chunk", self.take_loss)
             self.listen(F, "cross_entropy", self.take_loss)  # of full.py
             self.listen(torch.autograd, "backward", self.done)
             yield
@@ -139,10 +153,17 @@ class Recorder(CountBytes):
         of_memory = LayerMemories(self.layers, []).tensors().bytes()
         known = (storage_bytes(self.weights), storage_bytes(self.gradients()), *of_memory)
         sizes = dict(zip(BYTES, (*known, self.live - sum(known)), strict=True))
+        fields |= self.place
         event = {"step": len(self.events), "kind": kind, **fields, "bytes": sizes, "peak": max(self.peak, self.live)}
         self.peak = self.live
         self.events.append(event)
         self.on_event(event)
+
+    @property
+    def layers(self) -> list[Any]:
+        """The memories of the layers that are at work."""
+        memory = self.memory()
+        return [] if memory is None else memory.layers
 
     # What the algorithm asks, in its own order.
 
@@ -153,19 +174,26 @@ class Recorder(CountBytes):
         self.factors = [weight or (0.0, 0.0) for weight in entries]
         return entries
 
-    def remember(self, memory: LayerMemories, *_: Any) -> None:
-        self.layers = layers = memory.layers
+    def remember(self, memory: LayerMemories, model: Any, *_: Any) -> None:
+        self.memory, layers = weakref.ref(memory), memory.layers
+        self.first = next(i for i, layer in enumerate(self.model.layers) if layer is model.layers[0])
+        if self.blocks:  # up through all but the last one, then down through each
+            passes = sum(event["kind"] == "memory" for event in self.events)
+            block = [first for first, _ in self.blocks].index(self.first)
+            self.place = {"block": block, "up": passes < len(self.blocks) - 1}
         self.write("memory", remembers=["state" if isinstance(x, LayerState) else "keys and values" for x in layers])
-        self.listen(LayerMemories, "write", self.fill)
-        self.listen(LayerMemories, "hand_over", self.relay)
-        for kind in {type(layer) for layer in layers}:  # attention adds to its memory, others read leaves from theirs
+        for kind in {type(layer) for layer in layers} - self.heard:
+            # Attention adds to its memory, others read leaves from theirs.
             name, heard = ("add_grads", self.sent) if hasattr(kind, "add_grads") else ("past", self.read)
             self.listen(kind, name, heard)
+            self.heard.add(kind)
 
     def fill(self, _: None, memory: LayerMemories, chunks: Sequence[Chunk], written: Written) -> None:
         self.write("fill", chunks=[self.chunks.index(chunk) for chunk in chunks], **describe(written))
 
-    def run(self, result: tuple[Tensor, Written], ids: Tensor, memory: Any = None, chunks: Any = (), *_: Any) -> None:
+    def run(
+        self, result: tuple[Tensor, Written], _: Any, x: Tensor, memory: Any = None, chunks: Any = (), *__: Any
+    ) -> None:
         if torch.is_grad_enabled() and chunks:
             self.running = self.chunks.index(chunks[0])
             self.write("rebuild", chunk=self.running, **describe(result[1]))
@@ -180,12 +208,21 @@ class Recorder(CountBytes):
         self.write("relay", chunk=self.running, received=[norms(layer) for layer in received], factor=factor)
 
     def done(self, _: None, tensors: Any, *__: Any) -> None:
-        loss = float((tensors if isinstance(tensors, Tensor) else tensors[0]).detach())  # times its factor
-        next(event for event in reversed(self.events) if event["kind"] == "loss")["loss"] = loss
-        self.loss += loss
+        end = tensors if isinstance(tensors, Tensor) else tensors[0]
+        if end.ndim == 0:  # the loss, times its factor; blocks below the last one have hidden states
+            loss = float(end.detach())
+            next(event for event in reversed(self.events) if event["kind"] == "loss")["loss"] = loss
+            self.loss += loss
         for layer in sorted({layer for layer, _ in self.now}, reverse=True):
             self.leave(layer)  # nothing below it learns, so that its input has no gradient
         self.write("done", chunk=self.running, loss=self.loss, gradient_norm=self.gradient_norm())
+
+    def keep(self, _: None, hidden: Hidden, chunks: Sequence[Chunk], x: Tensor) -> None:
+        if x.is_floating_point():  # not the tokens
+            above = len(self.layers) if self.place["up"] else 0  # on the way down in the place of the block's own input
+            parts = x.detach().split([stop - start for start, stop in chunks], dim=1)
+            at = {"chunks": [self.chunks.index(chunk) for chunk in chunks], "layer": self.first + above}
+            self.write("keep", **at, norms=norms(parts))
 
     # What layers do in the backward pass.
 
@@ -206,7 +243,7 @@ class Recorder(CountBytes):
     def read(self, seen: Any, layer: Any, chunks: Sequence[Chunk], *_: Any) -> None:
         """Autograd adds up in leaves what is sent back to the end of the chunk before."""
         before = next((i for i, chunk in enumerate(self.chunks) if chunk.stop == chunks[0].start), 0)
-        key = self.layers.index(layer), before
+        key = self.first + self.layers.index(layer), before
         for leaf in tree_leaves(seen):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 leaf.register_hook(lambda gradient: add_up(self.now, key, [gradient]))
@@ -218,7 +255,7 @@ class Recorder(CountBytes):
                 low, high = max(first, start), min(first + gradients[0].shape[2], stop)
                 if low < high:
                     rows, around = slice(low - first, high - first), (0, 0, low - start, stop - high)
-                    key = self.layers.index(layer), i
+                    key = self.first + self.layers.index(layer), i
                     add_up(self.now, key, [F.pad(g[:, :, rows], around) for g in gradients])
 
     def gradients(self) -> list[Tensor]:

@@ -16,20 +16,23 @@ from unittest.mock import patch
 
 import numpy
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import minichunk.models.load  # noqa: F401 - configs are written by it
-from minichunk.batch import IGNORE, prepare, shift
+from minichunk.batch import IGNORE, Objective, prepare, shift
 from minichunk.blocks import Hidden
 from minichunk.chunks import Chunk, cut, span
 from minichunk.files.atomic import write_tensors
 from minichunk.full import full
+from minichunk.losses import dpo
 from minichunk.memory.window import FULL, Window
 from minichunk.models.config import LlamaConfig
 from minichunk.models.llama import Attention, Layer, Llama, rope_tables
 from minichunk.models.lora import DropoutMasks, adapters, add_lora
-from minichunk.models.rope import Llama3Rope
+from minichunk.models.rope import RopeRule
 from minichunk.models.ssm import StateSpace, StateSpaceConfig
+from minichunk.objective import log_probs, weigh
 from minichunk.porting.compare import FORMAT
 from minichunk.protocol import Options, flat
 from minichunk.samplers import Weight
@@ -51,6 +54,7 @@ class Case(NamedTuple):
     seed: of its numbers. rounding: how many units of rounding, relative to its norm, a tensor is moved by one such unit
     in each step: the worst tensor, measured (tests/test_golden.py). spread: of the weights. sinks: which all queries of
     layers with a window see. batches: of one step. layers_at_once: as `seco` has it.
+    dpo: beta, and what every label's log-probability is in the reference; the rows are the chosen answer and the other.
     """
 
     config: LlamaConfig | StateSpaceConfig
@@ -61,6 +65,7 @@ class Case(NamedTuple):
     lora: dict[str, Any] | None = None
     batches: int = 1
     layers_at_once: int | None = None
+    dpo: dict[str, float] | None = None
 
 
 def llama(**changes: Any) -> LlamaConfig:
@@ -72,7 +77,8 @@ def llama(**changes: Any) -> LlamaConfig:
     return LlamaConfig(**{**common, **changes})
 
 
-SCALED = llama(rope_theta=500.0, rope_scaling=Llama3Rope(4.0, 1.0, 2.0, 8))
+RULE = RopeRule("llama3", factor=4.0, high_freq_factor=2.0, original_max_position_embeddings=8)
+SCALED = llama(rope_theta=500.0, rope_scaling=RULE)
 NORMED = llama(model_type="qwen3", qk_norm=True, head_dim=6, num_key_value_heads=2)
 KINDS = ("sliding_attention", "full_attention", "sliding_attention")
 WINDOW = llama(model_type="ministral", num_key_value_heads=2, sliding_window=4, layer_types=KINDS)
@@ -89,12 +95,13 @@ CASES = {  # one for each thing that a port can get wrong by itself
     "qkv-bias": Case(llama(model_type="qwen2", attention_bias=True), seed=4, rounding=200),
     "qk-norm": Case(NORMED, seed=3, rounding=100),
     "window": Case(WINDOW, seed=4, rounding=100, sinks=1),
-    "lora": Case(llama(), seed=4, rounding=250, lora=LORA),
+    "lora": Case(llama(), seed=4, rounding=350, lora=LORA),
     "accumulated": Case(llama(num_hidden_layers=2), seed=1, rounding=150, batches=2),
     "calm": Case(llama(num_hidden_layers=2), seed=0, rounding=20, spread=0.1),
     "state": Case(STATE, seed=0, rounding=700),
     "hybrid": Case(HYBRID, seed=0, rounding=120),
     "blocks": Case(llama(num_key_value_heads=2), seed=2, rounding=100, layers_at_once=1),
+    "dpo": Case(llama(num_key_value_heads=2), seed=1, rounding=150, dpo={"beta": 0.5, "reference": -2.5}),
 }
 
 
@@ -145,6 +152,8 @@ def build(case: Case) -> Step:
         labels = input_ids.clone()
         labels[n, 3:5] = IGNORE  # in the middle, across the end of a chunk
         labels[1 - n, 9 - 3 * n :] = IGNORE  # padding on the right, no two batches alike
+        if case.dpo is not None:  # the same prompt
+            input_ids[1, :4], labels[:, :4] = input_ids[0, :4], IGNORE
         batches.append((input_ids, labels))
     masks = {}
     for name, layer in adapters(model).items():
@@ -185,6 +194,10 @@ def written_by(case: Case, layer: int) -> Sequence[tuple[str, str]]:
     return ("keys", "key_grads"), ("values", "value_grads")
 
 
+def objective(case: Case, labels: Tensor) -> Objective | None:
+    return dpo(case.dpo["reference"] * (labels != IGNORE), case.dpo["beta"]) if case.dpo else None
+
+
 def record(case: Case, step: Step, n: int, weights: Sequence[Weight | None], prefix: str) -> dict[str, Tensor]:
     """Algorithms 1 and 2 as in seco.py and spaco.py on batch n, keeping every intermediate; adds to `.grad`."""
     model, (input_ids, labels) = step.model, step.batches[n]
@@ -195,6 +208,10 @@ def record(case: Case, step: Step, n: int, weights: Sequence[Weight | None], pre
     fill(model, input_ids, chunks[: kept[-1][0]], memory, options)
     out: dict[str, Tensor] = {}
     total = torch.zeros((), dtype=torch.float64)
+    if (function := objective(case, labels)) is not None:
+        out[f"{prefix}.log_probs"] = log_probs(model, input_ids, labels, CHUNK_SIZE)
+        batch, total = weigh(function, batch, out[f"{prefix}.log_probs"])
+        out[f"{prefix}.token_weights"] = F.pad(-batch.factors[:, :-1], (1, 0)) * (labels != IGNORE)
     for i, chunk, weight in reversed(kept):
         where = f"{prefix}.chunk.{i}"
         with torch.no_grad(), looking_inside(model) as seen:
@@ -212,7 +229,7 @@ def record(case: Case, step: Step, n: int, weights: Sequence[Weight | None], pre
         relayed = received or [torch.zeros_like(tensor) for _, tensor in passed]
         out |= {name: grad.clone() for (name, _), grad in zip(passed, relayed, strict=True)}
         torch.autograd.backward([weight.loss * loss, *written], [None, *received])
-        total += weight.loss * loss.detach()
+        total = total if case.dpo else total + weight.loss * loss.detach()
         out[f"{where}.loss"] = weight.loss * loss.detach()
         out |= {f"{where}.grad.{name}": grad for name, grad in gradients(model).items()}
     return out | {f"{prefix}.loss": total}
@@ -253,7 +270,8 @@ def golden(case: Case, step: Step | None = None) -> dict[str, Tensor]:
     if attention is not None:
         out["rope.cos"], out["rope.sin"] = rope_tables(attention, torch.arange(LENGTH), next(model.parameters()))
     out |= {f"weights.{name}": p.detach().clone() for name, p in model.named_parameters()}
-    losses = [full(model, *batch, num_targets=step.num_targets) for batch in step.batches]
+    divisor = None if case.dpo else step.num_targets
+    losses = [full(model, *b, num_targets=divisor, objective=objective(case, b[1])) for b in step.batches]
     out["full.loss"] = torch.stack(losses).sum()
     out |= {f"full.grad.{name}": grad for name, grad in gradients(model).items()}
     for method, weights in (("seco", [Weight(1.0, 1.0)] * len(DRAW)), ("spaco", DRAW)):
@@ -267,10 +285,11 @@ def golden(case: Case, step: Step | None = None) -> dict[str, Tensor]:
 def metadata(name: str, case: Case) -> dict[str, str]:
     """What a port must know beside the tensors; numbers and lists as JSON."""
     out = {"format": FORMAT, "case": name, "config": case.config.to_dict(), "chunk_size": CHUNK_SIZE}
-    out |= {"num_targets": build(case).num_targets, "spaco": [weight and list(weight) for weight in DRAW]}
-    out |= {"rounding": case.rounding}
+    out |= {"spaco": [weight and list(weight) for weight in DRAW], "rounding": case.rounding}
+    out |= {"num_targets": 1 if case.dpo else build(case).num_targets}
     out |= {"sinks": case.sinks} if case.sinks else {}
     out |= {"layers_at_once": case.layers_at_once} if case.layers_at_once else {}
+    out |= {"dpo": case.dpo} if case.dpo else {}
     out |= {"lora": case.lora} if case.lora is not None else {}
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in out.items()}
 

@@ -2,7 +2,7 @@
 // which names what is shown: #method=seco&chunk=128&step=17
 
 function drawCode() {
-  const { code } = here.run, { kind } = eventNow(), stack = code.where[kind] ?? [];
+  const { code } = here.run, { kind, up } = eventNow(), stack = code.where[up ? `${kind} up` : kind] ?? [];
   const also = kind === "relay" ? code.where.backward.at(-1) : []; // the relay is handed over in that line
   const mark = (f, l) => {
     const depth = stack.findIndex(([at, line]) => at === f && line === l);
@@ -20,26 +20,23 @@ function drawCode() {
 
 // What the table shows at an event: heads and rows of cells.
 function tableOf(run, event) {
-  const [first, second] = isState(run, event.layer ?? 0) ? ["state", "decay"] : ["keys", "values"];
+  const [start] = blockOf(run, event), [first, second] = isState(run, event.layer ?? start) ? ["state", "decay"] : ["keys", "values"];
   if (event.written) return {
     head: ["layer", "shape", `‖${first}‖`, `‖${second}‖`],
-    rows: event.written.map((norms, l) => [l, event.shapes?.[l].length ? `[${event.shapes[l][0].join(", ")}]` : "–", ...norms.slice(0, 2)]),
+    rows: event.written.map((norms, l) => [start + l, event.shapes?.[l].length ? `[${event.shapes[l][0].join(", ")}]` : "–", ...norms.slice(0, 2)]),
   };
   if (event.kind === "relay" && event.received.length) return {
     head: ["layer", `gradient of ${first}`, `of ${second}`, "in all"],
-    rows: event.received.map((norms, l) => [l, norms[0], norms[1] ?? "–", norm(norms)]),
+    rows: event.received.map((norms, l) => [start + l, norms[0], norms[1] ?? "–", norm(norms)]),
   };
-  if (event.kind === "backward" && event.sent.length) {
-    const sums = new Map((event.held ?? []).map(([i, ...norms]) => [i, norms]));
-    return {
-      head: ["sent to", `‖∂${first}‖`, ...(event.sent[0].length > 2 ? [`‖∂${second}‖`] : []), "sum so far"],
-      rows: event.sent.map(([i, ...norms]) => [chunkName(i) + (lost(run, i, event.layer) ? " (lost)" : ""), ...norms, sums.has(i) ? norm(sums.get(i)) : "–"]),
-    };
-  }
+  if (event.kind === "backward" && event.sent.length) return {
+    head: ["sent to", `‖∂${first}‖`, ...(event.sent[0].length > 2 ? [`‖∂${second}‖`] : []), "sum so far"],
+    rows: event.sent.map(([i, ...norms]) => [chunkName(i) + (lost(run, i, event.layer) ? " (lost)" : ""), ...norms, heldOf(event, i) ?? "–"]),
+  };
   return { head: [], rows: [] };
 }
 
-const soFar = (run, event) => (event.kind === "end" || run.whole ? "" : event.kind === "done" ? "so far " : "before this chunk ");
+const soFar = (run, event) => (event.kind === "end" || run.whole ? "" : ["done", "keep"].includes(event.kind) ? "so far " : "before this chunk ");
 
 function valuesOf(run, event, state) {
   const parts = [];

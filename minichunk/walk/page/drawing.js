@@ -26,7 +26,7 @@ function drawGrid() {
   const total = run.chunks.at(-1)[1] - run.chunks[0][0];
   const free = width - left - gap * (run.chunks.length - 1) - 10; // and room for an arrow on the right
   const columns = run.chunks.map(([start, stop], i) => ({ x: left + (start / total) * free + gap * i, w: ((stop - start) / total) * free }));
-  const top = (layer) => head + (run.layers - 1 - layer) * (height + 5), bottom = head + run.layers * (height + 5);
+  const row = height + (run.begin.blocks ? 11 : 5), top = (layer) => head + (run.layers - 1 - layer) * row, bottom = head + run.layers * row;
   const at = { columns, top, height, bottom, left, width, narrow, run, event, state };
   const label = `${run.chunks.length} chunks by ${run.layers} layers. ${sentenceOf(run, event)}`;
   const arrows = { fill: reads, rebuild: reads, relay: relays, backward: sends }[event.kind] ?? (() => "");
@@ -49,15 +49,16 @@ function heads({ columns, run, event, top, height, left, narrow }) {
 }
 
 function cells({ columns, top, height, narrow, run, event, state }, i) {
-  const { x, w } = columns[i], parts = [], thin = height * THIN, upper = run.whole ? height : height * 0.46;
+  const { x, w } = columns[i], parts = [], thin = height * THIN, upper = run.whole ? height : height * 0.46, [first, stop] = blockOf(run, event);
   for (let l = 0; l < run.layers; l++) {
     const y = top(l), body = state.body[l][i], held = state.held[l][i];
-    const atWork = event.chunk === i && (event.layer ?? l) === l && event.kind !== "done";
+    const atWork = event.chunk === i && (event.layer ?? l) === l && first <= l && l < stop && event.kind !== "done";
     parts.push(rect(x, y, w, upper, `body ${body}${atWork ? " at-work" : ""}`, `data-cell="${l},${i}" data-body="${body}"`));
     if (body === "input") parts.push(rect(x, y, 10, upper, "kept-input"));
     if (drawn(run) && !run.kept[i]) parts.push(rect(x, y, w, upper, "", 'fill="url(#skip)"'));
-    const aside = event.kind === "relay" && event.chunk === i && event.received[l]?.length ? 14 : 0; // there stands an arrow
+    const aside = event.kind === "relay" && event.chunk === i && event.received[l - first]?.length ? 14 : 0; // there stands an arrow
     if (w > 70 && upper > 15) parts.push(text(x + w / 2 + aside, y + upper / 2 + 4, { run: "run, not kept", graph: "graph", input: "input kept", done: "done", none: "" }[body], `small in-${body}`));
+    if (state.input[l][i]) parts.push(rect(x, y + height + 2, w, 7, state.input[l][i] === "kept" ? "kept-input" : "sent", `data-input="${l},${i}"`));
     if (run.whole) continue;
     parts.push(rect(x, y + height * STRIP, w, thin, state.filled[l][i] ? "memory filled" : "memory empty", `data-memory="${l},${i}"`));
     parts.push(rect(x, y + height * GRADIENT, w, thin, "room"));
@@ -80,16 +81,16 @@ function reads({ columns, top, height, run, event, state }) {
   const j = event.chunk ?? event.chunks[0];
   return state.filled.map((_, l) => {
     const y = top(l) + height * (STRIP + THIN / 2), from = isState(run, l) && j ? columns[j - 1].x + columns[j - 1].w : columns[0].x;
-    return j ? `<path d="M${from} ${y}H${columns[j].x}" class="read flow" marker-end="url(#tip-blue)"/>` : "";
+    return j && state.filled[l][0] ? `<path d="M${from} ${y}H${columns[j].x}" class="read flow" marker-end="url(#tip-blue)"/>` : "";
   }).join("");
 }
 
 function relays({ columns, top, height, event, run }) {
-  const { x, w } = columns[event.chunk];
+  const { x, w } = columns[event.chunk], [first] = blockOf(run, event);
   return event.received.map((norms, l) => {
-    const size = norm(norms), half = 1 + Number(thickness(size, run)) / 2, middle = x + Math.min(w * 0.2, 18), y = top(l);
+    const size = norm(norms), half = 1 + Number(thickness(size, run)) / 2, middle = x + Math.min(w * 0.2, 18), y = top(first + l);
     const path = `M${middle - half} ${y + height * 0.95}V${y + 13}h-5L${middle} ${y + 2}L${middle + half + 5} ${y + 13}h-5V${y + height * 0.95}z`;
-    return `<path d="${path}" class="handed" data-relayed="${l}" data-norm="${size}"/>` +
+    return `<path d="${path}" class="handed" data-relayed="${first + l}" data-norm="${size}"/>` +
       (w > 60 ? text(middle + half + 8, y + height * (STRIP + THIN / 2) + 4, "relay", "on-memory", "start") : "");
   }).join("");
 }

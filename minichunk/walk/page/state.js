@@ -7,11 +7,9 @@ const escaped = (text) => String(text).replace(/[&<>"]/g, (c) => ({ "&": "&amp;"
 const norm = (numbers) => Math.hypot(...numbers);
 const chunkName = (i) => `chunk ${i}`;
 const layerName = (i) => `layer ${i}`;
+const blockOf = (run, event) => run.blocks[event.block ?? 0]; // its layers, [start, stop)
 
-const number = (x) => {
-  if (x === 0) return "0";
-  return Math.abs(x) >= 1000 || Math.abs(x) < 0.0001 ? x.toExponential(2) : Number(x.toPrecision(3)).toString();
-};
+const number = (x) => (x && (Math.abs(x) >= 1000 || Math.abs(x) < 0.0001) ? x.toExponential(2) : String(Number(x.toPrecision(3))));
 const mebibytes = (bytes) => (bytes && bytes < 2 ** 18 ? `${(bytes / 2 ** 10).toFixed(1)} KiB` : `${(bytes / 2 ** 20).toFixed(2)} MiB`);
 
 const LABELS = { full: "full", seco: "SeCO", spaco: "SpaCO" };
@@ -22,16 +20,17 @@ const PARTS = [
 
 function runOf({ name, events }) {
   const [begin] = events;
-  const entries = events.find((e) => e.kind === "draw")?.entries ?? null;
+  const entries = events.find((e) => e.kind === "draw")?.entries ?? null, blocks = begin.blocks ?? [[0, begin.layers]];
+  const parts = begin.blocks ? "-blocks" : "", remembered = (b) => events.find((e) => e.kind === "memory" && (e.block ?? 0) === b);
   const run = {
-    begin, entries, events, layers: begin.layers, chunks: begin.chunks, method: begin.method,
-    label: name ?? (LABELS[begin.method] ?? begin.method) + (begin.recompute ? ", recomputed" : ""),
-    address: begin.method === "full" && begin.recompute ? "full-recompute" : begin.method,
+    begin, entries, events, blocks, layers: begin.layers, chunks: begin.chunks, method: begin.method,
+    label: name ?? (LABELS[begin.method] ?? begin.method) + (begin.recompute ? ", recomputed" : "") + (parts && ", in blocks"),
+    address: begin.method === "full" && begin.recompute ? "full-recompute" : begin.method + parts,
     kept: begin.chunks.map((_, i) => !entries || entries[i] !== null),
     recompute: Boolean(begin.recompute), whole: begin.method === "full",
     size: Math.max(...begin.chunks.map(([start, stop]) => stop - start)),
-    remembers: events.find((e) => e.kind === "memory")?.remembers ?? [],
-    code: data.code[begin.method] ?? data.code.seco,
+    remembers: blocks.flatMap((_, b) => remembered(b)?.remembers ?? []),
+    code: data.code[begin.method + parts] ?? data.code.seco,
   };
   run.states = statesOf(run);
   run.largest = Math.max(1e-300, ...run.states.map((s) => Math.max(...s.held.flat())));
@@ -39,36 +38,38 @@ function runOf({ name, events }) {
   return run;
 }
 
+const heldOf = (event, i) => event.held?.filter(([chunk]) => chunk === i).map(([, ...norms]) => norm(norms))[0];
+
 // At each step: what the body of every cell is (none, run, graph, input, done), whether its memory is filled, the norm
-// of what has been sent back to it, and whether that has been relayed.
+// of what has been sent back to it, whether that has been relayed, and what is kept between blocks, its input or a gradient.
 function statesOf(run) {
   const table = (value) => Array.from({ length: run.layers }, () => run.chunks.map(() => value));
-  let state = { body: table("none"), filled: table(false), held: table(0), relayed: table(false), gradient: null };
-  const all = [];
-  for (const event of run.events) {
+  let state = { body: table("none"), filled: table(false), held: table(0), relayed: table(false), input: table(""), gradient: null };
+  return run.events.map((event) => {
+    const [first, stop] = blockOf(run, event);
     state = structuredClone(state);
     for (const row of state.body) row.forEach((body, i) => { if (body === "run") row[i] = "none"; });
-    const column = (what, i, value) => state[what].forEach((row) => { row[i] = value; });
+    const column = (what, i, value) => state[what].slice(first, stop).forEach((row) => { row[i] = value; });
     if (event.kind === "fill") {
       for (const i of event.chunks) { column("body", i, "run"); column("filled", i, true); }
     } else if (event.kind === "rebuild" || event.kind === "forward") {
       column("body", event.chunk, run.recompute ? "input" : "graph");
     } else if (event.kind === "relay") {
-      event.received.forEach((norms, l) => { state.held[l][event.chunk] = norm(norms); state.relayed[l][event.chunk] = true; });
+      event.received.forEach((norms, l) => { state.held[first + l][event.chunk] = norm(norms); state.relayed[first + l][event.chunk] = true; });
     } else if (event.kind === "backward") {
       state.body[event.layer][event.chunk] = "done";
-      const sums = new Map((event.held ?? []).map(([i, ...norms]) => [i, norm(norms)]));
-      for (const [i, ...norms] of event.sent) state.held[event.layer][i] = sums.get(i) ?? Math.hypot(state.held[event.layer][i], norm(norms));
+      for (const [i, ...norms] of event.sent) state.held[event.layer][i] = heldOf(event, i) ?? Math.hypot(state.held[event.layer][i], norm(norms));
     } else if (event.kind === "done") {
       column("body", event.chunk, "done");
-    } else if (event.kind === "end") { // the memory goes with the step
-      state.filled = table(false);
-      state.held = table(0);
+    } else if (event.kind === "keep") {
+      for (const i of event.chunks) state.input[event.layer][i] = event.up ? "kept" : "sent";
+    } else if (event.kind === "memory" || event.kind === "end") { // the one before has gone, with its block or the step
+      Object.assign(state, { filled: table(false), held: table(0), relayed: table(false) });
+      state.input.forEach((row, l) => { if (l > stop || event.kind === "end") row.fill(""); });
     }
     state.gradient = event.gradient_norm ?? state.gradient;
-    all.push(state);
-  }
-  return all;
+    return state;
+  });
 }
 
 const runs = data.runs.map(runOf);
