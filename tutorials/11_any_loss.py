@@ -130,7 +130,9 @@ for panel, share in zip(axes, (False, True), strict=True):
             y = row if rows == 2 else 0.5
             color = "tab:gray" if chunk.stop <= PROMPT else ("tab:green", "tab:red")[row]
             panel.barh(y, chunk.stop - chunk.start, left=chunk.start, height=0.5, color=color, edgecolor="white")
-    panel.set(title=f"share={share}", yticks=(0, 1), yticklabels=("chosen", "rejected"), xlabel="position")
+    panel.set(
+        title="a tree" if share else "two rows", yticks=(0, 1), yticklabels=("chosen", "rejected"), xlabel="position"
+    )
 figure.suptitle("Chunks of a pair: two rows, or a tree")
 plt.show()
 
