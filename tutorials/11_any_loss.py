@@ -120,10 +120,9 @@ def watch(share):
 figure, axes = plt.subplots(1, 2, figsize=(9, 2.2), layout="constrained", sharey=True)
 for panel, share in zip(axes, (False, True), strict=True):
     runs = watch(share)
-    print(
-        f"share={share}: {sum(rows * (chunk.stop - chunk.start) for rows, chunk in runs)} tokens are rebuilt, ", end=""
-    )
-    print(f"gradient off by {distance(gradient(), exact):.0e}")
+    tokens = sum(rows * (chunk.stop - chunk.start) for rows, chunk in runs)
+    way = "as a tree  " if share else "as two rows"
+    print(f"{way} {tokens} tokens are rebuilt, gradient off by {distance(gradient(), exact):.0e}")
     assert distance(gradient(), exact) < 1e-13
     for rows, chunk in runs:
         for row in range(2):
