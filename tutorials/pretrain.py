@@ -19,8 +19,15 @@ from tqdm import tqdm
 
 import minichunk as mc
 from minichunk.files.atomic import write_json, write_text
-from minichunk.files.documents import Document, cut_documents, read_documents
-from minichunk.files.shipped import EXTENDED_ON, MEASURED_ON, TRAINED_ON, novel
+from minichunk.files.documents import (
+    EXTENDED_ON,
+    MEASURED_ON,
+    TRAINED_ON,
+    Document,
+    cut_documents,
+    novel,
+    read_documents,
+)
 from minichunk.training.evaluate import loss_by_position
 from minichunk.training.loop import Gradient, Schedule, Trainer
 

@@ -160,8 +160,10 @@ def most_graphs(setting: Setting, tokens: int, available: int) -> int:
 
 
 def fitted(options: TrainOptions) -> TrainOptions:
-    """With `--layers-at-once auto` decided, and `--graphs` where all layers fit: by what is free on the GPU now; on a CPU
-    all layers are taken at once. Raises InputError."""
+    """With `--layers-at-once auto` decided, and `--graphs` where all layers fit, by what is free on the GPU now.
+
+    On a CPU all layers are taken at once. Raises InputError.
+    """
     if options.layers_at_once != "auto":
         return options
     told = options.resolved()

@@ -15,7 +15,7 @@ import torch
 
 from ..chunks import Chunk, cut
 from ..errors import InputError
-from ..files.shipped import SHIPPED_MODEL
+from ..files.documents import SHIPPED_MODEL
 from ..memory.window import Pattern, Strided, Window
 from ..pipeline.start import started
 from ..protocol import Options
