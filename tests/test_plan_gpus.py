@@ -1,7 +1,5 @@
 """The forecast for several GPUs is the memory of the rank of a real pipeline that needs most, counted the same way."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -318,7 +318,9 @@ def test_loss_by_position_is_the_mean_of_the_token_losses(options: TrainOptions)
         assert span.loss == pytest.approx(float(each[:, start:stop].mean()), rel=1e-12)
 
 
-@pytest.mark.parametrize(("context", "length", "stops"), [(256, 700, (256, 512, 700)), (8192, 1024, (256, 512, 1024))])
+@pytest.mark.parametrize(
+    ("context", "length", "stops"), [(256, 700, (256, 512, 700)), (8192, 2048, (256, 512, 1024, 2048))]
+)
 def test_spans(context: int, length: int, stops: tuple[int, ...]) -> None:
     assert spans_for(context, length) == [*pairwise((0, *stops))]
 
