@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from .batch import Batch, ChunkLoss, Objective, prepare, trunk_of
-from .blocks import through_blocks
+from .blocks import check_graphs, fill_with_graphs, through_blocks
 from .chunks import Chunk, check_fill_size, cut, groups, span
-from .graphs import check_graphs, fill_with_graphs
 from .loss import loss_of_chunk
 from .objective import score, weigh
 from .protocol import Memory, Model, Options, relay

@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 import minichunk as mc
-from minichunk.files.shipped import MEASURED_ON, novel
+from minichunk.files.documents import MEASURED_ON, novel
 from tutorials.pretrain import train_tokenizer
 
 from .ranks import Ranks

@@ -13,8 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 import minichunk as mc
 from minichunk.batch import IGNORE
 from minichunk.files.chat import ChatTemplate, load_chat_template
-from minichunk.files.documents import Document, load_tokenizer, read_documents
-from minichunk.files.shipped import novel
+from minichunk.files.documents import Document, load_tokenizer, novel, read_documents
 
 transformers = pytest.importorskip("transformers")
 TEMPLATES = Path(__file__).parent / "chat_templates"

@@ -66,6 +66,7 @@ MISTAKES = {
     "TRAIN --method full --offload": "and --offload belong to --method seco and spaco",
     "TRAIN --method full --layers-at-once 2": "--layers-at-once and --offload belong to --method seco and spaco",
     "TRAIN --layers-at-once 0": "--layers-at-once is '0', but must be a whole number of at least 1, or auto",
+    "TRAIN --graphs 2 --layers-at-once 2": "--graphs is for seco with all layers at once",
     "TRAIN --layers-at-once some": "--layers-at-once is 'some', but must be",
     "plan --gpus 2 --offload": "--layers-at-once, --offload and --graphs are for one GPU",
     "TRAIN --fill-size 7": "--fill-size is 7, but must be at least 8",

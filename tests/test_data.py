@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, processors
 
 import minichunk as mc
 from minichunk.files.documents import (
+    SHIPPED_MODEL,
     check_vocabulary,
     collate,
     cut_documents,
@@ -16,7 +17,6 @@ from minichunk.files.documents import (
     read_documents,
     step_documents,
 )
-from minichunk.files.shipped import SHIPPED_MODEL
 
 from .test_chat import KINDS
 

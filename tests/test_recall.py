@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from minichunk.batch import IGNORE
 from minichunk.command.main import main
-from minichunk.files.documents import Document
-from minichunk.files.shipped import MEASURED_ON, novel
+from minichunk.files.documents import MEASURED_ON, Document, novel
 from minichunk.training.recall import Cell, hide, recall_table, score, wilson
 from tutorials.recall import HOP, VALUES, texts
 

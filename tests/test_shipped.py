@@ -10,8 +10,16 @@ import pytest
 import torch
 
 import minichunk as mc
-from minichunk.files.documents import cut_documents, load_tokenizer, read_documents
-from minichunk.files.shipped import MEASURED_ON, SHIPPED_MODEL, SHIPPED_STATE, TRAINED_ON, novel
+from minichunk.files.documents import (
+    MEASURED_ON,
+    SHIPPED_MODEL,
+    SHIPPED_STATE,
+    TRAINED_ON,
+    cut_documents,
+    load_tokenizer,
+    novel,
+    read_documents,
+)
 from minichunk.models.load import load_model
 from minichunk.training.evaluate import loss_by_position
 from tutorials import pretrain

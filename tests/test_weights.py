@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -136,21 +137,17 @@ def test_loading_holds_one_tensor_at_a_time(checkpoint: Path, monkeypatch: pytes
     alive: list[weakref.ref[torch.Tensor]] = []
     most = 0
 
-    class Spy:
-        def __init__(self, file: Any) -> None:
-            self.keys, self.get_slice, self.file = file.keys, file.get_slice, file
-
-        def get_tensor(self, name: str) -> torch.Tensor:
+    @contextmanager
+    def opened(*arguments: Any) -> Iterator[Mock]:
+        def get_tensor(name: str) -> torch.Tensor:
             nonlocal most
             most = max(most, sum(ref() is not None for ref in alive))
-            tensor = self.file.get_tensor(name)
+            tensor = file.get_tensor(name)
             alive.append(weakref.ref(tensor))
             return tensor
 
-    @contextmanager
-    def opened(*arguments: Any) -> Iterator[Spy]:
         with open_tensors(*arguments) as file:
-            yield Spy(file)
+            yield Mock(keys=file.keys, get_slice=file.get_slice, get_tensor=get_tensor)
 
     monkeypatch.setattr(checkpoint_module, "open_tensors", opened)
     mc.Llama.from_pretrained(checkpoint, dtype=torch.float32)

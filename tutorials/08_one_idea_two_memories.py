@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 import minichunk as mc
 from minichunk.batch import prepare
 from minichunk.chunks import cut
-from minichunk.files.shipped import ASSETS, novel
+from minichunk.files.documents import ASSETS, novel
 from minichunk.memory.state import scan
 from minichunk.models.ssm import StateLayer
 from minichunk.protocol import Options

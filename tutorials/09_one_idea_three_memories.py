@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 import minichunk as mc
 from minichunk.batch import prepare
 from minichunk.chunks import cut
-from minichunk.files.shipped import ASSETS, novel
+from minichunk.files.documents import ASSETS, novel
 from minichunk.protocol import Options
 from minichunk.seco import fill, new_memory, rebuild
 

@@ -23,7 +23,7 @@ import torch
 from tokenizers import Tokenizer
 
 import minichunk as mc
-from minichunk.files.shipped import ASSETS, novel
+from minichunk.files.documents import ASSETS, novel
 from minichunk.pipeline import pipeline_seco as step
 from minichunk.pipeline.links import Links
 
@@ -299,7 +299,7 @@ shutil.rmtree(folder)
 # ## How long a text fits
 #
 # `minichunk plan --gpus N` runs the code of each rank by itself on tensors without numbers, and says which rank needs most.
-# Its forecast is [tested](../tests/test_plan_gpus.py) to be the peak of a real pipeline on the CPU. Llama-3-8B with LoRA, in
+# Its forecast is [tested](../tests/test_plan.py) to be the peak of a real pipeline on the CPU. Llama-3-8B with LoRA, in
 # thousands of tokens, by the memory of each GPU (`–`: not one chunk):
 #
 # | GPUs | method | 12 GiB | 16 GiB | 24 GiB | 48 GiB | 80 GiB | 141 GiB |

@@ -12,7 +12,7 @@ import argparse
 import json
 from pathlib import Path
 
-from minichunk.files.shipped import EXTENDED_ON, novel
+from minichunk.files.documents import EXTENDED_ON, novel
 
 parser = argparse.ArgumentParser(description="Write preference pairs out of a shipped novel.")
 parser.add_argument("output", type=Path, metavar="FILE")

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 import minichunk as mc
-from minichunk.files.shipped import SHIPPED_MODEL
+from minichunk.files.documents import SHIPPED_MODEL
 from minichunk.training.options import TrainOptions
 from minichunk.training.train import train
 

@@ -17,8 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minichunk.chunks import Chunk
-from minichunk.files.documents import load_tokenizer, read_documents
-from minichunk.files.shipped import novel
+from minichunk.files.documents import load_tokenizer, novel, read_documents
 from minichunk.full import full
 from minichunk.memory.attention import BLOCK
 from minichunk.memory.cache import LayerCache

@@ -31,19 +31,14 @@ class CountBytes(TorchDispatchMode):
                 self.live += storage.nbytes()
         self.peak = max(self.peak, self.live + workspace)
 
-    def leave_out(self, *tensors: Tensor, peak: int) -> None:
-        """Count these as nothing: they would be in host memory. peak: that of before they were made."""
-        for tensor in tensors:
-            known, size = self._storages[id(tensor.untyped_storage())]
-            self._storages[id(tensor.untyped_storage())] = known, 0
-            self.live -= size
-            self.left_out += size
-        self.peak = max(peak, self.live)
-
     def room(self, x: Tensor) -> Tensor:
-        """As `host_like`, but on x's device and left out."""
+        """As `host_like`, but on x's device, and counted as nothing: it would be in host memory."""
         peak, made = self.peak, torch.empty_like(x)
-        self.leave_out(made, peak=peak)
+        known, size = self._storages[key := id(made.untyped_storage())]
+        self._storages[key] = known, 0
+        self.live -= size
+        self.left_out += size
+        self.peak = max(peak, self.live)
         return made
 
     def _forget(self, key: int, _: ref[Any]) -> None:

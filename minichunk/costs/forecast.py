@@ -153,15 +153,17 @@ def fewest_blocks(setting: Setting, tokens: int | None, available: int, host: in
 
 def most_graphs(setting: Setting, tokens: int, available: int) -> int:
     """How many graphs of a step of SeCO with all layers at once fit beside all else."""
-    if setting.in_blocks or setting.method != "seco":
+    if setting.in_blocks or setting.method != "seco" or setting.objective:
         return 0
     two, three = (forecast(replace(setting, graphs=number)).at(tokens).peak for number in (2, 3))
     return max(0, min(2 + (available - two) // (three - two), -(-tokens // setting.chunk_size) - 1))
 
 
 def fitted(options: TrainOptions) -> TrainOptions:
-    """With `--layers-at-once auto` decided, and `--graphs` where all layers fit: by what is free on the GPU now; on a CPU
-    all layers are taken at once. Raises InputError."""
+    """With `--layers-at-once auto` decided, and `--graphs` where all layers fit, by what is free on the GPU now.
+
+    On a CPU all layers are taken at once. Raises InputError.
+    """
     if options.layers_at_once != "auto":
         return options
     told = options.resolved()

@@ -16,10 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..batch import Batch, shift, widen_gradients
-from ..blocks import Hidden, Walk, first_that_learns
+from ..blocks import Hidden, Walk, fill_with_graphs, first_that_learns
 from ..chunks import span
 from ..full import backpropagate
-from ..graphs import fill_with_graphs
 from ..memory import attention
 from ..memory.kernels import kernel_for
 from ..memory.window import FULL

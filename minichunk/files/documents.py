@@ -22,6 +22,12 @@ from .atomic import json_lines, read_json
 from .chat import ChatTemplate, Message, Span, shared, unknown_fields
 from .checkpoint import checkpoint_directory
 
+ASSETS = Path(__file__).parents[1] / "assets"
+SHIPPED_MODEL = ASSETS / "austen-llama"
+SHIPPED_STATE = ASSETS / "austen-state"  # a StateSpace, whose tokens are bytes
+TRAINED_ON = ("emma", "mansfieldpark", "prideprejudice", "sensesensibility")  # the shipped models
+EXTENDED_ON, MEASURED_ON = "persuasion", "northangerabbey"  # the main job
+
 FORMS = "must be an object with the string 'text', with 'prompt' and 'completion', or with 'messages'"
 # Fields of other programs' rows that say what is learnt, or what is seen before it. They are refused, not dropped.
 MEANINGFUL = {
@@ -97,6 +103,11 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     tokenizer.no_truncation()  # the file may ask for either, from how its model was trained
     tokenizer.no_padding()
     return tokenizer
+
+
+def novel(name: str) -> Path:
+    """The path of a shipped novel."""
+    return ASSETS / "austen" / f"{name}.txt"
 
 
 def read_documents(

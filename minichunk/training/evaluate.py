@@ -13,8 +13,7 @@ from ..batch import IGNORE, shift
 from ..errors import InputError
 from ..files.atomic import replacing
 from ..files.chat import load_chat_template
-from ..files.documents import Document, collate
-from ..files.shipped import MEASURED_ON, SHIPPED_MODEL, novel
+from ..files.documents import MEASURED_ON, SHIPPED_MODEL, Document, collate, novel
 from ..models.partial import describe
 from ..models.stack import Stack
 from .load import load_as_told, read_pieces

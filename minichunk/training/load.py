@@ -13,8 +13,18 @@ from torch import Tensor
 from ..errors import InputError
 from ..files.atomic import check_room
 from ..files.chat import ChatTemplate, load_chat_template
-from ..files.documents import check_vocabulary, collate, cut_documents, load_tokenizer, read_documents, read_pairs
-from ..files.shipped import EXTENDED_ON, MEASURED_ON, SHIPPED_MODEL, novel
+from ..files.documents import (
+    EXTENDED_ON,
+    MEASURED_ON,
+    SHIPPED_MODEL,
+    check_vocabulary,
+    collate,
+    cut_documents,
+    load_tokenizer,
+    novel,
+    read_documents,
+    read_pairs,
+)
 from ..full import full
 from ..models.adapter_files import load_adapter
 from ..models.load import change_rope, load_model

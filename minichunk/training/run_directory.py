@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..errors import InputError
 from ..files.atomic import make_directory, open_tensors, read_json, write_json, write_tensors, write_text
 from ..files.checkpoint import BESIDE, digest
-from ..files.shipped import SHIPPED_MODEL
+from ..files.documents import SHIPPED_MODEL
 from ..models.adapter_files import save_adapter
 from .evaluate import Span, draw_losses, new_figure, save_figure
 from .loop import Ranks, Trainer

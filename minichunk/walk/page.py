@@ -19,7 +19,7 @@ from ..chunks import cut, span
 from ..errors import InputError
 from ..files.atomic import make_directory, write_text
 from ..files.chat import load_chat_template
-from ..files.shipped import EXTENDED_ON, SHIPPED_MODEL, novel
+from ..files.documents import EXTENDED_ON, SHIPPED_MODEL, novel
 from ..full import full
 from ..models.config import LlamaConfig
 from ..models.llama import Llama
@@ -107,6 +107,7 @@ class WalkOptions(ModelOptions):
 
       minichunk walk
       minichunk walk --model DIR --data notes.txt --seq-len 1024 --chunk-size 256
+      minichunk walk --method seco seco-blocks --layers-at-once 3
       minichunk walk --log logs                     # also write the logs, one JSON object a line
       minichunk walk --events mine.jsonl            # look at the log of another implementation
 
