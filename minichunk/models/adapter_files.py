@@ -52,16 +52,10 @@ def save_adapter(
         return
     changes = {"partial_context": model.partial, "rope_parameters": model.rope}
     config: dict[str, Any] = {
-        "peft_type": _peft_type(changes),
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base_model),
-        "r": model.lora.rank,
-        "lora_alpha": model.lora.alpha,
-        "lora_dropout": model.lora.dropout,
-        "target_modules": sorted(model.lora.targets),
-        "inference_mode": True,
-        "bias": "none",
-    }
+        "peft_type": _peft_type(changes), "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_model),
+        "r": model.lora.rank, "lora_alpha": model.lora.alpha, "lora_dropout": model.lora.dropout,
+        "target_modules": sorted(model.lora.targets), "inference_mode": True, "bias": "none",
+    }  # fmt: skip
     config |= {name: change for name, change in changes.items() if change is not None}
     directory = make_directory(directory)
     write_tensors(directory / _TENSORS, {_PREFIX + name: x for name, x in tensors.items()}, {"format": "pt"})

@@ -82,9 +82,7 @@ class StreamNorm(nn.RMSNorm):
 
 class Mixer(nn.Module):
     """h[t] = exp(-A dt[t]) h[t-1] + dt[t] x[t] b[t]ᵀ, y[t] = h[t] c[t] + D x[t] for each head; then a norm, gated by z.
-
-    z, x, b, c and the time step dt are linear in the input; x, b and c go through the convolution.
-    """
+    z, x, b, c and the time step dt are linear in the input; x, b and c go through the convolution."""
 
     def __init__(self, config: Mamba2Config) -> None:
         super().__init__()
@@ -158,10 +156,7 @@ class Mamba2Layer(nn.Module):
 
 
 class Mamba2(Stack):
-    """A Mamba-2 with the weights' names of Hugging Face's `Mamba2ForCausalLM`.
-
-    `Mamba2(config)` has random weights; `Mamba2.from_pretrained(directory)` has trained ones.
-    """
+    """A Mamba-2 with the weights' names of Hugging Face's `Mamba2ForCausalLM`."""
 
     config_class = Mamba2Config
     names = ("backbone", "embeddings", "norm_f")

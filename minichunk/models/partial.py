@@ -30,10 +30,8 @@ def partial_context(model: Stack, pattern: Pattern, full_layers: Sequence[int] |
 
 def partial_config(config: Any, pattern: Pattern, full_layers: Sequence[int] | None = None) -> LlamaConfig:
     """The config of what `partial_context` makes of a model, see there.
-
     Windows without sinks become Hugging Face's `sliding_window`, a Llama or a Mistral thereby a Ministral. All else is
-    `pattern`, under a model_type of our own when it is saved.
-    """
+    `pattern`, under a model_type of our own when it is saved."""
     if type(config) is not LlamaConfig:
         raise InputError(f"partial_context needs a model of the Llama family, not a {config.name or config.model_type}")
     if not isinstance(pattern, Window | Strided):

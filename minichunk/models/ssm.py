@@ -71,9 +71,7 @@ class StateSpaceConfig(Config):
 
 class StateLayer(nn.Module):
     """x + y, where h[t] = A[t] h[t-1] + B[t] u[t], y[t] = C[t] h[t] and u = norm(x).
-
-    The gates A (N numbers in (0, 1), the same for all P channels), B and C (N numbers each) are linear in u.
-    """
+    The gates A (N numbers in (0, 1), the same for all P channels), B and C (N numbers each) are linear in u."""
 
     def __init__(self, config: StateSpaceConfig) -> None:
         super().__init__()
@@ -107,10 +105,7 @@ class StateLayer(nn.Module):
 
 
 class StateSpace(Stack):
-    """State-space layers, and attention layers where the config's `layer_types` has them.
-
-    `StateSpace(config)` has random weights; `StateSpace.from_pretrained(directory)` has trained ones.
-    """
+    """State-space layers, and attention layers where the config's `layer_types` has them."""
 
     config_class = StateSpaceConfig
     takes_positions = property(lambda self: self.config.attention is not None)

@@ -42,9 +42,7 @@ ALGORITHMS: dict[str, Callable[..., Any]] = {"seco": seco, "spaco": spaco, "full
 
 def make_page(logs: Sequence[Sequence[Event]], names: Sequence[str | None] | None = None) -> str:
     """A page that shows these logs: as one run each, by `names` (None: the method's). The first is shown first.
-
-    Logs of `full` are also drawn behind the others, where bytes are counted.
-    """
+    Logs of `full` are also drawn behind the others, where bytes are counted."""
     runs = [{"name": name, "events": log} for name, log in zip(names or [None] * len(logs), logs, strict=True)]
     known = {"seco", *(log[0]["method"] + ("-blocks" if "blocks" in log[0] else "") for log in logs)} & {*METHODS}
     code = {method: listing(method) for method in sorted(known)}
@@ -61,10 +59,8 @@ def make_page(logs: Sequence[Sequence[Event]], names: Sequence[str | None] | Non
 
 def listing(method: str) -> dict[str, Any]:
     """What the page shows of an algorithm's code, seen in a small real step by the frames of the functions that run.
-
     functions: name, file, number of the first line, and lines behind the docstring, of each. where: for each kind of
-    event, and apart on the way up through blocks, the lines at work, as [function, line], the outermost first.
-    """
+    event, and apart on the way up through blocks, the lines at work, as [function, line], the outermost first."""
     functions: dict[str, dict[str, Any]] = {}
     where: dict[str, list[list[int]]] = {}
 
@@ -150,9 +146,7 @@ def title(log: Sequence[Event]) -> str:
 
 def record(options: WalkOptions) -> list[list[Event]]:
     """The logs of one step by each method, and by each chunk size. Raises InputError.
-
-    The parameters' gradients are there from the beginning, as in all but the first step of a training.
-    """
+    The parameters' gradients are there from the beginning, as in all but the first step of a training."""
     check_options(options)
     model, tokenizer = load_as_told(options)
     directory, sizes = options.model or SHIPPED_MODEL, options.chunk_size
