@@ -22,6 +22,7 @@ from minichunk.costs.forecast import bytes_of_share, fewest_blocks, fitted, fore
 from minichunk.costs.peak import optimizer_states, step_memory
 from minichunk.costs.plan import parse_bytes
 from minichunk.costs.setting import CHUNKED, METHODS, Setting, Share
+from minichunk.losses import dpo
 from minichunk.memory import attention
 from minichunk.memory.kernels import kernel_for
 from minichunk.models.shapes import layer_memory_bytes, random_model
@@ -71,7 +72,10 @@ def real_peak(setting: Setting, tokens: int) -> tuple[int, int]:
         states = optimizer_states(model)
         if setting.in_blocks:  # as from an earlier batch of the same step
             mc.seco(model, *[torch.zeros(1, 2, dtype=torch.int64)] * 2, 2)
-        ids = torch.zeros(1, tokens, dtype=torch.int64)
+        ids = torch.zeros(setting.rows, tokens, dtype=torch.int64)
+        if setting.objective:  # the chosen answer and the rejected one
+            ids[1, setting.trunk(tokens) :] = 1
+            keywords |= {"objective": dpo(torch.zeros(ids.shape)), "share": True}
         if setting.method == "seco":
             mc.seco(model, ids, ids, setting.chunk_size, **keywords)
         elif setting.method == "spaco":
@@ -102,6 +106,9 @@ SLIDING, FULL = "sliding_attention", "full_attention"
         (llama(2), "spaco", {"rank": 0, "recompute": False}),
         (llama(4), "spaco", {"recompute": False, "layers_at_once": "1", "offload": True, "fill_size": 1024}),
         (llama(4), "seco", {"layers_at_once": "1", "fill_size": 1024}),
+        (llama(4), "seco", {"objective": "dpo"}),
+        (llama(4), "seco", {"objective": "dpo", "answer": 700, "recompute": False}),
+        (llama(4), "spaco", {"objective": "dpo", "answer": 90, "fill_size": 1024}),
         (llama(4), "seco", {"graphs": 2, "rank": 0}),
         (llama(4), "seco", {"graphs": 6, "dtype": "bfloat16"}),
         *((llama(2), m, o) for m in METHODS if m not in CHUNKED for o in ({}, {"dtype": "bfloat16", "rank": 0})),

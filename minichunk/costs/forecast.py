@@ -94,6 +94,9 @@ def forecast(setting: Setting, gpus: int = 1) -> Forecast:
         raise InputError(f"--gpus is {gpus}, but {setting.model} has {layers} layers, and each GPU needs one at least")
     if gpus > 1 and setting.method not in CHUNKED:
         raise InputError(f"--method is {setting.method!r}, but on several GPUs must be one of {', '.join(CHUNKED)}")
+    if setting.objective and (gpus > 1 or setting.in_blocks or setting.graphs or setting.method not in CHUNKED):
+        where = "seco and spaco, on one GPU, with all layers at once and without --graphs"
+        raise InputError(f"--objective {setting.objective} is forecast for {where}")
     if gpus > 1 and (setting.in_blocks or setting.graphs):
         raise InputError("--layers-at-once, --offload and --graphs are for one GPU")
     return Forecast(setting, gpus)
@@ -123,7 +126,8 @@ def bytes_of_share(setting: Setting, tokens: int, share: Share | None, way: Way 
         device, host = (round(more * (getattr(second, n) - getattr(first, n)) / base) for n in ("peak", "host"))
         return replace(first, peak=first.peak + device, chunk=first.chunk + device, host=first.host + host)
     cache, grads = setting.memory_bytes(tokens, way)[share.layers if share else slice(None)].sum(0).tolist()
-    chunk, between, host = first.chunk + BATCH * more, *(n * tokens // base for n in (first.between_blocks, first.host))
+    chunk = first.chunk + setting.rows * BATCH * more
+    between, host = (n * tokens // base for n in (first.between_blocks, first.host))
     peak = first.weights + first.adapter_and_optimizer + cache + grads + between + chunk
     return StepBytes(peak, first.weights, first.adapter_and_optimizer, cache, grads, between, chunk, host)
 
@@ -153,7 +157,7 @@ def fewest_blocks(setting: Setting, tokens: int | None, available: int, host: in
 
 def most_graphs(setting: Setting, tokens: int, available: int) -> int:
     """How many graphs of a step of SeCO with all layers at once fit beside all else."""
-    if setting.in_blocks or setting.method != "seco":
+    if setting.in_blocks or setting.method != "seco" or setting.objective:
         return 0
     two, three = (forecast(replace(setting, graphs=number)).at(tokens).peak for number in (2, 3))
     return max(0, min(2 + (available - two) // (three - two), -(-tokens // setting.chunk_size) - 1))

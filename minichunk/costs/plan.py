@@ -120,7 +120,7 @@ def describe(found: dict[str, Any]) -> str:
         f"peak at {found['seq_len']:,} tokens{who}: {human_bytes(found['peak_bytes'])}; {fits} into "
         f"{human_bytes(found['memory_bytes'])} less a reserve of {human_bytes(found['reserve_bytes'])}{split}",
         "",
-        *(f"  {name.replace('_', ' '):22} {human_bytes(n):>10}" for name, n in found["breakdown"].items()),
+        *(f"  {name.replace('_', ' '):22} {human_bytes(n):>10}" for name, n in found["breakdown"].items() if n),
     ]
     if found["host_bytes"]:
         lines.append(f"  {'in host memory' + of:22} {human_bytes(found['host_bytes']):>10}")
