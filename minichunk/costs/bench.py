@@ -117,10 +117,8 @@ def run_step(model: Any, options: BenchOptions, method: str, ids: Tensor, seed: 
 
 def bench(options: BenchOptions) -> list[Row]:
     """Measure each method at each length, all of them once before any twice; each time in a process of its own.
-
     So the memory of one does not count for another. Repeat r draws SpaCO's chunks with seed r. What fails is not
-    repeated. Raises InputError.
-    """
+    repeated. Raises InputError."""
     check_options(options)
     check_fill_size(options.fill_size, options.chunk_size)
     shape(options.model)

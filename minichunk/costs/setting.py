@@ -110,9 +110,7 @@ class Setting(StepOptions):
 
     def even_from(self, share: Share | None = None) -> int:
         """Tokens from which on a step grows evenly: of a chunked one only the batch and what is remembered.
-
-        From there a chunk sees as many pieces of the past as ever, the fill is at its longest pass, a pipeline full.
-        """
+        From there a chunk sees as many pieces of the past as ever, the fill is at its longest pass, a pipeline full."""
         if self.method not in CHUNKED:
             return 1024
         stride = max((p.stride or 1 for p in self.patterns() if isinstance(p, Strided)), default=1)
