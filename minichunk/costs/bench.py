@@ -52,8 +52,7 @@ class BenchOptions:
     --layers-at-once of train.
 
       minichunk bench --methods full-recompute seco seco-recompute --seq-len 4096 16384 --plot bench.png
-      minichunk bench --device cuda --model llama-3-8b --rank 8 --methods full-recompute-offload seco-recompute
-    """
+      minichunk bench --device cuda --model llama-3-8b --rank 8 --methods full-recompute-offload seco-recompute"""
 
     methods: tuple[str, ...] = option(SHOWN, f"of {', '.join(METHODS)}", metavar="M", choices=METHODS)
     seq_len: tuple[int, ...] = option((1024, 2048, 4096), "tokens", metavar="N", least=2)

@@ -28,8 +28,7 @@ class PlanOptions(Setting):
 
       minichunk plan --model llama-3-8b --memory 24GiB
       minichunk plan --model llama-3-8b --layers-at-once auto --offload --host-memory 128GiB
-      minichunk plan --model DIR --seq-len 131072 --gpus 4
-    """
+      minichunk plan --model DIR --seq-len 131072 --gpus 4"""
 
     memory: str = option("24GiB", "of the device, of each GPU", group="the device")
     reserve: str = option("1GiB", "of it not to be planned with")

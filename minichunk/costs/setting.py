@@ -65,7 +65,6 @@ class Setting(StepOptions):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of the model."""
         return DTYPES[self.dtype]
 
     def config(self) -> Any:
@@ -85,11 +84,9 @@ class Setting(StepOptions):
 
     @property
     def in_blocks(self) -> bool:
-        """Whether the step goes through blocks of layers."""
         return self.method in CHUNKED and (self.layers_at_once is not None or self.offload)
 
     def blocks(self, model: Stack) -> list[Stack]:
-        """Of layers."""
         return model.blocks(self.keywords()["layers_at_once"] or 1)
 
     def pass_chunks(self) -> int:

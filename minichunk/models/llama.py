@@ -1,8 +1,6 @@
 """The Llama, leaf to root. Its memory of earlier chunks is an argument; see stack.py for how layers are run.
-
 Shapes: B batch, T tokens of this call, H query heads, G key-value heads, D head size,
-E hidden size, V vocabulary. Parameter names are Hugging Face's.
-"""
+E hidden size, V vocabulary. Parameter names are Hugging Face's."""
 
 import torch
 import torch.nn.functional as F

@@ -56,14 +56,21 @@ def load(
     dtype: of all parameters; None takes that of the first tensor in the files.
     load_in_4bit: store the linear layers' weights in 4 bits, for LoRA; see quantize.py.
     prepare: called with the model before it has its tensors; those of what it takes out are not read.
-    Tensor by tensor onto the device: the host holds one at a time. The model is in eval mode. Raises InputError.
-    """
+    Tensor by tensor onto the device: the host holds one at a time. The model is in eval mode. Raises InputError."""
     if load_in_4bit:
         check_bitsandbytes()
     path, generation = checkpoint_directory(directory) / "config.json", Path(directory) / "generation_config.json"
     config = read_json(path)
     if kind is Stack and config.get("model_type") not in {*_FAMILIES, *OTHERS, _PARTIAL_CONTEXT, None}:
-        return load_wrapped(directory, dtype, device, load_in_4bit, prepare)
+        if load_in_4bit:
+            raise InputError(f"{directory}: 4 bits are for model_types of minichunk's own: load it with transformers")
+        try:
+            from .wrap import load_transformer
+        except ImportError:
+            raise InputError(f"{directory}: this model_type needs transformers: pip install 'minichunk[hf]'") from None
+        model = load_transformer(directory, dtype, device)
+        prepare(model)
+        return model
     kind = class_of(config) if kind is Stack else kind
     try:
         with torch.device("meta"):  # shapes without memory
@@ -97,29 +104,14 @@ def load(
     return model.eval()
 
 
-def load_wrapped(directory: str | Path, dtype: Any, device: Any, load_in_4bit: bool, prepare: Any) -> Any:
-    """`load` for the model_types that transformers computes, by `wrap`."""
-    try:
-        from .wrap import load_transformer
-    except ImportError:
-        raise InputError(f"{directory}: this model_type needs transformers: pip install 'minichunk[hf]'") from None
-    if load_in_4bit:
-        raise InputError(f"{directory}: 4 bits are for model_types of minichunk's own: load it with transformers")
-    model = load_transformer(directory, dtype, device)
-    prepare(model)
-    return model
-
-
 def save(
     model: Stack, directory: str | Path,
     whole: Callable[[dict[str, Tensor]], dict[str, Tensor] | None] = lambda tensors: tensors,
 ) -> None:  # fmt: skip
     """`model.save_pretrained`: write `config.json` and `model.safetensors`.
-
     Tokenizer, chat template and generation config of the directory that it was loaded from come along.
     whole: makes all tensors by name of those that are here, or None where nothing is to be written.
-    Raises InputError for an adapter or a 4-bit base.
-    """
+    Raises InputError for an adapter or a 4-bit base."""
     if adapters(model):
         raise InputError("the model has an unmerged LoRA adapter: call merge_lora first, or save it with save_adapter")
     if is_in_4bit(model):
@@ -240,13 +232,11 @@ def _read_rope_field(c: dict[str, Any], field: str) -> tuple[float, RopeRule | N
 
 def change_rope(model: Stack, rope: dict[str, Any]) -> None:
     """Let a pretrained model's positions be turned by other angles: in place, to be trained after.
-
     Its config says so, `save_pretrained` writes it, and `save_adapter` writes it beside the adapter.
     rope: fields of config.json's `rope_parameters`, as {"rope_type": "yarn", "factor": 4.0} or {"rope_theta": 8e6}.
         What it leaves out stays, but a new rope_type begins without the old one's fields; its
         original_max_position_embeddings, if need be, is the old rule's, or else the config's max_position_embeddings.
-    Raises InputError for another kind of model, and for a rule that cannot be.
-    """
+    Raises InputError for another kind of model, and for a rule that cannot be."""
     config = model.config
     if not isinstance(rope, dict):
         raise InputError(f"rope_parameters is {rope!r}, but must be an object")

@@ -107,13 +107,11 @@ def add_lora(
     model: Stack, rank: int = 8, alpha: float = 16, targets: Sequence[str] | None = None, dropout: float = 0.0
 ) -> None:
     """Freeze the model and put a trainable adapter beside each linear layer named in `targets`.
-
     targets: names, or ends of them; None: q_proj and v_proj where the model has attention, else `default_targets`.
     The model is in training mode then, with dropout: `model.eval()` ends that.
     Parameters keep their names; `<layer>.lora_A.weight` (rank, in) and `<layer>.lora_B.weight` (out, rank) come beside
     them, in float32 (float64 for a float64 model). The update is alpha / rank · B A.
-    Raises InputError for a wrong value and for a model that has an adapter already.
-    """
+    Raises InputError for a wrong value and for a model that has an adapter already."""
     known, default = linear_layers(model), default_targets(model)
     if targets is None:
         targets = [name for name in ("q_proj", "v_proj") if name in default] or default
@@ -171,9 +169,7 @@ def without_adapter(model: Stack) -> Iterator[None]:
 @torch.no_grad()
 def merge_lora(model: Stack) -> None:
     """Fold every adapter into its weight and take the adapters out; all parameters become trainable.
-
-    Raises InputError for a 4-bit base, whose 16 levels would swallow the update.
-    """
+    Raises InputError for a 4-bit base, whose 16 levels would swallow the update."""
     if is_in_4bit(model):
         raise InputError("a 4-bit base cannot take an adapter in: save it, and merge it into the unquantized base")
     for layer in adapters(model).values():

@@ -1,8 +1,6 @@
 """The rules that stretch rotary positions (RoPE) to texts longer than a model was trained on.
-
 RoPE turns the numbers of a query or a key in pairs, each by the angle position · frequency. A config.json names its
-rule as `rope_type`, with the rule's numbers beside it. All of them compute what transformers computes.
-"""
+rule as `rope_type`, with the rule's numbers beside it. All of them compute what transformers computes."""
 
 import math
 from dataclasses import dataclass, fields

@@ -1,7 +1,5 @@
 """A selective state-space model: that of adjoint sharding (arXiv 2501.00692, section 3), and hybrids of it.
-
-Shapes: B batch, T tokens of this call, P hidden size, N state size.
-"""
+Shapes: B batch, T tokens of this call, P hidden size, N state size."""
 
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
@@ -21,11 +19,9 @@ from .stack import Stack
 @dataclass(frozen=True)
 class StateSpaceConfig(Config):
     """Shape and constants of a StateSpace; its config.json has the same fields.
-
     layer_types: "state" or "full_attention" for each layer; empty: all "state". The fields from `intermediate_size` on
     are those of a LlamaConfig, for its attention layers; without one they stay None.
-    max_position_embeddings: the length that it was trained at. A state has no bound; rotations, further on, are new.
-    """
+    max_position_embeddings: the length that it was trained at. A state has no bound; rotations, further on, are new."""
 
     name = "state_space"
     beside: ClassVar = {"model_type": "state_space"}

@@ -23,10 +23,8 @@ class Stack(nn.Module):
     A layer is called as `layer(x, past, *shared)` with x (B, T, E) and returns the next x and what it writes;
     `layer.fill(x, past, *shared)` returns the latter alone. `past` is what it sees of its memory (None: it runs
     the whole sequence at once), `shared` what all layers get. `layer.new_memory(spec)` makes that memory.
-
     `from_pretrained(directory)` has trained weights, else they are random.
-    config: with vocab_size, hidden_size and tie_word_embeddings, in config.json's terms.
-    """
+    config: with vocab_size, hidden_size and tie_word_embeddings, in config.json's terms."""
 
     config_class: ClassVar[Any]  # with `to_dict` and `from_dict`
     from_pretrained: ClassVar[Any]  # load.py sets these two: a model needs no files
@@ -123,11 +121,9 @@ class Stack(nn.Module):
         options: Options = DEFAULTS,
     ) -> tuple[Tensor, Written]:  # fmt: skip
         """Run some tokens, on top of the memory if there is one.
-
         input_ids: int64 (B, T). memory: of all positions before; read, not written.
         chunks: the adjacent chunks that these tokens are, where there is a memory.
-        Returns the last layer's normalized output (B, T, E) and what these tokens write, one tuple for each layer.
-        """
+        Returns the last layer's normalized output (B, T, E) and what these tokens write, one tuple for each layer."""
         x = self.embedding(_rows(input_ids, chunks, options))  # (B, T, E)
         shared = self._shared(x, chunks, options)
         written, call = [], self._layer

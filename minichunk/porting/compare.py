@@ -202,8 +202,7 @@ class CompareOptions:
     Begin with a few tensors and add more: what is there is compared in the order in which a port is built,
     and what comes next is named. A tensor is equal if it is off by no more than rounding can do, relative to
     its norm: about 1e-14 in float64 and 1e-5 in float32. In bfloat16 only calm.safetensors shows more.
-    Exit status 0: all is there and equal. 1: something differs or is missing. 2: a file cannot be used.
-    """
+    Exit status 0: all is there and equal. 1: something differs or is missing. 2: a file cannot be used."""
 
     mine: str = option(MISSING, "safetensors file that your port has written", positional=True)
     golden: str = option(MISSING, "the golden file that it has read", metavar="FILE")

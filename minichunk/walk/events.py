@@ -21,7 +21,6 @@ BYTES = ("weights", "gradients", "memory", "memory_gradients", "activations")
 
 
 def write_events(path: str | Path, events: Iterable[Event]) -> None:
-    """Write a log, one event to a line."""
     write_text(path, "".join(json.dumps(event) + "\n" for event in events))
 
 

@@ -48,13 +48,10 @@ def make_page(logs: Sequence[Sequence[Event]], names: Sequence[str | None] | Non
     code = {method: listing(method) for method in sorted(known)}
     data = json.dumps({"runs": runs, "code": code}, separators=(",", ":"))
     page = (FILES / "page.html").read_text(encoding="utf-8")
-    for place, content in (
-        ("/*CSS*/", (FILES / "page.css").read_text(encoding="utf-8")),
-        ("/*JS*/", "\n".join((FILES / name).read_text(encoding="utf-8") for name in SCRIPTS)),
-        ("/*DATA*/", data.replace("<", "\\u003c")),  # no text of a user's ends the script
-    ):
-        page = page.replace(place, content, 1)
-    return page
+    css = (FILES / "page.css").read_text(encoding="utf-8")
+    scripts = "\n".join((FILES / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    page = page.replace("/*CSS*/", css, 1).replace("/*JS*/", scripts, 1)
+    return page.replace("/*DATA*/", data.replace("<", "\\u003c"), 1)  # no text of a user's ends the script
 
 
 def listing(method: str) -> dict[str, Any]:
@@ -107,8 +104,7 @@ class WalkOptions(ModelOptions):
       minichunk walk --log logs                     # also write the logs, one JSON object a line
       minichunk walk --events mine.jsonl            # look at the log of another implementation
 
-    tutorials/walk.md describes the log.
-    """
+    tutorials/walk.md describes the log."""
 
     data: tuple[str, ...] | None = option(None, "text or JSONL files", metavar="FILE", absent="a shipped novel")
     seq_len: int = option(512, "tokens", group="the step", metavar="N", least=2)

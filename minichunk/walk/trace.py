@@ -1,9 +1,7 @@
 """`trace`: take one real step and write down what happens in it.
-
 A recorder listens to an algorithm's functions and to what they ask of the model. So it is the functions of seco.py,
 spaco.py and full.py themselves that run, and they compute what they compute alone, bit for bit. `Recorder.listening`
-says where it listens.
-"""
+says where it listens."""
 
 import inspect
 import math
@@ -47,13 +45,11 @@ def trace(
 
     The function is run as it is and adds to `.grad` what it adds alone, bit for bit. The arguments after `labels` are
     its own. tutorials/walk.md describes the log.
-
     model: a `protocol.Model` with its `layers`, as all of ours are. input_ids, labels: int64 (B, T).
     on_event: called with each event as it happens, within the function; a loss is written into its event only when
         its backward pass is over.
     Slower than the step alone, and for one at a time: it puts itself in the place of `torch.autograd.backward`.
-    Raises InputError for another function, and as the function does.
-    """
+    Raises InputError for another function, and as the function does."""
     if function not in (seco, spaco, full):
         raise InputError(f"trace watches seco, spaco or full, but was given {getattr(function, '__name__', function)}")
     for name in ("offload", "objective", "chunk_loss", "share", "graphs"):
@@ -151,8 +147,6 @@ class Recorder(CountBytes):
         memory = self.memory()
         return [] if memory is None else memory.layers
 
-    # What the algorithm asks, in its own order.
-
     def draw(self, sampler: Callable[..., Any], num_chunks: int, generator: torch.Generator | None) -> Any:
         entries: Sequence[Weight | None] = sampler(num_chunks, generator)
         rates = {"rates": list(sampler.rates(num_chunks))} if isinstance(sampler, Bernoulli) else {}
@@ -209,8 +203,6 @@ class Recorder(CountBytes):
             parts = x.detach().split([stop - start for start, stop in chunks], dim=1)
             at = {"chunks": [self.chunks.index(chunk) for chunk in chunks], "layer": self.first + above}
             self.write("keep", **at, norms=norms(parts))
-
-    # What layers do in the backward pass.
 
     def enter(self, layer: int, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         """A layer is run: ask its input to tell when it has its gradient, for then the layer is left."""
