@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 import minichunk as mc
 from minichunk.command.main import main
+from minichunk.models.config import first_eos
 from minichunk.models.load import read_model_config
 from minichunk.models.lora import default_targets
 from minichunk.training import generate as generate_module
@@ -60,7 +61,7 @@ def test_a_text_ends_where_transformers_ends_it(config: Any, generation: Any, tm
     ours, theirs = mc.load_model(tmp_path), theirs_of(tmp_path)
     expected = theirs.generate(prompt, max_new_tokens=9, do_sample=False, pad_token_id=0)
     assert torch.equal(mc.generate(ours, prompt, 9), expected)
-    assert ours.config.first_eos() == {"[]": None, "-1": None, "[22": 22}.get(str(config).split(",")[0], config)
+    assert first_eos(ours.config) == {"[]": None, "-1": None, "[22": 22}.get(str(config).split(",")[0], config)
 
 
 def test_a_prompt_has_no_end_and_is_text(

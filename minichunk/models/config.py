@@ -97,9 +97,10 @@ class Config:
         values = {name: value for name, value in asdict(self).items() if name not in self.not_written}
         return self.beside | {name: list(x) if isinstance(x, tuple) else x for name, x in values.items()}
 
-    def first_eos(self) -> int | None:
-        """The end token that a written text gets, if there is any; a model may know several."""
-        return next(iter(several(getattr(self, "eos_token_id", None))), None)
+
+def first_eos(config: Any) -> int | None:
+    """The end token that a written text gets, if there is any; a model may know several."""
+    return next(iter(several(getattr(config, "eos_token_id", None))), None)
 
 
 FULL_ATTENTION, SLIDING_ATTENTION, PARTIAL_ATTENTION = "full_attention", "sliding_attention", "partial_attention"

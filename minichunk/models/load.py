@@ -62,15 +62,7 @@ def load(
     path, generation = checkpoint_directory(directory) / "config.json", Path(directory) / "generation_config.json"
     config = read_json(path)
     if kind is Stack and config.get("model_type") not in {*_FAMILIES, *OTHERS, _PARTIAL_CONTEXT, None}:
-        if load_in_4bit:
-            raise InputError(f"{directory}: 4 bits are for model_types of minichunk's own: load it with transformers")
-        try:
-            from .wrap import load_transformer
-        except ImportError:
-            raise InputError(f"{directory}: this model_type needs transformers: pip install 'minichunk[hf]'") from None
-        model = load_transformer(directory, dtype, device)
-        prepare(model)
-        return model
+        return load_wrapped(directory, dtype, device, load_in_4bit, prepare)
     kind = class_of(config) if kind is Stack else kind
     try:
         with torch.device("meta"):  # shapes without memory
@@ -102,6 +94,26 @@ def load(
     if len(here) == len(wanted):
         model.tie_weights()
     return model.eval()
+
+
+def load_wrapped(directory: str | Path, dtype: Any, device: Any, load_in_4bit: bool, prepare: Any) -> Any:
+    """`load` for the model_types that transformers computes, by `wrap`."""
+    try:
+        from transformers import AutoModelForCausalLM
+
+        from .wrap import wrap
+    except ImportError:
+        raise InputError(f"{directory}: this model_type needs transformers: pip install 'minichunk[hf]'") from None
+    if load_in_4bit:
+        raise InputError(f"{directory}: 4 bits are for model_types of minichunk's own: load it with transformers")
+    try:
+        theirs: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto")
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{directory}: transformers cannot load it: {error}".partition("\n")[0]) from None
+    model = wrap(theirs.to(device).eval())
+    model.ends, model.origin = theirs.generation_config.eos_token_id, Path(directory)
+    prepare(model)
+    return model
 
 
 def save(
@@ -241,7 +253,8 @@ def change_rope(model: Stack, rope: dict[str, Any]) -> None:
     if not isinstance(rope, dict):
         raise InputError(f"rope_parameters is {rope!r}, but must be an object")
     if type(config) is not LlamaConfig:
-        raise InputError(f"another rope needs a model of the Llama family, not a {config.name}")
+        kind = getattr(config, "name", None) or config.model_type
+        raise InputError(f"another rope needs a model of the Llama family, not a {kind}")
     old = {"rope_theta": config.rope_theta, **(config.rope_scaling or RopeRule()).to_dict()}
     if rope.keys() & {"rope_type", "type"}:
         lasting = ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")

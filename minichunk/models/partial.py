@@ -31,7 +31,8 @@ def partial_config(config: Any, pattern: Pattern, full_layers: Sequence[int] | N
     Windows without sinks become Hugging Face's `sliding_window`, a Llama or a Mistral thereby a Ministral. All else is
     `pattern`, under a model_type of our own when it is saved."""
     if type(config) is not LlamaConfig:
-        raise InputError(f"partial_context needs a model of the Llama family, not a {config.name or config.model_type}")
+        kind = getattr(config, "name", None) or config.model_type
+        raise InputError(f"partial_context needs a model of the Llama family, not a {kind}")
     if not isinstance(pattern, Window | Strided):
         raise InputError(f"the pattern is {pattern!r}, but must be a Window or a Strided")
     pattern_of(asdict(pattern))  # checks its numbers
