@@ -1,7 +1,5 @@
 """What the README and the pages say of the code is so."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 from pathlib import Path
@@ -53,8 +51,15 @@ def test_the_forecast_is_what_plan_prints(capsys: pytest.CaptureFixture[str]) ->
     assert [tokens for method, _, tokens in rows if "(the default)" in method] == [longest]
     config = shape("llama-3-8b")
     numbers = 2 * config.num_key_value_heads * config.head_dim * config.num_hidden_layers  # keys and values of a token
-    sums = {"SeCO, sums in float32": 4, "SeCO, sums in bfloat16": 2, "SpaCO, 8 chunks kept, sums in bfloat16": 0}
-    expected = [(method, str(numbers * (2 + size) // 2**10)) for method, size in sums.items()]
+    hidden = 3 * 2 * config.hidden_size  # between 4 blocks of layers
+    found = {
+        "SeCO, sums in float32": numbers * 6,
+        "SeCO, sums in bfloat16": numbers * 4,
+        "SeCO, sums in bfloat16, 8 of 32 layers at once": numbers * 4 * 8 // 32 + hidden,
+        "SeCO, sums in bfloat16, 2 of 32, the rest in host memory": numbers * 4 * 2 // 32,
+        "SpaCO, 8 chunks kept, sums in bfloat16": numbers * 2,
+    }
+    expected = [(method, str(size // 2**10)) for method, size in found.items()]
     assert [(method.removesuffix(" (the default)"), per_token) for method, per_token, _ in rows] == expected
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 import minichunk as mc
 from minichunk.chunks import Chunk, cut
 from minichunk.memory.state import Handed
+from minichunk.models.config import first_eos
 from minichunk.models.load import load_model
 from minichunk.models.ssm import StateLayer
 from minichunk.protocol import DEFAULTS
@@ -141,7 +142,7 @@ def test_layers_are_states_unless_the_config_says_otherwise() -> None:
     read = mc.StateSpaceConfig.from_dict({**config, "torch_dtype": "float32", "layer_types": None})
     assert read.layer_types == ("state", "state")
     assert read.attention is None
-    assert replace(read, eos_token_id=(2, 1)).first_eos() == 2
+    assert first_eos(replace(read, eos_token_id=(2, 1))) == 2
 
 
 def test_untrained_gates_remember_for_1_to_1000_tokens() -> None:

@@ -208,7 +208,8 @@ def watch(layers_at_once, tokens=512, chunk_size=128):
 
 
 figure, axes = plt.subplots(1, 3, figsize=(10, 3.6), layout="constrained", sharey=True)
-for panel, (size, title) in zip(axes, ((6, "all layers: SeCO"), (2, "two layers at once"), (1, "one layer at once"))):
+sizes = {6: "all layers: SeCO", 2: "two layers at once", 1: "one layer at once"}
+for panel, (size, title) in zip(axes, sizes.items(), strict=True):
     order = [(layer, chunk) for layer, chunk, graph in watch(size) if graph]
     when = torch.empty(6, 4)
     for step, (layer, chunk) in enumerate(order):
@@ -272,15 +273,19 @@ for method in ("full-recompute-tiled", "seco"):
 #
 # - **Sums in bfloat16** (`--cache-grad-dtype bfloat16`) take half of what sums in float32 do: SeCO has 31,232 tokens
 #   instead of 20,992.
-# - **Host memory** (`--offload`): keys, values and their gradients live there (pinned, on CUDA) and pass through two
-#   blocks on the device, whose memory then does not grow with the length at all. `minichunk plan --offload
-#   --cache-grad-dtype bfloat16` forecasts 262,656 tokens with 64 GiB of host memory, at a peak of 15.54 GiB on the
-#   device. Each chunk moves the whole cache over the bus: take larger chunks and, for the fill, `--fill-size 4096`. The
-#   same code runs on the CPU, where it is tested to be exact; its streams have not run on a GPU yet.
+# - **Blocks of layers** (`--layers-at-once 8`, or `auto`): 88 KiB a token instead of 256, and 92,672 tokens; on 80 GiB
+#   759,808 instead of 260,608. SpaCO, 8 chunks kept: 140,800 instead of 53,760.
+# - **Host memory** (`--offload`): what goes from block to block waits there (pinned, on CUDA, and copied ahead on a stream
+#   of its own; this has not run on a GPU yet). `minichunk plan --offload --layers-at-once auto --cache-grad-dtype
+#   bfloat16` forecasts 513,536 tokens with 64 GiB of host memory, two layers at once; with `--host-memory 128GiB` and
+#   one layer at once, chunks of 4,096 and 20.19 GiB on the device, 540,672. Until commit `ca4e321` the cache itself
+#   waited in host memory: 262,656 tokens, and every chunk moved all of it.
 # - **4 bits** for the frozen base (`--load-in-4bit`, NF4 by bitsandbytes): with LoRA of rank 32 on all seven linear
 #   layers, its optimizer state included, `minichunk plan --load-in-4bit --rank 32 --targets q_proj k_proj v_proj o_proj
-#   gate_proj up_proj down_proj --cache-grad-dtype bfloat16` forecasts 64,000 tokens with SeCO and 118,784 with SpaCO;
-#   with `--offload`, SeCO has 262,656 tokens at a peak of 7.50 GiB.
+#   gate_proj up_proj down_proj --cache-grad-dtype bfloat16` forecasts 64,000 tokens with SeCO, 118,784 with SpaCO, and
+#   188,416 with `--layers-at-once auto` (eight).
+# - **More than enough** memory: `--graphs N` keeps the graphs of the fill's last N chunks, which are then run once
+#   instead of twice; `--layers-at-once auto` keeps as many as fit, where a given `--seq-len` fits with all layers at once.
 # - **Several GPUs**: [tutorial 10](10_seco_on_several_gpus.md). **Windows**: [tutorial
 #   9](09_one_idea_three_memories.md). **Other models**: the table of the [recipe](recipe_8b.md).
 #
@@ -303,6 +308,7 @@ for method in ("full-recompute-tiled", "seco"):
 # |---|---|---|---|
 # | SeCO | exact | cache and its gradients | a second forward pass, with recompute the linear layers a third time ([counted](costs.md#operations)); chunks one after the other |
 # | SpaCO | unbiased estimate | cache | noise; a forward pass and the kept part of SeCO's rebuilds |
+# | SeCO, SpaCO through blocks of layers | as of SeCO, SpaCO | one block's cache and gradients, and a hidden state per block | of all layers but the last block's a forward pass more; with one layer a block nearly nothing |
 # | layer checkpointing (`full --recompute`) | exact | one hidden state per layer, one layer's activations, and the logits | a second forward pass |
 # | the same with a tiled loss, and with the layers' inputs in host memory | exact | one hidden state per layer, on the device or on the host, and one layer's activations | a second forward pass, and the bus |
 # | tiled MLP and loss | exact | attention's and the layers' activations stay | nearly nothing |

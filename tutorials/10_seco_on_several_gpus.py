@@ -293,7 +293,7 @@ shutil.rmtree(folder)
 # process or 3. `PipelineStage(model, counts=[…])` splits the layers as you say. With `links=mc.Links(timeout=…)` a rank that
 # does not answer in that time ends the others, with an error that names it.
 # [A test](../tests/test_pipeline.py) compares the gradients on 2, 3 and 4 ranks with those of one process, bit for
-# bit: attention, windows, states, Mamba-2; SpaCO, LoRA, dropout, recompute, fill size, offload, ragged chunks, and
+# bit: attention, windows, states, Mamba-2; SpaCO, LoRA, dropout, recompute, fill size, ragged chunks, and
 # fewer chunks than ranks.
 #
 # ## How long a text fits

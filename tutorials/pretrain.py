@@ -24,6 +24,7 @@ from minichunk.files.documents import (
     MEASURED_ON,
     TRAINED_ON,
     Document,
+    collate,
     cut_documents,
     novel,
     read_documents,
@@ -99,8 +100,8 @@ def pretrain_llama(
     tokenizer = train_tokenizer([novel(name) for name in TRAINED_ON], LLAMA.vocab_size)
     torch.manual_seed(seed)
 
-    def gradient(model: Any, ids: Tensor, labels: Tensor, num_targets: int, _: torch.Generator) -> Tensor:
-        return mc.full(model, ids, labels, num_targets=num_targets)
+    def gradient(model: Any, batch: list[Document], num_targets: int, _: torch.Generator) -> Tensor:
+        return mc.full(model, *collate(batch), num_targets=num_targets)
 
     trainer = train(mc.Llama(LLAMA), tokenizer, gradient, steps, batch_size, lr, seed)
     title = f"A small Llama that knows Jane Austen up to {LLAMA.max_position_embeddings} tokens"
@@ -115,8 +116,8 @@ def pretrain_state(
     tokenizer = train_tokenizer([], STATE.vocab_size)
     torch.manual_seed(seed)
 
-    def gradient(model: Any, ids: Tensor, labels: Tensor, num_targets: int, _: torch.Generator) -> Tensor:
-        return mc.seco(model, ids, labels, chunk_size=128, num_targets=num_targets)
+    def gradient(model: Any, batch: list[Document], num_targets: int, _: torch.Generator) -> Tensor:
+        return mc.seco(model, *collate(batch), chunk_size=128, num_targets=num_targets)
 
     trainer = train(mc.StateSpace(STATE), tokenizer, gradient, steps, batch_size, lr, seed)
     title, what = (

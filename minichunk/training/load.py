@@ -27,6 +27,7 @@ from ..files.documents import (
 )
 from ..full import full
 from ..models.adapter_files import load_adapter
+from ..models.config import first_eos
 from ..models.load import change_rope, load_model
 from ..models.lora import add_lora, default_targets
 from ..models.partial import partial_context
@@ -103,11 +104,11 @@ def read_pieces(
     """The texts cut into pieces of at most `seq_len` tokens, or the pairs of no more for an objective that compares
     them, and a line that says what was kept. Raises InputError."""
     if objective in PREFERENCES:
-        told = tokenizer, model.config.first_eos(), chat
+        told = tokenizer, first_eos(model.config), chat
         pairs, line = read_pairs(paths, *told, with_labels=objective == "kto", seq_len=seq_len)
         check_vocabulary([row for pair in pairs for row in pair.rows], model.config.vocab_size)
         return pairs, line
-    documents = read_documents(paths, tokenizer, model.config.first_eos(), chat)
+    documents = read_documents(paths, tokenizer, first_eos(model.config), chat)
     check_vocabulary(documents, model.config.vocab_size)
     return cut_documents(documents, seq_len)
 

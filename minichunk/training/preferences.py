@@ -31,16 +31,15 @@ FREE = ("simpo", "orpo")  # of a reference
 class Compared:
     """The objective of a batch of pairs, which keeps the log-probabilities that it is given.
 
-    reference: what `score_pairs` found; SimPO and ORPO have none. KTO compares with how far the model
-    goes for other prompts' answers, on average over the batch. labels: (B, T), all first answers before all second.
+    reference: what `score_pairs` found; SimPO and ORPO have none. KTO compares with how far the model goes for other
+    prompts' answers, on average over the batch. labels: (B, T), all first answers before all second.
     """
 
     def __init__(
         self, options: TrainOptions, pairs: Sequence[Pair], labels: Tensor, reference: Mapping[str, Tensor]
     ) -> None:
         self.options, self.kind, self.beta, self.labels = options, str(options.objective), options.beta or 0.1, labels
-        nothing = torch.zeros(labels.shape, device=labels.device)
-        self.reference = nothing if self.kind in FREE else gathered(reference, pairs, labels)
+        self.reference = gathered({} if self.kind in FREE else reference, pairs, labels)
         self.desirable = torch.tensor([pair.desirable for pair in pairs], device=labels.device)
 
     def __call__(self, log_probs: Tensor) -> Tensor:
@@ -62,14 +61,12 @@ class Compared:
         A reward is β times the answer's log-probability over the reference's, or its mean over tokens where the loss
         has that. Right is a chosen answer that has more than the rejected one; of KTO's, a reward of the label's sign.
         """
-        chosen, rejected = halves(
-            self.beta * (self.away.sum(1) if self.kind in ("dpo", "kto") else means(self.away, self.labels))
-        )
+        away = self.away.sum(1) if self.kind in ("dpo", "kto") else means(self.away, self.labels)
+        chosen, rejected = halves(self.beta * away)
         right = chosen > rejected
         if self.kind == "kto":
-            right, chosen, rejected = (
-                (chosen > 0) == self.desirable, chosen[self.desirable], chosen[~self.desirable],
-            )  # fmt: skip
+            right = (chosen > 0) == self.desirable
+            chosen, rejected = chosen[self.desirable], chosen[~self.desirable]
         return [float(rows.double().mean()) for rows in (chosen, rejected, right)]
 
 
@@ -120,7 +117,9 @@ def score_reference(
 
 
 def gathered(known: Mapping[str, Tensor], pairs: Sequence[Pair], labels: Tensor) -> Tensor:
-    """What `score_pairs` found, as `log_probs` would return it for a batch with these labels (B, T)."""
+    """What `score_pairs` found, as `log_probs` would return it for a batch with these labels (B, T); 0 of nothing."""
+    if not known:
+        return torch.zeros(labels.shape, device=labels.device)
     rows = torch.cat([known[f"{pair.name}, row {i}"] for i in (0, 1) for pair in pairs]).to(labels.device)
     return torch.zeros(labels.shape, dtype=rows.dtype, device=rows.device).masked_scatter(labels != IGNORE, rows)
 
