@@ -23,14 +23,9 @@ def relay(written: Written, sent: Written) -> tuple[list[Tensor], list[Tensor]]:
     Both lists leave out what has no graph: with LoRA, keys and values below the first layer with an adapter. Both are
     empty for the last chunk, to which nothing is sent.
     """
-    made, received = flat(written), flat(sent)
+    made, received = ([tensor for layer in layers for tensor in layer] for layers in (written, sent))
     pairs = [(m, g) for m, g in zip(made, received, strict=True) if m.requires_grad] if received else []
     return [m for m, _ in pairs], [g for _, g in pairs]
-
-
-def flat(written: Written) -> list[Tensor]:
-    """The tensors of all layers, one after the other."""
-    return [tensor for layer in written for tensor in layer]
 
 
 @dataclass(frozen=True)
@@ -62,8 +57,7 @@ class Memory(Protocol):
     def hand_over(self, chunk: Chunk) -> Written:
         """The gradients sent back to what this chunk wrote, in its order and dtype; empty if none can have been.
 
-        Asked once for each chunk that is rebuilt, the last one first: when all chunks after it are done. A memory may
-        give its sums away or carry them on to earlier chunks, so a second call for a chunk raises RuntimeError.
+        Asked once for each chunk that is rebuilt, the last one first: a second call for a chunk raises RuntimeError.
         """
 
 
