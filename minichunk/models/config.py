@@ -27,17 +27,14 @@ _KINDS: dict[Any, tuple[str, Callable[[Any], bool], Callable[[Any], Any]]] = {
     bool: ("true or false", lambda x: x in (True, False, None), bool),
     float | None: ("a number above 0, or null", lambda x: x is None or is_number(x), lambda x: x),
     tuple[float, ...]: (
-        "a list of numbers above 0",
-        lambda x: isinstance(x, list | tuple) and all(map(is_number, x)),
-        tuple,
+        "a list of numbers above 0", lambda x: isinstance(x, list | tuple) and all(map(is_number, x)), tuple,
     ),
     tuple[str, ...]: ("a list", lambda x: isinstance(x, list | tuple | None), lambda x: tuple(x or ())),
     EndTokens: (
-        "a token id, a list of them, or null",
-        lambda x: all(isinstance(end, int) for end in several(x)),
+        "a token id, a list of them, or null", lambda x: all(isinstance(end, int) for end in several(x)),
         lambda x: x if x is None or (isinstance(x, int) and x >= 0) else tuple(end for end in several(x) if end >= 0),
     ),
-}
+}  # fmt: skip
 
 
 def checked(kind: Any, name: str, value: Any) -> Any:
