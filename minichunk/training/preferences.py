@@ -1,7 +1,7 @@
 """What `--objective` trains on: two answers compared by losses.py, by a reference and measured; or a teacher.
 
-The reference is the model as it is before the first step, which an adapter leaves as it was: so it runs once, needs no
-second model, and what it says of the answers is all that a run keeps of it.
+The reference is the model as it is before the first step: it runs once, needs no second model, and what it says of the
+answers is all that a run keeps of it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,8 +31,7 @@ FREE = ("simpo", "orpo")  # of a reference
 class Compared:
     """The objective of a batch of pairs, which keeps the log-probabilities that it is given.
 
-    reference: what `score_pairs` found; SimPO and ORPO have none. KTO compares with how far the model
-    goes for other prompts' answers, on average over the batch. labels: (B, T), all first answers before all second.
+    reference: what `score_pairs` found; SimPO and ORPO have none. labels: (B, T), all first answers before all second.
     """
 
     def __init__(
@@ -45,15 +44,13 @@ class Compared:
 
     def __call__(self, log_probs: Tensor) -> Tensor:
         self.away, size = log_probs.detach() - self.reference, len(self.desirable)
-        if self.kind == "kto":
+        if self.kind == "kto":  # compares with how far the model goes for other prompts' answers
             kl, weights = self.away[size:].sum(1).mean().clamp(min=0), (self.options.desirable_weight, 1.0)
             return kto(self.reference[:size], self.desirable, kl, self.beta, weights)(log_probs[:size])
         objectives = {
-            "dpo": dpo(self.reference, self.beta),
-            "ipo": ipo(self.labels, self.reference, self.beta),
-            "simpo": simpo(self.labels, self.beta, self.options.gamma),
-            "orpo": orpo(self.labels, self.beta),
-        }
+            "dpo": dpo(self.reference, self.beta), "ipo": ipo(self.labels, self.reference, self.beta),
+            "simpo": simpo(self.labels, self.beta, self.options.gamma), "orpo": orpo(self.labels, self.beta),
+        }  # fmt: skip
         return objectives[self.kind](log_probs)
 
     def measures(self) -> list[float]:
@@ -62,14 +59,11 @@ class Compared:
         A reward is β times the answer's log-probability over the reference's, or its mean over tokens where the loss
         has that. Right is a chosen answer that has more than the rejected one; of KTO's, a reward of the label's sign.
         """
-        chosen, rejected = halves(
-            self.beta * (self.away.sum(1) if self.kind in ("dpo", "kto") else means(self.away, self.labels))
-        )
+        away = self.away.sum(1) if self.kind in ("dpo", "kto") else means(self.away, self.labels)
+        chosen, rejected = halves(self.beta * away)
         right = chosen > rejected
         if self.kind == "kto":
-            right, chosen, rejected = (
-                (chosen > 0) == self.desirable, chosen[self.desirable], chosen[~self.desirable],
-            )  # fmt: skip
+            right, chosen, rejected = (chosen > 0) == self.desirable, chosen[self.desirable], chosen[~self.desirable]
         return [float(rows.double().mean()) for rows in (chosen, rejected, right)]
 
 
@@ -96,9 +90,8 @@ def score_pairs(model: Stack, pairs: Sequence[Pair], options: TrainOptions, titl
     Pair by pair, in the chunks that a step has: of a step with one pair in a batch they are the same to the last bit.
     """
     was_training, whole = model.training, options.method == "full"
-    found = dict[str, Tensor]()
+    found, share = dict[str, Tensor](), shares_prompts(model, options)
     model.eval()
-    share = shares_prompts(model, options)
     for pair in tqdm(pairs, title, unit="pair", leave=False):
         input_ids, labels = collate([pair], next(model.parameters()).device)
         size, fill_size = (options.seq_len, None) if whole else (options.chunk_size, options.fill_size)
@@ -108,19 +101,17 @@ def score_pairs(model: Stack, pairs: Sequence[Pair], options: TrainOptions, titl
     return found
 
 
-def score_reference(
-    model: Stack, training: Sequence[Pair], held_out: Sequence[Pair], options: TrainOptions
-) -> dict[str, Tensor]:
+def score_reference(model: Stack, training: Sequence[Pair], held: Sequence[Pair], options: TrainOptions) -> Any:
     """`score_pairs` of what is held out and of what the run's steps take; nothing for a loss without a reference."""
     if options.objective in FREE:
         return {}
     size = options.batch_size * options.accumulate
     steps = (step_documents(training, size, step, options.seed) for step in range(options.steps))
-    return score_pairs(model, [*{pair.name: pair for pair in chain(held_out, *steps)}.values()], options, "reference")
+    return score_pairs(model, [*{pair.name: pair for pair in chain(held, *steps)}.values()], options, "reference")
 
 
 def gathered(known: Mapping[str, Tensor], pairs: Sequence[Pair], labels: Tensor) -> Tensor:
-    """What `score_pairs` found, as `log_probs` would return it for a batch with these labels (B, T)."""
+    """What `score_pairs` found, as `log_probs` returns it for a batch with these labels (B, T)."""
     rows = torch.cat([known[f"{pair.name}, row {i}"] for i in (0, 1) for pair in pairs]).to(labels.device)
     return torch.zeros(labels.shape, dtype=rows.dtype, device=rows.device).masked_scatter(labels != IGNORE, rows)
 
@@ -131,8 +122,7 @@ def measure_pairs(
     """Mean loss of held-out pairs, and their `averages`."""
     losses, measures, now = [], [], score_pairs(model, pairs, options, title)
     for pair in pairs:
-        _, labels = collate([pair])
-        compared = Compared(options, [pair], labels, reference)
+        compared = Compared(options, [pair], labels := collate([pair])[1], reference)
         losses.append(float(compared(gathered(now, [pair], labels))))
         measures.append(compared.measures())
     return {"loss": sum(losses) / len(losses), **averages(measures)} if losses else {}
