@@ -149,11 +149,7 @@ class Trainer:
             where = f"the {'loss' if bad else 'gradient'} is not a finite number at step {self.step + 1}"
             raise NonFiniteLoss(f"{where} ({names}): try a lower --lr")
         self.optimizer.param_groups[0]["lr"] = lr = self.schedule.lr_at(self.step)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        for name, parameter in self.parameters.items():
-            if self.masters[name] is not parameter:
-                parameter.detach().copy_(self.masters[name].detach())
+        self._update()
         self.step += 1
         done = {"step": self.step, "loss": sum(losses), "grad_norm": norm, "lr": lr, "tokens": sum(map(len, chosen))}
         return {**done, **averages([of_all[n][1:] for n in sorted(of_all)]), "seconds": time.perf_counter() - began}
@@ -171,6 +167,14 @@ class Trainer:
         if self.schedule.clip > 0:
             nn.utils.clip_grads_with_norm_(self.masters.values(), self.schedule.clip, total.to(self.device))
         return float(total)
+
+    @torch.no_grad()
+    def _update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for name, parameter in self.parameters.items():
+            if self.masters[name] is not parameter:
+                parameter.copy_(self.masters[name])
 
     def state(self) -> dict[str, Tensor]:
         """All that a resume needs of this rank: weights, AdamW's two moments and step count, by parameter name."""

@@ -240,7 +240,7 @@ class TrainOptions(StepOptions, ModelOptions):
         None, "yarn:4 (2309.00071, the least training) or linear:4, for 4 times the length of the first training",
         absent="as the config says", metavar="TYPE:FACTOR", group="positions")
     rope_theta: float | None = option(
-        None, "the base of the angles; a larger one instead of --rope where the training is long: 8e6 took Llama 3 from "
+        None, "the base of the angles; larger instead of --rope where the training is long: 8e6 took Llama 3 from "
         "8K to 64K, 1.28e8 to 512K (ProLong, 2410.02660)", above=1, absent="the config's")
     cap: float | None = option(None, "spaco with paper: the most the relay factor may be", above=0, absent="none",
                                belongs=("sampler", ("paper",)), group="method")
@@ -260,7 +260,7 @@ class TrainOptions(StepOptions, ModelOptions):
     alpha: float = option(16.0, "the update is alpha / rank · B A", above=0, group="LoRA")
     dropout: float = option(0.0, "on the adapter's input", least=0, below=1)
     pipeline: int = option(
-        None, "N of torchrun's P processes share layers, in P/N copies", least=1, group="several GPUs")
+        None, "N of torchrun's P processes share its layers, in P/N copies", least=1, group="several GPUs")
     timeout: float = option(7200.0, "seconds after which a process that does not answer is given up", above=0)
     seed: int = option(0, "of adapter, order, dropout and sampler", least=0, below=2**32, group="run")
     deterministic: bool = option(False, "the same bits in every run on CUDA too, if slower")
