@@ -29,7 +29,6 @@ _LATER = {
     "pipeline.pipeline_seco": ("pipeline_seco", "pipeline_spaco"),
     "models.wrap": ("wrap",),  # needs transformers: minichunk[hf]
     "training.generate": ("generate",),
-    "training.transformers_trainer": ("Trainer",),  # and accelerate
     "walk.trace": ("trace",),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _LATER.items() for name in names}

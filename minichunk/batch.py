@@ -35,19 +35,13 @@ class Batch(NamedTuple):
     def part(self, chunks: Sequence[Chunk]) -> "Batch":
         """What belongs to these adjacent chunks; positions are those of the whole."""
         here = span(chunks)
-        return self._replace(
-            input_ids=self.input_ids[:, here],
-            targets=self.targets[:, here],
-            labelled=self.labelled[:, here],
-            factors=None if self.factors is None else self.factors[:, here],
-        )
+        factors = None if self.factors is None else self.factors[:, here]
+        ids, targets, labelled = (x[:, here] for x in (self.input_ids, self.targets, self.labelled))
+        return self._replace(input_ids=ids, targets=targets, labelled=labelled, factors=factors)
 
 
 def shift(labels: Tensor) -> Tensor:
-    """Targets (B, T): what position t has to predict is the label of t + 1, and nothing at the end.
-
-    Done once and before cutting, so that no target is lost where one chunk ends and the next begins.
-    """
+    """Targets (B, T): position t has to predict the label of t + 1. Done before cutting, so that none is lost."""
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 
@@ -55,11 +49,7 @@ def prepare(
     model: Model, input_ids: Tensor, labels: Tensor, num_targets: float | None, positions: Tensor | None = None,
     objective: Objective | None = None, chunk_loss: ChunkLoss | None = None,
 ) -> Batch:  # fmt: skip
-    """Check a batch and let the model's gradients be summed in float32. Raises InputError.
-
-    num_targets: the divisor of the loss; None counts the valid targets.
-    positions: int64 (B, T), for rope; None: 0, 1, 2, …
-    """
+    """Check a batch, see `full`, and let the model's gradients be summed in float32. Raises InputError."""
     check_tokens(input_ids, labels, num_targets, model.lm_head.weight.shape[0])
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError("no parameter of the model requires a gradient: nothing to train")
@@ -94,8 +84,9 @@ def check_tokens(input_ids: Tensor, labels: Tensor, num_targets: float | None, v
     """Raise InputError for a batch that no model of this vocabulary can be trained on."""
     for name, tensor in (("input_ids", input_ids), ("labels", labels)):
         if tensor.ndim != 2 or tensor.dtype != torch.int64 or tensor.shape[0] == 0:
-            given = f"{tensor.dtype} of shape {list(tensor.shape)}"
-            raise InputError(f"{name} is {given}, but must be int64 [B, T], B >= 1")
+            raise InputError(
+                f"{name} is {tensor.dtype} of shape {list(tensor.shape)}, but must be int64 [B, T], B >= 1"
+            )
     if labels.shape != input_ids.shape:
         raise InputError(f"labels has shape {list(labels.shape)}, but input_ids has {list(input_ids.shape)}")
     if input_ids.shape[1] < 2:
@@ -118,14 +109,13 @@ def trunk_of(model: object, input_ids: Tensor, positions: Tensor | None, share: 
     if not getattr(model, "has_trunk", False) or positions is not None:
         kind = "positions of their own" if positions is not None else f"a {type(model).__name__}"
         raise InputError(f"share is for rows of a model of ours that count alike, not for {kind}: leave it out")
-    alike = (input_ids == input_ids[:1]).all(0)
-    return int(alike.long().cumprod(0).sum()) if len(input_ids) > 1 else 0
+    return int((input_ids == input_ids[:1]).all(0).long().cumprod(0).sum()) if len(input_ids) > 1 else 0
 
 
 def check_loss(num_targets: float | None, objective: Objective | None, chunk_loss: ChunkLoss | None) -> None:
     """Raise InputError where more than one of these is given: a loss of the caller's normalises by itself."""
-    all_of_them = {"num_targets": num_targets, "objective": objective, "chunk_loss": chunk_loss}
-    given = [name for name, value in all_of_them.items() if value is not None]
+    named = {"num_targets": num_targets, "objective": objective, "chunk_loss": chunk_loss}
+    given = [name for name, value in named.items() if value is not None]
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)} were given, but only one of them can say what the loss is")
 
@@ -133,6 +123,5 @@ def check_loss(num_targets: float | None, objective: Objective | None, chunk_los
 def widen_gradients(model: Model | nn.Module) -> None:
     """Let the gradients of half-precision parameters be float32: a sum over many chunks would lose the small terms."""
     for parameter in model.parameters():
-        narrow = parameter.requires_grad and parameter.dtype.itemsize < 4
-        if narrow and parameter.grad is None:
+        if parameter.requires_grad and parameter.dtype.itemsize < 4 and parameter.grad is None:
             parameter.grad_dtype = torch.float32

@@ -1,14 +1,10 @@
 """SeCO and SpaCO through blocks of layers: a longer text on the same device, for some more work.
 
-A step is a grid, layers by chunks. seco.py goes through it chunk by chunk, with all layers at a time: what the chunks
-leave behind in *all* layers, and what is sent back to that, lives for the whole text. Here the layers are cut too. The
-text goes up through one block of layers after the other, and of each block only its input is kept. Then it goes down:
-each block is a SeCO of its own, whose last layer is given a gradient instead of a loss, and hands one to the block
-below. So what grows with the text is the memory of one block, and a hidden state of each token for every block.
-
-All layers at once is SeCO itself; one layer at a time is the order of StreamBP (arXiv 2506.03077).
-
-Each hidden state is needed three times, long after one another, and in a known order: so they may wait in host memory.
+A step is a grid, layers by chunks. seco.py goes through it chunk by chunk, with all layers at a time. Here the layers
+are cut too. The text goes up through one block of layers after the other, and of each block only its input is kept.
+Then it goes down: each block is a SeCO of its own, whose last layer is given a gradient instead of a loss, and hands
+one to the block below. So what grows with the text is the memory of one block, and a hidden state of each token for
+every block, which may wait in host memory. One layer at a time is the order of StreamBP (arXiv 2506.03077).
 """
 
 from collections import deque
@@ -42,8 +38,7 @@ def through_blocks(
     if size < 1:
         raise InputError(f"layers_at_once is {size}, but must be at least 1")
     if not hasattr(model, "blocks"):
-        kind = type(model).__name__
-        raise InputError(f"layers_at_once and offload need a model in blocks of layers: {kind} has no method blocks")
+        raise InputError(f"layers_at_once and offload need blocks: {type(model).__name__} has no method blocks")
     blocks: Sequence[Model] = model.blocks(size)
     first, (B, _), device = first_that_learns(blocks), batch.input_ids.shape, batch.input_ids.device
     seen = [chunk for chunk in chunks if kept and chunk <= kept[-1][0]]  # no kept chunk reads what comes after
@@ -127,8 +122,7 @@ class Hidden:
     """What goes from one block to the next, a tensor (B, C, E) of each chunk: hidden states on the way up; on the way
     down, in their place, the gradients of the loss by them. Into the first block go the tokens (B, C).
 
-    offload: they wait in host memory. On a GPU they are copied by `copies`, a stream beside the computation, and each
-    copy sees what those before it have done.
+    offload: they wait in host memory. On a GPU they are copied by `copies`, a stream beside the computation.
     """
 
     def __init__(self, device: torch.device, offload: bool, copies: torch.cuda.Stream | None) -> None:
@@ -167,9 +161,8 @@ class Hidden:
     def arrived(self, x: Tensor, copied: torch.cuda.Event | None) -> Tensor:
         """For the computation, which waits until the copy is done."""
         if copied is not None:
-            here = torch.cuda.current_stream(self.device)
-            here.wait_event(copied)
-            x.record_stream(here)
+            torch.cuda.current_stream(self.device).wait_event(copied)
+            x.record_stream(torch.cuda.current_stream(self.device))
         return x
 
 
@@ -179,11 +172,7 @@ def host_like(x: Tensor) -> Tensor:
 
 
 class WithGraphs:
-    """A model some of whose chunks have been run already: `run` returns what that returned. All else is the model's.
-
-    The other way, for where memory is left: SeCO runs each chunk but the last twice, to fill the memory and to have its
-    graph. Run once, with a graph that stays until its turn, all chunks would be ordinary backpropagation in chunks.
-    """
+    """A model some of whose chunks have been run already: `run` returns what that returned. All else is the model's."""
 
     def __init__(self, model: Model, built: dict[Chunk, tuple[Tensor, Written]]) -> None:
         self.model, self.built = model, built

@@ -51,15 +51,9 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
         dhidden, dweight = ctx.saved_tensors
-        return (
-            None if dhidden is None else (dhidden * grad[None]).to(dhidden.dtype),  # [None]: multiplied in float32
-            None if dweight is None else dweight * grad,
-            None,
-            None,
-            None,
-        )
+        dhidden = dhidden if dhidden is None else (dhidden * grads[0][None]).to(dhidden.dtype)  # [None]: in float32
+        return dhidden, dweight if dweight is None else dweight * grads[0], None, None, None
 
 
 def _tiles(hidden: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
@@ -76,14 +70,11 @@ def _logits(hidden: Tensor, weight: Tensor, cap: float | None) -> Tensor:
     return logits if cap is None else cap * (logits / cap).tanh()
 
 
-def _token_losses(
-    hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None) -> tuple[Tensor, Tensor, Any]:
     """Loss of each token (N); the log-sum-exps (N); and the last tile's logits."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    lse = hidden.new_full(targets.shape, -torch.inf, dtype=wide)
+    lse, logits = hidden.new_full(targets.shape, -torch.inf, dtype=wide), None
     picked = hidden.new_zeros(targets.shape, dtype=wide)
-    logits = None
     for columns, index, inside in _tiles(hidden, weight, targets):
         del logits  # so that the next tile takes the place of this one
         logits = _logits(hidden, weight[columns], cap)

@@ -28,10 +28,7 @@ def dpo(reference: Tensor, beta: float = 0.1) -> Objective:
 
 
 def ipo(labels: Tensor, reference: Tensor, beta: float = 0.1) -> Objective:
-    """(mean (l - r) of the chosen - mean (l - r) of the rejected - 1 / 2β)²; eq. 17 of arXiv 2310.12036.
-
-    Means, where the paper has sums: its authors' own choice, see TRL's.
-    """
+    """(mean (l - r) of the chosen - of the rejected - 1 / 2β)²; eq. 17 of arXiv 2310.12036, with TRL's means."""
 
     def objective(log_probs: Tensor) -> Tensor:
         chosen, rejected = pairs(means(log_probs - reference, labels))
@@ -54,7 +51,6 @@ def orpo(labels: Tensor, beta: float = 0.1, answers: Tensor | None = None) -> Ob
     """-mean l of the chosen tokens - β log σ(log odds of the chosen - log odds of the rejected).
 
     Eq. 6 and 7 of arXiv 2403.07691. An answer's odds are p / (1 - p) with log p = mean l.
-
     answers: bool (B, T), where the answers are if there are labels on prompts too, which only the first term reads.
     """
     within = labels if answers is None else labels.where(answers, IGNORE)
@@ -90,9 +86,8 @@ def grpo(
 ) -> Objective:  # fmt: skip
     """mean of β (e^(r - l) - (r - l) - 1) - min(ρ A, clipped ρ A), ρ = e^(l - old); eq. 3 and 4 of arXiv 2402.03300.
 
-    advantages: A, (B) or (B, T). old: None: this policy, before the step.
-    clip: how far below and above 1 ρ still counts.
-    reference: asked for if beta is not 0.
+    advantages: A, (B) or (B, T). old: None: this policy, before the step. clip: how far below and above 1 ρ still
+    counts. reference: asked for if beta is not 0.
     """
     if beta and reference is None:
         raise InputError(f"grpo's beta is {beta}, but without a reference it must be 0")

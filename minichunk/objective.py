@@ -5,9 +5,8 @@ Such a loss J = f(l_1 .. l_T), where l_t is the log-probability of label t, reac
     dJ/dΘ = Σ_t w_t dl_t/dΘ,        w_t = dJ/dl_t
 
 The fill can yield the l_t, if the last chunk and the LM head join it. From them autograd gives the w_t, one number for
-each label, and with these the walk back is the ordinary one, over a weighted sum of the labels' losses. Nothing else of
-SeCO changes. Nor does SpaCO: its fill goes through all chunks then, so that the w_t are exact, and what is estimated is
-a sum, as ever. (Estimated from the kept chunks alone the w_t would be biased, and so would all that they multiply.)
+each label, and with these the walk back is the ordinary one, over a weighted sum of the labels' losses. So it is with
+SpaCO: its fill goes through all chunks then, or the w_t would be biased, and so would all that they multiply.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -60,10 +59,8 @@ class Scores:
 def outputs(
     run: Callable[..., Any], batch: Batch, chunks: Sequence[Chunk], memory: Memory, options: Options
 ) -> Iterator[tuple[Sequence[Chunk], Tensor]]:
-    """Lines 1-3 of Algorithm 1, and the last chunk too, which is not written, as no chunk reads it.
-
-    run: the model's. Yields what it returns for each pass, after the chunks that are in it.
-    """
+    """Lines 1-3 of Algorithm 1, and the last chunk too, which is not written. run: the model's. Yields each pass's
+    chunks, and what `run` returns for them."""
     for group in [*groups(chunks[:-1], options.fill_size, options.trunk), chunks[-1:]]:
         hidden, written = run(batch.part(group).input_ids, memory, group, options)
         if group[-1] != chunks[-1]:
@@ -86,9 +83,8 @@ def log_probs(
     """The log-probability of each label at the label's own position, 0 where there is none and at the first one.
 
     input_ids, labels, positions: int64 (B, T); see `seco`.
-    Returns (B, T), in float32 or in the model's dtype where that is wider, without a graph. It is what an objective of
-    `seco` is given, to the last bit if chunk_size, fill_size and share are: other sizes round otherwise, and in
-    half precision a reference that starts as the policy would be off by what a preference weighs.
+    Returns (B, T), in float32 or in the model's dtype where that is wider, without a graph: what an objective of `seco`
+    is given, to the last bit if chunk_size, fill_size and share are the same, as they are to be for a reference.
     Raises InputError for a batch or a size that does not fit.
     """
     check_tokens(input_ids, labels, 1, model.lm_head.weight.shape[0])

@@ -62,8 +62,7 @@ class Memory(Protocol):
     def hand_over(self, chunk: Chunk) -> Written:
         """The gradients sent back to what this chunk wrote, in its order and dtype; empty if none can have been.
 
-        Asked once for each chunk that is rebuilt, the last one first: when all chunks after it are done. A memory may
-        give its sums away or carry them on to earlier chunks, so a second call for a chunk raises RuntimeError.
+        Asked once for each chunk that is rebuilt, the last one first: a second call for a chunk raises RuntimeError.
         """
 
 

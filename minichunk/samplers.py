@@ -1,9 +1,8 @@
 """Which chunks SpaCO keeps, and by which factors their losses and relays are multiplied.
 
-The gradient of a chunk's loss goes back through the caches of earlier chunks, from one to another: such a path is a
-chain (eq. 3). A chain survives when all of its chunks are kept. It is then multiplied by the loss factor of the chunk
-where it starts and by the relay factor of every further one. An estimate is unbiased when, for every chain, the
-probability to survive times these factors is 1.
+The gradient of a chunk's loss goes back through the caches of earlier chunks, from one to another: a chain (eq. 3). It
+survives when all of its chunks are kept, and is multiplied by the loss factor of the chunk where it starts and by the
+relay factor of every further one. Unbiased: for every chain, the probability to survive times these factors is 1.
 """
 
 import math
@@ -31,11 +30,8 @@ Draw = list[Weight | None]  # one entry for each chunk, first chunk first; None:
 class Bernoulli:
     """Keep each chunk by its own coin, with factor 1/rate on loss and relay: exactly unbiased.
 
-    Independent coins make a chain through p chunks survive with the product of their p rates,
-    and the p factors undo just that. (The paper draws t of k without replacement, section 3.3,
-    where the chances do not multiply.)
-
-    rate: in (0, 1], one number or one per chunk. Raises InputError.
+    A chain through p chunks survives with the product of their p rates, and the p factors undo just that. (The paper
+    draws t of k without replacement, section 3.3.) rate: in (0, 1], one number or one per chunk. Raises InputError.
     """
 
     rate: float | Sequence[float]
@@ -106,9 +102,8 @@ class FixedBudget:
 class PaperBudget(FixedBudget):
     """The same draw with the factor k/t on loss and relay, as published (Algorithm 2, eq. 9).
 
-    Biased from chains through two chunks on, because the draws are not independent. The loss is
-    scaled too, which Algorithm 2 as printed leaves out. cap: the most that the relay's factor may be
-    (the paper advises 2). A budget above the number of chunks keeps all. Raises InputError.
+    Biased from chains through two chunks on, as draws are not independent. The loss is scaled too, which Algorithm 2 as
+    printed leaves out. cap: the most that the relay's factor may be (the paper advises 2). Raises InputError.
     """
 
     cap: float | None = None
@@ -129,8 +124,7 @@ def most_kept(sampler: str, budget: int, num_chunks: int) -> int:
     """
     if sampler != "bernoulli" or num_chunks <= budget:
         return min(budget, num_chunks)
-    rate = budget / num_chunks
-    kept, total = -1, 0.0
+    rate, kept, total = budget / num_chunks, -1, 0.0
     while total < 0.999:
         kept += 1
         ways = math.lgamma(num_chunks + 1) - math.lgamma(kept + 1) - math.lgamma(num_chunks - kept + 1)

@@ -1,7 +1,5 @@
 """The forecast is the memory of the real step, counted the same way; on several GPUs that of the fullest."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from minichunk.costs.forecast import bytes_of_share, fewest_blocks, fitted, fore
 from minichunk.costs.peak import optimizer_states, step_memory
 from minichunk.costs.plan import parse_bytes
 from minichunk.costs.setting import CHUNKED, METHODS, Setting, Share
+from minichunk.losses import dpo
 from minichunk.memory import attention
 from minichunk.memory.kernels import kernel_for
 from minichunk.models.shapes import layer_memory_bytes, random_model
@@ -71,7 +70,10 @@ def real_peak(setting: Setting, tokens: int) -> tuple[int, int]:
         states = optimizer_states(model)
         if setting.in_blocks:  # as from an earlier batch of the same step
             mc.seco(model, *[torch.zeros(1, 2, dtype=torch.int64)] * 2, 2)
-        ids = torch.zeros(1, tokens, dtype=torch.int64)
+        ids = torch.zeros(setting.rows, tokens, dtype=torch.int64)
+        if setting.objective:  # the chosen answer and the rejected one
+            ids[1, setting.trunk(tokens) :] = 1
+            keywords |= {"objective": dpo(torch.zeros(ids.shape)), "share": True}
         if setting.method == "seco":
             mc.seco(model, ids, ids, setting.chunk_size, **keywords)
         elif setting.method == "spaco":
@@ -101,7 +103,9 @@ SLIDING, FULL = "sliding_attention", "full_attention"
         (llama(5), "spaco", {"rank": 0, "fill_size": 1024, "layers_at_once": "2"}),
         (llama(2), "spaco", {"rank": 0, "recompute": False}),
         (llama(4), "spaco", {"recompute": False, "layers_at_once": "1", "offload": True, "fill_size": 1024}),
-        (llama(4), "seco", {"layers_at_once": "1", "fill_size": 1024}),
+        (llama(4), "seco", {"objective": "dpo"}),
+        (llama(4), "seco", {"objective": "dpo", "answer": 700, "recompute": False}),
+        (llama(4), "spaco", {"objective": "dpo", "answer": 90, "fill_size": 1024}),
         (llama(4), "seco", {"graphs": 2, "rank": 0}),
         (llama(4), "seco", {"graphs": 6, "dtype": "bfloat16"}),
         *((llama(2), m, o) for m in METHODS if m not in CHUNKED for o in ({}, {"dtype": "bfloat16", "rank": 0})),
@@ -113,18 +117,11 @@ SLIDING, FULL = "sliding_attention", "full_attention"
         (llama(2, **WINDOWS, layer_types=(SLIDING,) * 2), "spaco", {}),
     ],
 )
-def test_the_forecast_is_the_peak_of_a_real_step(
-    tmp_path: Path, config: Any, method: str, options: dict[str, Any]
-) -> None:
+def test_the_forecast_is_the_peak_of_a_real_step(tmp_path: Path, config: Any, method: str, options: Any) -> None:
     setting = of(write(tmp_path, config), method, **options)
     found = forecast(setting).at(BEYOND)
     peak, host = real_peak(setting, BEYOND)
     assert (found.peak, found.host) == (pytest.approx(peak, rel=0.02), host)
-
-
-def test_a_large_fill_peaks_above_the_rebuilds(directory: str) -> None:
-    """So that the forecasts with one, above, are those of a fill."""
-    assert real_peak(of(directory, fill_size=1024), 2048)[0] > 1.1 * real_peak(of(directory), 2048)[0]
 
 
 def test_without_chunks_windows_take_what_full_attention_takes(directory: str) -> None:
@@ -192,14 +189,9 @@ def test_spaco_is_counted_with_what_its_coins_may_keep(directory: str) -> None:
     longest = forecast(coins).longest(8 * 2**20)
     assert 0 < longest < forecast(fixed).longest(8 * 2**20)
     assert forecast(coins).at(longest).peak <= 8 * 2**20 < forecast(coins).at(longest + 64).peak
-
-
-@pytest.mark.parametrize("method", ["seco", "full"])
-def test_nothing_fits_or_whole_chunks(directory: str, method: str) -> None:
-    """Also where a chunk is longer than the step that is counted of a method without chunks."""
-    found = forecast(of(directory, method, 1500))
-    assert found.longest(64 * 2**20) % 1500 == 0
-    assert found.longest(0) == 0
+    for method in ("seco", "full"):  # also where a chunk is longer than the step that is counted
+        found = forecast(of(directory, method, 1500))
+        assert found.longest(64 * 2**20) % 1500 == found.longest(0) == 0
 
 
 def test_counting_forgets_what_is_freed() -> None:

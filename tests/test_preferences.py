@@ -58,6 +58,15 @@ def test_both_rows_have_one_prompt_and_their_answers(form: str, kind: str, tmp_p
         assert templated or int(row.input_ids[-1]) == end
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_that_goes_on_with_a_word_takes_all_of_its_tokens(kind: str, tmp_path: Path) -> None:
+    """Or one row would learn what the other one has been given: of "which" and "wh s" the beginning, too."""
+    path = write(tmp_path / "a.jsonl", {"prompt": "he had wh", "chosen": "ich", "rejected": " s"})
+    (pair,), _ = read_pairs([path], KINDS[kind], seq_len=99)
+    learnt = [KINDS[kind].decode(row.input_ids[row.labels != -100].tolist()).strip() for row in pair.rows]
+    assert learnt == ["which", "wh s"]
+
+
 def test_a_label_goes_with_its_answer_and_another_one(tmp_path: Path) -> None:
     rows = [{"prompt": PROMPT, "completion": text, "label": text == YES} for text in (YES, NO)]
     pairs, _ = read_pairs([write(tmp_path / "a.jsonl", *rows)], KINDS["bytes"], with_labels=True, seq_len=99)
@@ -180,10 +189,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", RUNS)
 def test_a_run_measures_and_continues_bit_for_bit(
-    case: str,
-    options: TrainOptions,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    case: str, options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reference is the model before the first step, and is not computed again."""
     kind, path, lines = RUNS[case]["objective"], tmp_path / "rows.jsonl", list[str]()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from shutil import copy
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from torch.nn.functional import cross_entropy
 import minichunk as mc
 from minichunk.batch import IGNORE, shift
 from minichunk.chunks import cut
+from minichunk.command.main import main
 
 from .gradients import combine
 from .rounding import Exact, exactly, outcome
@@ -24,8 +27,7 @@ import transformers  # isort: skip (if it is there)
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache  # isort: skip (if it is there)
 
 TYPES = [
-    "llama", "gemma2", "gemma3_text", "gemma3n_text", "gpt2", "phi", "granite", "mixtral", "gpt_oss", "llama4_text",
-    "qwen3_next", "bamba", "lfm2",
+    "gemma2", "gemma3n_text", "phi", "gpt_oss", "llama4_text", "qwen3_next", "bamba", "lfm2",
 ]  # fmt: skip
 WAYS: list[dict[str, Any]] = [{"chunk_size": 5}, {"chunk_size": 4, "recompute": True, "fill_size": 12}]
 NAME = "minichunk"
@@ -42,7 +44,7 @@ def test_seco_is_its_own_full_backpropagation(model_type: str) -> None:
             expected.check(outcome(model, partial(mc.seco, wrapped, ids, labels, **way)))
 
 
-@pytest.mark.parametrize("model_type", ["gemma3_text", "qwen3_next"])
+@pytest.mark.parametrize("model_type", ["gemma3_text", "bamba"])
 def test_spaco_is_unbiased(model_type: str) -> None:
     (ids, labels), model, sampler = batch(length=13), tiny_transformer(model_type), mc.Bernoulli([0.3, 0.5, 0.8])
     with exact():
@@ -70,7 +72,6 @@ def lora(model: Any, dropout: float = 0.0, **more: Any) -> Any:
 @pytest.mark.parametrize(
     "adapted",
     [
-        lambda: lora(tiny_transformer("llama")),
         lambda: lora(tiny_transformer("llama"), modules_to_save=["lm_head"]),
         lambda: lora(tiny_transformer("qwen3_next"), target_modules=["q_proj", "in_proj_qkvz"]),
     ],
@@ -128,7 +129,6 @@ def ignoring(name: str) -> Callable[..., Any]:
     ("model_type", "ignored", "more"),
     [
         ("gemma3_text", "mask", {}),
-        ("llama4_text", "mask", {}),
         ("gemma3_text", "scaling", {}),
         ("gpt_oss", "s_aux", {}),
         ("gemma2", "softcap", {"attn_logit_softcapping": 1.0}),
@@ -145,28 +145,24 @@ def test_who_ignores_a_part_of_a_model_is_found_out(
     mc.wrap(model)
     monkeypatch.setitem(AttentionInterface._global_mapping, NAME, ignoring(ignored))
     if ignored == "mask":
-        rule = transformers_cache.Rule(mc.Window())
-        monkeypatch.setitem(AttentionMaskInterface._global_mapping, NAME, lambda **_: rule)
+        monkeypatch.setitem(
+            AttentionMaskInterface._global_mapping, NAME, lambda **_: transformers_cache.Rule(mc.Window())
+        )
     if ignored == "final cap":
         capless = lambda x, name, *other: None if "softcap" in name else getattr(x, name, *other)  # noqa: E731
         monkeypatch.setattr(wrap, "getattr", capless, raising=False)
     if ignored == "states":
-        monkeypatch.setattr(transformers_cache.Run, "get_conv_state", lambda *_, **__: None)
-    with pytest.raises(mc.InputError, match=r"would be off by|not a linear function"):
+        monkeypatch.setattr(transformers_cache.Run, "handed", lambda *_, **__: None)
+    with pytest.raises(mc.InputError, match="would be off by"):
         mc.wrap(model)
 
 
 @pytest.mark.parametrize(
-    ("model_type", "more", "reason"),
-    [
-        ("bloom", {}, "AttentionInterface"),
-        ("diffllama", {}, "runs twice"),
-        ("jamba", {}, "would be off by"),
-    ],
+    ("model_type", "reason"), [("bloom", "AttentionInterface"), ("diffllama", "runs twice"), ("jamba", "be off by")]
 )
-def test_others_are_refused_in_a_line(model_type: str, more: dict[str, Any], reason: str) -> None:
+def test_others_are_refused_in_a_line(model_type: str, reason: str) -> None:
     with pytest.raises(mc.InputError, match=f"cannot be run in chunks: .*{reason}") as error:
-        mc.wrap(tiny_transformer(model_type, **more))
+        mc.wrap(tiny_transformer(model_type))
     assert "\n" not in str(error.value)
 
 
@@ -209,15 +205,53 @@ def test_the_model_stays_as_it_was() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_adapters_on_4_bits(tmp_path: Path) -> None:
+    """In float32, as the base is; in evaluation it is refused, for a CPU's layers lose their gradient there."""
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("accelerate")
+    (ids, labels), model = batch(), tiny_transformer("llama", hidden_size=64).float()
+    model.save_pretrained(tmp_path)
+    told = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=told, device_map="cpu")
+    adapted = lora(base.train())
+    expected, wrapped = outcome(adapted, lambda: own(adapted, ids, labels)), mc.wrap(adapted)
+    for way in WAYS:
+        got = outcome(adapted, partial(mc.seco, wrapped, ids, labels, **way))
+        assert all((got[name] - x).norm() <= 1e-4 * x.norm() for name, x in expected.items())
+    with pytest.raises(mc.InputError, match=r"call train\(\)"):
+        mc.seco(wrapped.eval() and wrapped, ids, labels, 5)
+
+
+def test_the_commands_train_an_adapter_and_evaluate_it(
+    model_directory: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, run = tmp_path / "granite", tmp_path / "run"
+    tiny_transformer("granite", vocab_size=300).float().save_pretrained(base)
+    copy(model_directory / "tokenizer.json", base)
+    same = ["--model", str(base), "--seq-len", "40", "--chunk-size", "8", "--device", "cpu"]
+    data = ["--data", str(text), "--val-data", str(text), "--eval-documents", "4", "--output", str(run)]
+    assert main(["train", *same, *data, "--steps", "2", "--rank", "2", "--lr", "0.1"]) == 0
+    losses = json.loads((run / "loss_by_position.json").read_text())
+    assert losses["before"] != losses["after"]
+    capsys.readouterr()
+    adapter = ["--adapter", str(run / "adapter")]
+    assert main(["evaluate", *same, *adapter, "--data", str(text), "--documents", "4"]) == 0
+    printed = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if " to " in line]
+    assert printed == [pytest.approx(span["loss"], abs=6e-4) for span in losses["after"]]
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_five_steps_of_a_trainer(tmp_path: Path) -> None:
     """In two batches each, the weights become those of transformers' own Trainer."""
     pytest.importorskip("accelerate")
+    from tutorials.transformers_trainer import Trainer
+
     ids, labels = batch(rows=20)
     rows = [
         {"input_ids": i, "labels": x, "attention_mask": torch.ones_like(i)} for i, x in zip(ids, labels, strict=True)
     ]
     weights = []
-    for kind, more in ((transformers.Trainer, {}), (mc.Trainer, {"chunk_size": 5})):
+    for kind, more in ((transformers.Trainer, {}), (Trainer, {"chunk_size": 5})):
         model = tiny_transformer("llama")
         told = transformers.TrainingArguments(
             output_dir=str(tmp_path), max_steps=5, per_device_train_batch_size=2, gradient_accumulation_steps=2,

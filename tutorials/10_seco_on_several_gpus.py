@@ -293,7 +293,7 @@ shutil.rmtree(folder)
 # process or 3. `PipelineStage(model, counts=[…])` splits the layers as you say. With `links=mc.Links(timeout=…)` a rank that
 # does not answer in that time ends the others, with an error that names it.
 # [A test](../tests/test_pipeline.py) compares the gradients on 2, 3 and 4 ranks with those of one process, bit for
-# bit: attention, windows, states, Mamba-2; SpaCO, LoRA, dropout, recompute, fill size, offload, ragged chunks, and
+# bit: attention, windows, states, Mamba-2; SpaCO, LoRA, dropout, recompute, fill size, ragged chunks, and
 # fewer chunks than ranks.
 #
 # ## How long a text fits
@@ -344,7 +344,7 @@ shutil.rmtree(folder)
 #
 # `torch.distributed.pipelining` has that schedule too. It calls backward by itself, so the relay is put in where the graph
 # passes by: at the output of a rank's layers, as an identity whose backward asks the memory. That is
-# [`torch_pipeline.py`](torch_pipeline.py), with the same gradients, [bit for bit](../tests/test_torch_pipeline.py). It is not
+# [`torch_pipeline.py`](torch_pipeline.py), with the same gradients, [bit for bit](../tests/test_pipeline.py). It is not
 # our engine: it receives each chunk, and each gradient, into a buffer of its own, so that the memory of every rank grows by
 # one hidden state or two per chunk (counted in that test); it wants chunks of one length, and at least as many as ranks.
 #

@@ -79,16 +79,17 @@ def draw_memory() -> None:
     """Peak memory of a training step of an 8B Llama against the length, by forecast."""
     figure, axes = plt.subplots(figsize=(7, 4.2))
     lengths = [512 * n for n in range(7, 129)]  # from a length that is counted
-    for method, sums, label in (
-        ("full", None, "full"),
-        ("full-recompute", None, "full, layers checkpointed"),
-        ("full-recompute-tiled", None, "the same, loss in tiles"),
-        ("full-recompute-offload", None, "the same, layers' inputs\nin host memory"),
-        ("seco", "float32", "SeCO, sums in float32"),
-        ("seco", "bfloat16", "SeCO, sums in bfloat16"),
-        ("spaco", "bfloat16", "SpaCO, 8 chunks kept,\nsums in bfloat16"),
+    for method, label, options in (
+        ("full", "full", {}),
+        ("full-recompute", "full, layers checkpointed", {}),
+        ("full-recompute-tiled", "the same, loss in tiles", {}),
+        ("full-recompute-offload", "the same, layers' inputs\nin host memory", {}),
+        ("seco", "SeCO, sums in float32", {}),
+        ("seco", "SeCO, sums in bfloat16", {"cache_grad_dtype": "bfloat16"}),
+        ("spaco", "SpaCO, 8 chunks kept,\nsums in bfloat16", {"cache_grad_dtype": "bfloat16"}),
+        ("seco", "SeCO, 8 layers at once,\nsums in bfloat16", {"cache_grad_dtype": "bfloat16", "layers_at_once": "8"}),
     ):
-        line = forecast(Setting(method=method, cache_grad_dtype=sums))
+        line = forecast(Setting(method=method, **options))
         axes.plot(lengths, [line.at(tokens).peak / 2**30 for tokens in lengths], label=label, lw=2)
     axes.axhline(23, color="gray", ls="--", lw=1, label="24 GiB, 1 of them reserved")
     axes.set(xlabel="tokens", ylabel="GiB", ylim=(14, 48), xlim=(0, 66000))

@@ -1,9 +1,7 @@
 """What one training step takes at its peak: the real code, run on meta tensors and counted.
-
 Meta tensors have a shape, a dtype and a storage of so many bytes, but no memory and no arithmetic. Not all chunks have
 to be run. Of the fill, those on the longest past are enough. Of the rebuilds, the last chunk sends gradients back, the
-one before it also receives some, and the earlier ones do the same on a shorter past.
-"""
+one before it also receives some, and the earlier ones do the same on a shorter past."""
 
 from collections import deque
 from dataclasses import dataclass, replace
@@ -26,6 +24,7 @@ from ..models.llama import Attention
 from ..models.quantize import Linear4bit, check_bitsandbytes
 from ..models.shapes import alike
 from ..models.stack import Stack
+from ..objective import score
 from ..pipeline import pipeline_seco as pipeline
 from ..pipeline.links import MOST_ON_THE_WAY, Links
 from ..pipeline.stage import PipelineStage
@@ -40,9 +39,7 @@ from .setting import CHUNKED, Setting, Share, Way
 @dataclass(frozen=True)
 class StepBytes:
     """Bytes on the device at the peak of one training step, what they consist of, and bytes in host memory.
-
-    between_blocks: what goes from one block of layers to the next.
-    """
+    between_blocks: what goes from one block of layers to the next."""
 
     peak: int
     weights: int
@@ -57,9 +54,7 @@ class StepBytes:
 @lru_cache(None)
 def step_memory(setting: Setting, tokens: int, share: Share | None = None, way: Way | None = None) -> StepBytes:
     """What a step of `tokens` tokens takes. Raises InputError.
-
-    share: on one rank of a pipeline. way: of a step through blocks of layers, on this part of its way.
-    """
+    share: on one rank of a pipeline. way: of a step through blocks of layers, on this part of its way."""
     setting.check()
     if setting.load_in_4bit:  # the library makes the table of its levels once: or the first step would have taken more
         check_bitsandbytes()
@@ -87,8 +82,8 @@ def step_memory(setting: Setting, tokens: int, share: Share | None = None, way: 
         if way is not None:  # earlier batches of the step, or blocks above, have left gradients
             for p in trained:
                 p.grad = torch.zeros_like(p, dtype=p.grad_dtype)
-        ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
-        labelled = torch.arange(tokens)[None] < tokens - 1  # every token has a label
+        ids = torch.zeros(setting.rows, tokens, dtype=torch.int64, device="meta")
+        labelled = torch.arange(tokens).expand(ids.shape) < tokens - 1  # every token has a label
         batch = Batch(ids, shift(ids), float(tokens), labelled, torch.arange(tokens, device="meta"))
         count.peak = count.live  # making the model took more, for 4 bits much more; loading it does not
         cache, grads, between, host = step(model, batch, setting, count)
@@ -106,7 +101,7 @@ def _chunked_step(model: Any, batch: Batch, setting: Setting, count: CountBytes)
     kept, memory, options, (cache, grads) = _filled(model, batch, setting)
     if setting.graphs:
         model = fill_with_graphs(model, batch.input_ids, kept[:-1][-setting.graphs :], memory, options)
-    for chunk in kept[:-3:-1]:
+    for chunk in kept[: -3 - setting.rows // 2 : -1]:  # a third one of pairs, where a prompt's end may be short
         loss, written, received = rebuild(model, batch, chunk, memory, options)
         if setting.method == "spaco":
             received = [1.0 * g for g in received]
@@ -186,10 +181,14 @@ def _filled(model: Any, batch: Batch, setting: Setting, passes: int = 1) -> tupl
     """The chunks that a step keeps, its memory after the last passes of the fill, its options, and the memory's bytes
     but for what comes later and goes: that is a chunk's."""
     (chunks, kept), options = setting.chunks(batch.input_ids.shape[1]), setting.options()
-    options = replace(options, positions=batch.positions)
+    options = replace(options, positions=batch.positions, trunk=setting.trunk(batch.input_ids.shape[1]))
     memory: Any = new_memory(model, batch.input_ids, kept, options)
     found = memory.tensors().bytes()
-    fill(model, batch.input_ids, chunks[:-1][-passes * setting.pass_chunks() :], memory, options)
+    last = passes * setting.pass_chunks()
+    if setting.objective:
+        score(model, batch, chunks[-2 * last - 1 :], memory, options)  # a prompt's last pass may be short
+    else:
+        fill(model, batch.input_ids, chunks[:-1][-last:], memory, options)
     return kept, memory, options, found
 
 

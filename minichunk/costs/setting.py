@@ -1,6 +1,6 @@
 """What is to be trained and how, as a forecast is told."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from ..models.partial import partial_config
 from ..models.shapes import NAMES, layer_memory_bytes, random_model, shape
 from ..models.stack import Stack
 from ..pipeline.links import MOST_ON_THE_WAY
-from ..training.options import DTYPES, StepOptions, changed, option
+from ..training.options import DTYPES, PREFERENCES, StepOptions, changed, option
 
 CHUNKED = ("seco", "spaco")
 METHODS = (*CHUNKED, "full", "full-recompute", "full-recompute-tiled", "full-recompute-offload")
@@ -49,6 +49,11 @@ class Setting(StepOptions):
         StepOptions, "method", choices=METHODS, help="as of train; or without chunks: full, full-recompute, "
         "full-recompute-tiled (the loss in tiles), full-recompute-offload (and the layers' inputs in host memory)",
     )  # fmt: skip
+    objective: str | None = changed(StepOptions, "objective", choices=PREFERENCES)
+    answer: int | None = option(
+        None, "tokens of an answer, at most: what is before it is a prompt, which runs once", least=1, absent="the row",
+        belongs=("objective", PREFERENCES),
+    )  # fmt: skip
     chunk_size: int = changed(StepOptions, "chunk_size", default=512)
     budget: int = changed(StepOptions, "budget", default=8, absent="")
     recompute: bool = changed(StepOptions, "recompute", default=True, absent="on")
@@ -60,7 +65,6 @@ class Setting(StepOptions):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of the model."""
         return DTYPES[self.dtype]
 
     def config(self) -> Any:
@@ -80,35 +84,35 @@ class Setting(StepOptions):
 
     @property
     def in_blocks(self) -> bool:
-        """Whether the step goes through blocks of layers."""
         return self.method in CHUNKED and (self.layers_at_once is not None or self.offload)
 
     def blocks(self, model: Stack) -> list[Stack]:
-        """Of layers."""
         return model.blocks(self.keywords()["layers_at_once"] or 1)
 
     def pass_chunks(self) -> int:
         """Chunks in a pass of the fill."""
         return (self.fill_size or self.chunk_size) // self.chunk_size
 
+    def trunk(self, tokens: int) -> int:
+        return 0 if self.answer is None else max(0, tokens - self.answer)
+
     def memory_bytes(self, tokens: int, way: Way | None = None) -> Tensor:
         """What each layer of the whole model remembers of so many tokens, and the gradients that have room from the
         start; int64 (layers, 2). way: of the layers of one block alone; on the way up nothing is sent back."""
         _, kept = self.chunks(tokens)
         kept = kept if way is None or way.down else [Chunk(tokens, tokens)]
-        found = torch.tensor(layer_memory_bytes(self.config(), self.torch_dtype, kept, self.options()))
+        options = replace(self.options(), trunk=self.trunk(tokens))
+        found = torch.tensor(layer_memory_bytes(self.config(), self.torch_dtype, kept, options, self.rows))
         return found if way is None else found.split(self.keywords()["layers_at_once"] or 1)[way.block]
 
     def even_from(self, share: Share | None = None) -> int:
         """Tokens from which on a step grows evenly: of a chunked one only the batch and what is remembered.
-
-        From there a chunk sees as many pieces of the past as ever, the fill is at its longest pass, a pipeline full.
-        """
+        From there a chunk sees as many pieces of the past as ever, the fill is at its longest pass, a pipeline full."""
         if self.method not in CHUNKED:
             return 1024
         stride = max((p.stride or 1 for p in self.patterns() if isinstance(p, Strided)), default=1)
         reach = max((p.reach + getattr(p, "sinks", 0) for p in self.patterns()), default=0)
         passes = 1 if share is None else MOST_ON_THE_WAY + 1  # a rank still has what it has handed on in them
-        tokens = max(BLOCK * stride, passes * (self.fill_size or 0), reach)
+        tokens = (self.answer or 0) + max(BLOCK * stride, passes * (self.fill_size or 0), reach)
         in_flight = 0 if share is None else len(share.counts) - share.rank
         return (tokens // self.chunk_size + 3 + in_flight + self.graphs) * self.chunk_size

@@ -1,10 +1,9 @@
 """Attention of one chunk over the cache, without copying the cache.
 
 A chunk's queries see the chunk itself, causally, and the whole past. These are two ordinary attentions, whose results
-are merged by their log-sum-exps; and so the past may be cut into blocks, each of them a view of the cache.
-
-Backward, a kernel that is given the *merged* output and log-sum-exp returns the exact gradients of its block: it
-computes the probabilities again as exp(scores - lse), and the merged lse makes them those of the whole softmax.
+are merged by their log-sum-exps; and so the past may be cut into blocks, each of them a view of the cache. Backward, a
+kernel that is given the *merged* output and log-sum-exp returns the exact gradients of its block: it computes the
+probabilities again as exp(scores - lse), and the merged lse makes them those of the whole softmax.
 
 Where a layer sees a part of the past (window.py), the first one is to the *band*, which begins before the chunk, and of
 which each query sees the last positions; the second one is to what is *pinned* before the band. With full attention the
@@ -44,8 +43,7 @@ def fold(x: Tensor, G: int) -> Tensor:
 class Past:
     """What a chunk's attention holds by reference instead of saving: a layer's memory (cache.py) and its place in it.
 
-    save: for a layer that recompute runs twice. The first run leaves the attention's output and log-sum-exp
-    here and the second takes them, so that only what lies before and after the attention is run again.
+    save: for a layer that recompute runs twice: the first run leaves out and lse here, and the second takes them.
     """
 
     def __init__(self, memory: Any, start: int, save: bool) -> None:

@@ -1,7 +1,7 @@
 """Keys and values: what chunks leave behind in attention layers, and the gradients that are sent back to them.
 
-Room for keys and values is there from the start. Chunks are written into it and read from it as views, and the
-gradients that later chunks send back are added in place, so that the past is never copied.
+Their room is there from the start. Chunks are written into it and read from it as views, and the gradients that later
+chunks send back are added in place, so that the past is never copied.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -59,13 +59,11 @@ def joined(spans: Iterable[Span]) -> list[Span]:
 class LayerCache:
     """One layer's keys and values of as many positions as `shape` has, (B, G, positions, D); see LayerMemory.
 
-    The next chunk of the fill reads it, and each chunk that is rebuilt, the last of which begins where the positions
-    end. So there are rows for the pinned positions, with full attention all of them; for those that a rebuilt chunk
-    reaches; and, in turn, for the last ones that were written, as many as the reach.
+    It has rows for the pinned positions, with full attention all of them; for those that a rebuilt chunk reaches, the
+    last of which begins where the positions end; and, in turn, for the last ones that were written.
 
-    like: a tensor of the model's dtype, on its device.
-    receiving: the chunks that later ones send gradients to; these are summed in `grad_dtype`. Pinned positions have
-    room for them from the start, the others from the next chunk that is rebuilt on.
+    receiving, like: see MemorySpec. The gradients sent back are summed in `grad_dtype`: pinned positions have room for
+    them from the start, the others from the next chunk that is rebuilt on.
     kernel: of the attention; None: the best one for the device and dtype.
     """
 

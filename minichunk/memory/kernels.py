@@ -51,8 +51,7 @@ class Kernel:
         raise NotImplementedError
 
     def prepare(self, query: Query) -> Query:
-        """The same as `backward` wants them for many blocks of the past: copies are made once."""
-        return query
+        return query  # as `backward` wants them for many blocks of the past: copies are made once
 
     def backward(self, query: Query, k: Tensor, v: Tensor, window: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of q, k and v, where out and lse may belong to more keys than k's."""
@@ -70,15 +69,11 @@ class Plain(Kernel):
     cap: float = math.inf
 
     def scores(self, q: Tensor, k: Tensor, window: int | None) -> Tensor:
-        B, H, C, D = q.shape
-        G = k.shape[1]
+        (B, H, C, D), G = q.shape, k.shape[1]
         # H/G query heads share a key head. Scores in at least float32, as in the fast kernels.
         s = q.reshape(B, G, H // G, C, D).to(wide(q)) @ k.unsqueeze(2).to(wide(q)).mT / D**0.5
-        if self.cap < math.inf:
-            s = self.cap * (s / self.cap).tanh()
-        if window is not None:
-            s = s.masked_fill(~visible(q, k, window), -torch.inf)
-        return s  # (B, G, H/G, C, past)
+        s = self.cap * (s / self.cap).tanh() if self.cap < math.inf else s  # (B, G, H/G, C, past)
+        return s if window is None else s.masked_fill(~visible(q, k, window), -torch.inf)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
         s = self.scores(q, k, window)
@@ -96,10 +91,8 @@ class Plain(Kernel):
         delta = (grad * out).to(p.dtype).sum(-1).reshape(*shape, 1)
         slope = 1 - (s.masked_fill(s == -torch.inf, 0) / self.cap).square() if self.cap < math.inf else 1  # of the cap
         ds = (p * slope * (grad_ @ v.unsqueeze(2).mT - delta) / D**0.5).to(q.dtype)
-        dq = (ds @ k.unsqueeze(2)).reshape(q.shape)
-        dk = (ds.mT @ q_).sum(2)  # summed over the query heads that share the key head
-        dv = (p.to(q.dtype).mT @ grad_).sum(2)
-        return dq, dk, dv
+        dk, dv = (ds.mT @ q_).sum(2), (p.to(q.dtype).mT @ grad_).sum(2)  # over the query heads that share the key head
+        return (ds @ k.unsqueeze(2)).reshape(q.shape), dk, dv
 
 
 class FlashCPU(Kernel):
@@ -136,10 +129,7 @@ class FlashCPU(Kernel):
 
 
 class FlashCUDA(Kernel):
-    """PyTorch's flash kernel for CUDA: bfloat16 and float16, positions before heads.
-
-    Head sizes are multiples of 8 up to 256: padding is the public operator's work, not this one's.
-    """
+    """PyTorch's flash kernel for CUDA: bfloat16 and float16, positions before heads, which are 8, 16, … 256 numbers."""
 
     takes_many = True
 
@@ -149,8 +139,7 @@ class FlashCUDA(Kernel):
         return {"window_size_left": window - 1, "window_size_right": 0} if window and window < k.shape[2] else {}
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, window: int | None = None) -> tuple[Tensor, Tensor]:
-        sides = self.sides(k, window)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        sides, (q, k, v) = self.sides(k, window), (x.transpose(1, 2) for x in (q, k, v))
         lengths = (None, None, q.shape[1], k.shape[1])
         out, lse, *_ = aten._flash_attention_forward(q, k, v, *lengths, 0.0, window is not None, False, **sides)
         return out.transpose(1, 2), lse
@@ -162,11 +151,10 @@ class FlashCUDA(Kernel):
     def backward(self, query: Query, k: Tensor, v: Tensor, window: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         sides, (grad, q, out, lse) = self.sides(k, window), query
         grad, q, k, v, out = (x.transpose(1, 2) for x in (grad, q, k, v, out))
-        lengths = (None, None, q.shape[1], k.shape[1])
         lse = lse.contiguous()  # the kernel takes this for granted, and does not check it
         # Dropout's random state, which the call wants and with dropout 0 does not read.
         state, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
-        rest = (*lengths, 0.0, window is not None, state, unused)
+        rest = (None, None, q.shape[1], k.shape[1], 0.0, window is not None, state, unused)
         dq, dk, dv = aten._flash_attention_backward(grad, q, k, v, out, lse, *rest, **sides)
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
@@ -197,12 +185,9 @@ def usable(kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: i
     except Exception as error:  # whatever a changed operator raises
         problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     if problem:
-        warnings.warn(
-            f"{type(kernel).__name__} does not work with PyTorch {torch.__version__} for {dtype} and heads of "
-            f"{head_dim} on {device}: {problem}. Attention is computed by the plain kernel, which is slower.",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+        where = f"with PyTorch {torch.__version__} for {dtype} and heads of {head_dim} on {device}: {problem}"
+        text = f"{type(kernel).__name__} does not work {where}. Attention is computed by the slower plain kernel."
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
     return not problem
 
 

@@ -43,15 +43,13 @@ class LayerMemory(Protocol):
     """What a layer's memory is asked. All else is between it and its layer, which is handed its `past`."""
 
     def past(self, chunks: Sequence[Chunk], save: bool) -> Any:
-        """What these adjacent chunks see of it. save: for a layer that is run twice, so that the second run can
-        take from it what the first one has computed."""
+        """What these adjacent chunks see of it. save: for a layer that is run twice, see attention.Past."""
 
     def write(self, chunks: Sequence[Chunk], written: tuple[Tensor, ...]) -> None:
         """Store what the layer wrote for these adjacent chunks."""
 
     def hand_over(self, chunk: Chunk) -> tuple[Tensor, ...]:
-        """The gradients sent back to what this receiving chunk wrote, in its order and dtype: asked once for each of
-        them, the last one first."""
+        """The gradients sent back to what this receiving chunk wrote; see protocol.Memory."""
 
     def tensors(self) -> MemoryUse:
         """All that grows with the length."""

@@ -1,7 +1,7 @@
 """A tree of chunks: rows that begin alike. What they share, the trunk, is one row; each goes on with chunks of its own.
 
-A query of a row sees the trunk's keys and values and then its row's own. Those of the trunk are views, expanded to all
-rows; and what the rows send back to it is summed over them, as the chain rule has it for what is used several times.
+A query of a row sees the trunk's keys and values, views that are expanded to all rows, and then its row's own. What the
+rows send back to the trunk is summed over them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,11 +22,10 @@ from .window import FULL
 def shared_cache(layer: Any, spec: MemorySpec, number: int) -> "SharedCache":
     """The memory of a layer, where the rows share a trunk. Raises InputError for a layer without full attention."""
     S = spec.options.trunk
-    before, after = ([c for c in spec.receiving if (c.start < S) == inside] for inside in (True, False))
+    before = [chunk for chunk in spec.receiving if chunk.start < S]
+    after = [Chunk(start - S, stop - S) for start, stop in spec.receiving if start >= S]
     trunk = layer.new_memory(replace(spec, batch=1, capacity=min(S, spec.capacity), receiving=before))
-    own = layer.new_memory(
-        replace(spec, capacity=max(0, spec.capacity - S), receiving=[Chunk(c.start - S, c.stop - S) for c in after])
-    )
+    own = layer.new_memory(replace(spec, capacity=max(0, spec.capacity - S), receiving=after))
     if not isinstance(trunk, LayerCache) or trunk.pattern != FULL:
         raise InputError(f"share is for full attention, but layer {number} has a state or sees a part of the past")
     return SharedCache(trunk, own, S)
@@ -42,9 +41,8 @@ class SharedCache:
         self.trunk, self.own, self.S = trunk, own, S
 
     def past(self, chunks: Sequence[Chunk], save: bool) -> Past:
-        if chunks[0].start < self.S:
-            return self.trunk.past(chunks, save)
-        return SharedPast(self, chunks[0].start, save)
+        start = chunks[0].start
+        return self.trunk.past(chunks, save) if start < self.S else SharedPast(self, start, save)
 
     def _place(self, chunks: Sequence[Chunk]) -> tuple[LayerCache, list[Chunk]]:
         """The cache that these chunks are in, and they as it counts them."""
@@ -73,8 +71,7 @@ class SharedCache:
         if position >= self.S:
             self.own.add_grads(position - self.S, *sent)
         else:
-            key_grads, value_grads = (x.sum(0, keepdim=True, dtype=self.trunk.grad_dtype) for x in sent)
-            self.trunk.add_grads(position, key_grads, value_grads)
+            self.trunk.add_grads(position, *(x.sum(0, keepdim=True, dtype=self.trunk.grad_dtype) for x in sent))
 
     def tensors(self) -> MemoryUse:
         trunk, own = self.trunk.tensors(), self.own.tensors()
@@ -85,7 +82,6 @@ class SharedPast(Past):
     """What a row's own chunk sees: the trunk, and its row after it; no span goes over the end of the trunk."""
 
     def seen(self, kernel: Kernel, k: Tensor, v: Tensor) -> tuple[list[Any], Tensor, Tensor, list[Any]]:
-        """See Past."""
         band, keys, values, _ = super().seen(kernel, k, v)
         spans = [(0, self.memory.S), (self.memory.S, self.start)]
         return band, keys, values, [(0, [span for span in spans if span[0] < span[1]])]

@@ -1,13 +1,12 @@
 """States: what chunks hand on in recurrent layers, and the adjoints that come back.
 
-Where keys and values stay to be read by all later chunks, a state is read by the next one, which hands on a state of
-its own. So what is sent back to a state, the loss's derivative by it, is the adjoint state of adjoint sharding
-(arXiv 2501.00692), and a memory of one state per chunk is all that grows with the length.
+A state is read by the next chunk alone, which hands on a state of its own. So what is sent back to a state, the loss's
+derivative by it, is the adjoint state of adjoint sharding (arXiv 2501.00692), and a memory of one state per chunk is
+all that grows with the length.
 
-Part of a state passes through a chunk as it is, decayed by a factor that the fill knows. The adjoint passes back by
-the same factor, whatever else the chunk does with the state: so the memory carries this part itself, and a chunk that
-is run again leaves it out. SeCO's gradient is the same either way. In SpaCO what comes from the far past no longer
-needs all chunks on the way to be kept.
+Part of a state passes through a chunk as it is, decayed by a factor that the fill knows, and the adjoint passes back by
+the same factor: so the memory carries this part itself, and a chunk that is run again leaves it out. In SpaCO what
+comes from the far past no longer needs all chunks on the way to be kept.
 """
 
 from bisect import bisect_right
@@ -43,7 +42,6 @@ class Handed:
     - *hand_over*, right after the rebuild: the loss's derivative by h_(j+1). That is `adjoint`, the derivative by what
       the next rebuilt chunk was handed, times `skipped`. Then `adjoint` passes chunk j, times `through`; what chunk j
       itself sends back is added when the chunk before it is rebuilt, for only then is its backward pass done.
-
     zero: before position 0. decay: a tensor of the shape of the decays, which broadcast against it.
     """
 
@@ -100,10 +98,7 @@ class Handed:
 
 
 class LayerState:
-    """A recurrent layer's memory: all that one chunk hands on to the next; a LayerMemory.
-
-    What is written are, for each chunk, pairs of a tensor and its decay.
-    """
+    """A recurrent layer's LayerMemory. What is written are, for each chunk, pairs of a tensor and its decay."""
 
     def __init__(self, handed: Sequence[Handed]) -> None:
         self.handed = handed
@@ -127,10 +122,8 @@ class LayerState:
 def scan_chunks(
     x: Tensor, log_a: Tensor, b: Tensor, c: Tensor, h: Tensor, lengths: Sequence[int]
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """`scan` over adjacent chunks: y, and for each chunk the state after it and what is left in it of the one before.
-
-    The state's gradient does not pass through a chunk by that decay: the memory carries it.
-    """
+    """`scan` over adjacent chunks: y, and for each chunk the state after it and what is left in it of the one before,
+    by which no gradient passes: the memory carries it."""
     outputs, written = [], []
     parts = (z.split(list(lengths), dim=-2) for z in (x, log_a, b, c))
     for x, log_a, b, c in zip(*parts, strict=True):
@@ -147,9 +140,8 @@ def scan(x: Tensor, log_a: Tensor, b: Tensor, c: Tensor, h: Tensor) -> tuple[Ten
 
         h[t] = h[t-1] · a[t] + x[t] b[t]ᵀ,    y[t] = h[t] c[t]      (h: P x N; the gates a in (0, 1))
 
-    Within a block of L tokens y = scores x, where scores[t, s] sums c[t] (a[s+1] … a[t]) b[s] over the N: attention,
-    with products of gates in the place of a softmax. From block to block goes the state. A product of gates is the
-    exponential of a sum that begins where the product begins: nothing overflows, and nothing cancels.
+    Within a block of L tokens y = scores x, where scores[t, s] sums c[t] (a[s+1] … a[t]) b[s] over the N. From block to
+    block goes the state. A product of gates is the exponential of a sum of its own: nothing overflows or cancels.
     x: (…, T, P). log_a: logarithms of the gates (…, T, N), or (…, T, 1), one for all N. b, c: (…, T, N). h: (…, P, N),
     before the first token. The leading dimensions (batch, heads) broadcast. A gate may be 0, its logarithm -inf.
     Returns y (…, T, P), and the state after the last token.

@@ -26,10 +26,7 @@ class QueryRun(NamedTuple):
 
 @dataclass(frozen=True)
 class Window:
-    """Query i sees j <= i with i - j < window, as Hugging Face's sliding_attention, or j < sinks.
-
-    window: at least 1. None: full attention.
-    """
+    """Query i sees j <= i with i - j < window (>= 1; None: all), as Hugging Face's sliding_attention, or j < sinks."""
 
     window: int | None = None
     sinks: int = 0
@@ -66,8 +63,7 @@ class Window:
 class Strided:
     """In blocks: query i in block Q sees j <= i in the blocks K with Q - K < local, or K a multiple of stride.
 
-    The blocks of LongGen (arXiv 2410.01485). All numbers are at least 1. stride: None: of no multiples, so that
-    Strided(8192, 1, None) are the chunks of Llama 4.
+    The blocks of LongGen (arXiv 2410.01485). All numbers are at least 1. stride: None: of no multiples, as in Llama 4.
     """
 
     block: int = 64

@@ -7,11 +7,10 @@
 """
 
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from math import isclose, sqrt
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -31,21 +30,13 @@ NAME = "minichunk"  # of our attention, among transformers'
 HARMLESS = {"sliding_window", "position_ids", "use_cache", "output_attentions", "layer_idx"}  # the pattern says it all
 
 
-class Filled(Exception):
-    """All has been written: what is left of the forward pass is of no use to the fill."""
-
-
 class WrappedMemory(LayerMemories):
-    """A memory for each attention module and each state, by `key`, made when the first chunk gets there."""
+    """A memory for each attention module and each state, by its key, made when the first chunk gets there."""
 
     def __init__(self, spec: MemorySpec) -> None:
         super().__init__([], spec.receiving)
         self.spec, self.of = spec, dict[Any, LayerMemory]()
-
-    def add(self, key: Any, make: Callable[[MemorySpec], LayerMemory]) -> None:
-        if key not in self.of:
-            self.of[key] = make(self.spec)
-            self.layers.append(self.of[key])
+        self.layers: Any = self.of.values()
 
     def write(self, chunks: Sequence[Chunk], written: Written) -> None:
         if written:  # else this has been done chunk by chunk, see Wrapped.fill
@@ -53,29 +44,24 @@ class WrappedMemory(LayerMemories):
 
 
 class Run(Cache):
-    """Some chunks on their way through the model, which takes this for its cache. When recompute comes, it is closed.
+    """Some chunks on their way through the model, which takes this for its cache. save: see Past."""
 
-    save: see Past. stop: how many tensors there are to write, for a fill, which then leaves the model.
-    """
+    now: ClassVar[Any] = None  # whose chunks the attention function is asked for
 
-    def __init__(
-        self, memory: WrappedMemory, chunks: Sequence[Chunk], save: bool = False, stop: int | None = None
-    ) -> None:
+    def __init__(self, memory: WrappedMemory, chunks: Sequence[Chunk], save: bool) -> None:
         super().__init__(layers=[])
-        self.memory, self.chunks, self.save, self.stop, self.open = memory, chunks, save, stop, True
+        self.memory, self.chunks, self.save, self.closed = memory, chunks, save, False
         self.written, self.pasts = dict[Any, tuple[Tensor, ...]](), dict[Any, Any]()
-        self.owners = dict[Any, Any]()  # of keys: the module that made them
-        self.copied = dict[Any, Tensor]()  # into states, by models that change them in place for a single token
+        self.owners = dict[nn.Module, nn.Module]()  # whose keys an attention module uses: its own, or another's
 
     def write(self, key: Any, tensors: tuple[Tensor, ...], make: Callable[[MemorySpec], LayerMemory]) -> None:
-        if not self.open:
+        if self.closed:  # and recomputed
             return
         if key in self.written:
             raise InputError("a layer of it runs twice")
-        self.memory.add(key, make)
+        if key not in self.memory.of:
+            self.memory.of[key] = make(self.memory.spec)
         self.written[key] = tensors
-        if len(self.written) == self.stop:
-            raise Filled
 
     def past(self, key: Any, owner: Any) -> Any:
         """What `key` sees of the owner's memory."""
@@ -85,12 +71,10 @@ class Run(Cache):
 
     def close(self) -> Written:
         """What has been written. It belongs to a graph that may come to hold this object, which lets go of it."""
-        whole = {key: (state, state.new_zeros(())) for key, state in self.copied.items()} | self.written
-        if whole.keys() != self.memory.of.keys():
+        if self.written.keys() != self.memory.of.keys():
             raise InputError("its layers do not write the same in every chunk")
-        self.written, self.copied, self.open = {}, {}, False
-        self.owners = {key: owner for key, owner in self.owners.items() if isinstance(key, nn.Module)}
-        return [whole[key] for key in self.memory.of]
+        written, self.written, self.closed = self.written, {}, True
+        return [written[key] for key in self.memory.of]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         return key_states, value_states
@@ -107,32 +91,28 @@ class Run(Cache):
     def is_recording_past(self, layer_idx: int) -> bool:
         return True  # or a chunk of one token would change the convolution's state in place
 
-    def get_conv_state(self, layer_idx: int, state_idx: int = 0, kind: str = "conv") -> Tensor | None:
-        key = kind, layer_idx, state_idx
-        if not self.chunks[0].start:
-            return None
-        state: Any = self.past(key, key).states[0]
-        if kind == "recurrent" and self.chunks[-1].stop - self.chunks[0].start == 1:
-            state = state.view_as(state)
-            # What some models copy into it, their backward pass needs it without: that is caught, and written.
-            state.copy_ = partial(self.catch, key)
-        return state
-
-    def catch(self, key: Any, state: Tensor) -> None:
-        if self.open:
-            self.copied[key] = state
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self.handed("conv", layer_idx, state_idx)
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
-        return self.get_conv_state(layer_idx, state_idx, "recurrent")
+        return self.handed("recurrent", layer_idx, state_idx)
 
-    def update_recurrent_state(
-        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, *, kind: str = "recurrent", **_: Any
-    ) -> Tensor:
-        zero = torch.zeros_like(recurrent_states)
-        nothing = zero.new_zeros(())  # of it passes through as it is, as far as the memory knows
-        make: Any = lambda spec: LayerState([Handed(zero, nothing, spec)])  # noqa: E731
-        self.write((kind, layer_idx, state_idx), (recurrent_states, nothing), make)
-        return recurrent_states
+    def handed(self, *key: Any) -> Any:
+        """The state that these chunks are handed; None at the start."""
+        if not self.chunks[0].start:
+            return None
+        state = self.past(key, key).states[0].view_as(self.past(key, key).states[0])
+        # For a single token some models copy the next state into it: its backward needs it as it was.
+        state.copy_ = partial(self.hand_on, key)
+        return state
+
+    def hand_on(self, key: Any, state: Tensor) -> Tensor:
+        zero, nothing = torch.zeros_like(state), state.new_zeros(())  # of it passes as it is, as far as memory knows
+        self.write(key, (state, nothing), lambda spec: LayerState([Handed(zero, nothing, spec)]))
+        return state
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
+        return self.hand_on(("recurrent", layer_idx, state_idx), recurrent_states)
 
     def update_conv_state(
         self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
@@ -141,13 +121,13 @@ class Run(Cache):
         size = (conv_kernel_size or conv_states.shape[-1]) if before is None else before.shape[-1]
         seen = conv_states if before is None else torch.cat([before, conv_states], -1)
         seen = F.pad(seen, (max(0, size - seen.shape[-1]), 0))
-        self.update_recurrent_state(seen[..., seen.shape[-1] - size :], layer_idx, state_idx, kind="conv")
+        self.hand_on(("conv", layer_idx, state_idx), seen[..., seen.shape[-1] - size :])
         return seen
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What stands in for a mask."""
+    """What stands in for a mask; of which some models take all."""
 
     pattern: Pattern
 
@@ -155,9 +135,6 @@ class Rule:
         if any(part not in (slice(None), slice(0, None)) for part in index):
             raise InputError("its attention takes a mask apart")
         return self
-
-
-running: ContextVar[Run] = ContextVar("running")
 
 
 def find_rule(*, mask_function: Callable[..., Tensor], device: Any, local_size: int | None = None, **_: Any) -> Rule:
@@ -173,7 +150,7 @@ def find_rule(*, mask_function: Callable[..., Tensor], device: Any, local_size: 
     raise InputError("its mask is neither causal, nor a window, nor blocks")
 
 
-def new_memory(spec: MemorySpec, k: Tensor, pattern: Pattern, cap: float | None) -> LayerMemory:
+def new_memory(k: Tensor, pattern: Pattern, cap: float | None, spec: MemorySpec) -> LayerMemory:
     """Of keys like k (B, G, C, D)."""
     B, G, _, D = k.shape
     grad_dtype = spec.options.cache_grad_dtype or wide(k)
@@ -183,7 +160,7 @@ def new_memory(spec: MemorySpec, k: Tensor, pattern: Pattern, cap: float | None)
 
 
 def attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *, scaling: float | None = None,
+    module: nn.Module, query: Tensor, key: Any, value: Tensor, attention_mask: Any, *, scaling: float | None = None,
     dropout: float = 0.0, softcap: float | None = None, s_aux: Tensor | None = None, is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
@@ -193,16 +170,16 @@ def attend(
         raise InputError(f"its attention wants {', '.join(asked) or 'a mask of its own'}, which is not done here")
     if dropout:
         raise InputError("dropout of attention's probabilities is not done here: load it with attention_dropout=0")
-    run, width, D = running.get(), value.shape[-1], max(query.shape[-1], value.shape[-1])
+    run, width, D = Run.now, value.shape[-1], max(query.shape[-1], value.shape[-1])
     scale = (query.shape[-1] ** -0.5 if scaling is None else scaling) * sqrt(D)  # minichunk's own is 1 / sqrt(D)
     query = query if isclose(scale, 1) else query * scale
     q, k, v = (x if x.shape[-1] == D else F.pad(x, (0, D - x.shape[-1])) for x in (query, key, value))
     q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves rotated ones wider
-    if module not in run.owners:  # whose memory: its own, or that of who was given the same keys (Gemma 3n)
-        run.owners[module], _ = run.owners.setdefault(id(key), (module, key))
+    if module not in run.owners:  # and not recomputed: who is given the keys of another has its memory (Gemma 3n)
+        key.owner = run.owners[module] = getattr(key, "owner", module)
     owner = run.owners[module]
     if owner is module:
-        run.write(module, (k, v), lambda spec: new_memory(spec, k, attention_mask.pattern, softcap))
+        run.write(module, (k, v), partial(new_memory, k.detach(), attention_mask.pattern, softcap))
     past = run.past(module, owner)
     if past.memory.pattern != attention_mask.pattern:
         raise InputError("two layers share keys, and do not see the same")

@@ -1,8 +1,7 @@
 """A rank's links to its neighbours: hidden states go up to the next rank, their gradients down to the one before.
 
-Each direction is a process group of its own. Within one group, NCCL runs what two ranks say to each other in the order
-in which each of them issues it. Here a rank hands the next chunk up before it takes a gradient, while the rank above,
-which has fewer chunks in flight, hands that gradient down before it takes the chunk: each would wait for the other.
+Each direction is a process group of its own. In one group NCCL keeps an order: a rank hands the next chunk up before
+it takes a gradient, the rank above hands that down before it takes the chunk, and each would wait for the other.
 
 With more processes than a pipeline needs there are copies of it, at work on other documents. Adjacent processes are one
 pipeline; those with the same layers are a group, which adds up the gradients of the copies.
@@ -106,5 +105,5 @@ class Links:
             yield
         except RuntimeError as error:
             other = "the other ranks" if rank is None else f"rank {self.first + rank}"
-            words = f"hears nothing from {other}, which ended or did not answer in time"
-            raise RankLost(f"rank {dist.get_rank()} {words} ({str(error).strip().partition(chr(10))[0]})") from error
+            why = f"which ended or did not answer in time ({str(error).strip().partition(chr(10))[0]})"
+            raise RankLost(f"rank {dist.get_rank()} hears nothing from {other}, {why}") from error

@@ -4,9 +4,8 @@ Every rank goes through the same loop over the same chunks. Of a chunk only its 
 and only the gradient of that comes down. What it writes, and what later chunks send back to it, stays on the rank.
 
 One thing is added to seco.py: a chunk waits. Between its rebuild (line 5) and its backward pass (lines 6 and 7) the
-ranks above work on it, and this rank rebuilds the chunks before it, as many as there are ranks above. When a chunk's
-turn comes, all later chunks have sent back their part. Turns go from the last chunk to the first, as in seco.py, so
-every sum has the same terms in the same order. (The schedule is known as 1F1B; PipeDream, arXiv 1806.03377.)
+ranks above work on it, and this rank rebuilds the chunks before it, as many as there are ranks above. Turns go from the
+last chunk to the first, so every sum has the same terms in the same order as in seco.py. (1F1B; arXiv 1806.03377.)
 """
 
 from collections import deque
@@ -18,16 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch import (
-    Batch,
-    ChunkLoss,
-    Objective,
-    check_loss,
-    check_positions,
-    check_tokens,
-    make_batch,
-    widen_gradients,
-)  # fmt: skip
+from ..batch import Batch, ChunkLoss, Objective, check_loss, check_positions, check_tokens, make_batch, widen_gradients
 from ..chunks import Chunk, check_fill_size, cut, span
 from ..errors import InputError
 from ..loss import loss_of_chunk

@@ -25,9 +25,7 @@ def layer_costs(model: Stack, memory: Sequence[int] | None = None) -> list[int]:
 
     Counted are weights as they are stored; gradients and AdamW's states of those that learn; and the layer's memory:
     neither time nor the activations of chunks in flight, of which a rank has more the earlier it comes.
-
-    model: with its adapter, if it is to have one; on any device, meta too.
-    memory: bytes of each layer's memory, of `layer_memory_bytes`; None: not known.
+    model: with its adapter; on any device, meta too. memory: bytes of `layer_memory_bytes`; None: not known.
     """
     costs = [_bytes(layer) for layer in model.layers]
     costs[0] += _bytes(model.embedding)
@@ -55,8 +53,7 @@ def split_costs(costs: tuple[int, ...], ranks: int) -> tuple[int, ...]:
 
 
 def _bytes(module: nn.Module) -> int:
-    """Of its weights. Those that learn need a gradient and AdamW's two moments, in float32 at least, and in half
-    precision also a float32 copy."""
+    """Of its weights, and for those that learn a gradient, AdamW's moments and, of half precision, a master copy."""
     found = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
     for p in module.parameters():
         if p.requires_grad:

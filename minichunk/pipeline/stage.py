@@ -27,9 +27,8 @@ class PipelineStage(Stack):
     Made at the same time on all processes of the default process group, of models with the same weights: seed what is
     drawn at random. The model may be on the CPU; `stage.to(device)` then moves what is left.
 
-    counts: how many layers each rank gets; None: `split_layers(model, ranks)`.
-    links: between the ranks; None: all processes are one pipeline. `Links(2)` makes pipelines of two, each of which
-        works on documents of its own; `stage.add_copies()` then adds up their gradients.
+    counts: how many layers each rank gets; None: `split_layers(model, ranks)`. links: None: all processes are one
+    pipeline. `Links(2)` makes pipelines of two, for documents of their own; `add_copies` then adds up their gradients.
     Raises InputError without a process group, for fewer layers than ranks, and for counts that do not add up.
     """
 
@@ -126,8 +125,7 @@ class PipelineStage(Stack):
         self.links.flush()
 
     def add_copies(self) -> None:
-        """Add up the gradients of all copies of the pipeline. Called on all processes, once in an optimizer step; a
-        copy that has done nothing in it adds nothing."""
+        """Add up the gradients of all copies of the pipeline: on all processes, once in an optimizer step."""
         widen_gradients(self)
         for parameter in self.parameters():
             if parameter.requires_grad and self.links.copies > 1:

@@ -48,17 +48,14 @@ def local_device(device: str) -> str:
     if process.world == 1 or device == "cpu":
         return device
     if process.local_world > (count := torch.cuda.device_count()):
-        here = f"{process.local_world} processes on this machine, but PyTorch sees only so many GPUs: {count}"
-        raise InputError(f"torchrun has started {here}. Each needs its own (or take --device cpu)")
+        raise InputError(f"torchrun has started {process.local_world} processes here, but PyTorch sees {count} GPUs")
     return f"cuda:{process.local_rank}"
 
 
 @contextmanager
 def linked(ranks: int, device: str, seconds: float) -> Iterator[Links | None]:
-    """Within the block: the links of this process, if torchrun has started several; None where it is alone.
-
-    ranks: processes that share the layers. device: as `local_device` says. seconds: that every message may take.
-    """
+    """Within the block: the links of this process; None where it is alone. ranks: processes that share the layers.
+    device: as `local_device` says. seconds: that every message may take."""
     if started().world == 1:
         yield None
         return
@@ -84,9 +81,8 @@ def speaks_first() -> bool:
     if not is_one_of_several():
         return True
     try:  # torchrun's own store outlives the ranks
-        store: Any = dist.TCPStore(  # type: ignore[attr-defined]
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=5)
-        )
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store: Any = dist.TCPStore(address, port, None, False, timedelta(seconds=5))  # type: ignore[attr-defined]
         return bool(store.add(f"minichunk ended {os.environ.get('TORCHELASTIC_RESTART_COUNT')}", 1) == 1)
     except (RuntimeError, ValueError, KeyError):
         return os.environ["RANK"] == "0"

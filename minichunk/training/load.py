@@ -16,6 +16,7 @@ from ..files.atomic import check_room
 from ..files.chat import ChatTemplate, load_chat_template
 from ..full import full
 from ..models.adapter_files import load_adapter
+from ..models.config import first_eos
 from ..models.load import change_rope, load_model
 from ..models.lora import add_lora, default_targets
 from ..models.partial import partial_context
@@ -84,11 +85,11 @@ def read_pieces(
 ) -> tuple[list[Any], str]:  # fmt: skip
     """Pieces, or pairs for an objective of `PREFERENCES`, and a line that says what was kept. Raises InputError."""
     if objective in PREFERENCES:
-        told = tokenizer, model.config.first_eos(), chat
+        told = tokenizer, first_eos(model.config), chat
         pairs, line = documents.read_pairs(paths, *told, with_labels=objective == "kto", seq_len=seq_len)
         documents.check_vocabulary([row for pair in pairs for row in pair.rows], model.config.vocab_size)
         return pairs, line
-    texts = documents.read_documents(paths, tokenizer, model.config.first_eos(), chat)
+    texts = documents.read_documents(paths, tokenizer, first_eos(model.config), chat)
     documents.check_vocabulary(texts, model.config.vocab_size)
     return documents.cut_documents(texts, seq_len)
 

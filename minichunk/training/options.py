@@ -179,8 +179,10 @@ class StepOptions:
             raise InputError("--load-in-4bit freezes the base: it needs an adapter, --rank of at least 1")
         if (given := self.layers_at_once) not in (None, "auto") and not (given.isdecimal() and int(given)):
             raise InputError(f"--layers-at-once is {given!r}, but must be a whole number of at least 1, or auto")
-        if self.graphs and (self.method != "seco" or self.offload or given not in (None, "auto")):
-            raise InputError("--graphs is for seco with all layers at once: leave out --layers-at-once N and --offload")
+        others = self.method != "seco" or self.objective or self.offload or given not in (None, "auto")
+        if self.graphs and others:
+            names = "--layers-at-once N, --offload and --objective"
+            raise InputError(f"--graphs is for seco with all layers at once: leave out {names}")
 
     @property
     def rows(self) -> int:  # of a piece
@@ -198,9 +200,13 @@ class StepOptions:
         how |= {"layers_at_once": self.layers_at_once and int(self.layers_at_once), "offload": self.offload}
         return how | ({"graphs": self.graphs} if self.graphs else {})
 
+    def trunk(self, tokens: int) -> int:
+        """How many first tokens of so many are taken to be the same in all rows."""
+        return 0
+
     def chunks(self, tokens: int) -> tuple[list[Chunk], list[Chunk]]:
         """All chunks of a text, and the most of them that a step backpropagates: as many, at the end of it."""
-        chunks = cut(tokens, self.chunk_size)
+        chunks = cut(tokens, self.chunk_size, self.trunk(tokens))
         kept = most_kept(self.sampler, self.budget or 1, len(chunks)) if self.method == "spaco" else len(chunks)
         return chunks, chunks[-kept:]
 
@@ -293,6 +299,8 @@ class TrainOptions(StepOptions, ModelOptions):
             raise InputError(f"{names} belong to --method seco and spaco")
         if self.objective in PREFERENCES and not self.data:
             raise InputError(f"--objective {self.objective} needs --data with rows of answers")
+        if self.objective in PREFERENCES and self.graphs:
+            raise InputError(f"--graphs is not for --objective {self.objective}")
         if self.objective == "distill" and self.teacher is None:
             raise InputError("--objective distill needs a --teacher")
         world, ranks = started().world, self.pipeline or 1

@@ -31,20 +31,20 @@ FREE = ("simpo", "orpo")  # of a reference
 class Compared:
     """The objective of a batch of pairs, which keeps the log-probabilities that it is given.
 
-    reference: what `score_pairs` found; SimPO and ORPO have none. labels: (B, T), all first answers before all second.
+    reference: what `score_pairs` found; SimPO and ORPO have none. KTO compares with how far the model goes for other
+    prompts' answers, on average over the batch. labels: (B, T), all first answers before all second.
     """
 
     def __init__(
         self, options: TrainOptions, pairs: Sequence[Pair], labels: Tensor, reference: Mapping[str, Tensor]
     ) -> None:
         self.options, self.kind, self.beta, self.labels = options, str(options.objective), options.beta or 0.1, labels
-        nothing = torch.zeros(labels.shape, device=labels.device)
-        self.reference = nothing if self.kind in FREE else gathered(reference, pairs, labels)
+        self.reference = gathered({} if self.kind in FREE else reference, pairs, labels)
         self.desirable = torch.tensor([pair.desirable for pair in pairs], device=labels.device)
 
     def __call__(self, log_probs: Tensor) -> Tensor:
         self.away, size = log_probs.detach() - self.reference, len(self.desirable)
-        if self.kind == "kto":  # compares with how far the model goes for other prompts' answers
+        if self.kind == "kto":
             kl, weights = self.away[size:].sum(1).mean().clamp(min=0), (self.options.desirable_weight, 1.0)
             return kto(self.reference[:size], self.desirable, kl, self.beta, weights)(log_probs[:size])
         objectives = {
@@ -63,7 +63,8 @@ class Compared:
         chosen, rejected = halves(self.beta * away)
         right = chosen > rejected
         if self.kind == "kto":
-            right, chosen, rejected = (chosen > 0) == self.desirable, chosen[self.desirable], chosen[~self.desirable]
+            right = (chosen > 0) == self.desirable
+            chosen, rejected = chosen[self.desirable], chosen[~self.desirable]
         return [float(rows.double().mean()) for rows in (chosen, rejected, right)]
 
 
@@ -111,7 +112,9 @@ def score_reference(model: Stack, training: Sequence[Pair], held: Sequence[Pair]
 
 
 def gathered(known: Mapping[str, Tensor], pairs: Sequence[Pair], labels: Tensor) -> Tensor:
-    """What `score_pairs` found, as `log_probs` returns it for a batch with these labels (B, T)."""
+    """What `score_pairs` found, as `log_probs` would return it for a batch with these labels (B, T); 0 of nothing."""
+    if not known:
+        return torch.zeros(labels.shape, device=labels.device)
     rows = torch.cat([known[f"{pair.name}, row {i}"] for i in (0, 1) for pair in pairs]).to(labels.device)
     return torch.zeros(labels.shape, dtype=rows.dtype, device=rows.device).masked_scatter(labels != IGNORE, rows)
 

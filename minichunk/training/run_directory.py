@@ -5,7 +5,7 @@ import resource
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict, is_dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -155,9 +155,12 @@ def write_results(ranks: Ranks, run: Run, options: TrainOptions, before: Measure
     if options.rank:
         save_adapter(model, run.adapter, options.model, ranks.whole)
     else:
-        rule = getattr(model.config, "rope_scaling", None)
-        if rule is None or rule.rope_type != "dynamic":  # which stretches by the old length
-            model.config = replace(model.config, max_position_embeddings=max(context, options.seq_len))
+        config, longest = model.config, max(context, options.seq_len)
+        rule = getattr(config, "rope_scaling", None)
+        if not is_dataclass(config):  # transformers'
+            config.max_position_embeddings = longest
+        elif rule is None or rule.rope_type != "dynamic":  # which stretches by the old length
+            model.config = replace(config, max_position_embeddings=longest)  # type: ignore[type-var]
         model.save_pretrained(run.model, ranks.whole)
     if not ranks.is_first:
         return

@@ -1,4 +1,7 @@
-"""transformers' Trainer with SeCO or SpaCO in the place of its backpropagation."""
+"""transformers' Trainer with SeCO or SpaCO in the place of its backpropagation: copy the class, and use it as theirs.
+
+Trainer(model=model, args=TrainingArguments(...), train_dataset=rows, chunk_size=512).train()
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,10 +9,7 @@ from typing import Any
 import transformers
 from torch import Tensor
 
-from ..batch import IGNORE
-from ..errors import InputError
-from ..models.wrap import wrap
-from ..seco import seco
+import minichunk as mc
 
 
 class Trainer(transformers.Trainer):
@@ -19,11 +19,11 @@ class Trainer(transformers.Trainer):
     `functools.partial(mc.seco, recompute=True)`. Raises InputError for what would go wrong.
     """
 
-    def __init__(self, *given: Any, chunk_size: int, step: Callable[..., Tensor] = seco, **named: Any) -> None:
+    def __init__(self, *given: Any, chunk_size: int, step: Callable[..., Tensor] = mc.seco, **named: Any) -> None:
         super().__init__(*given, **named)
         if self.args.world_size > 1 or self.args.n_gpu > 1 or self.args.fp16:
-            raise InputError("mc.Trainer trains on one device, and not in float16")
-        self.wrapped, self.chunk_size, self.step = wrap(self.model), chunk_size, step
+            raise mc.InputError("this Trainer trains on one device, and not in float16")
+        self.wrapped, self.chunk_size, self.step = mc.wrap(self.model), chunk_size, step
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """See transformers' Trainer."""
@@ -32,8 +32,8 @@ class Trainer(transformers.Trainer):
         ids, labels = inputs.pop("input_ids"), inputs.pop("labels")
         mask = inputs.pop("attention_mask", None)
         if inputs or (mask is not None and bool((mask.diff() > 0).any())):
-            raise InputError(f"mc.Trainer takes no {', '.join(inputs) or 'batches that are padded on the left'}")
+            raise mc.InputError(f"this Trainer takes no {', '.join(inputs) or 'batches that are padded on the left'}")
         count = num_items_in_batch  # of all batches of this step; None: each counts as much
         if count is None:
-            count = (labels[:, 1:] != IGNORE).sum() * self.current_gradient_accumulation_steps
+            count = (labels[:, 1:] != -100).sum() * self.current_gradient_accumulation_steps
         return self.step(self.wrapped, ids, labels, self.chunk_size, num_targets=count)
