@@ -22,9 +22,14 @@ def relay(written: Written, sent: Written) -> tuple[list[Tensor], list[Tensor]]:
 
     Both leave out what has no graph: with LoRA, what lies below the first adapter. They are empty for the last chunk.
     """
-    made, received = ([tensor for layer in layers for tensor in layer] for layers in (written, sent))
+    made, received = flat(written), flat(sent)
     pairs = [(m, g) for m, g in zip(made, received, strict=True) if m.requires_grad] if received else []
     return [m for m, _ in pairs], [g for _, g in pairs]
+
+
+def flat(written: Written) -> list[Tensor]:
+    """The tensors of all layers, one after the other."""
+    return [tensor for layer in written for tensor in layer]
 
 
 @dataclass(frozen=True)

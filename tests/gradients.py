@@ -16,8 +16,6 @@ from minichunk.memory.window import Pattern, Strided
 from minichunk.models.llama import rope_tables, rotate
 from minichunk.models.ssm import StateLayer
 
-from .recurrence import loop
-
 Tensors = dict[str, Tensor]  # a loss, gradients: by name
 
 
@@ -51,6 +49,16 @@ def combine(terms: Sequence[tuple[float, Tensors]]) -> Tensors:
 def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
     """x itself, whose gradient is multiplied by `factor`."""
     return x.detach() + (x - x.detach()) * factor
+
+
+def loop(x: Tensor, log_a: Tensor, b: Tensor, c: Tensor, h: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """A state's recurrence, token by token: y (…, T, P), and the states (…, P, N) after each."""
+    outputs, states = [], []
+    for t in range(x.shape[-2]):
+        h = h * log_a[..., t, None, :].exp() + x[..., t, :, None] * b[..., t, None, :]
+        states.append(h)
+        outputs.append((h * c[..., t, None, :]).sum(-1))
+    return torch.stack(outputs, -2), states
 
 
 class Relays(NamedTuple):

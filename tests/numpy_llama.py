@@ -127,14 +127,9 @@ class Llama:
     """
 
     def __init__(
-        self,
-        config: dict[str, Any],
-        weights: dict[str, Array],
-        rope: tuple[Array, Array],
-        sinks: int = 0,
-        lora: dict[str, Any] | None = None,
-        masks: dict[str, Array] | None = None,
-    ) -> None:
+        self, config: dict[str, Any], weights: dict[str, Array], rope: tuple[Array, Array], sinks: int = 0,
+        lora: dict[str, Any] | None = None, masks: dict[str, Array] | None = None,
+    ) -> None:  # fmt: skip
         self.config, self.w, self.rope, self.sinks, self.masks = config, weights, rope, sinks, masks or {}
         self.eps, self.layers = config["rms_norm_eps"], range(config["num_hidden_layers"])
         self.head = "model.embed_tokens" if config["tie_word_embeddings"] else "lm_head"

@@ -140,25 +140,15 @@ def configs(draw: st.DrawFn) -> mc.LlamaConfig:
     layers = draw(st.integers(1, 4))
     kinds = draw(st.just(()) | st.tuples(*[st.sampled_from(["full_attention", "sliding_attention"])] * layers))
     return mc.LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=draw(st.integers(4, 12)),
-        intermediate_size=draw(st.integers(3, 10)),
-        num_hidden_layers=layers,
-        num_attention_heads=groups * per_group,
-        num_key_value_heads=groups,
-        head_dim=head_dim,
-        max_position_embeddings=draw(st.integers(4, 20)),
-        rms_norm_eps=draw(st.sampled_from([1e-6, 1e-5, 1e-3])),
-        rope_theta=draw(st.sampled_from([100.0, 10000.0])),
-        rope_scaling=rope,
-        tie_word_embeddings=draw(st.booleans()),
-        attention_bias=draw(st.booleans()),
-        attention_out_bias=draw(st.booleans()),
-        mlp_bias=draw(st.booleans()),
+        vocab_size=VOCAB, hidden_size=draw(st.integers(4, 12)), intermediate_size=draw(st.integers(3, 10)),
+        num_hidden_layers=layers, num_attention_heads=groups * per_group, num_key_value_heads=groups,
+        head_dim=head_dim, max_position_embeddings=draw(st.integers(4, 20)),
+        rms_norm_eps=draw(st.sampled_from([1e-6, 1e-5, 1e-3])), rope_theta=draw(st.sampled_from([100.0, 10000.0])),
+        rope_scaling=rope, layer_types=kinds, tie_word_embeddings=draw(st.booleans()),
+        attention_bias=draw(st.booleans()), attention_out_bias=draw(st.booleans()), mlp_bias=draw(st.booleans()),
         qk_norm=draw(st.booleans()),
         sliding_window=draw(st.integers(1, 9)) if "sliding_attention" in kinds else None,
-        layer_types=kinds,
-    )
+    )  # fmt: skip
 
 
 @st.composite
@@ -185,12 +175,9 @@ def state_models(draw: st.DrawFn, letters: str = "sa", max_layers: int = 4) -> m
     """State-space models and hybrids, that forget at once or remember for hundreds of tokens."""
     layers = "".join(draw(st.lists(st.sampled_from(letters), min_size=1, max_size=max_layers)))
     config = tiny_state(
-        layers,
-        hidden_size=draw(st.integers(4, 12)),
-        state_size=draw(st.integers(1, 4)),
-        rms_norm_eps=draw(st.sampled_from([1e-6, 1e-3])),
-        tie_word_embeddings=draw(st.booleans()),
-    )
+        layers, hidden_size=draw(st.integers(4, 12)), state_size=draw(st.integers(1, 4)),
+        rms_norm_eps=draw(st.sampled_from([1e-6, 1e-3])), tie_word_embeddings=draw(st.booleans()),
+    )  # fmt: skip
     model = build(config, draw(st.integers(0, 2**31)), draw(st.sampled_from([0.25, 1.0])))
     remember(model, draw(st.sampled_from([-4.0, 0.0, 2.0, 6.0])))
     return model

@@ -15,8 +15,7 @@ import minichunk as mc
 from minichunk.batch import IGNORE, shift
 from tutorials.truncated_adjoint import TruncatedStateSpace, truncation_errors
 
-from .gradients import Tensors, combine
-from .recurrence import loop
+from .gradients import Tensors, combine, loop
 from .rounding import measure, outcome
 from .strategies import Batch, batches, build, examples, remember, state_models, tiny_state
 

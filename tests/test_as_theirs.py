@@ -1,19 +1,4 @@
-"""What a checkpoint, an adapter and a prompt say is what runs, or is refused by name.
-
-| kind | right is | oracle |
-|---|---|---|
-| rows of text, pairs, chats | tokens of the whole text; what the tag marks is learnt | transformers (test_chat) |
-| where a text ends | generation_config.json, else config.json; -1, [] are none | transformers' generate |
-| the prompt | without the end token that a tokenizer appends | ours |
-| rope, biases, windows | what transformers 5 computes, or refused by the field's name | transformers (test_model) |
-| a head beside a tied embedding | equals it; else refused, as transformers unties them | transformers |
-| an adapter that we write | PEFT loads it and computes the same, for every family | PEFT |
-| an adapter that PEFT writes | the same logits, or refused by the field's name | PEFT |
-| mode, chat template | as they were | ours |
-| a run that goes on | with the same data and base, or not at all | ours (test_train) |
-"""
-
-from __future__ import annotations
+"""What a checkpoint, an adapter and a prompt say is what runs, as in transformers and PEFT, or is refused by name."""
 
 import json
 from pathlib import Path
@@ -96,16 +81,11 @@ def test_a_head_that_differs_from_the_tied_embedding_is_refused(tmp_path: Path) 
         mc.load_model(tmp_path)
 
 
-MAMBA2 = {
-    "model_type": "mamba2", "vocab_size": 23, "hidden_size": 8, "state_size": 4, "num_hidden_layers": 3,
-    "num_heads": 4, "head_dim": 4, "n_groups": 2,
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "mamba2"])
 def test_peft_loads_the_default_adapter_of_every_family(name: str, tmp_path: Path) -> None:
-    config = MAMBA2 if name == "mamba2" else {**BASE, **ARCHITECTURES[name]}
-    build(read_model_config(config), seed=0).save_pretrained(tmp_path / "base")
+    mamba2 = mc.Mamba2Config(23, 8, 4, 3, num_heads=4, head_dim=4, n_groups=2)
+    config = mamba2 if name == "mamba2" else read_model_config({**BASE, **ARCHITECTURES[name]})
+    build(config, seed=0).save_pretrained(tmp_path / "base")
     ours = mc.load_model(tmp_path / "base")
     mc.add_lora(ours, 2, 4, default_targets(ours), dropout=0.5)
     for parameter in (p for n, p in ours.named_parameters() if "lora_B" in n):

@@ -1,7 +1,5 @@
 """The bench: all methods do the same step, each row in a process of its own."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,12 +1,11 @@
 """Conversations: the tokens are those of transformers, and what is learnt are the assistant's turns."""
 
-from __future__ import annotations
-
 import json
 import random
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -14,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 import minichunk as mc
 from minichunk.batch import IGNORE
 from minichunk.files.chat import ChatTemplate, load_chat_template
-from minichunk.files.documents import SHIPPED_MODEL, Document, load_tokenizer, novel, read_documents
+from minichunk.files.documents import Document, load_tokenizer, novel, read_documents
 
 transformers = pytest.importorskip("transformers")
 TEMPLATES = Path(__file__).parent / "chat_templates"
@@ -25,7 +24,6 @@ END = {
     "smollm2": "<|im_end|>\n", "deepseek-r1-distill": "<｜end▁of▁sentence｜>", "mistral-7b-v0.2": "</s>",
     "zephyr": "</s>\n",
 }  # fmt: skip
-TRIMMED = ("llama-3", "llama-3.2")
 SPECIAL = {
     "bos_token": "<s>",
     "eos_token": {"__type": "AddedToken", "content": "</s>"},
@@ -47,26 +45,29 @@ UNTAGGED = TAGGED.replace("{% generation %}", "").replace("{% endgeneration %}",
 def tokenizers() -> dict[str, Tokenizer]:
     """The kinds that there are: bytes (Llama 3, Qwen), and SentencePiece's, which put a blank before a text (Llama 2)
     or before its first word (Mistral), the second with an end token of its own."""
-    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     made = {}
     for kind in ("bytes", "prepended", "first"):
-        tokenizer = Tokenizer(models.BPE(byte_fallback=kind != "bytes", unk_token=None if kind == "bytes" else "<unk>"))
-        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        special, alphabet = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"], []
         if kind == "bytes":
+            tokenizer, alphabet = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
             tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
-        elif kind == "prepended":
-            tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         else:
+            tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+            tokenizer.decoder = decoders.Sequence(
+                [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+            )
+            special += [f"<0x{i:02X}>" for i in range(256)]
+        if kind == "prepended":
+            tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        if kind == "first":
             tokenizer.pre_tokenizer = pre_tokenizers.Metaspace("▁", "first", split=False)
-        alphabet = pre_tokenizers.ByteLevel.alphabet() if kind == "bytes" else [f"<0x{i:02X}>" for i in range(256)]
         trainer = trainers.BpeTrainer(
-            vocab_size=700, special_tokens=["<unk>", *special, *(alphabet if kind != "bytes" else [])],
-            initial_alphabet=alphabet if kind == "bytes" else [], show_progress=False,
-        )  # fmt: skip
+            vocab_size=700, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        )
         tokenizer.train_from_iterator(novel("emma").read_text()[:30_000].split("\n\n"), trainer)
-        ends = " </s>" if kind == "first" else ""
         pairs = [(name, tokenizer.token_to_id(name)) for name in ("<s>", "</s>")]
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"<s> $A{ends}", special_tokens=pairs)
+        single = "<s> $A" + (" </s>" if kind == "first" else "")
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=pairs)
         made[kind] = tokenizer
     return made
 
@@ -87,20 +88,17 @@ def checkpoint(directory: Path, template: object, kind: str = "bytes", file: boo
     return found
 
 
-def read(
-    chat: ChatTemplate | None, *rows: object, directory: Path | None = None, eos: int | None = None
-) -> list[Document]:
+def read(chat: ChatTemplate | None, *rows: object, directory: Path | None = None) -> list[Document]:
     directory = directory or chat.directory  # type: ignore[union-attr]
     path = directory / "data.jsonl"
     path.write_text("\n" + "".join(json.dumps(row) + "\n" for row in rows))
-    return read_documents([path], load_tokenizer(directory), eos, chat)
+    return read_documents([path], load_tokenizer(directory), None, chat)
 
 
 def learnt(chat: ChatTemplate, messages: list[dict[str, Any]], **fields: Any) -> list[str]:
     text, spans = chat.spans(messages, [message["role"] == "assistant" for message in messages], **fields)
-    assert text == chat.render(
-        messages[: 1 + max(i for i, m in enumerate(messages) if m["role"] == "assistant")], **fields
-    )
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    assert text == chat.render(messages[: last + 1], **fields)
     return [text[start:stop] for start, stop in spans]
 
 
@@ -112,8 +110,7 @@ def turns(*contents: str, system: str | None = None) -> list[dict[str, Any]]:
 
 def said(name: str, *words: str) -> list[str]:
     """What is learnt where the assistant says `words`."""
-    space = " " if name == "mistral-7b-v0.2" else ""
-    expected = [space + text + END[name] for text in words]
+    expected = [" " * (name == "mistral-7b-v0.2") + text + END[name] for text in words]
     if name == "qwen3":  # writes its thoughts, here none, in the last turn only
         expected[-1] = "<think>\n\n</think>\n\n" + expected[-1]
     return expected
@@ -129,9 +126,8 @@ def test_real_templates(real: tuple[str, ChatTemplate]) -> None:
     """What the assistant says may stand elsewhere too, be empty, with spaces or thoughts around it."""
     name, chat = real
     echo = f"assistant{END[name]}user"
-    spaced = ["one", "two"] if name in TRIMMED else ["  one\n", "\ttwo  "]
+    spaced = ["one", "two"] if name in ("llama-3", "llama-3.2") else ["  one\n", "\ttwo  "]
     for system in (None, "Be kind."):
-        assert learnt(chat, turns("x", "yes", system=system)) == said(name, "yes")
         assert learnt(chat, turns("q", "a", "r", "b", "s", "c", "t", "d", system=system)) == said(name, *"abcd")
         assert learnt(chat, turns(echo, "a", "a", echo, "a", "a", system=system)) == said(name, "a", echo, "a")
         assert learnt(chat, turns("x", "", "y", "", system=system)) == said(name, "", "")
@@ -165,7 +161,7 @@ def test_tokens_of_real_templates_are_those_of_transformers(
 def conversation(rng: random.Random) -> list[dict[str, Any]]:
     """Turns of all kinds in any order: with tools and thoughts, consecutive, empty, with words of the template."""
     words = ["a", "user", "<|im_end|>\n", "<think>x</think>", " é ", "truth universally", "", "assistant\n"]
-    messages: list[dict[str, Any]] = []
+    messages = list[dict[str, Any]]()
     for _ in range(rng.randint(1, 8)):
         role = rng.choice(["user", "assistant", "tool", "system"])
         message: dict[str, Any] = {"role": role, "content": "".join(rng.choices(words, k=rng.randint(0, 3)))}
@@ -185,9 +181,8 @@ def test_spans_that_are_found_are_those_that_the_template_tags(kind: str, tmp_pa
     rng = random.Random(0)
     for _ in range(60):
         messages, tools = conversation(rng), rng.choice([None, [{"name": "f"}]])
-        expected = theirs.apply_chat_template(
-            messages, tools=tools, return_assistant_tokens_mask=True, return_dict=True
-        )
+        told = {"return_assistant_tokens_mask": True, "return_dict": True}
+        expected = theirs.apply_chat_template(messages, tools=tools, **told)
         targets = [i if m else IGNORE for i, m in zip(expected["input_ids"], expected["assistant_masks"], strict=True)]
         for chat in (tagged, untagged):
             (document,) = read(chat, {"messages": messages, "tools": tools})
@@ -195,49 +190,46 @@ def test_spans_that_are_found_are_those_that_the_template_tags(kind: str, tmp_pa
             assert document.labels.tolist() == targets, messages
 
 
-def test_turns_that_are_not_to_be_learnt(tmp_path: Path) -> None:
-    for template in (TAGGED, UNTAGGED):
-        chat = checkpoint(tmp_path, template)
-        messages = turns("a", "first", "b", "second", "c", "third")
-        messages[1]["weight"], messages[5]["train"] = 0, False
-        (document,) = read(chat, {"messages": messages})
-        kept = document.input_ids[document.labels != IGNORE].tolist()
-        assert KINDS["bytes"].decode(kept, skip_special_tokens=False) == "second<|im_end|>\n"
+@pytest.mark.parametrize("template", [TAGGED, UNTAGGED])
+def test_turns_that_are_not_to_be_learnt(template: str, tmp_path: Path) -> None:
+    messages = turns("a", "first", "b", "second", "c", "third")
+    messages[1]["weight"], messages[5]["train"] = 0, False
+    (document,) = read(checkpoint(tmp_path, template), {"messages": messages})
+    kept = document.input_ids[document.labels != IGNORE].tolist()
+    assert KINDS["bytes"].decode(kept, skip_special_tokens=False) == "second<|im_end|>\n"
 
 
 def test_rows_of_other_forms_are_the_same_conversation(tmp_path: Path) -> None:
-    chat = checkpoint(tmp_path, UNTAGGED)
+    user, assistant = turns("why", "so")
     parts = [{"type": "text", "text": "wh"}, {"type": "text", "text": "y"}]
-    forms = [
-        {"messages": turns("why", "so"), "id": 5},
-        {"messages": [{**message, "tool_calls": [], "tool_call_id": "a"} for message in turns("why", "so")]},
+    first, *others, before = read(
+        checkpoint(tmp_path, UNTAGGED),
+        {"messages": [user, assistant], "id": 5},
+        {"messages": [{**message, "tool_calls": [], "tool_call_id": "a"} for message in (user, assistant)]},
         {"prompt": "why", "completion": "so", "messages": None},
-        {"prompt": turns("why"), "completion": turns("why", "so")[1:]},
-        {"messages": [{"role": "user", "content": parts, "name": None}, turns("why", "so")[1]]},
+        {"prompt": [user], "completion": [assistant]},
+        {"messages": [{"role": "user", "content": parts, "name": None}, assistant]},
         {"conversations": [{"from": "human", "value": "why"}, {"from": "gpt", "value": "so"}]},
-    ]
-    first, *others = read(chat, *forms)
-    assert all(other.input_ids.tolist() == first.input_ids.tolist() for other in others)
-    assert all(other.labels.tolist() == first.labels.tolist() for other in others)
-    (before,) = read(chat, {"prompt": turns("a", "b", "c"), "completion": turns("why", "so")[1:]})
+        {"prompt": turns("a", "b", "c"), "completion": [assistant]},
+    )
+    for other in others:
+        assert other.input_ids.tolist() == first.input_ids.tolist()
+        assert other.labels.tolist() == first.labels.tolist()
     assert int((before.labels != IGNORE).sum()) == int((first.labels != IGNORE).sum())  # the prompt's turn is not
 
 
 def test_many_turns_take_a_time_that_grows_with_their_number(tmp_path: Path) -> None:
     """400 turns in a second, and counted: a few renderings, however many turns."""
-    chat = checkpoint(tmp_path, UNTAGGED)
-    counts = []
+    chat, counts = checkpoint(tmp_path, UNTAGGED), []
     for n in (20, 400):
         messages = turns(*["word " * 40] * n)
         messages[n // 2 + 1]["tool_calls"] = [{"name": "f"}]
-        calls, render = [], chat._render
-        chat._render = lambda *a, render=render, calls=calls, **k: calls.append(1) or render(*a, **k)  # type: ignore
         began = time.process_time()
-        assert len(learnt(chat, messages)) == n // 2
-        seconds = time.process_time() - began
-        counts.append(len(calls))
+        with mock.patch.object(chat, "_render", wraps=chat._render) as render:
+            assert len(learnt(chat, messages)) == n // 2
+        assert time.process_time() < began + 2
+        counts.append(render.call_count)
     assert counts[0] == counts[1] <= 12
-    assert seconds < 2
 
 
 def test_templates_in_all_places(tmp_path: Path) -> None:
@@ -253,7 +245,6 @@ def test_templates_in_all_places(tmp_path: Path) -> None:
 
 
 SAID = "the chat template changes what was said around message 2"
-NOT = "must be an object with"
 
 
 @pytest.mark.parametrize(
@@ -262,7 +253,6 @@ NOT = "must be an object with"
         ("{% if %}", turns("x", "y"), "the chat template refuses these messages"),
         ("{{ raise_exception('roles alternate') }}", turns("x", "y"), "refuses these messages: roles alternate"),
         ("{{ ''.__class__.__mro__ }}", turns("x", "y"), "refuses these messages"),
-        ("{{ messages[9]['content'] }}", turns("x", "y"), "refuses these messages"),
         ("{{ messages | length }}", turns("x", "y", "z", "a"), SAID),  # does not write it at all
         ("{% for m in messages %}{{ loop.revindex }}{{ m['content'] }}{% endfor %}", turns("x", "y", "z", "a"), SAID),
         ([{"name": "tool_use", "template": UNTAGGED}], turns("x", "y"), "the chat template cannot be told"),
@@ -306,7 +296,3 @@ def test_without_transformers_the_error_says_what_to_do(tmp_path: Path, monkeypa
     with pytest.raises(mc.InputError, match=r"line 2: conversations are rendered by .* pip install 'minichunk\[hf\]'"):
         read(chat, {"messages": turns("x", "y")})
     assert len(read(chat, {"text": "plain text needs none"})) == 1
-
-
-def test_the_model_that_is_shipped_has_no_template() -> None:
-    assert load_chat_template(SHIPPED_MODEL) is None

@@ -21,12 +21,10 @@ from minichunk.memory.window import FULL, Pattern, Strided, Window
 from minichunk.models.llama import Llama
 from minichunk.models.shapes import random_model
 
+from .gradients import distance
 from .strategies import tiny
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 @pytest.mark.parametrize("past", [0, 96])
@@ -75,12 +73,6 @@ def gradient(
         else:
             mc.seco(model, ids, ids, 128, offload=offload)
     return {name: p.grad.double().cpu() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """Of the whole gradients, relative to b."""
-    difference = sum(float((a[name] - b[name]).square().sum()) for name in b)
-    return (difference / sum(float(x.square().sum()) for x in b.values())) ** 0.5
 
 
 @pytest.mark.parametrize("offload", [False, True])

@@ -167,10 +167,8 @@ def test_peft_has_the_same_gradient(tmp_path: Path) -> None:
     ids = torch.randint(23, (2, 11))
     loss = theirs(input_ids=ids, labels=ids).loss
     loss.backward()
-    got = {
-        name.removeprefix("base_model.model.").replace(".default", ""): grad
-        for name, grad in take_gradients(theirs).items()
-    }
+    prefix, grads = "base_model.model.", take_gradients(theirs)
+    got = {name.removeprefix(prefix).replace(".default", ""): grad for name, grad in grads.items()}
     exact = exactly(ours, lambda: mc.full(ours, ids, ids))
     exact.check({"loss": loss, **got}, unit=2.0**-24)  # PEFT's adapter is float32
     exact.check(outcome(ours, lambda: mc.seco(ours, ids, ids, 4)))

@@ -45,15 +45,6 @@ def test_loss_and_gradients(frozen: str, cap: float | None) -> None:
     measure(expected).check({"sum": got, "each": token_losses(hidden, given, targets), **gradients(got)})
 
 
-def test_no_targets_no_gradient() -> None:
-    hidden = torch.randn(1, 4, 3, requires_grad=True)
-    loss = summed_loss(hidden, torch.randn(5, 3), torch.full((1, 4), -100))
-    loss.backward()
-    assert float(loss.detach()) == 0
-    assert hidden.grad is not None
-    assert not hidden.grad.any()
-
-
 def test_logits_of_a_chunk_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every tile has all tokens, so that each part of the head is read for all of them together."""
     monkeypatch.setattr(loss_module, "_TILE_ELEMENTS", 10 * 40)

@@ -21,7 +21,7 @@ from minichunk.seco import fill, new_memory, rebuild
 from tutorials.concatenating import Concatenating
 
 from .rounding import exactly, outcome
-from .strategies import build, tiny, tiny_state
+from .strategies import build, tiny, tiny_state, with_adapter
 
 
 def saved_bytes_per_chunk(model: Any, length: int, chunk_size: int) -> list[int]:
@@ -112,11 +112,7 @@ def with_pattern(pattern: Pattern) -> mc.Llama:
 @pytest.mark.parametrize("pattern", [FULL, mc.Window(2, 1)])
 def test_no_gradient_is_sent_to_a_past_that_needs_none(pattern: Pattern) -> None:
     """With LoRA on q alone, the first layer's keys and values do not depend on a trained parameter."""
-    model = with_pattern(pattern)
-    mc.add_lora(model, 2, 4, ["q_proj"])
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.ones_(parameter)
+    model = with_adapter(with_pattern(pattern), targets=["q_proj"])
     ids = torch.randint(23, (1, 12))
     layers: list[int] = []
     original = LayerCache.add_grads
@@ -125,29 +121,27 @@ def test_no_gradient_is_sent_to_a_past_that_needs_none(pattern: Pattern) -> None
     assert len(set(layers)) == 1  # the second layer's
 
 
-@pytest.mark.parametrize("entries", [None, [None, mc.Weight(2, 3), None, mc.Weight(4, 5), mc.Weight(1, 1)]])
-def test_the_textbook_baseline_computes_the_same(entries: list[mc.Weight | None] | None) -> None:
-    model = build(tiny(), seed=0)
-    ids = torch.randint(23, (2, 14))
-    kept = entries or [mc.Weight(1, 1)] * 5
+@pytest.mark.parametrize("pattern", [FULL, mc.Window(5, 2)])
+def test_the_textbook_baseline_computes_the_same(pattern: Pattern) -> None:
+    model, ids = with_pattern(pattern), torch.randint(23, (2, 14))
+    kept = [None, mc.Weight(2, 3), None, mc.Weight(4, 5), mc.Weight(1, 1)]
     exact = exactly(model, lambda: mc.spaco(Concatenating(model), ids, ids, 3, sampler=lambda *_: kept))
     exact.check(outcome(model, lambda: mc.spaco(model, ids, ids, 3, sampler=lambda *_: kept)))
 
 
-KINDS: dict[str, tuple[Callable[[], Any], Options]] = {
-    "full": (lambda: build(tiny(), seed=0), Options()),
-    "window": (lambda: with_pattern(mc.Window(2, 1)), Options()),
-    "strided": (lambda: with_pattern(mc.Strided(2, 2, 2)), Options()),
-    "state": (lambda: build(tiny_state(), seed=0), Options()),
-    "textbook": (lambda: Concatenating(build(tiny(), seed=0)), Options()),
+KINDS: dict[str, Callable[[], Any]] = {
+    "full": lambda: with_pattern(FULL),
+    "window": lambda: with_pattern(mc.Window(2, 1)),
+    "strided": lambda: with_pattern(mc.Strided(2, 2, 2)),
+    "state": lambda: build(tiny_state(), seed=0),
+    "textbook": lambda: Concatenating(with_pattern(FULL)),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_handed_over_once(kind: str) -> None:
     """A second call would give other numbers (a state's adjoint goes on twice, a window's sums are gone): it raises."""
-    make, options = KINDS[kind]
-    model, ids, chunks = make(), torch.randint(23, (1, 9)), cut(9, 3)
+    options, model, ids, chunks = Options(), KINDS[kind](), torch.randint(23, (1, 9)), cut(9, 3)
     batch, memory = prepare(model, ids, ids, None), new_memory(model, ids, chunks, options)
     fill(model, ids, chunks[:-1], memory, options)
     for chunk in reversed(chunks):

@@ -1,7 +1,5 @@
 """Losses of the caller's; that their gradients are exact is drawn with all else, in test_seco.py and test_spaco.py."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +16,7 @@ from .rounding import exactly, outcome
 from .strategies import build, tiny, with_adapter
 
 IDS = torch.randint(23, (2, 11), generator=torch.Generator().manual_seed(3))
+IDS[1, :4] = IDS[0, :4]  # as rows of one prompt are
 LABELS = IDS.where(torch.arange(11) > torch.tensor([[4], [6]]), -100)
 STEPS = {
     "full": lambda model, **told: mc.full(model, IDS, LABELS, **told),
@@ -38,17 +37,17 @@ def test_nan_in_an_objectives_gradient_without_a_label_goes_nowhere(step: Callab
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("fill_size", [None, 9])
-def test_policy_and_reference_are_the_same_to_the_bit_at_the_start(dtype: torch.dtype, fill_size: int | None) -> None:
+@pytest.mark.parametrize("told", [{}, {"fill_size": 9}, {"fill_size": 8, "share": True}])
+def test_policy_and_reference_are_the_same_to_the_bit_at_the_start(dtype: torch.dtype, told: dict[str, Any]) -> None:
     model = build(tiny(), seed=3).to(dtype)
-    before = mc.log_probs(model, IDS, LABELS, 4, fill_size=fill_size)
+    before = mc.log_probs(model, IDS, LABELS, 4, **told)
     assert before.dtype == torch.promote_types(dtype, torch.float32)
     assert torch.equal(before != 0, LABELS != -100)
     mc.add_lora(model, 2, 4, dropout=0.5)
     with mc.without_adapter(model):
-        reference = mc.log_probs(model, IDS, LABELS, 4, fill_size=fill_size)
+        reference = mc.log_probs(model, IDS, LABELS, 4, **told)
     seen = []
-    mc.seco(model, IDS, LABELS, 4, fill_size=fill_size, objective=lambda x: seen.append(x) or (x - reference).sum())
+    mc.seco(model, IDS, LABELS, 4, objective=lambda x: seen.append(x) or (x - reference).sum(), **told)
     assert torch.equal(seen[0], reference) and torch.equal(reference, before)
 
 

@@ -51,13 +51,10 @@ def cases(draw: st.DrawFn, number: int) -> Case:
     ends = [0, *sorted(cuts), layers] if cuts is not None else []
     options: dict[str, Any] = {
         "fill_size": draw(st.none() | st.integers(chunk_size, 20)),
-        **draw(
-            st.fixed_dictionaries({"num_targets": st.none() | st.just(7.0)}) | st.builds(dict, objective=OBJECTIVES)
-        ),
-        "recompute": draw(st.booleans()),
-        "cache_grad_dtype": draw(st.none() | st.just(torch.float32)),
+        **draw(st.builds(dict, num_targets=st.none() | st.just(7.0)) | st.builds(dict, objective=OBJECTIVES)),
+        "recompute": draw(st.booleans()), "cache_grad_dtype": draw(st.none() | st.just(torch.float32)),
         "positions": batch.positions,
-    }
+    }  # fmt: skip
     method = draw(st.sampled_from(["seco", "spaco"]))
     if method == "spaco":
         options["sampler"] = draw(st.sampled_from([mc.Bernoulli(0.6), mc.FixedBudget(2), mc.PaperBudget(3, cap=2)]))
@@ -81,13 +78,8 @@ def test_four_ranks_find_what_one_process_finds(ranks: Ranks, layers: str, chunk
     check(ranks, 4, case(model, chunk_size=chunk_size, options={"recompute": chunk_size == 2}, steps=1 + tied))
 
 
-OTHERS = [
-    mc.Mamba2Config(23, 8, 3, 3, num_heads=4, head_dim=4, n_groups=2, eos_token_id=None),
-]
-
-
-@pytest.mark.parametrize("config", OTHERS)
-def test_other_models_too(ranks: Ranks, config: Any) -> None:
+def test_mamba2_too(ranks: Ranks) -> None:
+    config = mc.Mamba2Config(23, 8, 3, 3, num_heads=4, head_dim=4, n_groups=2, eos_token_id=None)
     check(ranks, 3, case(build(config, 0), method="spaco", options={"sampler": mc.FixedBudget(3)}))
 
 
@@ -186,3 +178,23 @@ def test_a_rank_that_is_lost_ends_the_others(ranks: Ranks, lost: int, hangs: boo
             assert ranks.processes[rank].exitcode == 1
     finally:
         ranks.replace()
+
+
+@pytest.mark.parametrize(("layers", "chunk_size"), [("aaa", 2), ("sas", 6)])
+def test_the_engine_of_torch_finds_what_one_process_finds(ranks: Ranks, layers: str, chunk_size: int) -> None:
+    check(ranks, 2, case(build(tiny_state(layers), 0), 12, chunk_size), tasks.by_torch)
+
+
+def test_the_engine_of_torch_holds_a_hidden_state_more_for_each_chunk(ranks: Ranks) -> None:
+    """On either rank, beyond what grows in ours: it receives each chunk, or its gradient, into a buffer of its own."""
+    model = build(tiny_state("sss"), 0)
+    few, many = (ranks.ask(2, tasks.peaks, case(model, 16 * chunks, 16)) for chunks in (4, 12))
+    hidden = 2 * 16 * 8 * 8  # B, C, E, float64
+    for before, after in zip(few, many, strict=True):
+        ours, theirs = (after[i] - before[i] for i in range(2))
+        assert theirs - ours >= (12 - 4) * hidden
+
+
+def test_the_engine_of_torch_wants_as_many_chunks_as_ranks(ranks: Ranks) -> None:
+    with pytest.raises(AssertionError, match="Number of microbatches"):
+        ranks.ask(2, tasks.by_torch, case(build(tiny_state("aaa"), 0), 12, 12))

@@ -189,10 +189,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", RUNS)
 def test_a_run_measures_and_continues_bit_for_bit(
-    case: str,
-    options: TrainOptions,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    case: str, options: TrainOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reference is the model before the first step, and is not computed again."""
     kind, path, lines = RUNS[case]["objective"], tmp_path / "rows.jsonl", list[str]()

@@ -1,7 +1,5 @@
 """What the README and the pages say of the code is so."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Recall: the passkey stands where it is said to, and what is counted is what the whole model would write."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from random import Random
 

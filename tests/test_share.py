@@ -1,7 +1,5 @@
 """Rows that begin alike: what they share runs as one row, and nothing else changes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -86,17 +84,6 @@ def test_the_trunk_is_run_and_remembered_once(monkeypatch: pytest.MonkeyPatch) -
     assert sorted(seen) == [1] * 6 + [4] * 2  # a fill of two chunks, but the last layer's, and the rebuilds
     remembered = [sum(x.numel() for x in memory.tensors().remembered) for memory in memories]
     assert remembered == [8 * 2 * 2 * 4] * 2  # 8 positions, keys and values, 2 heads of 4
-
-
-def test_policy_and_reference_share_alike() -> None:
-    model, (ids, labels) = build(tiny(), 1).float(), rows(9, 5, 4, 2)
-    mc.add_lora(model, 2, 4)
-    with mc.without_adapter(model):
-        reference = mc.log_probs(model, ids, labels, 4, fill_size=8, share=True)
-    seen = []
-    told = {"fill_size": 8, "share": True, "objective": lambda x: seen.append(x) or (x - reference).sum()}
-    assert float(mc.seco(model, ids, labels, 4, **told)) == 0
-    assert torch.equal(seen[0], reference)
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,23 @@ from minichunk.chunks import Chunk, cut
 
 from .gradients import Tensors, combine, distance, gradients_by_chain_length, oracle
 from .rounding import Exact, exactly, measure, outcome, weighted
-from .strategies import CUTS, OBJECTIVES, Batch, Drawn, batches, blocks_of, build, examples, models, tiny
+from .strategies import (
+    CUTS,
+    HOW,
+    OBJECTIVES,
+    Batch,
+    Drawn,
+    batches,
+    blocks_of,
+    build,
+    examples,
+    models,
+    state_models,
+    tiny,
+)
 
 LENGTH = 13
+WEIGHTS = st.none() | st.builds(mc.Weight, st.floats(-2, 2), st.floats(-2, 2))
 
 
 def case(chunk_size: int, layers: int = 3, seed: int = 0) -> tuple[mc.Llama, torch.Tensor, torch.Tensor, list[Chunk]]:
@@ -51,15 +65,6 @@ def expectation(
     return combine(got), weighted(expected)
 
 
-@pytest.mark.parametrize("chunk_size", [13, 7, 5, 3])  # 1, 2, 3 and 5 chunks
-@pytest.mark.parametrize("rate", [0.3, 1.0, "per chunk"])
-def test_bernoulli_is_unbiased(chunk_size: int, rate: float | str) -> None:
-    model, ids, labels, chunks = case(chunk_size)
-    rates = [0.9, 0.2, 0.5, 0.35, 1.0][: len(chunks)] if rate == "per chunk" else rate
-    got, draws = expectation(model, ids, labels, chunk_size, mc.Bernoulli(rates))  # type: ignore[arg-type]
-    exactly(model, lambda: mc.full(model, ids, labels)).check(got, beside=draws)
-
-
 def test_bernoulli_is_unbiased_for_a_preference() -> None:
     """No function of a sum would be, if the sum were estimated too: its weights come from the whole fill."""
     model, ids, labels, _ = case(chunk_size=4)
@@ -71,15 +76,11 @@ def test_bernoulli_is_unbiased_for_a_preference() -> None:
 
 @examples(25)
 @given(
-    model=models(lora=False),
-    batch=batches(max_length=8),
-    chunk_size=st.integers(2, 5),
-    block=st.integers(1, 6),
-    rates=st.lists(st.floats(0.1, 1), min_size=4, max_size=4),
-    at_once=CUTS,
-)
+    model=models(lora=False) | state_models(max_layers=3), batch=batches(max_length=8), chunk_size=st.integers(2, 5),
+    block=st.integers(1, 6), rates=st.lists(st.floats(0.1, 1), min_size=4, max_size=4), at_once=CUTS,
+)  # fmt: skip
 def test_bernoulli_is_unbiased_for_any_model(
-    model: mc.Llama, batch: Batch, chunk_size: int, block: int, rates: list[float], at_once: int | None
+    model: Any, batch: Batch, chunk_size: int, block: int, rates: list[float], at_once: int | None
 ) -> None:
     sampler = mc.Bernoulli(rates[: math.ceil(batch.input_ids.shape[1] / chunk_size)])
     with blocks_of(block):
@@ -128,27 +129,23 @@ def test_fixed_budget_is_unbiased_with_one_layer() -> None:
     exactly(model, lambda: mc.full(model, ids, labels)).check(got, beside=draws)
 
 
-@examples(40)
+@examples(55)
 @given(
-    model=models(lora=False),
-    batch=batches(positions=True),
-    chunk_size=st.integers(1, 6),
-    block=st.integers(1, 6),
-    weights=st.lists(st.none() | st.builds(mc.Weight, st.floats(-2, 2), st.floats(-2, 2)), min_size=14, max_size=14),
-    fill_chunks=st.integers(1, 3),
-    at_once=CUTS,
-    objective=OBJECTIVES,
-)
+    model=models(lora=False) | state_models(max_layers=3), batch=batches(positions=True), chunk_size=st.integers(1, 6),
+    block=st.integers(1, 6), weights=st.lists(WEIGHTS, min_size=14, max_size=14), fill_chunks=st.integers(1, 3),
+    how=HOW, objective=OBJECTIVES,
+)  # fmt: skip
 def test_any_draw_equals_the_oracle(
-    model: mc.Llama, batch: Batch, chunk_size: int, block: int, weights: list[mc.Weight | None], fill_chunks: int,
-    at_once: int | None, objective: Drawn | None,
+    model: Any, batch: Batch, chunk_size: int, block: int, weights: list[mc.Weight | None], fill_chunks: int, how: Any,
+    objective: Drawn | None,
 ) -> None:  # fmt: skip
     """One draw with arbitrary factors, against autograd through the whole sequence."""
     chunks = cut(batch.input_ids.shape[1], chunk_size)
     entries = weights[: len(chunks)]
-    text, told = (model, batch.input_ids, batch.labels), {"positions": batch.positions, "objective": objective}
+    text, told = (model, batch.input_ids, batch.labels), {"objective": objective}
+    told |= {"positions": batch.positions} if model.takes_positions else {}
     exact = exactly(model, lambda: oracle(*text, chunks, entries, **told))
-    keywords = {"sampler": lambda *_: entries, "fill_size": fill_chunks * chunk_size, "layers_at_once": at_once, **told}
+    keywords = {"sampler": lambda *_: entries, "fill_size": fill_chunks * chunk_size, **how, **told}
     with blocks_of(block):
         exact.check(outcome(model, lambda: mc.spaco(*text, chunk_size, **keywords)))
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,50 +23,18 @@ from minichunk.seco import fill
 
 from .gradients import oracle
 from .rounding import exactly, outcome
-from .strategies import (
-    HOW,
-    OBJECTIVES,
-    SECO_HOW,
-    Batch,
-    Drawn,
-    batches,
-    blocks_of,
-    build,
-    examples,
-    remember,
-    state_models,
-    tiny,
-    tiny_state,
-)
-from .test_spaco import expectation
-
-EVERY_OTHER = [mc.Weight(0.5 + i, 2.0 - i) if i % 2 == 0 else None for i in range(14)]
-EVERY_THIRD = [mc.Weight(0.5 + i, 2.0 - i) if i % 3 == 0 else None for i in range(14)]
-ALL = {"recompute": True, "offload": True, "layers_at_once": 2}
-WEIGHTS = st.none() | st.builds(mc.Weight, st.floats(-2, 2), st.floats(-2, 2))
+from .strategies import SECO_HOW, Batch, batches, blocks_of, build, examples, state_models, tiny, tiny_state
 
 
 def some_ids(length: int, batch: int = 2, seed: int = 0) -> Tensor:
     return torch.randint(23, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def plain_case(layers: str, **others: Any) -> dict[str, Any]:
-    """14 tokens in chunks of 2, whatever else is drawn."""
-    ids = some_ids(14)
-    return {"model": build(tiny_state(layers), seed=0), "batch": Batch(ids, ids), "chunk_size": 2, **others}
-
-
-@examples(12)
-@example(**plain_case("sas", fill_chunks=3, extra=1, block=3, how=ALL))
+@examples(20)
 @given(
-    model=state_models(),
-    batch=batches(),
-    chunk_size=st.integers(1, 9),
-    fill_chunks=st.integers(0, 4),
-    extra=st.integers(0, 3),
-    block=st.integers(1, 6),
-    how=SECO_HOW,
-)
+    model=state_models(), batch=batches(), chunk_size=st.integers(1, 9), fill_chunks=st.integers(0, 4),
+    extra=st.integers(0, 3), block=st.integers(1, 6), how=SECO_HOW,
+)  # fmt: skip
 def test_full_and_seco_equal_the_loop(
     model: mc.StateSpace, batch: Batch, chunk_size: int, fill_chunks: int, extra: int, block: int, how: Any
 ) -> None:
@@ -78,40 +45,6 @@ def test_full_and_seco_equal_the_loop(
     keywords = {"fill_size": fill_size, **how}
     with blocks_of(block):
         exact.check(outcome(model, lambda: mc.seco(model, batch.input_ids, batch.labels, chunk_size, **keywords)))
-
-
-@examples(8)
-@example(**plain_case("ss", weights=EVERY_OTHER, fill_chunks=1, how={"layers_at_once": 1}, objective=None))
-@example(**plain_case("sas", weights=EVERY_THIRD, fill_chunks=2, how=ALL, objective=Drawn("rows", 1)))
-@given(
-    model=state_models(max_layers=3),
-    batch=batches(),
-    chunk_size=st.integers(1, 6),
-    weights=st.lists(WEIGHTS, min_size=14, max_size=14),
-    fill_chunks=st.integers(1, 3),
-    how=HOW,
-    objective=OBJECTIVES,
-)
-def test_any_draw_equals_the_oracle(
-    model: mc.StateSpace, batch: Batch, chunk_size: int, weights: list[mc.Weight | None], fill_chunks: int, how: Any,
-    objective: Drawn | None,
-) -> None:  # fmt: skip
-    """One draw with arbitrary factors, against autograd through the whole sequence."""
-    chunks = cut(batch.input_ids.shape[1], chunk_size)
-    entries = weights[: len(chunks)]
-    text, told = (model, batch.input_ids, batch.labels), {"objective": objective}
-    exact = exactly(model, lambda: oracle(*text, chunks, entries, **told))
-    keywords = {"sampler": lambda *_: entries, "fill_size": fill_chunks * chunk_size, **how, **told}
-    exact.check(outcome(model, lambda: mc.spaco(*text, chunk_size, **keywords)))
-
-
-def test_bernoulli_is_unbiased() -> None:
-    """The expectation over all draws, enumerated: what passes through skipped chunks needs no coin."""
-    rates = [0.4, 0.7, 0.3]
-    model, ids = build(tiny_state("sas"), seed=0), some_ids(len(rates) * 2, batch=1)
-    remember(model, 3.0)
-    got, draws = expectation(model, ids, ids, 2, mc.Bernoulli(rates))
-    exactly(model, lambda: mc.full(model, ids, ids)).check(got, beside=draws)
 
 
 @pytest.mark.parametrize(("target", "graphs"), [("q_proj", [False, False, True, True]), ("b_proj", [True] * 4)])
@@ -127,28 +60,6 @@ def test_what_lies_below_all_that_learns_has_no_graph(target: str, graphs: list[
     model.run(ids[:, 3:6], memory, [chunks[1]])
     assert seen == graphs
     exactly(model, lambda: mc.full(model, ids, ids)).check(outcome(model, lambda: mc.seco(model, ids, ids, 3)))
-
-
-def no_adjoint(patch: pytest.MonkeyPatch) -> None:
-    """The chunks are backpropagated by themselves."""
-    patch.setattr(Handed, "before", lambda self, start, before=Handed.before: before(self, start).detach())
-
-
-def no_carry(patch: pytest.MonkeyPatch) -> None:
-    """What the rebuilt chunk leaves out is lost."""
-    write = Handed.write
-    patch.setattr(Handed, "write", lambda self, chunk, value, decay: write(self, chunk, value, 0 * decay))
-
-
-@pytest.mark.parametrize("mistake", [no_adjoint, no_carry])
-def test_a_mistake_would_be_noticed(mistake: Callable[[pytest.MonkeyPatch], None]) -> None:
-    model, ids = build(tiny_state(2), seed=3), some_ids(11)
-    exact = exactly(model, lambda: mc.full(model, ids, ids))
-    exact.check(outcome(model, lambda: mc.seco(model, ids, ids, 4)))
-    with pytest.MonkeyPatch.context() as patch:
-        mistake(patch)
-        with pytest.raises(AssertionError, match="is off by"):
-            exact.check(outcome(model, lambda: mc.seco(model, ids, ids, 4)))
 
 
 @pytest.mark.parametrize(
@@ -213,18 +124,16 @@ def test_a_wrong_config_names_the_field(change: dict[str, Any], words: str) -> N
 
 def test_lists_are_as_good_as_tuples(tmp_path: Path) -> None:
     """In a config that a user writes: it is a value, and can be saved."""
-    kinds, ends, limits = ["state", "full_attention", "state"], [3, 4], [0.0, 1.0]
-
-    def with_these(make: Callable[[Any], Any]) -> list[Any]:
-        return [
-            tiny_state("sas", layer_types=make(kinds), eos_token_id=make(ends)),
-            mc.Mamba2Config(23, 8, 3, 1, 4, 4, 2, time_step_limit=make(limits)),
-            tiny(eos_token_id=make(ends)),
+    kinds = ["state", "full_attention", "state"]
+    listed, configs = (
+        [
+            tiny_state("sas", layer_types=make(kinds), eos_token_id=make([3, 4])),
+            mc.Mamba2Config(23, 8, 3, 1, 4, 4, 2, time_step_limit=make([0.0, 1.0])),
+            tiny(eos_token_id=make([3, 4])),
         ]
-
-    listed, configs = with_these(list), with_these(tuple)
-    assert listed == configs
-    assert [hash(config) for config in listed] == [hash(config) for config in configs]
+        for make in (list, tuple)
+    )
+    assert listed == configs and [hash(config) for config in listed] == [hash(config) for config in configs]
     mc.StateSpace(listed[0]).save_pretrained(tmp_path)
 
 

@@ -18,25 +18,20 @@ from minichunk.pipeline.start import local_device, started
 
 from . import train_ranks as tasks
 from .ranks import Ranks
-from .strategies import tiny, tiny_state
+from .strategies import build, tiny, tiny_state
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory, model_directory: Path) -> dict[str, Path]:
     """Checkpoints of four layers: a Llama, one whose embedding is also its head, and a hybrid with states."""
-    common = {"vocab_size": 300, "max_position_embeddings": 16}
-    made: dict[str, Any] = {
-        "llama": mc.Llama(tiny(layers=4, **common)),
-        "tied": mc.Llama(tiny(layers=4, tie_word_embeddings=True, **common)),
-        "hybrid": mc.StateSpace(tiny_state("sasa", **common)),
-    }
-    paths = {}
-    for number, (name, model) in enumerate(made.items()):
+    common, paths = {"vocab_size": 300, "max_position_embeddings": 16}, {}
+    for number, (name, config) in enumerate((
+        ("llama", tiny(4, **common)),
+        ("tied", tiny(4, tie_word_embeddings=True, **common)),
+        ("hybrid", tiny_state("sasa", **common)),
+    )):  # fmt: skip
         paths[name] = tmp_path_factory.mktemp(name)
-        torch.manual_seed(number)
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim == 2 else None
-        model.save_pretrained(paths[name])
+        build(config, number).float().save_pretrained(paths[name])
         shutil.copy(model_directory / "tokenizer.json", paths[name])
     return paths
 
@@ -109,6 +104,8 @@ def test_copies_take_the_batches_in_turn(ranks: Ranks, values: dict[str, Any], t
     for got, one in zip(found["metrics.jsonl"], expected["metrics.jsonl"], strict=True):
         assert got == pytest.approx(one, rel=CLOSE)
     assert found["metrics.jsonl"][0]["loss"] == expected["metrics.jsonl"][0]["loss"]
+    del values["accumulate"]  # by default as many batches as copies
+    assert [line["tokens"] for line in run(ranks, 2, values, tmp_path / "2", 1)["metrics.jsonl"]] == [80, 80, 80]
 
 
 def test_a_weight_on_two_ranks_counts_once(
@@ -126,11 +123,6 @@ def test_a_weight_on_two_ranks_counts_once(
     after = [[span["loss"] for span in each["loss_by_position.json"]["after"]] for each in (found, expected)]
     steps = [[number for line in each["metrics.jsonl"] for number in line.values()] for each in (found, expected)]
     assert after[0] + steps[0] == pytest.approx(after[1] + steps[1], rel=CLOSE)
-
-
-def test_as_many_batches_as_copies_by_default(ranks: Ranks, values: dict[str, Any], tmp_path: Path) -> None:
-    found = run(ranks, 2, values, tmp_path / "copies", 1)
-    assert [line["tokens"] for line in found["metrics.jsonl"]] == [80, 80, 80]
 
 
 @pytest.mark.parametrize(("worlds", "model"), [((2, 1), "llama"), ((1, 3), "tied"), ((4, 2), "llama")])
@@ -180,9 +172,8 @@ def test_a_rank_reads_its_own_tensors_alone(
     ],
 )
 def test_mistakes(
-    ranks: Ranks, values: dict[str, Any], model_directory: Path, tmp_path: Path, world: int, changes: dict[str, Any],
-    words: str,
-) -> None:  # fmt: skip
+    ranks: Ranks, values: dict[str, Any], model_directory: Path, tmp_path: Path, world: int, changes: Any, words: str
+) -> None:
     values |= changes | {"output": str(tmp_path / "run")}
     values["model"] = str(model_directory) if changes.get("model") else values["model"]
     for _, error in ranks.ask(world, tasks.train_here, world, values):
@@ -231,9 +222,8 @@ def test_the_command(values: dict[str, Any], tmp_path: Path) -> None:
     """As torchrun starts it, to its end; then a mistake that all processes make, which is said once."""
     command = ["train", "--pipeline", "2"]
     first, last = [*command, *words_of(values)], [*command, "--resume", "--output", "runs/2"]
-    (tmp_path / "both.py").write_text(
-        f"from minichunk.command.main import main\nassert main({first}) == 0\nmain({last})\n"
-    )
+    both = f"from minichunk.command.main import main\nassert main({first}) == 0\nmain({last})\n"
+    (tmp_path / "both.py").write_text(both)
     done = torchrun(["both.py"], tmp_path)
     assert "ranks   over 2 ranks with 2, 2 layers" in done.stdout, done.stderr
     assert done.stdout.count("peak memory") == 1
@@ -258,8 +248,7 @@ from minichunk.command.main import main
 from minichunk.training.loop import Trainer
 step = Trainer.run_step
 def run_step(trainer):
-    if trainer.step == 3 and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), 9)
+    os.kill(os.getpid(), 9 * (trainer.step == 3 and os.environ["RANK"] == "1"))
     return step(trainer)
 Trainer.run_step = run_step
 sys.exit(main())

@@ -344,7 +344,7 @@ shutil.rmtree(folder)
 #
 # `torch.distributed.pipelining` has that schedule too. It calls backward by itself, so the relay is put in where the graph
 # passes by: at the output of a rank's layers, as an identity whose backward asks the memory. That is
-# [`torch_pipeline.py`](torch_pipeline.py), with the same gradients, [bit for bit](../tests/test_torch_pipeline.py). It is not
+# [`torch_pipeline.py`](torch_pipeline.py), with the same gradients, [bit for bit](../tests/test_pipeline.py). It is not
 # our engine: it receives each chunk, and each gradient, into a buffer of its own, so that the memory of every rank grows by
 # one hidden state or two per chunk (counted in that test); it wants chunks of one length, and at least as many as ranks.
 #

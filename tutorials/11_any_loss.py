@@ -120,17 +120,18 @@ def watch(share):
 figure, axes = plt.subplots(1, 2, figsize=(9, 2.2), layout="constrained", sharey=True)
 for panel, share in zip(axes, (False, True), strict=True):
     runs = watch(share)
-    print(
-        f"share={share}: {sum(rows * (chunk.stop - chunk.start) for rows, chunk in runs)} tokens are rebuilt, ", end=""
-    )
-    print(f"gradient off by {distance(gradient(), exact):.0e}")
+    tokens = sum(rows * (chunk.stop - chunk.start) for rows, chunk in runs)
+    way = "as a tree  " if share else "as two rows"
+    print(f"{way} {tokens} tokens are rebuilt, gradient off by {distance(gradient(), exact):.0e}")
     assert distance(gradient(), exact) < 1e-13
     for rows, chunk in runs:
         for row in range(2):
             y = row if rows == 2 else 0.5
             color = "tab:gray" if chunk.stop <= PROMPT else ("tab:green", "tab:red")[row]
             panel.barh(y, chunk.stop - chunk.start, left=chunk.start, height=0.5, color=color, edgecolor="white")
-    panel.set(title=f"share={share}", yticks=(0, 1), yticklabels=("chosen", "rejected"), xlabel="position")
+    panel.set(
+        title="a tree" if share else "two rows", yticks=(0, 1), yticklabels=("chosen", "rejected"), xlabel="position"
+    )
 figure.suptitle("Chunks of a pair: two rows, or a tree")
 plt.show()
 

@@ -32,7 +32,6 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], object]]] = {
     "compare": (CompareOptions, run_compare),
     "walk": (WalkOptions, run_walk),
 }
-METAVARS = {int: "N", float: "X"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,7 +88,7 @@ def _add_option(parser: Any, field: Field[Any], kind: type, several: bool) -> No
         parser.add_argument(flag(field.name), action=argparse.BooleanOptionalAction, **shown)
     else:
         among = "{" + ",".join(rule["choices"]) + "}" if rule["choices"] else field.name.upper()
-        shown["metavar"] = rule["metavar"] or METAVARS.get(kind, among)
+        shown["metavar"] = rule["metavar"] or {int: "N", float: "X"}.get(kind, among)
         if several:
             shown["nargs"] = "*" if rule["none"] else "+"
         needed = {} if rule["positional"] else {"required": field.default is MISSING}

@@ -18,11 +18,9 @@ def tiled_full(
     model: Stack, batch: Batch, *, offload: bool = False, room: Callable[[Tensor], Tensor] = host_like
 ) -> Tensor:
     """Gradient checkpointing with the loss in tiles: what long texts are trained with today, without chunks.
-
     As `full(..., recompute=True)`, but the logits never exist at once. offload: the layers' inputs (B, T, E) wait in
     host memory, as with transformers' `gradient_checkpointing_kwargs={"offload": True}`. room: makes a tensor there
-    like another one.
-    """
+    like another one."""
     shape = (*batch.input_ids.shape, model.lm_head.weight.shape[1])
 
     def pack(x: Tensor) -> tuple[torch.device | None, Tensor]:

@@ -52,8 +52,7 @@ class BenchOptions:
     --layers-at-once of train.
 
       minichunk bench --methods full-recompute seco seco-recompute --seq-len 4096 16384 --plot bench.png
-      minichunk bench --device cuda --model llama-3-8b --rank 8 --methods full-recompute-offload seco-recompute
-    """
+      minichunk bench --device cuda --model llama-3-8b --rank 8 --methods full-recompute-offload seco-recompute"""
 
     methods: tuple[str, ...] = option(SHOWN, f"of {', '.join(METHODS)}", metavar="M", choices=METHODS)
     seq_len: tuple[int, ...] = option((1024, 2048, 4096), "tokens", metavar="N", least=2)
@@ -117,10 +116,8 @@ def run_step(model: Any, options: BenchOptions, method: str, ids: Tensor, seed: 
 
 def bench(options: BenchOptions) -> list[Row]:
     """Measure each method at each length, all of them once before any twice; each time in a process of its own.
-
     So the memory of one does not count for another. Repeat r draws SpaCO's chunks with seed r. What fails is not
-    repeated. Raises InputError.
-    """
+    repeated. Raises InputError."""
     check_options(options)
     check_fill_size(options.fill_size, options.chunk_size)
     shape(options.model)

@@ -12,10 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 class CountBytes(TorchDispatchMode):
     """Counts the storages of all tensors that operators make inside the block, and what is freed again.
-
     live: bytes now. peak: the most that was live at once. left_out: bytes of all that would be in host memory. `add`
-    counts what was made before.
-    """
+    counts what was made before."""
 
     def __init__(self) -> None:
         super().__init__()

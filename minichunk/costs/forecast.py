@@ -28,9 +28,7 @@ SPAN = 1024  # chunks over which the growth is taken: what is remembered of stri
 @dataclass(frozen=True)
 class Forecast:
     """The memory of a training step by its length; on several GPUs that of the rank that needs most.
-
-    For each length the layers are split over the ranks by what they take then. Made by `forecast`.
-    """
+    For each length the layers are split over the ranks by what they take then. Made by `forecast`."""
 
     setting: Setting
     gpus: int = 1
@@ -46,10 +44,8 @@ class Forecast:
 
     def largest_share(self, tokens: int) -> Share | None:
         """Of the rank that needs most at this length; None: one process has all layers.
-
         Of the ranks between the first and the last, a later one has fewer chunks in flight. It can only need most if
-        it has more layers than each of those before it.
-        """
+        it has more layers than each of those before it."""
         if self.gpus == 1:
             return None
         counts, last = self.counts(tokens), self.gpus - 1
@@ -67,9 +63,7 @@ class Forecast:
 
     def longest(self, available: int, host: int | None = None) -> int:
         """Tokens, in whole chunks, that fit into `available` bytes on each device and `host` bytes in host memory.
-
-        host: None for any number. Returns 0 if even one chunk does not fit.
-        """
+        host: None for any number. Returns 0 if even one chunk does not fit."""
         size = self.setting.chunk_size
 
         def fits(num_chunks: int) -> bool:
@@ -104,11 +98,9 @@ def forecast(setting: Setting, gpus: int = 1) -> Forecast:
 
 def bytes_of_share(setting: Setting, tokens: int, share: Share | None, way: Way | None = None) -> StepBytes:
     """What a step takes on one rank, or in one process (None). way: on this part of its way through blocks of layers.
-
     Of a chunked step only the batch grows with the length, what is remembered, and what waits between blocks. That is
     keys and values of all chunks but the last, gradients of all kept chunks but the last, or states; and hidden states.
-    Of the others the activations grow.
-    """
+    Of the others the activations grow."""
     if setting.in_blocks and way is None:
         found = [bytes_of_share(setting, tokens, None, way) for way in ways(setting)]
         return replace(max(found, key=attrgetter("peak")), host=max(each.host for each in found))
@@ -135,9 +127,7 @@ def bytes_of_share(setting: Setting, tokens: int, share: Share | None, way: Way 
 def fewest_blocks(setting: Setting, tokens: int | None, available: int, host: int) -> int:
     """Layers at once, in as few blocks as fit into `available` bytes on the device and `host` bytes in host memory.
     Where none fit, in those of which least grows. tokens: None for the longest text that fits.
-
-    What grows is computed for each number of blocks. Then a step is counted, if that alone does not take too much.
-    """
+    What grows is computed for each number of blocks. Then a step is counted, if that alone does not take too much."""
     model, length = setting.meta_model(), tokens or SPAN * setting.chunk_size
     layers, weights, remembered = len(model.layers), sum(layer_costs(model)), setting.memory_bytes(length).sum(1)
     hidden = length * model.config.hidden_size * model.hidden_dtype.itemsize
@@ -165,9 +155,7 @@ def most_graphs(setting: Setting, tokens: int, available: int) -> int:
 
 def fitted(options: TrainOptions) -> TrainOptions:
     """With `--layers-at-once auto` decided, and `--graphs` where all layers fit, by what is free on the GPU now.
-
-    On a CPU all layers are taken at once. Raises InputError.
-    """
+    On a CPU all layers are taken at once. Raises InputError."""
     if options.layers_at_once != "auto":
         return options
     told = options.resolved()

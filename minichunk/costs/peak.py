@@ -1,9 +1,7 @@
 """What one training step takes at its peak: the real code, run on meta tensors and counted.
-
 Meta tensors have a shape, a dtype and a storage of so many bytes, but no memory and no arithmetic. Not all chunks have
 to be run. Of the fill, those on the longest past are enough. Of the rebuilds, the last chunk sends gradients back, the
-one before it also receives some, and the earlier ones do the same on a shorter past.
-"""
+one before it also receives some, and the earlier ones do the same on a shorter past."""
 
 from collections import deque
 from dataclasses import dataclass, replace
@@ -41,9 +39,7 @@ from .setting import CHUNKED, Setting, Share, Way
 @dataclass(frozen=True)
 class StepBytes:
     """Bytes on the device at the peak of one training step, what they consist of, and bytes in host memory.
-
-    between_blocks: what goes from one block of layers to the next.
-    """
+    between_blocks: what goes from one block of layers to the next."""
 
     peak: int
     weights: int
@@ -58,9 +54,7 @@ class StepBytes:
 @lru_cache(None)
 def step_memory(setting: Setting, tokens: int, share: Share | None = None, way: Way | None = None) -> StepBytes:
     """What a step of `tokens` tokens takes. Raises InputError.
-
-    share: on one rank of a pipeline. way: of a step through blocks of layers, on this part of its way.
-    """
+    share: on one rank of a pipeline. way: of a step through blocks of layers, on this part of its way."""
     setting.check()
     if setting.load_in_4bit:  # the library makes the table of its levels once: or the first step would have taken more
         check_bitsandbytes()

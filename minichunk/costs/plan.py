@@ -28,8 +28,7 @@ class PlanOptions(Setting):
 
       minichunk plan --model llama-3-8b --memory 24GiB
       minichunk plan --model llama-3-8b --layers-at-once auto --offload --host-memory 128GiB
-      minichunk plan --model DIR --seq-len 131072 --gpus 4
-    """
+      minichunk plan --model DIR --seq-len 131072 --gpus 4"""
 
     memory: str = option("24GiB", "of the device, of each GPU", group="the device")
     reserve: str = option("1GiB", "of it not to be planned with")
@@ -80,26 +79,16 @@ def plan(options: PlanOptions) -> dict[str, Any]:
     chunks, kept = options.chunks(length)
     makes_masks = {*options.patterns()} - {FULL} and {*methods} - {*CHUNKED}
     return {
-        "model": options.model,
-        "gpus": options.gpus,
+        "model": options.model, "gpus": options.gpus,
         **({} if share is None else {"layers_per_rank": list(share.counts), "largest_rank": share.rank}),
-        "method": options.method,
-        "layers_at_once": options.keywords()["layers_at_once"],
-        "graphs": options.graphs,
-        "memory_bytes": memory,
-        "reserve_bytes": reserve,
-        "seq_len": length,
-        "peak_bytes": at.peak,
-        "host_bytes": at.host,
-        "fits": at.peak <= memory - reserve and at.host <= host,
-        "max_tokens": longest,
+        "method": options.method, "layers_at_once": options.keywords()["layers_at_once"], "graphs": options.graphs,
+        "memory_bytes": memory, "reserve_bytes": reserve,
+        "seq_len": length, "peak_bytes": at.peak, "host_bytes": at.host,
+        "fits": at.peak <= memory - reserve and at.host <= host, "max_tokens": longest,
         "breakdown": {name: value for name, value in asdict(at).items() if name not in ("peak", "host")},
-        "methods": methods,
-        "chunks": len(chunks),
-        "most_kept": len(kept),
-        "sampler": options.sampler,
+        "methods": methods, "chunks": len(chunks), "most_kept": len(kept), "sampler": options.sampler,
         "left_out": f"{LEFT_OUT}; {MASKS}" if makes_masks else LEFT_OUT,
-    }
+    }  # fmt: skip
 
 
 def describe(found: dict[str, Any]) -> str:

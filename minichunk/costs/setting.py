@@ -65,7 +65,6 @@ class Setting(StepOptions):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Of the model."""
         return DTYPES[self.dtype]
 
     def config(self) -> Any:
@@ -85,11 +84,9 @@ class Setting(StepOptions):
 
     @property
     def in_blocks(self) -> bool:
-        """Whether the step goes through blocks of layers."""
         return self.method in CHUNKED and (self.layers_at_once is not None or self.offload)
 
     def blocks(self, model: Stack) -> list[Stack]:
-        """Of layers."""
         return model.blocks(self.keywords()["layers_at_once"] or 1)
 
     def pass_chunks(self) -> int:
@@ -110,9 +107,7 @@ class Setting(StepOptions):
 
     def even_from(self, share: Share | None = None) -> int:
         """Tokens from which on a step grows evenly: of a chunked one only the batch and what is remembered.
-
-        From there a chunk sees as many pieces of the past as ever, the fill is at its longest pass, a pipeline full.
-        """
+        From there a chunk sees as many pieces of the past as ever, the fill is at its longest pass, a pipeline full."""
         if self.method not in CHUNKED:
             return 1024
         stride = max((p.stride or 1 for p in self.patterns() if isinstance(p, Strided)), default=1)

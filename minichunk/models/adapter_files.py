@@ -1,5 +1,4 @@
 """A model's LoRA adapter saved and loaded, as the two files that PEFT reads and writes too.
-
 An adapter that was trained on a changed base, made to see a part of its past or with another rope, is none that PEFT
 could use: on the base as it is stored, it would be part of another function. Its `peft_type` is one that PEFT refuses.
 """
@@ -39,12 +38,10 @@ def save_adapter(
     whole: Callable[[dict[str, Tensor]], dict[str, Tensor] | None] = lambda tensors: tensors,
 ) -> None:  # fmt: skip
     """Write the model's adapter as PEFT's `adapter_model.safetensors` and `adapter_config.json`.
-
     base_model: path or hub name of the base model, which PEFT reads from the config.
     whole: makes all tensors by name of those that are here, or None where nothing is to be written.
     If `partial_context` or `change_rope` changed the base, the config says so, and PEFT refuses it.
-    Raises InputError if there is no adapter.
-    """
+    Raises InputError if there is no adapter."""
     if model.lora is None:
         raise InputError("the model has no adapter to save: call add_lora(model) first")
     tensors = whole({name: p.detach() for name, p in model.named_parameters() if ".lora_" in name})
@@ -52,16 +49,10 @@ def save_adapter(
         return
     changes = {"partial_context": model.partial, "rope_parameters": model.rope}
     config: dict[str, Any] = {
-        "peft_type": _peft_type(changes),
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base_model),
-        "r": model.lora.rank,
-        "lora_alpha": model.lora.alpha,
-        "lora_dropout": model.lora.dropout,
-        "target_modules": sorted(model.lora.targets),
-        "inference_mode": True,
-        "bias": "none",
-    }
+        "peft_type": _peft_type(changes), "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_model),
+        "r": model.lora.rank, "lora_alpha": model.lora.alpha, "lora_dropout": model.lora.dropout,
+        "target_modules": sorted(model.lora.targets), "inference_mode": True, "bias": "none",
+    }  # fmt: skip
     config |= {name: change for name, change in changes.items() if change is not None}
     directory = make_directory(directory)
     write_tensors(directory / _TENSORS, {_PREFIX + name: x for name, x in tensors.items()}, {"format": "pt"})
@@ -70,11 +61,9 @@ def save_adapter(
 
 def load_adapter(model: Stack, directory: str | Path) -> None:
     """Read an adapter that `save_adapter` or PEFT wrote, adding it to the model if it has none.
-
     If it was trained on a base that `partial_context` or `change_rope` had changed, the model is changed so too.
     Its mode stays.
-    Raises InputError, naming the file, for a damaged one, one of another model, and an unsupported variant of LoRA.
-    """
+    Raises InputError, naming the file, for a damaged one, one of another model, and an unsupported variant of LoRA."""
     config_path, path = checkpoint_directory(directory) / _CONFIG, Path(directory) / _TENSORS
     lora, changes = _read_config(config_path)
     pickled = path.with_name("adapter_model.bin")

@@ -65,10 +65,8 @@ def needed(config: dict[str, Any], name: str) -> Any:
 @dataclass(frozen=True)
 class Config:
     """What configs have in common. A field of one of the types in _KINDS is checked by it.
-
     only: values that the model computes, of more fields of a config.json. beside: what is written beside the fields.
-    not_written: fields that are not in it.
-    """
+    not_written: fields that are not in it."""
 
     name: ClassVar[str] = ""  # the `model_type`, where there is but one
     only: ClassVar[dict[str, tuple[Any, ...]]] = {}
@@ -116,8 +114,7 @@ class LlamaConfig(Config):
     `attention_out_bias` of o; `qk_norm` an RMSNorm on each head's queries and keys. `layer_types` has for each layer
     full_attention, sliding_attention (the last `sliding_window` positions, the own included) or ours in its place,
     partial_attention (what `pattern` says); empty: full_attention for all. `rope_scaling` is a RopeRule of rope.py;
-    None: RoPE as first published.
-    """
+    None: RoPE as first published."""
 
     only: ClassVar = {"hidden_act": ("silu", "swish"), "attention_dropout": (0, None)}
     not_written = ("attention_out_bias", "qk_norm", "sliding_window", "layer_types", "pattern", "model_type")

@@ -1,8 +1,6 @@
 """The Llama, leaf to root. Its memory of earlier chunks is an argument; see stack.py for how layers are run.
-
 Shapes: B batch, T tokens of this call, H query heads, G key-value heads, D head size,
-E hidden size, V vocabulary. Parameter names are Hugging Face's.
-"""
+E hidden size, V vocabulary. Parameter names are Hugging Face's."""
 
 import torch
 import torch.nn.functional as F
@@ -20,20 +18,16 @@ Rope = tuple[Tensor, Tensor]  # cos and sin of the angles, (T, D/2) each, or (B,
 
 def periods(size: int, theta: float | Tensor, like: Tensor) -> Tensor:
     """Positions to a radian of each pair of a head of so many numbers: float32 (size / 2), RoPE as first published.
-
     The power is float64's, rounded: float32's differ in the last bit from machine to machine, and far into a text that
-    is an angle. So with sine and cosine.
-    """
+    is an angle. So with sine and cosine."""
     exponents = torch.arange(0, size, 2, dtype=torch.float32, device=like.device) / size
     return (theta ** exponents.double()).float()
 
 
 def rope_tables(config: LlamaConfig, positions: Tensor, like: Tensor, whole: Tensor | None = None) -> Rope:
     """cos and sin of the rotation angles at these positions, int64 (…, T): two (…, T, D/2), or for a part of D.
-
     whole: the positions of the whole text, for the rules of rope.py that depend on its length; None: nobody told them.
-    Angles and results are float32 numbers, found in Hugging Face's order, whatever the model's dtype.
-    """
+    Angles and results are float32 numbers, found in Hugging Face's order, whatever the model's dtype."""
     if config.rope_scaling is None:
         frequencies, scale = 1.0 / periods(config.head_dim, config.rope_theta, like), 1.0
     else:
@@ -121,10 +115,7 @@ class Layer(nn.Module):
 
 
 class Llama(Stack):
-    """A decoder-only transformer: Llama 1-3, Mistral, Ministral, Qwen2, Qwen3; its layers may see a part of the past.
-
-    `Llama(config)` has random weights; `Llama.from_pretrained(directory)` has trained ones.
-    """
+    """A decoder-only transformer: Llama 1-3, Mistral, Ministral, Qwen2, Qwen3; layers may see a part of the past."""
 
     config_class = LlamaConfig
     takes_positions = True

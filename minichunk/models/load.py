@@ -1,8 +1,4 @@
-"""Models from Hugging Face checkpoint directories, and into them: config.json and safetensors.
-
-Models know no files: this module gives them `from_pretrained` and `save_pretrained`, and LlamaConfig `from_dict` and
-`to_dict` for its family's several layouts of config.json.
-"""
+"""Models from Hugging Face checkpoint directories, and into them: config.json and safetensors."""
 
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -36,8 +32,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {**_NO_BIAS, "attention_bias": True},
     "qwen3": {"mlp_bias": False, "qk_norm": True},
 }
-# Models that no other library computes have this model_type in their config.json, and a `base_model_type`, a `pattern`
-# and layers of `partial_attention`, which transformers refuses even where it is told to overlook the type.
+# The model_type of what no other library computes. transformers refuses its layer_types too, `partial_attention`.
 _PARTIAL_CONTEXT = "partial_context"
 
 
@@ -57,13 +52,11 @@ def load(
 ) -> Any:  # fmt: skip
     """`kind.from_pretrained`: a Hugging Face checkpoint directory (`config.json` and safetensors) as such a model.
 
-    As `load_model` it makes a model of the class that the config's `model_type` names.
-
+    `load_model`: as one of the class that the config's `model_type` names.
     dtype: of all parameters; None takes that of the first tensor in the files.
     load_in_4bit: store the linear layers' weights in 4 bits, for LoRA; see quantize.py.
     prepare: called with the model before it has its tensors; those of what it takes out are not read.
-    Tensor by tensor onto the device: the host holds one at a time. The model is in eval mode. Raises InputError.
-    """
+    Tensor by tensor onto the device: the host holds one at a time. The model is in eval mode. Raises InputError."""
     if load_in_4bit:
         check_bitsandbytes()
     path, generation = checkpoint_directory(directory) / "config.json", Path(directory) / "generation_config.json"
@@ -110,8 +103,7 @@ def load_wrapped(directory: str | Path, dtype: Any, device: Any, load_in_4bit: b
 
         from .wrap import wrap
     except ImportError:
-        what = f"{directory}: this model_type is run by the transformers library"
-        raise InputError(f"{what}: pip install 'minichunk[hf]'") from None
+        raise InputError(f"{directory}: this model_type needs transformers: pip install 'minichunk[hf]'") from None
     if load_in_4bit:
         raise InputError(f"{directory}: 4 bits are for model_types of minichunk's own: load it with transformers")
     try:
@@ -129,11 +121,9 @@ def save(
     whole: Callable[[dict[str, Tensor]], dict[str, Tensor] | None] = lambda tensors: tensors,
 ) -> None:  # fmt: skip
     """`model.save_pretrained`: write `config.json` and `model.safetensors`.
-
     Tokenizer, chat template and generation config of the directory that it was loaded from come along.
     whole: makes all tensors by name of those that are here, or None where nothing is to be written.
-    Raises InputError for an adapter or a 4-bit base.
-    """
+    Raises InputError for an adapter or a 4-bit base."""
     if adapters(model):
         raise InputError("the model has an unmerged LoRA adapter: call merge_lora first, or save it with save_adapter")
     if is_in_4bit(model):
@@ -148,9 +138,7 @@ def save(
 
 def read_llama_config(cls: type[LlamaConfig], config: dict[str, Any]) -> LlamaConfig:
     """`LlamaConfig.from_dict`, of a parsed `config.json`.
-
-    Raises InputError, naming the field, for what this model does not compute.
-    """
+    Raises InputError, naming the field, for what this model does not compute."""
     partial = config.get("model_type") == _PARTIAL_CONTEXT
     field = "base_model_type" if partial else "model_type"
     model_type = config.get(field, None if partial else "llama")
@@ -256,14 +244,11 @@ def _read_rope_field(c: dict[str, Any], field: str) -> tuple[float, RopeRule | N
 
 def change_rope(model: Stack, rope: dict[str, Any]) -> None:
     """Let a pretrained model's positions be turned by other angles: in place, to be trained after.
-
     Its config says so, `save_pretrained` writes it, and `save_adapter` writes it beside the adapter.
-
     rope: fields of config.json's `rope_parameters`, as {"rope_type": "yarn", "factor": 4.0} or {"rope_theta": 8e6}.
         What it leaves out stays, but a new rope_type begins without the old one's fields; its
         original_max_position_embeddings, if need be, is the old rule's, or else the config's max_position_embeddings.
-    Raises InputError for another kind of model, and for a rule that cannot be.
-    """
+    Raises InputError for another kind of model, and for a rule that cannot be."""
     config = model.config
     if not isinstance(rope, dict):
         raise InputError(f"rope_parameters is {rope!r}, but must be an object")

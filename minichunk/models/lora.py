@@ -19,9 +19,7 @@ from .stack import Stack
 
 class DropoutMasks:
     """Which masks the model's dropouts draw now; one object, shared by all of a model's adapters.
-
-    A rebuild must draw the fill's masks: on top of a cache they depend on step's seed, module and chunk alone.
-    """
+    A rebuild must draw the fill's masks: on top of a cache they depend on step's seed, module and chunk alone."""
 
     def __init__(self) -> None:
         self.seed: int | None = None
@@ -51,9 +49,7 @@ class DropoutMasks:
 
 class Placeholder(nn.Module):
     """Of a module that another rank has; returns its input.
-
-    linear: the sizes of the linear layers inside of it, by name.
-    """
+    linear: the sizes of the linear layers inside of it, by name."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -111,14 +107,11 @@ def add_lora(
     model: Stack, rank: int = 8, alpha: float = 16, targets: Sequence[str] | None = None, dropout: float = 0.0
 ) -> None:
     """Freeze the model and put a trainable adapter beside each linear layer named in `targets`.
-
     targets: names, or ends of them; None: q_proj and v_proj where the model has attention, else `default_targets`.
     The model is in training mode then, with dropout: `model.eval()` ends that.
-
     Parameters keep their names; `<layer>.lora_A.weight` (rank, in) and `<layer>.lora_B.weight` (out, rank) come beside
     them, in float32 (float64 for a float64 model). The update is alpha / rank · B A.
-    Raises InputError for a wrong value and for a model that has an adapter already.
-    """
+    Raises InputError for a wrong value and for a model that has an adapter already."""
     known, default = linear_layers(model), default_targets(model)
     if targets is None:
         targets = [name for name in ("q_proj", "v_proj") if name in default] or default
@@ -160,9 +153,7 @@ def _add_product(layer: Any, inputs: tuple[Tensor], y: Tensor) -> Tensor:
 @contextmanager
 def without_adapter(model: Stack) -> Iterator[None]:
     """Within the block the model is what it was before `add_lora`: the reference of a preference loss.
-
-    Raises InputError for a model without an adapter, which would be its own reference.
-    """
+    Raises InputError for a model without an adapter, which would be its own reference."""
     layers = adapters(model).values()
     if not layers:
         raise InputError("without_adapter needs a model with an adapter: call add_lora(model) first")
@@ -178,9 +169,7 @@ def without_adapter(model: Stack) -> Iterator[None]:
 @torch.no_grad()
 def merge_lora(model: Stack) -> None:
     """Fold every adapter into its weight and take the adapters out; all parameters become trainable.
-
-    Raises InputError for a 4-bit base, whose 16 levels would swallow the update.
-    """
+    Raises InputError for a 4-bit base, whose 16 levels would swallow the update."""
     if is_in_4bit(model):
         raise InputError("a 4-bit base cannot take an adapter in: save it, and merge it into the unquantized base")
     for layer in adapters(model).values():

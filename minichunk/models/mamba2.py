@@ -1,10 +1,7 @@
 """Mamba-2 (arXiv 2405.21060), leaf to root: a scan with one gate per head, behind a short convolution.
-
 Two tensors go from chunk to chunk: the state, and the convolution's last inputs, its *tail*.
-
 Shapes: B batch, T tokens of this call, K kernel of the convolution, E hidden size; H heads of P channels each, in
-G groups that share the N numbers of b and of c. Parameter names are Hugging Face's.
-"""
+G groups that share the N numbers of b and of c. Parameter names are Hugging Face's."""
 
 import math
 from collections.abc import Sequence
@@ -26,10 +23,8 @@ from .stack import Stack
 @dataclass(frozen=True)
 class Mamba2Config(Config):
     """Shape and constants of a Mamba2; its config.json has the same fields, and transformers' defaults.
-
     time_step_limit: the least and the greatest time step. max_position_embeddings: the length that it was trained at,
-    a field of ours: a state has no bound.
-    """
+    a field of ours: a state has no bound."""
 
     name = "mamba2"
     only: ClassVar = {"hidden_act": ("silu", "swish"), "rms_norm": (True,)}  # each mixer ends with a gated norm
@@ -82,9 +77,7 @@ class StreamNorm(nn.RMSNorm):
 
 class Mixer(nn.Module):
     """h[t] = exp(-A dt[t]) h[t-1] + dt[t] x[t] b[t]ᵀ, y[t] = h[t] c[t] + D x[t] for each head; then a norm, gated by z.
-
-    z, x, b, c and the time step dt are linear in the input; x, b and c go through the convolution.
-    """
+    z, x, b, c and the time step dt are linear in the input; x, b and c go through the convolution."""
 
     def __init__(self, config: Mamba2Config) -> None:
         super().__init__()
@@ -158,10 +151,7 @@ class Mamba2Layer(nn.Module):
 
 
 class Mamba2(Stack):
-    """A Mamba-2 with the weights' names of Hugging Face's `Mamba2ForCausalLM`.
-
-    `Mamba2(config)` has random weights; `Mamba2.from_pretrained(directory)` has trained ones.
-    """
+    """A Mamba-2 with the weights' names of Hugging Face's `Mamba2ForCausalLM`."""
 
     config_class = Mamba2Config
     names = ("backbone", "embeddings", "norm_f")

@@ -19,9 +19,7 @@ def partial_context(model: Stack, pattern: Pattern, full_layers: Sequence[int] |
     pattern: mc.Window(window, sinks) or mc.Strided(block, local, stride).
     full_layers: numbers of the layers that keep full attention, from 0; empty for none. None: the middle third, that is
     all but a third, rounded down, at either end, as in the paper.
-
-    Raises InputError for wrong numbers, another kind of model, and one that sees a part of its past already.
-    """
+    Raises InputError for wrong numbers, another kind of model, and one that sees a part of its past already."""
     model.config = partial_config(model.config, pattern, full_layers)
     model.partial = {"pattern": asdict(pattern), "full_layers": seen(model.config)[1]}
     for layer, of_layer in zip(model.layers, model.config.patterns(), strict=True):
@@ -30,10 +28,8 @@ def partial_context(model: Stack, pattern: Pattern, full_layers: Sequence[int] |
 
 def partial_config(config: Any, pattern: Pattern, full_layers: Sequence[int] | None = None) -> LlamaConfig:
     """The config of what `partial_context` makes of a model, see there.
-
     Windows without sinks become Hugging Face's `sliding_window`, a Llama or a Mistral thereby a Ministral. All else is
-    `pattern`, under a model_type of our own when it is saved.
-    """
+    `pattern`, under a model_type of our own when it is saved."""
     if type(config) is not LlamaConfig:
         kind = getattr(config, "name", None) or config.model_type
         raise InputError(f"partial_context needs a model of the Llama family, not a {kind}")

@@ -1,6 +1,5 @@
 """A frozen base in 4 bits, as in QLoRA (arXiv 2305.14314): NF4 weights, by bitsandbytes, 16 levels that fit a normal
-distribution; a layer unpacks its own in the forward pass and again in the backward.
-"""
+distribution; a layer unpacks its own in the forward pass and again in the backward."""
 
 from typing import Any
 
@@ -61,7 +60,6 @@ def is_stored_in_4bit(name: str) -> bool:
 
 
 def is_in_4bit(model: nn.Module) -> bool:
-    """Whether the model has a 4-bit base."""
     return any(isinstance(module, Linear4bit) for module in model.modules())
 
 

@@ -1,8 +1,6 @@
 """The rules that stretch rotary positions (RoPE) to texts longer than a model was trained on.
-
 RoPE turns the numbers of a query or a key in pairs, each by the angle position · frequency. A config.json names its
-rule as `rope_type`, with the rule's numbers beside it. All of them compute what transformers computes.
-"""
+rule as `rope_type`, with the rule's numbers beside it. All of them compute what transformers computes."""
 
 import math
 from dataclasses import dataclass, fields
@@ -29,11 +27,8 @@ RULES: dict[str, tuple[str, ...]] = {  # by name, the fields that it needs
 
 @dataclass(frozen=True)
 class RopeRule(Config):
-    """One of RULES, and the fields of all of them, as config.json calls them.
-
-    partial_rotary_factor: the part of a head that is turned, its first numbers; if proportional, the part of all pairs
-    that is, those that turn fastest.
-    """
+    """One of RULES, and the fields of all of them, as config.json calls them. partial_rotary_factor: the part of a head
+    that is turned, its first numbers; if proportional, the part of all pairs that is, those that turn fastest."""
 
     rope_type: str = "default"
     partial_rotary_factor: float = 1.0
@@ -77,15 +72,12 @@ class RopeRule(Config):
 
     def turned(self, config: LlamaConfig) -> int:
         """How many numbers of a head are."""
-        return (
-            config.head_dim if self.rope_type == "proportional" else int(config.head_dim * self.partial_rotary_factor)
-        )
+        part = 1.0 if self.rope_type == "proportional" else self.partial_rotary_factor
+        return int(config.head_dim * part)
 
     def frequencies(self, config: LlamaConfig, like: Tensor, whole: Tensor | None) -> tuple[Tensor, float]:
         """Radians to a position of each pair, float32 (D/2), on like's device; and what cos and sin are multiplied by.
-
-        whole: see rope_tables; InputError where the rule needs it and it is None.
-        """
+        whole: see rope_tables; InputError where the rule needs it and it is None."""
         size, theta, old = self.turned(config), config.rope_theta, self.original_max_position_embeddings
         periods = periods_of(size, theta, like)
         found, scale, factor = 1.0 / periods, 1.0, self.factor

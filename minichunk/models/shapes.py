@@ -43,9 +43,8 @@ def shape(name: str) -> Any:
         return _SHAPES[name]
     if (Path(name) / "config.json").is_file():
         return read_model_config(read_json(Path(name) / "config.json"))
-    raise InputError(
-        f"--model {name!r} is neither a directory with a config.json nor one of {', '.join(NAMES)}{advice(name)}"
-    )
+    known = f"a directory with a config.json nor one of {', '.join(NAMES)}"
+    raise InputError(f"--model {name!r} is neither {known}{advice(name)}")
 
 
 def random_model(
@@ -53,9 +52,7 @@ def random_model(
     load_in_4bit: bool = False,
 ) -> Stack:  # fmt: skip
     """A model of this shape with random weights, and LoRA of `rank` unless that is 0. Raises InputError.
-
-    shaped: a config, or a name for `shape`. targets: of LoRA, see `add_lora`.
-    """
+    shaped: a config, or a name for `shape`. targets: of LoRA, see `add_lora`."""
     config = shape(shaped) if isinstance(shaped, str) else shaped
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)  # so that no wider copy of the weights is ever made

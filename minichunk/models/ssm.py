@@ -1,7 +1,5 @@
 """A selective state-space model: that of adjoint sharding (arXiv 2501.00692, section 3), and hybrids of it.
-
-Shapes: B batch, T tokens of this call, P hidden size, N state size.
-"""
+Shapes: B batch, T tokens of this call, P hidden size, N state size."""
 
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Self
@@ -21,11 +19,9 @@ from .stack import Stack
 @dataclass(frozen=True)
 class StateSpaceConfig(Config):
     """Shape and constants of a StateSpace; its config.json has the same fields.
-
     layer_types: "state" or "full_attention" for each layer; empty: all "state". The fields from `intermediate_size` on
     are those of a LlamaConfig, for its attention layers; without one they stay None.
-    max_position_embeddings: the length that it was trained at. A state has no bound; rotations, further on, are new.
-    """
+    max_position_embeddings: the length that it was trained at. A state has no bound; rotations, further on, are new."""
 
     name = "state_space"
     beside: ClassVar = {"model_type": "state_space"}
@@ -71,9 +67,7 @@ class StateSpaceConfig(Config):
 
 class StateLayer(nn.Module):
     """x + y, where h[t] = A[t] h[t-1] + B[t] u[t], y[t] = C[t] h[t] and u = norm(x).
-
-    The gates A (N numbers in (0, 1), the same for all P channels), B and C (N numbers each) are linear in u.
-    """
+    The gates A (N numbers in (0, 1), the same for all P channels), B and C (N numbers each) are linear in u."""
 
     def __init__(self, config: StateSpaceConfig) -> None:
         super().__init__()
@@ -107,10 +101,7 @@ class StateLayer(nn.Module):
 
 
 class StateSpace(Stack):
-    """State-space layers, and attention layers where the config's `layer_types` has them.
-
-    `StateSpace(config)` has random weights; `StateSpace.from_pretrained(directory)` has trained ones.
-    """
+    """State-space layers, and attention layers where the config's `layer_types` has them."""
 
     config_class = StateSpaceConfig
     takes_positions = property(lambda self: self.config.attention is not None)

@@ -24,9 +24,8 @@ class Stack(nn.Module):
     A layer is called as `layer(x, past, *shared)` with x (B, T, E) and returns the next x and what it writes;
     `layer.fill(x, past, *shared)` returns the latter alone. `past` is what it sees of its memory (None: it runs
     the whole sequence at once), `shared` what all layers get. `layer.new_memory(spec)` makes that memory.
-
-    Made with random weights. config: with vocab_size, hidden_size and tie_word_embeddings, in config.json's terms.
-    """
+    `from_pretrained(directory)` has trained weights, else they are random.
+    config: with vocab_size, hidden_size and tie_word_embeddings, in config.json's terms."""
 
     config_class: ClassVar[Any]  # with `to_dict` and `from_dict`
     from_pretrained: ClassVar[Any]  # load.py sets these two: a model needs no files
@@ -95,9 +94,7 @@ class Stack(nn.Module):
 
     def shared(self, x: Tensor, positions: Tensor, whole: Tensor | None) -> tuple[Any, ...]:
         """What every layer is given beside x (B, T, E), which is at these positions, int64 (T) or (B, 1, T).
-
-        whole: those of the whole text; None where a part of it is run and they were not told.
-        """
+        whole: those of the whole text; None where a part of it is run and they were not told."""
         return ()
 
     def _shared(self, x: Tensor, chunks: Sequence[Chunk], options: Options) -> tuple[Any, ...]:
@@ -125,12 +122,9 @@ class Stack(nn.Module):
         options: Options = DEFAULTS,
     ) -> tuple[Tensor, Written]:  # fmt: skip
         """Run some tokens, on top of the memory if there is one.
-
         input_ids: int64 (B, T). memory: of all positions before; read, not written.
         chunks: the adjacent chunks that these tokens are, where there is a memory.
-
-        Returns the last layer's normalized output (B, T, E) and what these tokens write, one tuple for each layer.
-        """
+        Returns the last layer's normalized output (B, T, E) and what these tokens write, one tuple for each layer."""
         x = self.embedding(_rows(input_ids, chunks, options))  # (B, T, E)
         shared = self._shared(x, chunks, options)
         written, call = [], self._layer
@@ -166,10 +160,8 @@ class Stack(nn.Module):
         self, input_ids: Tensor, memory: LayerMemories, chunk_size: int, start: int = 0, options: Options = DEFAULTS
     ) -> Iterator[tuple[slice, Tensor]]:
         """Inference of input_ids (B, T) from the position `start`, chunk by chunk, writing the memory.
-
         options: with the positions of the whole text, where rope depends on its length.
-        Yields each chunk's place in input_ids and its normalized output (B, C, E).
-        """
+        Yields each chunk's place in input_ids and its normalized output (B, C, E)."""
         for chunk in cut(input_ids.shape[1], chunk_size):
             rows = span([chunk])
             here = [Chunk(start + chunk.start, start + chunk.stop)]

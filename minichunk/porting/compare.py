@@ -1,9 +1,6 @@
 """`minichunk compare`: the tensors of a port beside those of a golden file, up to the first difference, in words.
-
-The order is that in which a port is built: the forward pass chunk after chunk, the losses, then the walk back. So
-whatever comes before the first difference is right, and what it is itself says what is wrong (mistakes.ini).
-tests/golden/README.md describes the files.
-"""
+The order is that in which a port is built: so whatever comes before the first difference is right, and what it is
+itself says what is wrong (mistakes.ini). tests/golden/README.md describes the files."""
 
 import re
 from configparser import ConfigParser
@@ -146,10 +143,8 @@ def read_mistakes() -> list[Mistake]:
 
 
 def likely_mistakes(name: str, case: str, agreed: list[str]) -> list[str]:
-    """Lines that say what usually is wrong where this tensor of a golden file is the first that differs.
-
-    agreed: the names of those before it, which are right: what would show in one of the same forward pass is not wrong.
-    """
+    """Lines that say what usually is wrong where this tensor of a golden file is the first that differs. agreed: the
+    names of those before it, which are right: what would show in one of the same forward pass is not wrong."""
     run = re.match(r"(second\.)?\w+\.chunk\.\d+\.layer\.", name)
     forward = [n for n in agreed if run and n.startswith(run[0]) and not n.endswith(("_grads", "adjoint"))]
     here = [m for m in read_mistakes() if (case in m.cases or not m.cases) and _shows(m, name, case)]
@@ -168,9 +163,7 @@ def _shows(mistake: Mistake, name: str, case: str) -> bool:
 
 def compare(mine: dict[str, Tensor], golden: Golden, precision: str | None = None) -> Verdict:
     """Up to the first difference. Raises InputError for a precision in which this file shows nothing.
-
-    precision: of the port; None: that of its coarsest floating-point tensor.
-    """
+    precision: of the port; None: that of its coarsest floating-point tensor."""
     dtypes = {tensor.dtype for tensor in mine.values()}
     precision = precision or ([name for name, dtype in PRECISIONS.items() if dtype in dtypes] or ["float64"])[0]
     bound = SLACK * torch.finfo(PRECISIONS[precision]).eps / 2 * golden.rounding
@@ -209,8 +202,7 @@ class CompareOptions:
     Begin with a few tensors and add more: what is there is compared in the order in which a port is built,
     and what comes next is named. A tensor is equal if it is off by no more than rounding can do, relative to
     its norm: about 1e-14 in float64 and 1e-5 in float32. In bfloat16 only calm.safetensors shows more.
-    Exit status 0: all is there and equal. 1: something differs or is missing. 2: a file cannot be used.
-    """
+    Exit status 0: all is there and equal. 1: something differs or is missing. 2: a file cannot be used."""
 
     mine: str = option(MISSING, "safetensors file that your port has written", positional=True)
     golden: str = option(MISSING, "the golden file that it has read", metavar="FILE")

@@ -1,8 +1,5 @@
 """The event log: one training step, written down as it happens. `trace` writes it, a port may, the page shows it.
-
-tutorials/walk.md describes every kind of event and every field. An event is a JSON object, a log is a list of them, a
-file has one to a line.
-"""
+tutorials/walk.md describes every kind of event and every field. An event is a JSON object; a file has one to a line."""
 
 import json
 from collections.abc import Iterable
@@ -15,24 +12,15 @@ from ..files.atomic import json_lines, write_text
 Event = dict[str, Any]
 FORMAT = "minichunk trace 1"
 NEEDS = {
-    "begin": ("format", "method", "chunks", "layers"),
-    "draw": ("entries",),
-    "memory": (),
-    "fill": ("chunks", "written"),
-    "rebuild": ("chunk", "written"),
-    "forward": ("chunk",),
-    "loss": ("chunk", "loss"),
-    "relay": ("chunk", "received"),
-    "backward": ("chunk", "layer", "sent"),
-    "done": ("chunk",),
-    "keep": ("chunks", "layer", "norms"),
-    "end": ("loss",),
-}
+    "begin": ("format", "method", "chunks", "layers"), "draw": ("entries",), "memory": (),
+    "fill": ("chunks", "written"), "rebuild": ("chunk", "written"), "forward": ("chunk",), "loss": ("chunk", "loss"),
+    "relay": ("chunk", "received"), "backward": ("chunk", "layer", "sent"), "done": ("chunk",),
+    "keep": ("chunks", "layer", "norms"), "end": ("loss",),
+}  # fmt: skip
 BYTES = ("weights", "gradients", "memory", "memory_gradients", "activations")
 
 
 def write_events(path: str | Path, events: Iterable[Event]) -> None:
-    """Write a log, one event to a line."""
     write_text(path, "".join(json.dumps(event) + "\n" for event in events))
 
 

@@ -42,29 +42,22 @@ ALGORITHMS: dict[str, Callable[..., Any]] = {"seco": seco, "spaco": spaco, "full
 
 def make_page(logs: Sequence[Sequence[Event]], names: Sequence[str | None] | None = None) -> str:
     """A page that shows these logs: as one run each, by `names` (None: the method's). The first is shown first.
-
-    Logs of `full` are also drawn behind the others, where bytes are counted.
-    """
+    Logs of `full` are also drawn behind the others, where bytes are counted."""
     runs = [{"name": name, "events": log} for name, log in zip(names or [None] * len(logs), logs, strict=True)]
     known = {"seco", *(log[0]["method"] + ("-blocks" if "blocks" in log[0] else "") for log in logs)} & {*METHODS}
     code = {method: listing(method) for method in sorted(known)}
     data = json.dumps({"runs": runs, "code": code}, separators=(",", ":"))
     page = (FILES / "page.html").read_text(encoding="utf-8")
-    for place, content in (
-        ("/*CSS*/", (FILES / "page.css").read_text(encoding="utf-8")),
-        ("/*JS*/", "\n".join((FILES / name).read_text(encoding="utf-8") for name in SCRIPTS)),
-        ("/*DATA*/", data.replace("<", "\\u003c")),  # no text of a user's ends the script
-    ):
-        page = page.replace(place, content, 1)
-    return page
+    css = (FILES / "page.css").read_text(encoding="utf-8")
+    scripts = "\n".join((FILES / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    page = page.replace("/*CSS*/", css, 1).replace("/*JS*/", scripts, 1)
+    return page.replace("/*DATA*/", data.replace("<", "\\u003c"), 1)  # no text of a user's ends the script
 
 
 def listing(method: str) -> dict[str, Any]:
     """What the page shows of an algorithm's code, seen in a small real step by the frames of the functions that run.
-
     functions: name, file, number of the first line, and lines behind the docstring, of each. where: for each kind of
-    event, and apart on the way up through blocks, the lines at work, as [function, line], the outermost first.
-    """
+    event, and apart on the way up through blocks, the lines at work, as [function, line], the outermost first."""
     functions: dict[str, dict[str, Any]] = {}
     where: dict[str, list[list[int]]] = {}
 
@@ -111,8 +104,7 @@ class WalkOptions(ModelOptions):
       minichunk walk --log logs                     # also write the logs, one JSON object a line
       minichunk walk --events mine.jsonl            # look at the log of another implementation
 
-    tutorials/walk.md describes the log.
-    """
+    tutorials/walk.md describes the log."""
 
     data: tuple[str, ...] | None = option(None, "text or JSONL files", metavar="FILE", absent="a shipped novel")
     seq_len: int = option(512, "tokens", group="the step", metavar="N", least=2)
@@ -150,9 +142,7 @@ def title(log: Sequence[Event]) -> str:
 
 def record(options: WalkOptions) -> list[list[Event]]:
     """The logs of one step by each method, and by each chunk size. Raises InputError.
-
-    The parameters' gradients are there from the beginning, as in all but the first step of a training.
-    """
+    The parameters' gradients are there from the beginning, as in all but the first step of a training."""
     check_options(options)
     model, tokenizer = load_as_told(options)
     directory, sizes = options.model or SHIPPED_MODEL, options.chunk_size

@@ -1,16 +1,7 @@
 """`trace`: take one real step and write down what happens in it.
-
 A recorder listens to an algorithm's functions and to what they ask of the model. So it is the functions of seco.py,
-spaco.py and full.py themselves that run, and they compute what they compute alone, bit for bit. This is where it
-listens, and what it writes down there:
-
-- the sampler: `draw`; `model.new_memory`: `memory`; `memory.write`: `fill`
-- `model.run`: `rebuild`, or `forward` where the whole text is run
-- the loss function: `loss`; `memory.hand_over`: `relay`
-- the gradient of a layer's input: `backward`, with what the layer has sent to its memory
-- `torch.autograd.backward`: `done`
-- `Hidden.keep`, where the step goes through blocks of layers: `keep`
-"""
+spaco.py and full.py themselves that run, and they compute what they compute alone, bit for bit. `Recorder.listening`
+says where it listens."""
 
 import inspect
 import math
@@ -47,26 +38,18 @@ Sums = dict[tuple[int, int], list[Tensor]]  # by layer and chunk
 
 
 def trace(
-    function: Callable[..., Tensor],
-    model: Any,
-    input_ids: Tensor,
-    labels: Tensor,
-    *arguments: Any,
-    on_event: Callable[[Event], object] = lambda event: None,
-    **keywords: Any,
-) -> list[Event]:
+    function: Callable[..., Tensor], model: Any, input_ids: Tensor, labels: Tensor, *arguments: Any,
+    on_event: Callable[[Event], object] = lambda event: None, **keywords: Any,
+) -> list[Event]:  # fmt: skip
     """Call `function(model, input_ids, labels, …)`, one of `seco`, `spaco` and `full`; return the log of its events.
 
     The function is run as it is and adds to `.grad` what it adds alone, bit for bit. The arguments after `labels` are
     its own. tutorials/walk.md describes the log.
-
-    model: a `protocol.Model` with its `layers`, as all of ours are.
-    input_ids, labels: int64 (B, T).
+    model: a `protocol.Model` with its `layers`, as all of ours are. input_ids, labels: int64 (B, T).
     on_event: called with each event as it happens, within the function; a loss is written into its event only when
         its backward pass is over.
     Slower than the step alone, and for one at a time: it puts itself in the place of `torch.autograd.backward`.
-    Raises InputError for another function, and as the function does.
-    """
+    Raises InputError for another function, and as the function does."""
     if function not in (seco, spaco, full):
         raise InputError(f"trace watches seco, spaco or full, but was given {getattr(function, '__name__', function)}")
     for name in ("offload", "objective", "chunk_loss", "share", "graphs"):
@@ -97,9 +80,8 @@ def trace(
 
 class Recorder(CountBytes):
     """Writes the events of one step into `events`, with the bytes that are alive, without those of its own numbers.
-
-    chunks: of the step. blocks: [start, stop) of the layers of each; none: it takes all at once. The rest: see `trace`.
-    """
+    chunks: of the step. blocks: [start, stop) of the layers of each; none: it takes all at once. The rest: see
+    `trace`."""
 
     def __init__(
         self, model: Any, chunks: Sequence[Chunk], blocks: list[list[int]], on_event: Callable[[Event], object]
@@ -165,8 +147,6 @@ class Recorder(CountBytes):
         memory = self.memory()
         return [] if memory is None else memory.layers
 
-    # What the algorithm asks, in its own order.
-
     def draw(self, sampler: Callable[..., Any], num_chunks: int, generator: torch.Generator | None) -> Any:
         entries: Sequence[Weight | None] = sampler(num_chunks, generator)
         rates = {"rates": list(sampler.rates(num_chunks))} if isinstance(sampler, Bernoulli) else {}
@@ -223,8 +203,6 @@ class Recorder(CountBytes):
             parts = x.detach().split([stop - start for start, stop in chunks], dim=1)
             at = {"chunks": [self.chunks.index(chunk) for chunk in chunks], "layer": self.first + above}
             self.write("keep", **at, norms=norms(parts))
-
-    # What layers do in the backward pass.
 
     def enter(self, layer: int, _: nn.Module, inputs: tuple[Any, ...]) -> None:
         """A layer is run: ask its input to tell when it has its gradient, for then the layer is left."""
