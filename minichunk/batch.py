@@ -20,8 +20,7 @@ class Batch(NamedTuple):
     """input_ids and targets, int64 (B, T), the number that the summed loss is divided by, and `Options.positions`.
 
     labelled: bool (B, T) on the CPU, whatever the device: where there is a target. There alone the LM head is run.
-    factors: (B, T), of the loss of each target; None: 1.
-    chunk_loss: a loss of the caller's in its place.
+    factors: (B, T), of the loss of each target; None: 1. chunk_loss: a loss of the caller's in its place.
     """
 
     input_ids: Tensor
@@ -94,10 +93,9 @@ def check_tokens(input_ids: Tensor, labels: Tensor, num_targets: float | None, v
     if num_targets is not None and not num_targets > 0:
         raise InputError(f"num_targets is {num_targets}, but must be above 0")
     for name, ids in (("input_ids", input_ids), ("labels", labels.where(labels != IGNORE, 0))):
-        low, high = (int(bound) for bound in ids.aminmax())
-        if low < 0 or high >= vocab_size:
-            wrong = low if low < 0 else high
-            raise InputError(f"{name} has the token id {wrong}, but the vocabulary goes from 0 to {vocab_size - 1}")
+        wrong = [bound for bound in map(int, ids.aminmax()) if not 0 <= bound < vocab_size]
+        if wrong:
+            raise InputError(f"{name} has the token id {wrong[0]}, but the vocabulary goes from 0 to {vocab_size - 1}")
     if num_targets is None and not (labels[:, 1:] != IGNORE).any():
         raise InputError(f"labels has no valid target: after the shift every label is {IGNORE}")
 

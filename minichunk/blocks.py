@@ -9,9 +9,8 @@ every block, which may wait in host memory. One layer at a time is the order of 
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import repeat
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from .chunks import Chunk, groups, span
 from .errors import InputError
 from .loss import loss_of_chunk
 from .objective import Scores, weigh
-from .protocol import DEFAULTS, Memory, Model, Options, Written, relay
+from .protocol import Memory, Model, Options, Written, relay
 
 Kept = Sequence[tuple[Chunk, tuple[float, float]]]  # chunks, each with the factors on its loss and on its relay
 
@@ -71,8 +70,7 @@ def first_that_learns(blocks: Sequence[Model]) -> int:
     return next(i for i, block in enumerate(blocks) if any(p.requires_grad for p in block.parameters()))
 
 
-@dataclass
-class Walk:
+class Walk(NamedTuple):
     """Through one block of the model after the other; kept: of the chunks, those that are rebuilt."""
 
     model: Model
@@ -83,7 +81,6 @@ class Walk:
 
     @torch.no_grad()
     def go_up(self, block: Model, memory: Memory, x: "Hidden", y: "Hidden | Scores") -> None:
-        """Through all chunks: from the block's inputs x to its outputs y."""
         passes = [*groups(self.chunks[:-1], self.options.fill_size, self.options.trunk), self.chunks[-1:]]
         for group, part in zip(passes, x.bring(passes), strict=True):
             out, written = block.run(part, memory, group, self.options)
@@ -95,9 +92,7 @@ class Walk:
         self, block: Model, memory: Memory, x: "Hidden", gradients: "Hidden | None", learns_below: bool
     ) -> Tensor:
         """SeCO or SpaCO of the block. In the place of its inputs x come their gradients, if anything learns below.
-
-        gradients: of its outputs; None for the last block, which has the loss instead. Returns that, or 0.
-        """
+        gradients: of its outputs; None for the last block, which has the loss instead. Returns that, or 0."""
         passes = groups(self.chunks[:-1], self.options.fill_size, self.options.trunk)
         for group, part in zip(passes, x.bring(passes), strict=True):  # lines 1-3
             memory.write(group, block.fill(part, memory, group, self.options))
@@ -180,18 +175,14 @@ class WithGraphs:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.model, name)
 
-    def run(
-        self, input_ids: Tensor, memory: Any = None, chunks: Sequence[Chunk] = (), options: Options = DEFAULTS
-    ) -> tuple[Tensor, Written]:
+    def run(self, input_ids: Tensor, memory: Any, chunks: Sequence[Chunk], options: Options) -> tuple[Tensor, Written]:
         """See protocol.Model; a graph is given away, so that it goes with its backward."""
         built = self.built.pop(chunks[0], None)
         return self.model.run(input_ids, memory, chunks, options) if built is None else built
 
 
-def fill_with_graphs(
-    model: Model, input_ids: Tensor, chunks: Sequence[Chunk], memory: Memory, options: Options
-) -> WithGraphs:
-    """Lines 1-3 for the last chunks of the fill, and line 5 for them already. Returns what is to be rebuilt from."""
+def fill_with_graphs(model: Model, input_ids: Tensor, chunks: Sequence[Chunk], memory: Memory, options: Options) -> Any:
+    """Lines 1-3 for the last chunks of the fill, and line 5 for them already. Returns a model to rebuild them with."""
     built = {}
     for chunk in chunks:
         hidden, written = model.run(input_ids[:, span([chunk])], memory, [chunk], options)

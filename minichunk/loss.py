@@ -1,10 +1,7 @@
 """Next-token loss in tiles, so that the logits of a chunk never exist at once.
 
-A tile is all tokens by a part of the vocabulary: each part of the LM head is read for all tokens together, however
-few would fit into a tile of whole rows (130 at a vocabulary of 128,256). The softmax needs all of a row, so the tiles
-are computed twice: first for the log-sum-exp, then, last one first, for the gradient.
-
-Positions without a target, as in a prompt, have no logits at all.
+A tile is all tokens by a part of the vocabulary. The softmax needs all of a row, so the tiles are computed twice: first
+for the log-sum-exp, then, last one first, for the gradient. Positions without a target have no logits at all.
 
 Shapes: N tokens with a target (of B*C), E hidden size, V vocabulary; hidden (N, E), weight (V, E), targets int64 (N).
 """
@@ -25,9 +22,7 @@ class _SummedLoss(torch.autograd.Function):
     """Forward computes the gradient too: the last tile's logits are at hand, and none are saved."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, factors: Tensor | None, cap: float | None
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, factors: Any, cap: float | None) -> Tensor:
         losses, lse, logits = _token_losses(hidden, weight, targets, cap)
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         dhidden = torch.zeros_like(hidden, dtype=lse.dtype) if needs_hidden else None

@@ -3,10 +3,9 @@
 Each function here returns an objective. Rows of pairs are as in TRL: the first half of the batch has the chosen
 answers, the second half, in the same order, the rejected ones. What is given beside them:
 
-labels: int64 (B, T), those of the step: -100 at prompts and padding, so that l sums and means are over the answers.
-reference, old: (B, T), `log_probs` of the reference model and of the policy that wrote the answers, computed before the
-step with the same labels, chunk size and fill size. Below l is a log-probability, r its reference, σ the logistic
-function, and Σ and mean go over the tokens of an answer.
+labels: int64 (B, T), those of the step: -100 at prompts and padding. reference, old: (B, T), `log_probs` of the
+reference and of the policy that wrote the answers, with the same labels, chunk size and fill size. Below l is a
+log-probability, r its reference, σ the logistic function, and Σ and mean go over the tokens of an answer.
 """
 
 import torch
@@ -86,8 +85,7 @@ def grpo(
 ) -> Objective:  # fmt: skip
     """mean of β (e^(r - l) - (r - l) - 1) - min(ρ A, clipped ρ A), ρ = e^(l - old); eq. 3 and 4 of arXiv 2402.03300.
 
-    advantages: A, (B) or (B, T). old: None: this policy, before the step. clip: how far below and above 1 ρ still
-    counts. reference: asked for if beta is not 0.
+    advantages: A, (B) or (B, T). old: None: this policy. clip: how far below and above 1 ρ still counts.
     """
     if beta and reference is None:
         raise InputError(f"grpo's beta is {beta}, but without a reference it must be 0")

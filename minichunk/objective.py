@@ -9,7 +9,7 @@ each label, and with these the walk back is the ordinary one, over a weighted su
 SpaCO: its fill goes through all chunks then, or the w_t would be biased, and so would all that they multiply.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,26 +39,22 @@ def weigh(objective: Objective, batch: Batch, log_probs: Tensor) -> tuple[Batch,
 
 
 class Scores:
-    """Gathers the losses of a batch's targets, chunk by chunk. model: whose LM head it is."""
+    """Gathers the losses of a batch's targets, chunk by chunk, from what the LM head of `model` is given, (B, C, E)."""
 
     def __init__(self, model: Any, batch: Batch) -> None:
         self.model, self.batch = model, batch
         self.losses: list[Tensor] = []
 
     def keep(self, chunks: Sequence[Chunk], hidden: Tensor) -> None:
-        """hidden: (B, C, E), what the LM head is given for the next adjacent chunks."""
         part = self.batch.part(chunks)
         self.losses.append(token_losses(hidden, self.model.lm_head.weight, part.targets, part.labelled))
 
     def log_probs(self) -> Tensor:
-        """(B, T), see `log_probs`."""
         return -F.pad(torch.cat(self.losses, 1)[:, :-1], (1, 0))
 
 
 @torch.no_grad()
-def outputs(
-    run: Callable[..., Any], batch: Batch, chunks: Sequence[Chunk], memory: Memory, options: Options
-) -> Iterator[tuple[Sequence[Chunk], Tensor]]:
+def outputs(run: Any, batch: Batch, chunks: Sequence[Chunk], memory: Memory, options: Options) -> Iterator[Any]:
     """Lines 1-3 of Algorithm 1, and the last chunk too, which is not written. run: the model's. Yields each pass's
     chunks, and what `run` returns for them."""
     for group in [*groups(chunks[:-1], options.fill_size, options.trunk), chunks[-1:]]:

@@ -20,8 +20,7 @@ Written = Sequence[tuple[Tensor, ...]]  # what a chunk writes, one tuple for eac
 def relay(written: Written, sent: Written) -> tuple[list[Tensor], list[Tensor]]:
     """What a chunk wrote, and for each of these tensors the gradient that later chunks have sent back to it.
 
-    Both lists leave out what has no graph: with LoRA, keys and values below the first layer with an adapter. Both are
-    empty for the last chunk, to which nothing is sent.
+    Both leave out what has no graph: with LoRA, what lies below the first adapter. They are empty for the last chunk.
     """
     made, received = flat(written), flat(sent)
     pairs = [(m, g) for m, g in zip(made, received, strict=True) if m.requires_grad] if received else []
@@ -81,11 +80,8 @@ class Model(Protocol):
     def run(
         self, input_ids: Tensor, memory: Any = ..., chunks: Sequence[Chunk] = ..., options: Options = ...
     ) -> tuple[Tensor, Written]:
-        """Run adjacent chunks (B, C) on top of the memory; without one, a whole text, as `full` does.
-
-        Returns what the LM head is given, (B, C, E), after the last norm; and what the chunks write, which is returned
-        and not written into the memory.
-        """
+        """Run adjacent chunks (B, C) on top of the memory; without one, a whole text, as `full` does. Returns what the
+        LM head is given, (B, C, E), after the last norm; and what the chunks write, which is not written yet."""
 
     def fill(self, input_ids: Tensor, memory: Any, chunks: Sequence[Chunk], options: Options) -> Written:
         """The same without gradients, and only as far as the memory needs it."""
@@ -99,6 +95,6 @@ class LayeredModel(Model, Protocol):
     def blocks(self, layers_at_once: int) -> Sequence[Model]:
         """Models of at most so many adjacent layers, first ones first, with parameters and a memory of those alone.
 
-        What `run` and `fill` of the first block are given are tokens, as ever; of each other block, what `run` of the
-        one before has returned. `run` of the last returns what the LM head is given, and the model's LM head is its.
+        The first block is given tokens, as ever; each other one, what `run` of the one before has returned. `run` of
+        the last returns what the LM head is given, and the model's LM head is its.
         """

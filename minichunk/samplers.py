@@ -42,7 +42,6 @@ class Bernoulli:
                 raise InputError(f"the Bernoulli rate is {rate}, but must be above 0 and at most 1")
 
     def rates(self, num_chunks: int) -> Sequence[float]:
-        """One rate for each chunk."""
         if not isinstance(self.rate, Sequence):
             return [self.rate] * num_chunks
         if len(self.rate) != num_chunks:
@@ -51,14 +50,13 @@ class Bernoulli:
 
     def __call__(self, num_chunks: int, generator: torch.Generator | None = None) -> Draw:
         coins = torch.rand(num_chunks, generator=generator, dtype=torch.float64).tolist()
-        rates = self.rates(num_chunks)
-        return [Weight(1 / rate, 1 / rate) if coin < rate else None for coin, rate in zip(coins, rates, strict=True)]
+        pairs = zip(coins, self.rates(num_chunks), strict=True)
+        return [Weight(1 / rate, 1 / rate) if coin < rate else None for coin, rate in pairs]
 
     def outcomes(self, num_chunks: int) -> Iterator[tuple[float, Draw]]:
         """All (probability, entries) pairs: 2^num_chunks, or fewer where a rate is 1."""
-        rates = self.rates(num_chunks)
         for coins in product((False, True), repeat=num_chunks):
-            falls = list(zip(coins, rates, strict=True))
+            falls = list(zip(coins, self.rates(num_chunks), strict=True))
             probability = math.prod(rate if keep else 1 - rate for keep, rate in falls)
             if probability > 0:
                 yield probability, [Weight(1 / rate, 1 / rate) if keep else None for keep, rate in falls]
@@ -88,7 +86,6 @@ class FixedBudget:
         return self._keep(order[: self.budget], num_chunks)
 
     def outcomes(self, num_chunks: int) -> Iterator[tuple[float, Draw]]:
-        """All (probability, entries) pairs: every subset of the budget's size."""
         subsets = list(combinations(range(num_chunks), min(self.budget, num_chunks)))
         for kept in subsets:
             yield 1 / len(subsets), self._keep(kept, num_chunks)
@@ -118,10 +115,8 @@ class PaperBudget(FixedBudget):
 
 
 def most_kept(sampler: str, budget: int, num_chunks: int) -> int:
-    """How many chunks a step keeps at most: the budget, or with "bernoulli" what 99.9 % of the steps do not exceed.
-
-    sampler: as on the command line; "bernoulli" keeps each chunk with the probability budget / num_chunks.
-    """
+    """How many chunks a step keeps at most: the budget, or with "bernoulli" what 99.9 % of steps do not exceed, with
+    the rate budget / num_chunks. sampler: as on the command line."""
     if sampler != "bernoulli" or num_chunks <= budget:
         return min(budget, num_chunks)
     rate, kept, total = budget / num_chunks, -1, 0.0

@@ -143,7 +143,7 @@ def test_every_rule_of_every_option_is_kept(
 ) -> None:  # fmt: skip
     """By the command in one line, before anything is read; by the function that it calls in the same words."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(load, "load_tokenizer", lambda _: pytest.fail("went on"))
+    monkeypatch.setattr(load.documents, "load_tokenizer", lambda _: pytest.fail("went on"))
     options, carry_out = COMMANDS[command]
     told = {field.name: "x" for field in fields(options) if field.default is MISSING}  # which it cannot do without
     positional = {field.name for field in fields(options) if field.metadata["positional"]}

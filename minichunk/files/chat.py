@@ -1,8 +1,8 @@
 """Conversations as text, rendered by transformers, and where in the text the assistant speaks.
 
-What is ours is the second: a template is a program, and only some say themselves (by their `{% generation %}` tag) what
-is the assistant's. For the others, marks are put around what each message says. One rendering then shows where every
-message went, and a few renderings of the beginning show what the template itself writes between messages.
+Some templates say themselves, by their `{% generation %}` tag, what is the assistant's. For the others, marks are put
+around what each message says: one rendering shows where every message went, and a few of the beginning show what the
+template itself writes between messages.
 """
 
 import re
@@ -37,10 +37,8 @@ class ChatTemplate:
             try:
                 from transformers import AutoTokenizer
             except ImportError:
-                raise InputError(
-                    "conversations are rendered by the transformers library: pip install 'minichunk[hf]', or write "
-                    "them out as 'text', or as 'prompt' and 'completion' with --no-chat-template"
-                ) from None
+                how = "pip install 'minichunk[hf]', or take --no-chat-template"
+                raise InputError(f"conversations are rendered by the transformers library: {how}") from None
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(self.directory, local_files_only=True)
             except Exception as error:  # whatever a damaged file leads to
@@ -66,23 +64,19 @@ class ChatTemplate:
 
         source = self.source(fields.get("tools"))
         tagged = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
-        fields = {**self._load().special_tokens_map, **fields}
+        told: Any = {"chat_template": source, "return_assistant_tokens_mask": tagged}
         try:
-            found: Any = render_jinja_template(
-                [list(messages)], chat_template=source, return_assistant_tokens_mask=tagged, **fields
-            )
+            found: Any = render_jinja_template([list(messages)], **told, **self._load().special_tokens_map | fields)
         except Exception as error:  # the template is a program, which may fail like any other
-            raise InputError(
-                f"{self.directory}: the chat template refuses these messages: {first_line(error)}"
-            ) from None
-        texts, spans = found
-        return texts[0], spans[0] if tagged else None
+            why = f"the chat template refuses these messages: {first_line(error)}"
+            raise InputError(f"{self.directory}: {why}") from None
+        return found[0][0], found[1][0] if tagged else None
 
     def spans(self, messages: Sequence[Message], learnt: Sequence[bool], **fields: Any) -> tuple[str, list[Span]]:
         """The conversation as text, up to the assistant's last turn, and the spans of the turns that are learnt.
 
-        A turn goes from where the template lets the assistant begin to write up to the end of the turn, the token that
-        says so included; or as the template's own tag says. learnt: for each message; only the assistant's can be.
+        A turn goes from where the template lets the assistant begin to write up to the token that ends the turn, or as
+        the template's own tag says. learnt: for each message; only the assistant's can be.
         Raises InputError if nobody can say which characters are the assistant's. The time is linear in the turns.
         """
         turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -96,19 +90,15 @@ class ChatTemplate:
         elif all(learnt[i] for i in turns):
             return text, tagged
         else:
-            raise InputError(
-                f"{self.directory}: the chat template writes {len(tagged)} assistant's turns for {len(turns)} "
-                "messages, so those that are not to be learnt cannot be told apart"
-            )
+            written = f"the chat template writes {len(tagged)} assistant's turns for {len(turns)} messages"
+            raise InputError(f"{self.directory}: {written}, so those that are not to be learnt cannot be told apart")
         return text, [span for i, span in zip(turns, spans, strict=True) if learnt[i]]
 
 
 class _Turns:
-    """Where each of the assistant's turns stands in a rendered conversation.
-
-    A turn lies between what the template writes after the message before it, up to where the assistant begins, and
-    what it writes to begin the message after it. Both are found once for each kind of neighbour, by rendering the
-    conversation up to there, and looked for at the other turns; where they are not there, they are found anew.
+    """Where each of the assistant's turns stands in a rendered conversation: between what the template writes after
+    the message before it, up to where the assistant begins, and what begins the message after it. Both are found once
+    for each kind of neighbour, by rendering the conversation up to there, and anew where they are not there.
     """
 
     def __init__(self, chat: ChatTemplate, messages: Sequence[Message], text: str, fields: dict[str, Any]) -> None:
@@ -135,11 +125,8 @@ class _Turns:
         start = self._start(i)
         stop = len(self.text) if i == len(self.messages) - 1 else self._stop(i)
         if start is None or stop is None or not self.done <= start <= stop:
-            raise InputError(
-                f"{self.chat.directory}: the chat template changes what was said around message {i + 1} (assistant), "
-                "so its tokens cannot be told apart; write the texts out as 'text', or as 'prompt' and 'completion' "
-                "with --no-chat-template"
-            )
+            said = f"the chat template changes what was said around message {i + 1} (assistant)"
+            raise InputError(f"{self.chat.directory}: {said}, so its tokens cannot be told apart: write the text out")
         self.done = stop
         return start, stop
 
@@ -199,14 +186,11 @@ def _end(i: int) -> str:
 
 
 def _marked(message: Message, i: int) -> Message:
-    """A message with marks around its words, within the spaces, which templates strip.
-
-    The assistant's have none before them, where templates look for <think>.
-    """
+    """A message with marks around its words, but none before the assistant's, where templates look for <think>."""
     content = message.get("content")
     if not isinstance(content, str) or not content.strip() or i >= 0x7000:
         return message
-    said = content.strip()
+    said = content.strip()  # within the spaces, which templates strip
     begin = "" if message["role"] == "assistant" else _begin(i)
     return {**message, "content": content.replace(said, f"{begin}{said}{_end(i)}", 1)}
 
@@ -229,10 +213,8 @@ def unknown_fields(fields: Iterable[str], source: str) -> list[str]:
 
 def load_chat_template(directory: str | Path) -> ChatTemplate | None:
     """The template of a checkpoint directory; None if there is none. Raises InputError."""
-    directory = Path(directory)
-    path = directory / "tokenizer_config.json"
+    path = Path(directory, "tokenizer_config.json")
     files = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
-    there = any((directory / name).exists() for name in files)
-    if there or (path.is_file() and read_json(path).get("chat_template") is not None):
-        return ChatTemplate(directory)
-    return None
+    there = any(path.with_name(name).exists() for name in files)
+    there = there or (path.is_file() and read_json(path).get("chat_template") is not None)
+    return ChatTemplate(directory) if there else None

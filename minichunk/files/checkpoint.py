@@ -20,13 +20,11 @@ BESIDE = ("tokenizer*", "special_tokens_map.json", "*chat_template*", "*chat_tem
 
 def advice(name: str | Path) -> str:
     """What to do where a directory is needed and there is a name as on the Hugging Face hub."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-        return ""
-    return f"; if a model on the hub is meant: hf download {name} --local-dir {Path(name).name}"
+    how = f"; if a model on the hub is meant: hf download {name} --local-dir {Path(name).name}"
+    return how if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) else ""
 
 
 def checkpoint_directory(directory: str | Path) -> Path:
-    """The directory, if it is one. Raises InputError."""
     if not Path(directory).is_dir():
         raise InputError(f"{directory} is not a directory{advice(directory)}")
     return Path(directory)
@@ -109,8 +107,7 @@ def _find_tensors(directory: Path) -> dict[Path, list[str]]:
             by_file.setdefault(directory / file, []).append(name)
         return by_file
     if pickled := [path for path in directory.iterdir() if path.suffix in (".bin", ".pth", ".pt")]:
-        how = "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW_DIR)"
-        raise InputError(f"{pickled[0]} is pickled, and may run any code; convert it with transformers: {how}")
+        raise InputError(f"{pickled[0]} is pickled, and may run any code: convert it by transformers' save_pretrained")
     raise InputError(f"{directory} has neither model.safetensors nor {_INDEX}")
 
 

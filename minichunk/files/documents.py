@@ -1,8 +1,6 @@
 """Rows of text to documents of tokens: reading files, what of them is learnt, cutting to length, batching.
 
-A row is one text and the spans of it that are learnt. The whole text is encoded once, and a token is learnt if it
-has a character of a span: so the tokens are those that the model will meet, whatever the tokenizer does at a text's
-beginning and end.
+A row is one text, which is encoded as a whole, as the model will meet it, and the spans of it that are learnt.
 """
 
 import json
@@ -15,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from tokenizers import Encoding, Tokenizer
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..batch import IGNORE, shift
 from ..errors import InputError
@@ -62,26 +61,21 @@ class Document:
         return len(self.input_ids)
 
     def num_targets(self) -> int:
-        """How many positions have something to predict."""
         return int((shift(self.labels[None]) != IGNORE).sum())
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two answers to one prompt, which has the same tokens before both; `name` as of a document.
-
-    desirable: what KTO compares with. The first answer is the prompt's own then, and the second one another prompt's.
-    """
+    """Two answers to one prompt, which has the same tokens before both; KTO's second one is another prompt's."""
 
     name: str
     rows: tuple[Document, Document]
-    desirable: bool = True
+    desirable: bool = True  # the label of KTO's
 
     def __len__(self) -> int:
         return sum(map(len, self.rows))
 
     def num_targets(self) -> int:
-        """Of both answers."""
         return sum(row.num_targets() for row in self.rows)
 
 
@@ -106,14 +100,12 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 
 def novel(name: str) -> Path:
-    """The path of a shipped novel."""
     return ASSETS / "austen" / f"{name}.txt"
 
 
 def read_documents(
-    paths: Sequence[str | Path], tokenizer: Tokenizer, eos_token_id: int | None = None,
-    chat: ChatTemplate | None = None,
-) -> list[Document]:  # fmt: skip
+    paths: Sequence[str | Path], tokenizer: Tokenizer, eos_token_id: int | None = None, chat: ChatTemplate | None = None
+) -> list[Document]:
     """Read files of text (one document each) and of JSON, lines or an array (one document a row), told by content.
 
     A row is an object with `text`; with `prompt` and `completion`, of which the completion is learnt; or with
@@ -122,15 +114,13 @@ def read_documents(
     Rows without a template end with `eos_token_id`, if there is one; a file of text does not.
     The tokenizer's own special tokens (a BOS) come first, but not where a template writes them itself.
 
-    Raises InputError, naming file and line, for anything else, for a field that would change what is learnt and is
-    not understood, and for a document of fewer than two tokens.
+    Raises InputError, naming file and line, for anything else, for a field that is not understood and would change
+    what is learnt, and for a document of fewer than two tokens.
     """
-    records = (each for path in map(Path, paths) for each in _records(path))
-    return [_document(*each, tokenizer, eos_token_id, chat) for each in records]
+    return [_document(*each, tokenizer, eos_token_id, chat) for path in paths for each in _records(Path(path))]
 
 
 def _document(name: str, record: Any, tokenizer: Tokenizer, eos_token_id: int | None, chat: Any) -> Document:
-    """One of `read_documents`."""
     try:
         row = record if isinstance(record, Row) else _row(record, chat)
         check_text("the text", row.text)
@@ -147,19 +137,18 @@ def read_pairs(
     chat: ChatTemplate | None = None, *, with_labels: bool = False, seq_len: int,
 ) -> tuple[list[Pair], str]:  # fmt: skip
     """Read rows of JSON with `prompt`, `chosen` and `rejected`, or with the last two alone, which begin with the prompt
-    then; or, with labels, with `prompt`, `completion` and `label`.
+    then; or, with labels, with `prompt`, `completion` and `label`, paired with the completion of the row before.
 
     Prompt and answer are what prompt and completion are to `read_documents`, but a prompt that is found within texts
-    gets no template. The answers begin at the first token that is one's own, or in which they differ: what is before
-    is the same in both rows. A row with a label is paired with its prompt and the completion of the row before.
+    gets no template. The answers begin at the first token that is one's own, or in which they differ.
     Returns the pairs of rows of at most `seq_len` tokens, as none is cut, and a line that names the others.
     Raises InputError, naming file, line and field, and if there are none.
     """
-    records, pairs = [each for path in map(Path, paths) for each in _records(path)], []
-    rows = [(name, *_compared(name, record, chat, with_labels)) for name, record in records]
+    rows = [(each[0], *_compared(*each, chat, with_labels)) for path in paths for each in _records(Path(path))]
     if with_labels and len(rows) == 1:
         raise InputError(f"{rows[0][0]} is the only row, but each needs another one's completion beside its own")
     fields = ("completion", "completion of the row before") if with_labels else ("chosen", "rejected")
+    pairs = []
     for i, (name, template, label, rest, answers) in enumerate(rows):
         both = []
         for field, answer in zip(fields, (*answers, *rows[i - 1][-1]), strict=False):
@@ -204,14 +193,11 @@ def encode(row: Row, tokenizer: Tokenizer, eos_token_id: int | None) -> tuple[li
 
 def end_of_text(found: Encoding) -> int:
     """How many tokens there are without those that the tokenizer puts at the end of every text."""
-    last = len(found.ids)
-    while last and found.special_tokens_mask[last - 1]:
-        last -= 1
-    return last or len(found.ids)
+    own = [i for i, is_special in enumerate(found.special_tokens_mask, start=1) if not is_special]
+    return own[-1] if own else len(found.ids)
 
 
 def check_text(name: str, text: str) -> None:
-    """Raise InputError if it has characters that stand for no text."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -244,14 +230,10 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
         yield str(path), Row(text, [(0, len(text))])
 
 
-def _compared(
-    name: str, record: Any, chat: ChatTemplate | None, with_labels: bool
-) -> tuple[ChatTemplate | None, bool, dict[str, Any], list[Any]]:
+def _compared(name: str, record: Any, chat: ChatTemplate | None, with_labels: bool) -> tuple[Any, ...]:
     """Of a record for `read_pairs`: its template, its label, what else it has, and its answers. Raises InputError."""
-    first: Any
-    last: Any
     needed = ("prompt", "completion", "label") if with_labels else ("prompt", "chosen", "rejected")
-    rest = {key: value for key, value in record.items() if value is not None} if isinstance(record, dict) else {}
+    rest: Any = {key: value for key, value in record.items() if value is not None} if isinstance(record, dict) else {}
     first, last = map(rest.get, needed[1:])
     if "prompt" not in rest and any(isinstance(first, form) and isinstance(last, form) for form in (str, list)):
         size, chat = shared(first, last), chat if isinstance(first, list) else None
@@ -267,13 +249,11 @@ def _compared(
 
 
 def _json(text: str) -> Any:
-    """What a text says in JSON; None if it does not."""
     with suppress(ValueError, RecursionError):
         return json.loads(text)
 
 
 def _row(record: Any, chat: ChatTemplate | None) -> Row:
-    """A record of a file as a text and what of it is learnt. Raises InputError."""
     if not isinstance(record, dict):
         raise InputError(FORMS)
     record = {key: value for key, value in record.items() if value is not None}  # columns that other rows fill
@@ -289,10 +269,7 @@ def _row(record: Any, chat: ChatTemplate | None) -> Row:
     extra = {key: record[key] for key in ("tools", "documents", "chat_template_kwargs") if key in record}
     is_plain = forms[0] == ("text",) or (chat is None and all(isinstance(text, str) for text in texts))
     if strange := (MEANINGFUL & record.keys()) or (extra if is_plain else {}):
-        raise InputError(
-            f"the field {min(strange)!r} would change what is learnt, and is not understood here: drop it, or "
-            "write what is meant as 'text', 'prompt' and 'completion', or 'messages'"
-        )
+        raise InputError(f"the field {min(strange)!r} would change what is learnt, and is not understood here: drop it")
     if is_plain:
         for field, text in zip(forms[0], texts, strict=True):
             if not isinstance(text, str):
@@ -322,14 +299,11 @@ def _conversation(messages: Sequence[Message], count: int, extra: dict[str, Any]
         name = f"message {i} ({message['role']})"
         if not isinstance(message.get("content", "" if message.get("tool_calls") else None), str):
             content = json.dumps(message.get("content"))[:40]
-            texts = "a string, or a list of {'type': 'text', 'text': ...}"
-            raise InputError(f"{name} has the content {content}, but that must be {texts}")
+            raise InputError(f"{name} has the content {content}, but must have a string, or a list of texts")
         if weight not in (0, 1) or train not in (False, True) or asked:
-            told = "only 0 and 1 are understood, and 1 only of the assistant's"
-            raise InputError(f"{name} has weight {weight!r} and train {train!r}; {told}")
+            raise InputError(f"{name} has weight {weight!r} and train {train!r}: 0 or 1, 1 only of the assistant's")
         if strange := unknown_fields(message, source):
-            found = f"the field {strange[0]!r}, which the model's chat template does not write"
-            raise InputError(f"{name} has {found}: drop it, or take a template that does")
+            raise InputError(f"{name} has the field {strange[0]!r}, which the model's chat template does not write")
         clean.append(message)
         learnt.append(message["role"] == "assistant" and i > len(messages) - count and bool(weight and train))
     if not isinstance(given := extra.pop("chat_template_kwargs", {}), dict):
@@ -368,20 +342,17 @@ def cut_documents(documents: Sequence[Document], seq_len: int) -> tuple[list[Doc
     A piece in which nothing is to be predicted (a rest of one token, a prompt alone) is left out,
     and the line says so. Raises InputError if that leaves none.
     """
-    pieces, total, kept = [], 0, 0
+    pieces = []
     for document in documents:
         for start in range(0, len(document), seq_len):
             stop = min(start + seq_len, len(document))
             name = document.name if len(document) <= seq_len else f"{document.name}, tokens {start} to {stop}"
             piece = Document(name, document.input_ids[start:stop], document.labels[start:stop])
-            total += len(piece)
-            if piece.num_targets():
-                pieces.append(piece)
-                kept += len(piece)
-    line = (
-        f"{len(documents):,} documents of {total:,} tokens, cut into {len(pieces):,} pieces of at most "
-        f"{seq_len:,}; {'all tokens kept' if kept == total else f'{total - kept:,} tokens without a target left out'}"
-    )
+            pieces += [piece] if piece.num_targets() else []
+    total = sum(map(len, documents))
+    lost = total - sum(map(len, pieces))
+    line = f"{len(documents):,} documents of {total:,} tokens, cut into {len(pieces):,} pieces of at most {seq_len:,}; "
+    line += f"{lost:,} tokens without a target left out" if lost else "all tokens kept"
     if not pieces:
         raise InputError(f"the data has nothing to predict: {line}")
     return pieces, line
@@ -390,37 +361,23 @@ def cut_documents(documents: Sequence[Document], seq_len: int) -> tuple[list[Doc
 def check_vocabulary(documents: Sequence[Document], vocab_size: int) -> None:
     """Raise InputError, naming the document, if a token id does not fit the model."""
     for document in documents:
-        highest = int(document.input_ids.max())
-        if highest >= vocab_size:
-            raise InputError(
-                f"{document.name} has the token id {highest}, but the model's vocabulary ends at {vocab_size - 1}: "
-                "is this the tokenizer of this model?"
-            )
+        if (highest := int(document.input_ids.max())) >= vocab_size:
+            raise InputError(f"{document.name} has the token id {highest}: is this the tokenizer of this model?")
 
 
 def collate(documents: Sequence[Any], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
-    """Right-pad documents into input_ids and labels, int64 (B, T); labels are -100 on the padding.
-
-    Of pairs all first answers, then all second ones.
-    """
+    """Right-pad documents, or pairs' first answers and then their second ones, into input_ids and labels, int64 (B, T);
+    labels are -100 on the padding."""
     if isinstance(documents[0], Pair):
         documents = [pair.rows[i] for i in (0, 1) for pair in documents]
-    T = max(len(document) for document in documents)
-    input_ids = torch.zeros(len(documents), T, dtype=torch.int64)
-    labels = torch.full((len(documents), T), IGNORE)
-    for row, document in enumerate(documents):
-        input_ids[row, : len(document)] = document.input_ids
-        labels[row, : len(document)] = document.labels
+    input_ids = pad_sequence([document.input_ids for document in documents], batch_first=True)
+    labels = pad_sequence([document.labels for document in documents], batch_first=True, padding_value=IGNORE)
     return input_ids.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
 def step_documents(documents: Sequence[Any], per_step: int, step: int, seed: int) -> list[Any]:
     """The documents of one step: a new shuffle every epoch, and nothing to remember for a resume."""
-    order: list[int] = []
-    first = step * per_step
-    n = len(documents)
+    order, first, n = list[int](), step * per_step, len(documents)
     for epoch in range(first // n, (first + per_step - 1) // n + 1):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order += torch.randperm(n, generator=generator).tolist()
-    offset = first % n
-    return [documents[i] for i in order[offset : offset + per_step]]
+        order += torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
+    return [documents[i] for i in order[first % n :][:per_step]]

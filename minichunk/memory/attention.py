@@ -5,9 +5,8 @@ are merged by their log-sum-exps; and so the past may be cut into blocks, each o
 kernel that is given the *merged* output and log-sum-exp returns the exact gradients of its block: it computes the
 probabilities again as exp(scores - lse), and the merged lse makes them those of the whole softmax.
 
-Where a layer sees a part of the past (window.py), the first one is to the *band*, which begins before the chunk, and of
-which each query sees the last positions; the second one is to what is *pinned* before the band. With full attention the
-band is the chunk, and the whole past is pinned.
+Where a layer sees part of the past (window.py), the first one is to the *band*, which begins before the chunk, and the
+second one to what is *pinned* before it. With full attention the band is the chunk, and the whole past is pinned.
 
 Shapes: B batch, H query heads, G key-value heads, C tokens of the chunk, D head size, n positions of the past.
 q (B, H, C, D); k, v of the chunk (B, G, C, D), of the past (B, G, n, D); out (B, H, C, D); lse (B, H, C).
@@ -103,11 +102,8 @@ class Past:
         return dq.to(k.dtype), dk[:, :, start - low :].to(k.dtype), dv[:, :, start - low :].to(k.dtype)
 
     def seen(self, kernel: Kernel, k: Tensor, v: Tensor) -> tuple[list[Any], Tensor, Tensor, list[Any]]:
-        """What the chunk's queries see.
-
-        Returns (queries, keys, window) of each run, slices of the chunk and of the band; the band's keys and values;
-        and for each run that sees more pinned positions than those before it (its first query, the spans).
-        """
+        """Returns (queries, keys, window) of each run, slices of the chunk and of the band; the band's keys and values;
+        and for each run that sees more pinned positions than those before it (its first query, the spans)."""
         pattern, start, C = self.memory.pattern, self.start, k.shape[2]
         found = list(runs(pattern, start, start + C, C if pattern == FULL or kernel.takes_many else TILE))
         low = found[0][0].low
@@ -159,11 +155,10 @@ class _Attention(torch.autograd.Function):
         sends_back = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         grad, (sinks, k, v, q, out, lse) = _rows(grads[0]), ctx.saved_tensors
         dq, dk, dv = ctx.past.backward(ctx.kernel, sends_back, k, v, grad, q, out, lse)
-        dsinks = None
-        if sinks is not None:
-            p = (sinks.to(lse.dtype)[:, None] - lse).exp()  # (B, H, C): the softmax's share of the sink
-            dsinks = -(p * (grad * out).to(lse.dtype).sum(-1)).sum((0, 2)).to(sinks.dtype)
-        return dq, dk, dv, dsinks, None
+        if sinks is None:
+            return dq, dk, dv, None, None
+        p = (sinks.to(lse.dtype)[:, None] - lse).exp()  # (B, H, C): the softmax's share of the sink
+        return dq, dk, dv, -(p * (grad * out).to(lse.dtype).sum(-1)).sum((0, 2)).to(sinks.dtype), None
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 The flash kernels are operators private to PyTorch, the only ones that take and return a log-sum-exp. Another version
 may change them, so each is tried on a few numbers before it is relied on.
-
 Shapes: q (B, H, C, D); k, v (B, G, C or past, D); out (B, H, C, D); lse (B, H, C).
 """
 
@@ -60,10 +59,8 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Plain(Kernel):
-    """Softmax attention written out: any dtype, any device, C x past scores in memory.
-
-    cap: scores s become cap · tanh(s / cap), as in Gemma 2; infinite: they stay as they are.
-    """
+    """Softmax attention written out: any dtype and device, C x past scores in memory. With `cap`, scores s become
+    cap · tanh(s / cap), as in Gemma 2."""
 
     block = 2048  # or the scores would grow with the past
     cap: float = math.inf

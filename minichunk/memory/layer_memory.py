@@ -35,7 +35,6 @@ class MemoryUse(NamedTuple):
     gradients: list[Tensor]
 
     def bytes(self) -> tuple[int, int]:
-        """Of the one and of the other."""
         return sum(x.nbytes for x in self.remembered), sum(x.nbytes for x in self.gradients)
 
 
@@ -73,6 +72,5 @@ class LayerMemories:
         return [layer.hand_over(chunk) for layer in self.layers] if chunk in self.receiving else []
 
     def tensors(self) -> MemoryUse:
-        """Those of all layers."""
         uses = [layer.tensors() for layer in self.layers]
         return MemoryUse([x for use in uses for x in use.remembered], [x for use in uses for x in use.gradients])

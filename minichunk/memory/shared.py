@@ -51,15 +51,14 @@ class SharedCache:
         return self.own, [Chunk(start - self.S, stop - self.S) for start, stop in chunks]
 
     def write(self, chunks: Sequence[Chunk], written: tuple[Tensor, ...]) -> None:
-        cache, chunks = self._place(chunks)
-        cache.write(chunks, written)
+        cache, here = self._place(chunks)
+        cache.write(here, written)
 
     def hand_over(self, chunk: Chunk) -> tuple[Tensor, ...]:
         cache, (chunk,) = self._place([chunk])
         return cache.hand_over(chunk)
 
     def pieces(self, start: int, stop: int) -> Iterator[Piece]:
-        """Of these positions; see LayerCache."""
         rows, S = self.own.rows.pair[0].shape[0], self.S
         for low, high, pair in self.trunk.pieces(start, min(stop, S)):
             yield low, high, [x.expand(rows, -1, -1, -1) for x in pair]
@@ -67,7 +66,6 @@ class SharedCache:
             yield low + S, high + S, pair
 
     def add_grads(self, position: int, *sent: Tensor) -> None:
-        """Add the gradients (B, G, n, D) that a later chunk sends back to positions of the trunk, or after it."""
         if position >= self.S:
             self.own.add_grads(position - self.S, *sent)
         else:

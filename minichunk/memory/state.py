@@ -42,7 +42,7 @@ class Handed:
     - *hand_over*, right after the rebuild: the loss's derivative by h_(j+1). That is `adjoint`, the derivative by what
       the next rebuilt chunk was handed, times `skipped`. Then `adjoint` passes chunk j, times `through`; what chunk j
       itself sends back is added when the chunk before it is rebuilt, for only then is its backward pass done.
-    zero: before position 0. decay: a tensor of the shape of the decays, which broadcast against it.
+    zero: h before position 0. decay: of the shape of the decays, which broadcast against it.
     """
 
     def __init__(self, zero: Tensor, decay: Tensor, spec: MemorySpec) -> None:
@@ -57,7 +57,6 @@ class Handed:
         self.adjoint = zero
 
     def before(self, start: int) -> Tensor:
-        """The state at `start`; for a rebuild, a leaf."""
         if start not in self.rows:
             return self.last.detach()
         row = self.rows[start]
@@ -76,12 +75,10 @@ class Handed:
             del self.read[row + 1]
 
     def write(self, chunk: Chunk, value: Tensor, decay: Tensor) -> None:
-        """Store what a chunk hands on, and what is left in it of what it was handed."""
         row = bisect_right(self.starts, chunk.start) - 1  # of the last chunk so far that is rebuilt
         if row >= 0:
             rebuilt = self.starts[row] == chunk.start
-            self.decay = torch.ones_like(decay) if rebuilt else self.decay * decay
-            self.skipped[row] = self.decay
+            self.skipped[row] = self.decay = torch.ones_like(decay) if rebuilt else self.decay * decay
             if rebuilt:
                 self.through[row] = decay
         self.last = value
@@ -89,7 +86,6 @@ class Handed:
             self.last = self.states[self.rows[chunk.stop]].copy_(value)
 
     def hand_over(self, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """What is sent back to the state that a chunk hands on, and to its decay: nothing."""
         row = self.rows[chunk.start]
         self._add_what_the_next_sent(row)
         received = self.adjoint * self.skipped[row]

@@ -1,8 +1,7 @@
 """What a query sees: rules about positions. Full attention is one of them.
 
-A rule knows nothing of chunks, so any cut gives the same numbers. It *pins* some positions, which all later queries see
-(the sinks of a window; every so many blocks; with full attention, all), and lets a query *reach* back over those right
-before it, the band. What no query to come can see is forgotten.
+A rule knows nothing of chunks. It *pins* some positions, which all later queries see (the sinks of a window; every so
+many blocks; with full attention, all), and lets a query *reach* back over those right before it, the band.
 """
 
 from collections.abc import Iterator
@@ -72,11 +71,9 @@ class Strided:
 
     @property
     def reach(self) -> int:
-        """See Window; the last query of a block sees most."""
         return self.block * self.local - 1
 
     def pinned(self, start: int, stop: int) -> list[Span]:
-        """See Window."""
         if self.stride is None:
             return []
         apart = self.block * self.stride
@@ -85,13 +82,11 @@ class Strided:
         return [(low, high) for low, high in spans if low < high]
 
     def run(self, start: int, stop: int) -> QueryRun:
-        """See Window; here those of a block see alike."""
         block = start // self.block
         low = max(0, block - self.local + 1) * self.block
         return QueryRun(start, min(stop, (block + 1) * self.block), low, stop)
 
     def mask(self, length: int, start: int = 0, device: torch.device | None = None) -> Tensor:
-        """See Window."""
         j = torch.arange(length, device=device)
         i = j[start:, None]
         Q, K = i // self.block, j // self.block

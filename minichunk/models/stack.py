@@ -1,6 +1,7 @@
 """Layers one after the other, each with a memory of its own: what `seco` asks of a model, for any kind of layer."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from copy import copy
 from functools import partial
 from pathlib import Path
@@ -178,9 +179,7 @@ class Stack(nn.Module):
 
     def _layer(self, layer: Any, chunks: Sequence[Chunk], options: Options, *inputs: Any) -> Any:
         """One layer; its dropouts draw the masks of these chunks, also when recompute runs it again."""
-        if self.masks is None:
-            return layer(*inputs)
-        with self.masks.of(options.dropout_seed, chunks):
+        with nullcontext() if self.masks is None else self.masks.of(options.dropout_seed, chunks):
             return layer(*inputs)
 
     def forward(self, input_ids: Tensor) -> Tensor:

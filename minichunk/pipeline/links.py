@@ -3,8 +3,7 @@
 Each direction is a process group of its own. In one group NCCL keeps an order: a rank hands the next chunk up before
 it takes a gradient, the rank above hands that down before it takes the chunk, and each would wait for the other.
 
-With more processes than a pipeline needs there are copies of it, at work on other documents. Adjacent processes are one
-pipeline; those with the same layers are a group, which adds up the gradients of the copies.
+With more processes there are copies of the pipeline, at work on other documents. Adjacent processes are one pipeline.
 """
 
 from collections import deque
@@ -29,8 +28,7 @@ class RankLost(RuntimeError):
 class Links:
     """Of the process that is `rank` of the `ranks` of a pipeline, `copy` of `copies`; made on all of them at a time.
 
-    ranks: processes that share the layers; None: all of the default process group, so that there is one copy.
-    timeout: for every message within a pipeline or between copies; None: PyTorch's own.
+    ranks: processes that share the layers; None: all. timeout: for every message; None: PyTorch's own.
     Raises InputError without a process group, and for ranks that do not divide the number of processes.
     """
 

@@ -33,8 +33,8 @@ from .stage import PipelineStage
 def pipeline_seco(stage: PipelineStage, input_ids: Tensor, labels: Tensor, chunk_size: int, **options: Any) -> Tensor:
     """`seco` of a model whose layers are on several ranks: adds to `.grad` what `seco` would add to these parameters.
 
-    Called on all ranks with the same arguments; returns the loss on all of them. A weight that is both embedding and
-    LM head gets its whole gradient on the first and on the last rank.
+    Called on all ranks with the same arguments; returns the loss on all of them. A tied weight gets its whole gradient
+    on the first and on the last rank.
     options: the keywords of `seco`, but for `layers_at_once`, `offload` and `share`.
     Raises InputError also if ranks do not agree on the batch, and RankLost if one of them ends or does not answer.
     """
@@ -168,8 +168,7 @@ def _backward(
 
 @contextmanager
 def tied_weight_summed(stage: PipelineStage) -> Iterator[None]:
-    """A weight that is embedding and LM head gets, on both ranks that have it, the sum of what they find in the block,
-    and then the gradient of earlier steps."""
+    """A tied weight gets, on both ranks, the sum of what they find in the block and the gradient of earlier steps."""
     weight = stage.tied_weight
     if weight is None:
         yield

@@ -11,10 +11,8 @@ from ..models.stack import Stack
 
 
 def split_layers(model: Stack, ranks: int, memory: Sequence[int] | None = None) -> list[int]:
-    """How many of the layers each rank gets, at least one. The fullest rank gets as few bytes as possible.
-
-    model, memory: see `layer_costs`. Raises InputError for fewer layers than ranks.
-    """
+    """How many of the layers each rank gets, at least one, so that the fullest rank has as few bytes as possible; see
+    `layer_costs`. Raises InputError for fewer layers than ranks."""
     if len(model.layers) < ranks:
         raise InputError(f"the model has {len(model.layers)} layers, too few for {ranks} ranks: start fewer")
     return list(split_costs(tuple(layer_costs(model, memory)), ranks))

@@ -26,7 +26,6 @@ class PipelineStage(Stack):
 
     Made at the same time on all processes of the default process group, of models with the same weights: seed what is
     drawn at random. The model may be on the CPU; `stage.to(device)` then moves what is left.
-
     counts: how many layers each rank gets; None: `split_layers(model, ranks)`. links: None: all processes are one
     pipeline. `Links(2)` makes pipelines of two, for documents of their own; `add_copies` then adds up their gradients.
     Raises InputError without a process group, for fewer layers than ranks, and for counts that do not add up.

@@ -59,8 +59,7 @@ def linked(ranks: int, device: str, seconds: float) -> Iterator[Links | None]:
     if started().world == 1:
         yield None
         return
-    timeout = timedelta(seconds=seconds)
-    ours = not dist.is_initialized()
+    timeout, ours = timedelta(seconds=seconds), not dist.is_initialized()
     if ours:
         signal.signal(signal.SIGTERM, _end)  # what torchrun sends to all once one has ended
         if device.startswith("cuda"):

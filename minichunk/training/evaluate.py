@@ -37,14 +37,13 @@ def loss_by_position(
 ) -> list[Span]:
     """Mean loss over the documents for each span of positions; spans without a target are left out.
 
-    Runs chunk by chunk over the cache, so that a length that can be trained can be evaluated.
-    model: or a `PipelineStage`, on all processes; the copies of a pipeline share the documents.
+    Runs chunk by chunk. model: or a `PipelineStage`, on all processes; the copies of a pipeline share the documents.
     title: of a progress bar; empty for none.
     """
     ranks, was_training = Ranks(model), model.training
     sums = torch.zeros(2, max(map(len, documents), default=1), dtype=torch.float64)  # losses; targets
     model.eval()
-    hidden = not title or not ranks.is_first
+    hidden = not (title and ranks.is_first)
     for _, document in tqdm(ranks.mine(documents), title, unit="document", leave=False, disable=hidden):
         input_ids, labels = collate([document], model.like.device)
         targets = shift(labels)
@@ -59,7 +58,7 @@ def loss_by_position(
 def spans_for(context: int, length: int) -> list[tuple[int, int]]:
     """The old context, then doublings beyond it, up to `length`; halvings where all is inside it."""
     if length <= context:
-        return list(pairwise([0, *(part for shifted in (3, 2, 1) if (part := length >> shifted)), length]))
+        return list(pairwise([0, *(part for part in (length // 8, length // 4, length // 2) if part), length]))
     edges = [0, context]
     while edges[-1] < length:
         edges.append(min(edges[-1] * 2, length))
@@ -77,9 +76,8 @@ class EvaluateOptions(ReadOptions):
       minichunk evaluate --model DIR --data heldout.txt --seq-len 16384 --adapter runs/1/adapter
       minichunk evaluate --model DIR --data heldout.txt --seq-len 16384 --recall --plot recall.png
 
-    A low loss far into a text does not show that its beginning is used. --recall asks: it hides a passkey of five
-    digits in your texts, at several depths and lengths up to --seq-len, and counts how often the model's likeliest
-    answer is the passkey. Without --adapter it says the same of the model before the training, about the same passkeys.
+    A low loss far into a text does not show that its beginning is used. --recall hides passkeys of five digits in your
+    texts, at several depths and lengths up to --seq-len, and counts how often the model's likeliest answer is one.
 
     DIR and FILE are as `minichunk train` takes them: of a JSONL line, what would be learnt is measured.
     """
@@ -88,14 +86,10 @@ class EvaluateOptions(ReadOptions):
     seq_len: int = option(2048, "tokens per piece", least=2)
     documents: int = option(8, "pieces, the longest", least=1)
     chunk_size: int = option(512, "tokens per forward pass: costs memory, changes no result", least=1)
-    chat_template: bool = changed(
-        TrainOptions, "chat_template", help="ask and read by the model's template", group=None
-    )
+    chat_template: bool = changed(TrainOptions, "chat_template", help="take the model's chat template", group=None)
     plot: str | None = option(None, "draw what is measured", absent="no picture", metavar="FILE.png")
     recall: bool = option(False, "also hide passkeys in the texts, and ask for them", group="recall")
-    depths: int = option(
-        5, "places of the passkey, from the text's beginning to its end", least=2, belongs=("recall", ())
-    )
+    depths: int = option(5, "places of the passkey, from the text's first to its last", least=2, belongs=("recall", ()))
     trials: int = option(4, "passkeys for each depth and length", least=1, belongs=("recall", ()))
     seed: int = option(0, "another one, other passkeys in other places", least=0, belongs=("recall", ()))
 
@@ -114,11 +108,9 @@ def evaluate_files(options: EvaluateOptions) -> None:
     if options.recall:
         lengths = [stop for _, stop in spans_for(context, options.seq_len) if stop >= min(128, options.seq_len)]
         depths = [i / (options.depths - 1) for i in range(options.depths)]
-        cells = recall(
-            model, tokenizer, text_ids, lengths, depths, options.trials, options.chunk_size, chat, options.seed
-        )
-    spans = spans_for(context, len(pieces[0]))
-    losses = loss_by_position(model, pieces, options.chunk_size, spans, "evaluate")
+        how = options.trials, options.chunk_size, chat, options.seed
+        cells = recall(model, tokenizer, text_ids, lengths, depths, *how)
+    losses = loss_by_position(model, pieces, options.chunk_size, spans_for(context, len(pieces[0])), "evaluate")
     if seen := describe(model.config):
         print(f"seen of the past: {seen}")
     print(f"{line}\n\nmean loss, nats per token ({len(pieces)} documents)")
@@ -151,7 +143,6 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def draw_losses(axes: Any, losses: Mapping[str, Sequence[Span]], context: int) -> None:
-    """Draw losses by position, each with its name."""
     for label, spans in losses.items():
         axes.plot([(span.start + span.stop) / 2 for span in spans], [span.loss for span in spans], "o-", label=label)
     axes.axvline(context, linestyle=":", color="tab:gray", label="the old context")

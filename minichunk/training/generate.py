@@ -1,6 +1,7 @@
 """Writing text with the same cache as training: fill it with the prompt, then a token at a time."""
 
 from dataclasses import MISSING, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,30 +22,27 @@ def generate(
 ) -> Tensor:  # fmt: skip
     """Continue `input_ids`, int64 (B, T) without padding; returns int64 (B, T + new).
 
-    temperature: 0 takes the likeliest token; otherwise the logits are divided by it and sampled.
-    top_p: samples among the likeliest tokens that together have this probability.
-    generator: of the sampling, on the CPU. chunk_size: tokens of the prompt per forward pass.
+    temperature: 0 takes the likeliest token; otherwise the logits are divided by it and sampled, among the likeliest
+    tokens that together have the probability top_p. generator: on the CPU. chunk_size: tokens of the prompt at a time.
     Stops early when every row has written an end token of generation_config.json, or config.json. Raises InputError.
     """
     if input_ids.ndim != 2 or input_ids.shape[1] < 1 or max_new_tokens < 1:
         raise InputError("generate needs input_ids [B, T] with at least 1 token and max_new_tokens of at least 1")
     if not temperature >= 0 or not 0 < top_p <= 1:
         raise InputError(f"generate needs temperature >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}")
-    (B, T), highest = input_ids.shape, model.config.vocab_size - 1
-    if int(input_ids.max()) > highest or int(input_ids.min()) < 0:
-        raise InputError(f"input_ids must lie between 0 and {highest}")
+    B, T = input_ids.shape
+    if int(input_ids.max()) >= model.config.vocab_size or int(input_ids.min()) < 0:
+        raise InputError(f"input_ids must lie between 0 and {model.config.vocab_size - 1}")
     ends = model.config.eos_token_id if model.ends is None else model.ends
     stop_ids = torch.tensor(several(ends), dtype=torch.int64, device=input_ids.device)
-    was_training = model.training
+    was_training, memory = model.training, model.new_memory(B, T + max_new_tokens)
     model.eval()
-    memory = model.new_memory(B, T + max_new_tokens)
     options = Options(positions=torch.arange(T + max_new_tokens, device=input_ids.device))
     for _, hidden in model.run_chunks(input_ids, memory, chunk_size, options=options):  # noqa: B007 (the last one is what counts)
         pass
     done = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
     for position in range(T, T + max_new_tokens):
-        logits = model.lm_head(hidden[:, -1])  # (B, V)
-        new = choose(logits, temperature, top_p, generator)  # (B, 1)
+        new = choose(model.lm_head(hidden[:, -1]), temperature, top_p, generator)  # (B, 1)
         input_ids = torch.cat([input_ids, new], dim=1)
         done |= torch.isin(new[:, 0], stop_ids)
         if done.all() or position == T + max_new_tokens - 1:
@@ -69,8 +67,7 @@ def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
 class GenerateOptions(ReadOptions):
     """Continue a text, and print it with its continuation.
 
-    The prompt is continued as it stands: no chat template is put around it, and no end token behind it. The text ends
-    with an end token of the checkpoint's generation_config.json, or else of its config.json.
+    The prompt is continued as it stands, without a chat template, up to an end token of the checkpoint's.
 
       minichunk generate "It is a truth"
       minichunk generate "It is a truth" --model DIR --adapter runs/1/adapter
@@ -95,8 +92,7 @@ def continue_text(options: GenerateOptions) -> str:
     model, tokenizer = load_as_told(options)
     found = tokenizer.encode(options.prompt)
     input_ids = torch.tensor([found.ids[: end_of_text(found)]], device=model.lm_head.weight.device)
-    out = generate(
-        model, input_ids, options.max_new_tokens, temperature=options.temperature, top_p=options.top_p,
-        generator=torch.Generator().manual_seed(options.seed),
-    )  # fmt: skip
+    how: Any = {"temperature": options.temperature, "top_p": options.top_p}
+    how["generator"] = torch.Generator().manual_seed(options.seed)
+    out = generate(model, input_ids, options.max_new_tokens, **how)
     return tokenizer.decode(out[0].tolist())

@@ -11,20 +11,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..errors import InputError
+from ..files import documents
 from ..files.atomic import check_room
 from ..files.chat import ChatTemplate, load_chat_template
-from ..files.documents import (
-    EXTENDED_ON,
-    MEASURED_ON,
-    SHIPPED_MODEL,
-    check_vocabulary,
-    collate,
-    cut_documents,
-    load_tokenizer,
-    novel,
-    read_documents,
-    read_pairs,
-)
 from ..full import full
 from ..models.adapter_files import load_adapter
 from ..models.config import first_eos
@@ -45,12 +34,10 @@ from .options import DTYPES, PREFERENCES, ModelOptions, TrainOptions, check_devi
 from .preferences import Compared, distillation, shares_prompts
 
 
-def load_as_told(
-    options: ModelOptions, prepare: Callable[[Stack], object] = lambda model: None
-) -> tuple[Stack, Tokenizer]:
+def load_as_told(options: ModelOptions, prepare: Callable[[Stack], object] = lambda _: None) -> tuple[Stack, Tokenizer]:
     """The model and the tokenizer that the options name. prepare: see `load_model`. Raises InputError."""
-    device, directory = check_device(options.device), options.model or SHIPPED_MODEL
-    dtype, tokenizer = DTYPES[options.dtype or default_dtype(device)], load_tokenizer(directory)
+    device, directory = check_device(options.device), options.model or documents.SHIPPED_MODEL
+    dtype, tokenizer = DTYPES[options.dtype or default_dtype(device)], documents.load_tokenizer(directory)
     model = load_model(directory, dtype, device, getattr(options, "load_in_4bit", False), prepare)
     if (adapter := getattr(options, "adapter", None)) is not None:
         load_adapter(model, adapter)
@@ -71,7 +58,8 @@ def load_to_train(options: TrainOptions, links: Links | None = None) -> tuple[An
             change_rope(model, rope)
         if links is not None:
             shaped = model.config, DTYPES[options.dtype], options.rank, options.targets or default_targets(model)
-            memory = memory_of_layers(options, model.config, DTYPES[options.dtype])
+            how = options.chunks(options.seq_len)[1], options.options(), options.batch_size
+            memory = [sum(both) for both in layer_memory_bytes(model.config, DTYPES[options.dtype], *how)]
             split = split_layers(random_model(*shaped, "meta", options.load_in_4bit), links.ranks, memory)
             stages.append(PipelineStage(model, split, links=links))
 
@@ -79,12 +67,6 @@ def load_to_train(options: TrainOptions, links: Links | None = None) -> tuple[An
     if options.rank:
         add_lora(model, options.rank, options.alpha, options.targets or default_targets(model), options.dropout)
     return (stages[0] if stages else model), tokenizer
-
-
-def memory_of_layers(options: TrainOptions, config: Any, dtype: torch.dtype) -> list[int]:
-    """Bytes that each layer remembers of a batch of pieces, with the gradients sent back to that."""
-    how = options.chunks(options.seq_len)[1], options.options(), options.batch_size
-    return [sum(both) for both in layer_memory_bytes(config, dtype, *how)]
 
 
 def check_host_room(model: Stack, options: TrainOptions) -> None:
@@ -101,26 +83,24 @@ def read_pieces(
     paths: Sequence[str | Path], model: Stack, tokenizer: Tokenizer, chat: ChatTemplate | None, seq_len: int,
     objective: str | None = None,
 ) -> tuple[list[Any], str]:  # fmt: skip
-    """The texts cut into pieces of at most `seq_len` tokens, or the pairs of no more for an objective that compares
-    them, and a line that says what was kept. Raises InputError."""
+    """Pieces, or pairs for an objective of `PREFERENCES`, and a line that says what was kept. Raises InputError."""
     if objective in PREFERENCES:
         told = tokenizer, first_eos(model.config), chat
-        pairs, line = read_pairs(paths, *told, with_labels=objective == "kto", seq_len=seq_len)
-        check_vocabulary([row for pair in pairs for row in pair.rows], model.config.vocab_size)
+        pairs, line = documents.read_pairs(paths, *told, with_labels=objective == "kto", seq_len=seq_len)
+        documents.check_vocabulary([row for pair in pairs for row in pair.rows], model.config.vocab_size)
         return pairs, line
-    documents = read_documents(paths, tokenizer, first_eos(model.config), chat)
-    check_vocabulary(documents, model.config.vocab_size)
-    return cut_documents(documents, seq_len)
+    texts = documents.read_documents(paths, tokenizer, first_eos(model.config), chat)
+    documents.check_vocabulary(texts, model.config.vocab_size)
+    return documents.cut_documents(texts, seq_len)
 
 
 def load_data(options: TrainOptions, model: Stack, tokenizer: Tokenizer) -> tuple[list[Any], list[Any], str]:
     """Training and validation pieces, or pairs, and a line that says what was kept. Raises InputError."""
     chat = load_chat_template(options.model) if options.chat_template else None
     told = (model, tokenizer, chat, options.seq_len, options.objective)
-    training, line = read_pieces(options.data or [novel(EXTENDED_ON)], *told)
+    training, line = read_pieces(options.data or [documents.novel(documents.EXTENDED_ON)], *told)
     if options.val_data or not options.data:
-        texts = options.val_data or [novel(MEASURED_ON)]
-        validation, val_line = read_pieces(texts, *told)
+        validation, val_line = read_pieces(options.val_data or [documents.novel(documents.MEASURED_ON)], *told)
         line += f"\n        held out: {val_line}"
     else:  # the last pieces: what comes before them is trained on, what comes after nobody has seen
         count = min(round(len(training) * options.val_fraction) or int(options.val_fraction > 0), len(training) - 1)
@@ -135,22 +115,18 @@ def load_teacher(options: TrainOptions, tokenizer: Tokenizer, vocab_size: int) -
     if options.teacher is None:
         return None
     teacher = load_model(options.teacher, DTYPES[options.dtype], check_device(options.device))
-    same = load_tokenizer(options.teacher).get_vocab() == tokenizer.get_vocab()
+    same = documents.load_tokenizer(options.teacher).get_vocab() == tokenizer.get_vocab()
     if not same or teacher.lm_head.weight.shape[0] != vocab_size:
-        raise InputError(
-            f"--teacher is {options.teacher}, whose vocabulary is not the model's: token by token it has to be"
-        )
+        raise InputError(f"--teacher is {options.teacher}, whose vocabulary is not the model's, as it has to be")
     return teacher.requires_grad_(False)
 
 
-def make_gradient(
-    options: TrainOptions, reference: Mapping[str, Tensor] | None = None, teacher: Stack | None = None
-) -> Gradient:
+def make_gradient(options: TrainOptions, reference: Mapping[str, Any] | None = None, teacher: Any = None) -> Gradient:
     """The method and the objective of the options. reference: see `preferences.score_pairs`; None: no preference."""
     keywords = options.keywords()
 
     def gradient(model: Any, batch: Sequence[Any], num_targets: int, generator: torch.Generator) -> Tensor:
-        input_ids, labels = collate(batch, next(model.parameters()).device)
+        input_ids, labels = documents.collate(batch, next(model.parameters()).device)
         compared, told = None, {**keywords}
         if reference is not None:
             compared = Compared(options, batch, labels, reference)
@@ -160,15 +136,14 @@ def make_gradient(
             told["chunk_loss"] = distillation(teacher, model, input_ids, labels, num_targets, options.chunk_size)
         else:
             told["num_targets"] = num_targets
-        over_ranks = isinstance(model, PipelineStage)
+        over_ranks, given = isinstance(model, PipelineStage), (model, input_ids, labels)
         if options.method == "full":
-            told = {name: x for name, x in told.items() if name not in keywords or name == "recompute"}
-            loss = full(model, input_ids, labels, **told)
+            loss = full(*given, **{name: x for name, x in told.items() if name not in keywords or name == "recompute"})
         elif options.method == "seco":
-            loss = (pipeline_seco if over_ranks else seco)(model, input_ids, labels, options.chunk_size, **told)
+            loss = (pipeline_seco if over_ranks else seco)(*given, options.chunk_size, **told)
         else:
             told |= {"sampler": options.make_sampler(), "generator": generator}
-            loss = (pipeline_spaco if over_ranks else spaco)(model, input_ids, labels, options.chunk_size, **told)
+            loss = (pipeline_spaco if over_ranks else spaco)(*given, options.chunk_size, **told)
         return loss if compared is None else torch.tensor([float(loss), *compared.measures()], dtype=torch.float64)
 
     return gradient

@@ -1,7 +1,4 @@
-"""The training loop: batches, gradient, optimizer. Its state is tensors and a step number, so a resume is exact.
-
-`Ranks` is what it, and all that goes on around it, asks of the other processes, if there are any.
-"""
+"""The training loop: batches, gradient, optimizer. Its state is tensors and a step number, so a resume is exact."""
 
 import math
 import time
@@ -35,7 +32,7 @@ class Schedule:
     clip: float = 1.0
 
     def lr_at(self, step: int) -> float:
-        """The learning rate of a step, counted from 0."""
+        """Of a step, counted from 0."""
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         progress = (step - self.warmup) / max(1, self.steps - self.warmup)
@@ -44,9 +41,7 @@ class Schedule:
 
 class Ranks:
     """The processes that train a model: several copies of a pipeline if it is a `PipelineStage`, else this one alone.
-
-    Everything here is called on all processes at a time, and costs one alone nothing.
-    """
+    All of them call everything here at a time."""
 
     def __init__(self, model: Any) -> None:
         stage = model if isinstance(model, PipelineStage) else None
@@ -108,10 +103,8 @@ class NonFiniteLoss(RuntimeError):
 class Trainer:
     """Runs single steps. A step depends on the weights, the optimizer's state and its number only.
 
-    All randomness of a batch comes from (seed, step, number of the batch), so that a resumed run repeats an
-    uninterrupted one bit for bit, and a batch is the same on whatever copy of a pipeline. Parameters in half precision
-    are trained through float32 copies of them.
-
+    All randomness of a batch comes from (seed, step, number of the batch): a resumed run repeats an uninterrupted one
+    bit for bit. Parameters in half precision are trained through float32 copies of them.
     model: or a `PipelineStage`, on all processes that train together.
     """
 
@@ -124,9 +117,8 @@ class Trainer:
         self.step = 0  # steps done
         self.device = next(model.parameters()).device
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.masters = {
-            name: nn.Parameter(p.detach().float()) if p.dtype.itemsize < 4 else p for name, p in self.parameters.items()
-        }
+        wide = {name: nn.Parameter(p.detach().float()) for name, p in self.parameters.items() if p.dtype.itemsize < 4}
+        self.masters = self.parameters | wide
         groups = [{"params": list(self.masters.values())}]  # there may be none: a rank on which nothing learns
         decay, fused = schedule.weight_decay, self.device.type == "cuda"
         self.optimizer = torch.optim.AdamW(groups, schedule.lr, (0.9, 0.95), weight_decay=decay, fused=fused)
@@ -154,8 +146,8 @@ class Trainer:
             self.optimizer.zero_grad(set_to_none=True)
             bad = [batch for batch, loss in zip(batches, losses, strict=True) if not math.isfinite(loss)]
             names = "; ".join(document.name for batch in bad or batches for document in batch)
-            what = f"the {'loss' if bad else 'gradient'} is not a finite number"
-            raise NonFiniteLoss(f"{what} at step {self.step + 1} ({names}): try a lower --lr")
+            where = f"the {'loss' if bad else 'gradient'} is not a finite number at step {self.step + 1}"
+            raise NonFiniteLoss(f"{where} ({names}): try a lower --lr")
         self.optimizer.param_groups[0]["lr"] = lr = self.schedule.lr_at(self.step)
         self._update()
         self.step += 1
@@ -208,9 +200,5 @@ class Trainer:
             if weight.shape != master.shape:
                 raise InputError(f"the checkpoint does not fit the model: weight.{stored} differs")
             self.parameters[name].copy_(master.copy_(weight))
-            self.optimizer.state[master] = {
-                # AdamW keeps its step count on the CPU unless it is fused.
-                key: read(f"{key}.{stored}").to("cpu" if key == "step" and self.device.type == "cpu" else self.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"{key}.{stored}" in keys
-            }
+            there = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{stored}" in keys]
+            self.optimizer.state[master] = {key: read(f"{key}.{stored}").to(self.device) for key in there}

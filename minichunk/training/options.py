@@ -1,7 +1,6 @@
 """Options of commands, each written once, as a field of a dataclass: parser, help, defaults and checks follow from it.
 
-`option` makes such a field, `check_options` checks an instance (a command's or a library call's alike), and
-command/main.py makes a parser of the dataclass. Its docstring is what `--help` says first.
+command/main.py makes a parser of such a dataclass; its docstring is what `--help` says first.
 """
 
 import math
@@ -44,7 +43,6 @@ def option(
     absent: the default in words. group: its title in the help; None: that of the option before it; "": none.
     least, above, most, below: bounds of every number. belongs: another option, and which values it must have for this
     one; (): any but None and false. positional: without `--`. none: a tuple may be empty.
-    A flag is turned off by `--no-…`.
     """
     return field(default=default, metadata={name: value for name, value in locals().items() if name != "default"})
 
@@ -63,7 +61,6 @@ def form(annotation: Any) -> tuple[type, bool]:
 
 
 def flag(name: str) -> str:
-    """The option as a user writes it."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -145,26 +142,23 @@ class StepOptions:
 
     method: str = option("seco", "spaco estimates the gradient", choices=("seco", "spaco", "full"), group="method")
     objective: str | None = option(
-        None, "another loss: preferences between answers (rows of prompt, chosen, rejected; or prompt, completion, "
-        "label for kto), or what --teacher says of each token", choices=(*PREFERENCES, "distill"), absent="the mean")
+        None, "another loss: preferences (rows of prompt, chosen, rejected; of kto prompt, completion, label), or what "
+        "--teacher says of each token", choices=(*PREFERENCES, "distill"), absent="the mean")
     seq_len: int = option(2048, "tokens per document piece, or of each of two answers with its prompt", least=2)
     chunk_size: int = option(256, "tokens per chunk", least=1)
     fill_size: int | None = option(None, "tokens per forward pass of the fill", least=1, absent="the chunk size")
     budget: int | None = option(None, "spaco: chunks kept of a document, on average", least=1, absent="a quarter")
     sampler: str = option("bernoulli", "of spaco: bernoulli is unbiased", choices=("bernoulli", "fixed", "paper"))
     recompute: bool | None = option(None, "run layers twice, to save memory", absent="from a billion parameters on")
-    cache_grad_dtype: str | None = option(None, "of the gradients summed for the cache", choices=tuple(DTYPES),
-                                          absent="float32, or wider with a wider model")
+    cache_grad_dtype: str | None = option(None, "of cache gradients", choices=tuple(DTYPES), absent="float32 or wider")
     layers_at_once: str | None = option(
-        None, "take the text through a block of N layers at a time, up and down again: the cache is one block's, for "
-        "some more work; auto: what is fastest and fits, by the forecast of plan", metavar="N|auto", absent="all")
-    graphs: int = option(0, "seco: keep the graphs of the fill's last N chunks, and do not build them again; with "
-                         "--layers-at-once auto as many as fit", least=0)
+        None, "take the text through a block of N layers at a time, up and down again, to save memory; auto: what is "
+        "fastest and fits, by the forecast of plan", metavar="N|auto", absent="all")
+    graphs: int = option(0, "seco: keep the graphs of the fill's last N chunks; at auto layers, what fits", least=0)
     offload: bool = option(False, "let the blocks' inputs wait in host memory; by default of blocks of one layer")
     partial_context: str | None = option(
-        None, "what all but --full-layers see, as in LongGen; the model has to learn it. window: the last positions "
-        "and the very first, the sinks; strided: in blocks, the last ones and some of those before",
-        choices=("window", "strided"), absent="all", group="a part of the past")
+        None, "what all but --full-layers see, as in LongGen; the model has to learn it: the last positions and a few "
+        "before", choices=("window", "strided"), absent="all", group="a part of the past")
     window: int = option(1024, "window: the last N positions, the own included", least=1, belongs=WINDOW)
     sinks: int = option(64, "window: and the first N, 0 for none", least=0, belongs=WINDOW)
     block: int = option(64, "strided: positions in a block", least=1, belongs=STRIDED)
@@ -191,14 +185,12 @@ class StepOptions:
             raise InputError(f"--graphs is for seco with all layers at once: leave out {names}")
 
     @property
-    def rows(self) -> int:
-        """Of a piece: a preference has two."""
+    def rows(self) -> int:  # of a piece
         return 2 if self.objective in PREFERENCES else 1
 
     def options(self) -> Options:
         """How chunks are computed."""
-        grad_dtype = None if self.cache_grad_dtype is None else DTYPES[self.cache_grad_dtype]
-        return Options(self.fill_size, bool(self.recompute), grad_dtype)
+        return Options(self.fill_size, bool(self.recompute), DTYPES.get(self.cache_grad_dtype or ""))
 
     def keywords(self) -> dict[str, Any]:
         """How a step is computed, as keywords of `seco`. Raises InputError for an `auto` that nobody has decided."""
@@ -251,34 +243,30 @@ class TrainOptions(StepOptions, ModelOptions):
     eval_documents: int = option(8, "held-out documents to measure", least=0)
     chat_template: bool = option(True, "put prompt and completion into the model's template", absent="if it has one")
     rope: str | None = option(
-        None, "yarn:4 or linear:4, for 4 times the length that the model was first trained on. yarn needs the least "
-        "training (2309.00071); UltraLong went from the 8K of Llama 3 to 4M by yarn:512 (2504.06214)",
+        None, "yarn:4 (2309.00071, the least training) or linear:4, for 4 times the length of the first training",
         absent="as the config says", metavar="TYPE:FACTOR", group="positions")
     rope_theta: float | None = option(
-        None, "the base of the angles; a larger one instead of --rope where the training is long: 5e5 in Llama 3 of 8K "
-        "(2407.21783), from there 8e6 to 64K and 1.28e8 to 512K (ProLong, 2410.02660); 1e7 in Qwen2.5-1M of 256K "
-        "(2501.15383)", above=1, absent="the config's")
+        None, "the base of the angles; larger instead of --rope where the training is long: 8e6 took Llama 3 from "
+        "8K to 64K, 1.28e8 to 512K (ProLong, 2410.02660)", above=1, absent="the config's")
     cap: float | None = option(None, "spaco with paper: the most the relay factor may be", above=0, absent="none",
                                belongs=("sampler", ("paper",)), group="method")
     beta: float | None = option(None, "how dearly leaving the reference is paid; in orpo the weight of the odds",
                                 above=0, absent="0.1; 2 for simpo", belongs=("objective", PREFERENCES))
     gamma: float = option(1.0, "simpo: the margin that is asked for", least=0, belongs=("objective", ("simpo",)))
-    desirable_weight: float = option(1.0, "kto: of an answer with label true, where others have 1", above=0,
-                                     belongs=("objective", ("kto",)))
+    desirable_weight: float = option(1.0, "kto: of label true; else 1", above=0, belongs=("objective", ("kto",)))
     teacher: str | None = option(None, "distill: a larger checkpoint of the same vocabulary", metavar="DIR",
                                  belongs=("objective", ("distill",)))
     steps: int = option(60, "optimizer steps", least=1, group="training")
     batch_size: int = option(1, "pieces at a time", least=1)
     accumulate: int = option(None, "batches per step, of all copies together", least=1, absent="one for each copy")
-    lr: float = option(None, "peak learning rate", above=0,
-                       absent="3e-4 with LoRA, 2e-5 without, 4e-3 for the shipped model")
+    lr: float = option(None, "peak", above=0, absent="3e-4 with LoRA, 2e-5 without, 4e-3 for the shipped model")
     warmup: int = option(None, "steps of linear warm-up", least=0, absent="a tenth")
     weight_decay: float = option(0.0, "of AdamW", least=0)
     clip: float = option(1.0, "most that the gradient norm may be, 0: any", least=0)
     alpha: float = option(16.0, "the update is alpha / rank · B A", above=0, group="LoRA")
     dropout: float = option(0.0, "on the adapter's input", least=0, below=1)
-    pipeline: int = option(None, "let N of the P processes that torchrun starts share the layers; P / N copies of them "
-                           "work on other documents (also with --resume: any N)", least=1, group="several GPUs")
+    pipeline: int = option(
+        None, "N of torchrun's P processes share its layers, in P/N copies", least=1, group="several GPUs")
     timeout: float = option(7200.0, "seconds after which a process that does not answer is given up", above=0)
     seed: int = option(0, "of adapter, order, dropout and sampler", least=0, below=2**32, group="run")
     deterministic: bool = option(False, "the same bits in every run on CUDA too, if slower")
@@ -321,8 +309,8 @@ class TrainOptions(StepOptions, ModelOptions):
         if self.pipeline is None and world > 1:
             raise InputError(f"torchrun has started {world} processes: say with --pipeline how many share the layers")
         if world % ranks:
-            start = f"start torchrun --nproc-per-node {ranks}"
-            raise InputError(f"--pipeline is {ranks}, but must divide the number of processes, {world}: {start}")
+            told = f"--pipeline is {ranks}, but must divide the number of processes, {world}"
+            raise InputError(f"{told}: start torchrun --nproc-per-node {ranks}")
         if self.method == "full" and ranks > 1:
             raise InputError("--method full has no pipeline: take seco or spaco, or --pipeline 1")
         if (in_blocks or self.graphs) and ranks > 1:
@@ -341,7 +329,6 @@ class TrainOptions(StepOptions, ModelOptions):
         return {**said, "rope_type": kind, "factor": float(factor)}
 
     def make_sampler(self) -> Sampler:
-        """The sampler of `--sampler` and `--budget`; Bernoulli keeps `budget` chunks on average."""
         budget = self.budget or 1
         if self.sampler == "bernoulli":
             return lambda num_chunks, generator: Bernoulli(min(1, budget / num_chunks))(num_chunks, generator)

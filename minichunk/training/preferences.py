@@ -1,7 +1,7 @@
 """What `--objective` trains on: two answers compared by losses.py, by a reference and measured; or a teacher.
 
-The reference is the model as it is before the first step, which an adapter leaves as it was: so it runs once, needs no
-second model, and what it says of the answers is all that a run keeps of it.
+The reference is the model as it is before the first step: it runs once, needs no second model, and what it says of the
+answers is all that a run keeps of it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,11 +48,9 @@ class Compared:
             kl, weights = self.away[size:].sum(1).mean().clamp(min=0), (self.options.desirable_weight, 1.0)
             return kto(self.reference[:size], self.desirable, kl, self.beta, weights)(log_probs[:size])
         objectives = {
-            "dpo": dpo(self.reference, self.beta),
-            "ipo": ipo(self.labels, self.reference, self.beta),
-            "simpo": simpo(self.labels, self.beta, self.options.gamma),
-            "orpo": orpo(self.labels, self.beta),
-        }
+            "dpo": dpo(self.reference, self.beta), "ipo": ipo(self.labels, self.reference, self.beta),
+            "simpo": simpo(self.labels, self.beta, self.options.gamma), "orpo": orpo(self.labels, self.beta),
+        }  # fmt: skip
         return objectives[self.kind](log_probs)
 
     def measures(self) -> list[float]:
@@ -93,9 +91,8 @@ def score_pairs(model: Stack, pairs: Sequence[Pair], options: TrainOptions, titl
     Pair by pair, in the chunks that a step has: of a step with one pair in a batch they are the same to the last bit.
     """
     was_training, whole = model.training, options.method == "full"
-    found = dict[str, Tensor]()
+    found, share = dict[str, Tensor](), shares_prompts(model, options)
     model.eval()
-    share = shares_prompts(model, options)
     for pair in tqdm(pairs, title, unit="pair", leave=False):
         input_ids, labels = collate([pair], next(model.parameters()).device)
         size, fill_size = (options.seq_len, None) if whole else (options.chunk_size, options.fill_size)
@@ -105,15 +102,13 @@ def score_pairs(model: Stack, pairs: Sequence[Pair], options: TrainOptions, titl
     return found
 
 
-def score_reference(
-    model: Stack, training: Sequence[Pair], held_out: Sequence[Pair], options: TrainOptions
-) -> dict[str, Tensor]:
+def score_reference(model: Stack, training: Sequence[Pair], held: Sequence[Pair], options: TrainOptions) -> Any:
     """`score_pairs` of what is held out and of what the run's steps take; nothing for a loss without a reference."""
     if options.objective in FREE:
         return {}
     size = options.batch_size * options.accumulate
     steps = (step_documents(training, size, step, options.seed) for step in range(options.steps))
-    return score_pairs(model, [*{pair.name: pair for pair in chain(held_out, *steps)}.values()], options, "reference")
+    return score_pairs(model, [*{pair.name: pair for pair in chain(held, *steps)}.values()], options, "reference")
 
 
 def gathered(known: Mapping[str, Tensor], pairs: Sequence[Pair], labels: Tensor) -> Tensor:
@@ -130,8 +125,7 @@ def measure_pairs(
     """Mean loss of held-out pairs, and their `averages`."""
     losses, measures, now = [], [], score_pairs(model, pairs, options, title)
     for pair in pairs:
-        _, labels = collate([pair])
-        compared = Compared(options, [pair], labels, reference)
+        compared = Compared(options, [pair], labels := collate([pair])[1], reference)
         losses.append(float(compared(gathered(now, [pair], labels))))
         measures.append(compared.measures())
     return {"loss": sum(losses) / len(losses), **averages(measures)} if losses else {}

@@ -26,15 +26,12 @@ QUESTION, ANSWER = "\n\nWhat is the pass key?", "The pass key is "
 
 @dataclass(frozen=True)
 class Cell:
-    """What was found in the texts of `length` tokens with the passkey at `depth`, from 0, the beginning, to 1.
-
-    found: for each text, whether a greedy continuation begins with the passkey. log_probs: of it, in nats.
-    """
+    """What was found in the texts of `length` tokens with the passkey at `depth`, from 0, the beginning, to 1."""
 
     length: int
     depth: float
-    found: list[bool]
-    log_probs: list[float]
+    found: list[bool]  # for each text, whether a greedy continuation begins with the passkey
+    log_probs: list[float]  # of the passkey, in nats
 
 
 def recall(
@@ -43,8 +40,8 @@ def recall(
 ) -> list[Cell]:  # fmt: skip
     """A cell for each length and depth, each of so many passkeys in as many places of the user's own text.
 
-    text_ids: int64 (T,), at least as long as the longest text. seed: the passkeys and places; they are the same for
-    all models with one tokenizer, so before and after a training. Raises InputError.
+    text_ids: int64 (T,), at least as long as the longest text. seed: of passkeys and places, which do not depend on
+    the model. Raises InputError.
     """
     for length in lengths:
         hide(text_ids, tokenizer, chat, length, 0.0, Random(seed))  # refuses before anything is measured
@@ -55,9 +52,8 @@ def recall(
         for cell in cells:
             for trial in range(trials):
                 random = Random(f"{seed} {cell.length} {cell.depth} {trial}")
-                found, log_prob = score(
-                    model, hide(text_ids, tokenizer, chat, cell.length, cell.depth, random), chunk_size
-                )
+                document = hide(text_ids, tokenizer, chat, cell.length, cell.depth, random)
+                found, log_prob = score(model, document, chunk_size)
                 cell.found.append(found)
                 cell.log_probs.append(log_prob)
                 bar.update()
@@ -80,10 +76,8 @@ def hide(
         middle = start + round(depth * room)
         before, after = (tokenizer.decode(text_ids[a:b].tolist()) for a, b in ((start, middle), (middle, start + room)))
         text = before + NEEDLE.format(key=key) + after + QUESTION
-        if chat is None:
-            text += " "
-        else:
-            text = chat.render([{"role": "user", "content": text}], add_generation_prompt=True)
+        asks = [{"role": "user", "content": text}]
+        text = f"{text} " if chat is None else chat.render(asks, add_generation_prompt=True)
         asked = len(text + ANSWER)
         row = Row(f"{text}{ANSWER}{key}.", [(asked, asked + len(key))], template=chat is not None)
         ids, labels = encode(row, tokenizer, None)
@@ -98,9 +92,8 @@ def score(model: Stack, document: Document, chunk_size: int) -> tuple[bool, floa
     """Whether each label is the likeliest token, so that greedy decoding writes them, and their log-probability."""
     input_ids, labels = collate([document], model.like.device)
     targets = shift(labels)[0]
-    memory = model.new_memory(*input_ids.shape)
     options = Options(positions=torch.arange(len(document), device=input_ids.device))
-    found, log_prob = True, 0.0
+    found, log_prob, memory = True, 0.0, model.new_memory(*input_ids.shape)
     for rows, hidden in model.run_chunks(input_ids, memory, chunk_size, options=options):
         is_asked = targets[rows] != IGNORE
         expected = targets[rows][is_asked]  # (n,)

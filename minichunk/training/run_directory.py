@@ -38,23 +38,19 @@ class Run:
     """The files of one training run in `directory`.
 
     run.json: options, digests of what is read, and what was measured before training. metrics.jsonl: a line per step.
-    reference.safetensors: of preferences, what the reference says of the answers, see `score_pairs`.
-    checkpoint.safetensors: weights, optimizer state and step, replaced as a whole at every save.
+    reference.safetensors: of preferences, see `score_pairs`. checkpoint.safetensors: what `Trainer.state` says.
     """
 
     def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
-        self.info = self.directory / "run.json"
-        self.metrics = self.directory / "metrics.jsonl"
-        self.checkpoint = self.directory / "checkpoint.safetensors"
-        self.reference = self.directory / "reference.safetensors"
-        self.adapter, self.model = self.directory / "adapter", self.directory / "model"
+        self.directory = path = Path(directory)
+        self.info, self.metrics = path / "run.json", path / "metrics.jsonl"
+        self.checkpoint, self.reference = path / "checkpoint.safetensors", path / "reference.safetensors"
+        self.adapter, self.model = path / "adapter", path / "model"
 
     @classmethod
     def new(cls, directory: str | Path | None) -> "Run":
         """A fresh run: in `directory`, or in the first free one of runs/1, runs/2, … Raises InputError."""
-        free = (path for number in count(1) if not (path := Path("runs", str(number))).exists())
-        run = cls(directory or next(free))
+        run = cls(directory or next(path for n in count(1) if not (path := Path("runs", str(n))).exists()))
         if run.info.exists():
             raise InputError(f"{directory} holds a run already: add --resume to continue it, or name another --output")
         make_directory(run.directory)
@@ -74,8 +70,8 @@ class Run:
         return run
 
     def write_info(self, options: TrainOptions, before: Measured) -> None:
-        info = {"options": asdict(options), "digests": digests(options)}
-        write_json(self.info, {**info, "before": as_json(before)})
+        info = {"options": asdict(options), "digests": digests(options), "before": as_json(before)}
+        write_json(self.info, info)
 
     def read_info(self) -> tuple[TrainOptions, Measured]:
         """What was written. Raises InputError for another version's, and if data or base are not what they were."""
@@ -92,10 +88,8 @@ class Run:
             raise InputError(f"--resume: {changed[0]} is not what it was: bring it back, or begin another run")
         return stored, before
 
-    def read_reference(self) -> dict[str, Tensor] | None:
-        """None if there is none. Raises InputError for a damaged one."""
-        if not self.reference.exists():
-            return None
+    def read_reference(self) -> dict[str, Tensor]:
+        """Raises InputError for a damaged one."""
         with open_tensors(self.reference) as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
 
@@ -105,10 +99,9 @@ class Run:
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The steps' metrics, up to the first line that is not whole."""
-        metrics = []
+        metrics = list[dict[str, Any]]()
         with suppress(FileNotFoundError, ValueError):  # a power cut may leave anything behind the last whole line
-            for line in self.metrics.read_bytes().split(b"\n")[:-1]:
-                metrics.append(json.loads(line))
+            metrics.extend(map(json.loads, self.metrics.read_bytes().split(b"\n")[:-1]))
         return metrics
 
     def save(self, trainer: Trainer) -> None:
@@ -139,7 +132,6 @@ def peak_memory(device: torch.device) -> int:
 
 
 def as_json(measured: Measured) -> Any:
-    """A list, or a dict as it is."""
     return measured if isinstance(measured, dict) else [asdict(span) for span in measured]
 
 
@@ -158,7 +150,7 @@ def table(before: Any, after: Any, context: int, count: int) -> str:
 
 
 def write_results(ranks: Ranks, run: Run, options: TrainOptions, before: Measured, after: Measured) -> None:
-    """Write them; called on all processes, of which the first one writes."""
+    """Called on all processes; the first one writes."""
     model, context = ranks.model, ranks.model.config.max_position_embeddings
     if options.rank:
         save_adapter(model, run.adapter, options.model, ranks.whole)
@@ -184,9 +176,8 @@ def plot_run(path: Path, metrics: Sequence[dict[str, Any]], before: Any, after: 
         return
     by_step, right = figure.subplots(1, 2)
     by_step.plot([m["step"] for m in metrics], [m["loss"] for m in metrics])
-    by_step.set(xlabel="step", ylabel="training loss (nats per token)")
+    by_step.set(xlabel="step", ylabel=f"training loss{'' if isinstance(before, dict) else ' (nats per token)'}")
     if isinstance(before, dict):
-        by_step.set(ylabel="training loss")
         seen = [m for m in metrics if "margin" in m]
         right.plot([m["step"] for m in seen], [m["margin"] for m in seen], label="trained on")
         right.plot([0, len(metrics)], [before.get("margin"), after.get("margin")], "o-", label="held out")

@@ -16,7 +16,7 @@ from ..chunks import cut
 from ..errors import InputError
 from ..files.atomic import human_bytes, write_tensors
 from ..models.partial import describe
-from ..pipeline.links import Links, RankLost
+from ..pipeline.links import RankLost
 from ..pipeline.start import linked, local_device, started
 from .evaluate import loss_by_position, spans_for
 from .load import check_host_room, load_data, load_teacher, load_to_train, make_gradient
@@ -35,12 +35,10 @@ def train(
     """Run the training that `options` describe; with `resume` continue the one in `options.output`.
 
     Under torchrun, called on all processes; the first one speaks and writes. Of a run that is continued, only
-    `pipeline` and `timeout` may be said: it may go on with another number of processes.
-
+    `pipeline` and `timeout` may be said.
     on_step: called on the first process after each step, with what metrics.jsonl gets of it.
-    Returns the run's directory. Raises InputError before training for anything wrong in the options, the model or the
-    data, NonFiniteLoss, and KeyboardInterrupt, which says how to go on, after saving on Ctrl-C; RankLost if another
-    process ends or does not answer.
+    Returns the run's directory. Raises InputError before training, NonFiniteLoss, KeyboardInterrupt, which says how to
+    go on, after saving on Ctrl-C, and RankLost if another process ends or does not answer.
     """
     resumed: Run | None = None
     before: Measured = []
@@ -59,9 +57,7 @@ def train(
         return _train(options, resumed, before, links, say, on_step)
 
 
-def _train(
-    options: TrainOptions, resumed: Run | None, before: Measured, links: Links | None, say: Any, on_step: Any
-) -> Path:
+def _train(options: TrainOptions, resumed: Run | None, before: Measured, links: Any, say: Any, on_step: Any) -> Path:
     model, tokenizer = load_to_train(options, links)
     ranks = Ranks(model)
     say = say if ranks.is_first else lambda line: None
@@ -81,8 +77,7 @@ def _train(
     num_chunks = 1 if options.method == "full" else len(cut(options.seq_len, options.chunk_size))
     say(f"method  {options.method}, {options.seq_len:,} tokens in {num_chunks} chunk{'s' if num_chunks > 1 else ''}")
     context = model.config.max_position_embeddings
-    spans = spans_for(context, max((len(document) for document in validation), default=0))
-
+    spans = spans_for(context, max(map(len, validation), default=0))
     reference: dict[str, Tensor] | None = None
 
     def measure(when: str) -> Measured:
@@ -91,7 +86,7 @@ def _train(
         return loss_by_position(model, validation, options.chunk_size, spans, f"loss by position {when}")
 
     if options.objective in PREFERENCES:  # no weight has changed yet, nor been restored
-        known = run.read_reference() if resumed else None
+        known = run.read_reference() if resumed and run.reference.exists() else None
         reference = score_reference(model, training, validation, options) if known is None else known
     if not resumed:
         before = measure("before")
@@ -108,14 +103,12 @@ def _train(
     try:
         _run_steps(trainer, run, options, on_step)
         try:
-            after = measure("after")
-            write_results(ranks, run, options, before, after)
+            write_results(ranks, run, options, before, after := measure("after"))
         except KeyboardInterrupt:  # the last step is saved
             raise KeyboardInterrupt(_how_to_resume(trainer, run)) from None
     except (NonFiniteLoss, RankLost) as error:
         last_good = f"; {run.checkpoint} is the last good one" if run.checkpoint.exists() else ""
         raise type(error)(f"{error}{last_good}") from None
-
     if before:
         say(f"\n{table(before, after, context, len(validation))}")
     peaks = ranks.everyones(peak_memory(trainer.device))
@@ -147,9 +140,9 @@ def _run_steps(trainer: Trainer, run: Run, options: TrainOptions, on_step: Any) 
                 metrics["peak_bytes"] = max(peaks)
                 run.append_metrics(metrics)
                 on_step(metrics)
-            speed = f"{metrics['tokens'] / metrics['seconds']:,.0f}"
-            shown = {name: f"{metrics[name]:.3f}" for name in ("loss", "margin") if name in metrics}
-            bar.set_postfix(shown | {"tokens/s": speed, "peak": human_bytes(max(peaks))})
+            shown: dict[str, str] = {name: f"{metrics[name]:.3f}" for name in ("loss", "margin") if name in metrics}
+            shown |= {"tokens/s": f"{metrics['tokens'] / metrics['seconds']:,.0f}", "peak": human_bytes(max(peaks))}
+            bar.set_postfix(shown)
             bar.update()
             if any(interrupts) or trainer.step % options.save_every == 0 or trainer.step == options.steps:
                 run.save(trainer)
