@@ -20,23 +20,11 @@ from .protocol import Memory, Model, Options, relay
 
 
 def seco(
-    model: Model,
-    input_ids: Tensor,
-    labels: Tensor,
-    chunk_size: int,
-    *,
-    objective: Objective | None = None,
-    chunk_loss: ChunkLoss | None = None,
-    fill_size: int | None = None,
-    num_targets: float | None = None,
-    recompute: bool = False,
-    cache_grad_dtype: torch.dtype | None = None,
-    offload: bool = False,
-    layers_at_once: int | None = None,
-    graphs: int = 0,
-    positions: Tensor | None = None,
-    share: bool = False,
-) -> Tensor:
+    model: Model, input_ids: Tensor, labels: Tensor, chunk_size: int, *, objective: Objective | None = None,
+    chunk_loss: ChunkLoss | None = None, fill_size: int | None = None, num_targets: float | None = None,
+    recompute: bool = False, cache_grad_dtype: torch.dtype | None = None, offload: bool = False,
+    layers_at_once: int | None = None, graphs: int = 0, positions: Tensor | None = None, share: bool = False,
+) -> Tensor:  # fmt: skip
     """Add the exact gradient of the mean loss to `.grad`; return the loss, detached.
 
     Sequential Chunk-wise Optimization, Algorithm 1 of arXiv 2505.16710.

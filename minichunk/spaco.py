@@ -20,24 +20,12 @@ Sampler = Callable[[int, torch.Generator | None], Sequence[Weight | None]]
 
 
 def spaco(
-    model: Model,
-    input_ids: Tensor,
-    labels: Tensor,
-    chunk_size: int,
-    *,
-    objective: Objective | None = None,
-    chunk_loss: ChunkLoss | None = None,
-    sampler: Sampler = QUARTER,
-    generator: torch.Generator | None = None,
-    fill_size: int | None = None,
-    num_targets: float | None = None,
-    recompute: bool = False,
-    cache_grad_dtype: torch.dtype | None = None,
-    offload: bool = False,
-    layers_at_once: int | None = None,
-    positions: Tensor | None = None,
-    share: bool = False,
-) -> Tensor:
+    model: Model, input_ids: Tensor, labels: Tensor, chunk_size: int, *, objective: Objective | None = None,
+    chunk_loss: ChunkLoss | None = None, sampler: Sampler = QUARTER, generator: torch.Generator | None = None,
+    fill_size: int | None = None, num_targets: float | None = None, recompute: bool = False,
+    cache_grad_dtype: torch.dtype | None = None, offload: bool = False, layers_at_once: int | None = None,
+    positions: Tensor | None = None, share: bool = False,
+) -> Tensor:  # fmt: skip
     """Add an estimate of the gradient of the mean loss to `.grad`; return an estimate of the loss.
 
     Sparse Chunk-wise Optimization, Algorithm 2 of arXiv 2505.16710, with the factors that its

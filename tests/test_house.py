@@ -64,19 +64,19 @@ def test_imports_go_one_way_between_wings() -> None:
 
 def test_the_package_is_small() -> None:
     paths = list(PACKAGE.rglob("*.py"))
-    assert len(paths) <= 70
-    assert sum(lines(path) for path in paths) <= 8000
+    assert len(paths) <= 75
+    assert sum(lines(path) for path in paths) <= 9300
     assert sum(lines(path) for path in PACKAGE.rglob("*.js")) <= 500
 
 
 def test_what_is_around_it_is_small() -> None:
-    assert sum(lines(path) for path in (ROOT / "tests").rglob("*.py")) <= 9500
+    assert sum(lines(path) for path in (ROOT / "tests").rglob("*.py")) <= 10_100
     assert len((ROOT / "README.md").read_bytes()) <= 15_000
 
 
 def test_the_algorithm_and_what_it_stands_on() -> None:
     """All that `seco.py` and a Llama import, and what those import; the README names these numbers."""
-    assert size(Path("seco.py"))[0] <= 7
+    assert size(Path("seco.py"))[0] <= 8
     counted, code = size(Path("seco.py"), Path("models/llama.py"))
     assert counted <= 18
     assert code <= 1300

@@ -31,7 +31,7 @@ def saved_bytes_per_chunk(model: Any, length: int, chunk_size: int) -> list[int]
     chunks = cut(length, chunk_size)
     memory = new_memory(model, ids, chunks, options)
     fill(model, ids, chunks[:-1], memory, options)
-    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *batch)}
+    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *batch) if isinstance(p, torch.Tensor)}
     totals = []
     for chunk in chunks:
         storages: dict[int, int] = {}
@@ -53,9 +53,9 @@ def test_saved_bytes_do_not_grow_with_the_past() -> None:
     model = build(tiny(), seed=0)
     totals = saved_bytes_per_chunk(model, length=64, chunk_size=8)
     assert totals[0] > 0
-    # The merge with a past is the only difference, and it saves nothing.
-    assert set(totals) == {totals[0]}
-    assert saved_bytes_per_chunk(model, length=128, chunk_size=8)[-1] == totals[0]
+    # The merge with a past is the only difference, and it saves nothing. (The last token has no target.)
+    assert {*totals[:-1]} == {totals[0]}
+    assert saved_bytes_per_chunk(model, length=128, chunk_size=8)[-2:] == totals[-2:]
 
 
 def test_a_concatenated_past_would_be_noticed() -> None:

@@ -198,7 +198,7 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     assert local_device("cuda") == "cuda"
     with tasks.under_torchrun(1, 2):
         assert (local_device("cuda"), local_device("cuda:0"), local_device("cpu")) == ("cuda:1", "cuda:1", "cpu")
-    with tasks.under_torchrun(1, 4), pytest.raises(mc.InputError, match=r"4 processes on this machine, but .* GPUs: 2"):
+    with tasks.under_torchrun(1, 4), pytest.raises(mc.InputError, match=r"4 processes here, but .* 2 GPUs"):
         local_device("cuda")
 
 

@@ -95,8 +95,8 @@ with torch.no_grad():
 print(f"largest logit: {whole.abs().max():.1f}; chunk by chunk the same to ten digits: {bool(difference < 1e-10)}")
 assert difference < 1e-10
 
-layer = memory.layers[0]
-print(f"memory of a layer: keys {tuple(layer.keys.shape)}, values {tuple(layer.values.shape)}  (B, G, T, D)")
+keys, values = memory.layers[0].rows.pair
+print(f"memory of a layer: keys {tuple(keys.shape)}, values {tuple(values.shape)}  (B, G, T, D)")
 
 # %% [markdown]
 # ## What autograd keeps alive
@@ -116,7 +116,7 @@ def saved_bytes(run):
         return tensor
 
     known = [p.untyped_storage().data_ptr() for p in model.parameters()]
-    known += [x.untyped_storage().data_ptr() for layer in memory.layers for x in (layer.keys, layer.values)]
+    known += [x.untyped_storage().data_ptr() for layer in memory.layers for x in layer.rows.pair]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run()
     del result
@@ -139,7 +139,7 @@ for n, a, b in zip(lengths, whole_bytes, chunk_bytes, strict=True):
 # ([`memory/attention.py`](../minichunk/memory/attention.py)). What still grows is the cache itself:
 
 # %%
-per_token = 2 * sum(layer.keys[0, :, 0].numel() for layer in memory.layers) * 8
+per_token = sum(x[0, :, 0].numel() for layer in memory.layers for x in layer.rows.pair) * 8
 activations = whole_bytes[-1] / ids.shape[1]
 print(f"cache: {per_token / 1024:.1f} KiB per token; activations: {activations / 1024:.1f} KiB per token,", end=" ")
 print(f"{activations / per_token:.0f} times as much")

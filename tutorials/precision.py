@@ -87,8 +87,7 @@ def attention_errors(pasts: Sequence[int] = PASTS) -> list[tuple[int, int, list[
 
             q, k, v, grad = draw(2, 64), draw(1, 64), draw(1, 64), draw(2, 64)
             memory = LayerCache((1, 1, past, 64), [], q, torch.float64)
-            memory.keys.copy_(draw(1, past))
-            memory.values.copy_(draw(1, past))
+            memory.write([Chunk(0, past)], (draw(1, past), draw(1, past)))
             inputs = (q.requires_grad_(), k.requires_grad_(), v.requires_grad_())
             out = memory.past([Chunk(past, past + 64)], save=False).attend(*inputs)
             results.append([out.detach(), *torch.autograd.grad(out, inputs, grad)])
