@@ -124,6 +124,11 @@ def test_the_forecast_is_the_peak_of_a_real_step(tmp_path: Path, config: Any, me
     assert (found.peak, found.host) == (pytest.approx(peak, rel=0.02), host)
 
 
+def test_a_large_fill_peaks_above_the_rebuilds(directory: str) -> None:
+    """So that the forecasts with one, above, are those of a fill."""
+    assert real_peak(of(directory, fill_size=1024), 2048)[0] > 1.1 * real_peak(of(directory), 2048)[0]
+
+
 def test_without_chunks_windows_take_what_full_attention_takes(directory: str) -> None:
     """As with a kernel that knows them. Masks would grow with the square of the length, and a forecast does not."""
     full = of(directory, "full-recompute-tiled")
@@ -174,6 +179,8 @@ def test_auto_of_a_training_asks_what_is_free(directory: str, monkeypatch: pytes
         peak = forecast(replace(setting, graphs=graphs)).at(8192).peak
         monkeypatch.setattr(module, "free_memory", lambda device, peak=peak: peak + module.RESERVE)
         assert fitted(told).graphs == min(graphs, 31)
+    assert fitted(replace(told, offload=True)).layers_at_once == "4"  # said, or offload would take one at a time
+    assert fitted(replace(told, graphs=2)).graphs == 31
     monkeypatch.setattr(module, "free_memory", lambda device: 0)
     with pytest.raises(mc.InputError, match=r"--layers-at-once auto: 8,192 tokens need .* take a shorter --seq-len"):
         fitted(told)

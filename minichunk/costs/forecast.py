@@ -4,6 +4,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from operator import attrgetter
+from typing import Any
 
 import torch
 
@@ -145,12 +146,17 @@ def fewest_blocks(setting: Setting, tokens: int | None, available: int, host: in
     return min(parts, key=lambda size: parts[size])  # of equals the first, with the fewest blocks
 
 
-def most_graphs(setting: Setting, tokens: int, available: int) -> int:
-    """How many graphs of a step of SeCO with all layers at once fit beside all else."""
-    if setting.in_blocks or setting.method != "seco" or setting.objective:
-        return 0
-    two, three = (forecast(replace(setting, graphs=number)).at(tokens).peak for number in (2, 3))
-    return max(0, min(2 + (available - two) // (three - two), -(-tokens // setting.chunk_size) - 1))
+def fastest(setting: Setting, tokens: int | None, available: int, host: int) -> dict[str, Any]:
+    """What `--layers-at-once auto` stands for, see `fewest_blocks`: `layers_at_once`, and as many `graphs` of a step of
+    SeCO as fit beside all else, where all layers fit at once."""
+    graphs, setting = 0, replace(setting, layers_at_once=None, graphs=0)
+    size = fewest_blocks(setting, tokens, available, host)
+    if tokens is None or setting.offload or size < setting.config().num_hidden_layers:
+        return {"layers_at_once": str(size), "graphs": graphs}
+    if setting.method == "seco" and not setting.objective:
+        two, three = (forecast(replace(setting, graphs=number)).at(tokens).peak for number in (2, 3))
+        graphs = max(0, min(2 + (available - two) // (three - two), -(-tokens // setting.chunk_size) - 1))
+    return {"layers_at_once": None, "graphs": graphs}
 
 
 def fitted(options: TrainOptions) -> TrainOptions:
@@ -170,12 +176,9 @@ def fitted(options: TrainOptions) -> TrainOptions:
     recompute = count_parameters(model) >= LARGE if told.recompute is None else told.recompute
     step |= {"targets": told.targets or tuple(default_targets(model)), "recompute": recompute}
     available = (free_memory(device) or 0) - RESERVE
-    size = fewest_blocks(Setting(**step), told.seq_len, available, free_memory(torch.device("cpu")) or 0)
-    peak = forecast(Setting(**step | {"layers_at_once": str(size)})).at(told.seq_len).peak
+    found = fastest(Setting(**step), told.seq_len, available, free_memory(torch.device("cpu")) or 0)
+    peak = forecast(Setting(**step | found)).at(told.seq_len).peak
     if peak > available:
         words = f"{human_bytes(peak)}, but {human_bytes(available)} are free on {device}: take a shorter --seq-len"
         raise InputError(f"--layers-at-once auto: {told.seq_len:,} tokens need {words}")
-    if size == len(model.layers):
-        graphs = most_graphs(Setting(**step), told.seq_len, available)
-        return replace(options, layers_at_once=None, graphs=graphs)
-    return replace(options, layers_at_once=str(size))
+    return replace(options, **found)

@@ -11,7 +11,7 @@ from ..errors import InputError
 from ..files.atomic import human_bytes
 from ..memory.window import FULL
 from ..training.options import StepOptions, changed, option
-from .forecast import fewest_blocks, forecast, most_graphs
+from .forecast import fastest, forecast
 from .setting import CHUNKED, METHODS, Setting, Share
 
 UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
@@ -59,11 +59,7 @@ def plan(options: PlanOptions) -> dict[str, Any]:
     """The forecast as one JSON object: of the method, and with `compare` of the others too. Raises InputError."""
     memory, reserve, host = (parse_bytes(text) for text in (options.memory, options.reserve, options.host_memory))
     if options.layers_at_once == "auto":
-        size = fewest_blocks(options, options.seq_len, memory - reserve, host)
-        options = replace(options, layers_at_once=str(size))
-        if (tokens := options.seq_len) and size == options.config().num_hidden_layers and not options.offload:
-            options = replace(options, layers_at_once=None)
-            options = replace(options, graphs=most_graphs(options, tokens, memory - reserve))
+        options = replace(options, **fastest(options, options.seq_len, memory - reserve, host))
     here = forecast(options, options.gpus)
     others = (METHODS if options.gpus == 1 else CHUNKED) if options.compare else ()
     methods: dict[str, Any] = {}
