@@ -62,9 +62,9 @@ def seco(
         return through_blocks(model, batch, chunks, kept, options, layers_at_once, offload, objective)
     memory = new_memory(model, input_ids, chunks, options)
     if objective is None:
-        early, late = chunks[: -1 - graphs], chunks[:-1][-graphs:] if graphs else []
+        early, late = chunks[: -1 - graphs], chunks[-1 - graphs : -1]
         fill(model, input_ids, early, memory, options)  # lines 1-3; no chunk reads the last one
-        model = fill_with_graphs(model, input_ids, late, memory, options)
+        model = fill_with_graphs(model, input_ids, late, memory, options) if late else model
     else:
         batch, value = weigh(objective, batch, score(model, batch, chunks, memory, options))
     total = torch.zeros((), device=input_ids.device)
@@ -98,6 +98,6 @@ def rebuild(
     Returns its share of the mean loss; what it wrote; and the gradients that later chunks have sent back to that. See
     `relay` for what both leave out.
     """
-    hidden, written = model.run(batch.part([chunk]).input_ids, memory, [chunk], options)  # line 5
+    hidden, written = model.run(batch.input_ids[:, span([chunk])], memory, [chunk], options)  # line 5
     loss = loss_of_chunk(hidden, model.lm_head.weight, batch, chunk)
     return loss, *relay(written, memory.hand_over(chunk))  # line 6
