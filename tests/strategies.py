@@ -25,6 +25,7 @@ from minichunk.models.rope import RopeRule
 from minichunk.models.ssm import StateLayer
 
 VOCAB = 23
+WEIGHTS = st.none() | st.builds(mc.Weight, st.floats(-2, 2), st.floats(-2, 2))  # what a sampler gives a chunk
 CUTS = st.none() | st.integers(1, 4)  # layers_at_once
 HOW = st.fixed_dictionaries({"recompute": st.booleans(), "offload": st.booleans(), "layers_at_once": CUTS})
 SECO_HOW = HOW | st.fixed_dictionaries({"recompute": st.booleans(), "graphs": st.integers(0, 4)})

@@ -13,9 +13,19 @@ from minichunk.memory.shared import SharedCache
 
 from .gradients import oracle
 from .rounding import exactly, outcome
-from .strategies import HOW, OBJECTIVES, PROJECTIONS, Drawn, blocks_of, build, examples, tiny, tiny_state, with_adapter
-
-WEIGHTS = st.none() | st.builds(mc.Weight, st.floats(-2, 2), st.floats(-2, 2))
+from .strategies import (
+    HOW,
+    OBJECTIVES,
+    PROJECTIONS,
+    WEIGHTS,
+    Drawn,
+    blocks_of,
+    build,
+    examples,
+    tiny,
+    tiny_state,
+    with_adapter,
+)
 
 
 def rows(alike: int, own: int, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

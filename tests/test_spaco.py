@@ -22,6 +22,7 @@ from .strategies import (
     CUTS,
     HOW,
     OBJECTIVES,
+    WEIGHTS,
     Batch,
     Drawn,
     batches,
@@ -34,7 +35,6 @@ from .strategies import (
 )
 
 LENGTH = 13
-WEIGHTS = st.none() | st.builds(mc.Weight, st.floats(-2, 2), st.floats(-2, 2))
 
 
 def case(chunk_size: int, layers: int = 3, seed: int = 0) -> tuple[mc.Llama, torch.Tensor, torch.Tensor, list[Chunk]]:

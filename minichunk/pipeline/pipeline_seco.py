@@ -35,7 +35,7 @@ def pipeline_seco(stage: PipelineStage, input_ids: Tensor, labels: Tensor, chunk
 
     Called on all ranks with the same arguments; returns the loss on all of them. A tied weight gets its whole gradient
     on the first and on the last rank.
-    options: the keywords of `seco`, but for `layers_at_once`, `offload` and `share`.
+    options: the keywords of `seco`, but for `layers_at_once`, `offload`, `graphs` and `share`.
     Raises InputError also if ranks do not agree on the batch, and RankLost if one of them ends or does not answer.
     """
     return pipeline_spaco(
