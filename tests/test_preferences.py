@@ -120,6 +120,14 @@ def rows(start: int, *answers: int) -> tuple[Document, Document]:
     return first, second
 
 
+def test_scores_are_without_dropout() -> None:
+    """Or a reference would be a random one, and no margin be 0 before the first step."""
+    pairs, options = [Pair("0", rows(9, 3, 6))], TrainOptions(objective="dpo", chunk_size=4)
+    model = with_adapter(build(tiny(), seed=1), dropout=0.5)
+    first, second = (score_pairs(model, pairs, options, "") for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first) and model.training
+
+
 @pytest.mark.parametrize("kind", ["dpo", "simpo", "kto", "distill"])
 @pytest.mark.parametrize("method", ["seco", "blocks", "full", "spaco"])
 def test_a_step_is_that_of_ordinary_backpropagation(kind: str, method: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import minichunk as mc
@@ -44,6 +44,7 @@ from .strategies import (
 )
 
 spaco_module = sys.modules["minichunk.spaco"]  # the attribute of that name is the function
+IDS = torch.randint(23, (2, 9), generator=torch.Generator().manual_seed(3))
 
 
 @contextmanager
@@ -68,6 +69,10 @@ def full_with_masks(model: mc.Llama, batch: Batch, seed: int, chunk_size: int, *
 
 
 @examples(100)
+@example(  # a graph of a chunk between two others that matter: which few draws have
+    model=build(tiny(), 0), batch=Batch(IDS, IDS), size=3, block=3, options={"graphs": 1}, fill=(0, 0), objective=None,
+    seed=0,
+)  # fmt: skip
 @given(
     model=models(), batch=batches(positions=True), size=st.integers(1, 16), block=st.integers(1, 6), options=SECO_HOW,
     fill=st.tuples(st.integers(0, 4), st.integers(0, 3)), objective=OBJECTIVES, seed=st.integers(0, 2**31),
@@ -241,9 +246,6 @@ def test_negative_controls(break_it: Callable[[pytest.MonkeyPatch], None] | None
         assert distance(got, exact.values) > 1e-2
         with pytest.raises(AssertionError, match=r"is off by .*, allowed .*; worst at \("):
             exact.check(got)
-
-
-IDS = torch.randint(23, (2, 9), generator=torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize(
