@@ -1,5 +1,6 @@
 """SmolLM2-135M from 8,192 tokens to 16,384: its rope unchanged, YaRN, and a larger theta; a hundred steps of each.
 
+python tutorials/extending_smollm2.py MODEL gaps    what each rope says of a gap in a short text, without training
 python tutorials/extending_smollm2.py MODEL ARM     train one arm and measure it before and after, on one CPU core
 python tutorials/extending_smollm2.py draw          the picture, of what was measured
 
@@ -7,6 +8,7 @@ MODEL is the directory that get_smollm2.py writes. Results are kept in results/e
 """
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -20,6 +22,7 @@ from minichunk.chunks import Chunk
 from minichunk.files.documents import EXTENDED_ON, MEASURED_ON, Document, collate, load_tokenizer, novel
 from minichunk.loss import token_losses
 from minichunk.models.load import change_rope
+from minichunk.protocol import Options
 from minichunk.training.evaluate import new_figure, save_figure
 from minichunk.training.loop import Schedule, Trainer
 
@@ -102,6 +105,25 @@ def measure(model: Any, tokenizer: Any) -> dict[str, Any]:
     return {"losses": losses, "recall": recall, "cpu_seconds": round(time.process_time() - began)}
 
 
+@torch.no_grad()
+def gaps(directory: str) -> None:
+    """Print the loss of the second halves of two texts of 1,024 tokens, a gap of so many positions before them."""
+    ids = torch.tensor(load_tokenizer(directory).encode(novel(MEASURED_ON).read_text()).ids)[20_000:22_048].view(
+        2, SHORT
+    )
+    half = SHORT // 2
+    for arm, rope in {**ARMS, "yarn:4": {"rope_type": "yarn", "factor": 4.0}, "theta 2e5": {"rope_theta": 2e5}}.items():
+        model = mc.Llama.from_pretrained(directory, dtype=torch.bfloat16)
+        if rope:
+            change_rope(model, rope)
+        losses = []
+        for gap in (0, 7000, 11_000, 15_000):
+            positions = torch.arange(SHORT) + gap * (torch.arange(SHORT) >= half)
+            hidden, _ = model.run(ids, options=Options(positions=positions))
+            losses.append(float(token_losses(hidden[:, half:-1], model.lm_head.weight, ids[:, half + 1 :]).mean()))
+        print(f"{arm:10}", *(f"{loss:7.3f}" for loss in losses), flush=True)
+
+
 def by_distance(recall: list[list[Any]]) -> dict[int, list[list[Any]]]:
     """What was asked by how many pieces of the text are between the key's beginning and the question: 1 to 8."""
     groups: dict[int, list[list[Any]]] = {}
@@ -130,7 +152,8 @@ def draw() -> None:
             means = [sum(x) / len(x) for x in asked.values()]
             right.plot([PIECE * distance for distance in asked], means, style, color=colour)
     left.axvline(8192, color="tab:gray", ls="--", lw=0.8)
-    left.set(xlabel="position", ylabel="loss, nats per token", ylim=(2.9, 5))
+    left.set(xlabel="position", ylabel="loss, nats per token")
+    right.axhline(-len(KEYS[0]) * math.log(10), color="tab:gray", ls="--", lw=0.8)  # five digits at random
     right.set(xlabel="tokens from the key to the question", ylabel="log-probability of the key, nats")
     left.legend(fontsize=8)
     save_figure(figure, HERE / "figures" / "extending_smollm2.png")
@@ -164,4 +187,9 @@ def main(directory: str, arm: str, *what: str) -> None:
 
 
 if __name__ == "__main__":
-    draw() if sys.argv[1:] == ["draw"] else main(*sys.argv[1:])
+    if sys.argv[1:] == ["draw"]:
+        draw()
+    elif sys.argv[2:] == ["gaps"]:
+        gaps(sys.argv[1])
+    else:
+        main(*sys.argv[1:])

@@ -2,8 +2,8 @@
 
 python tutorials/short_texts.py     four minutes on one CPU core; writes results/short_texts.json and the picture
 
-The shipped Llama knows 256 tokens and is to read 2,048. Rope sees nothing but the difference of two positions: so a text
-of 256 tokens can show it a distance of 2,000, if its positions leave some out.
+The shipped Llama knows 256 tokens and is to read 2,048. Rope sees nothing but the difference of two positions: so a
+text of 256 tokens can show it a distance of 2,000, if its positions leave some out.
 """
 
 import json
@@ -104,7 +104,7 @@ def run(name: str, seed: int = 0) -> dict[str, Any]:
 
 def draw(runs: list[dict[str, Any]]) -> None:
     """Loss by position: lines for as many tokens as at full length, dots for an eighth of them."""
-    if (figure := new_figure(7.2, 4.2)) is None:
+    if (figure := new_figure(8, 3.8)) is None:
         return
     axes = figure.subplots()
     colours = {
@@ -120,7 +120,7 @@ def draw(runs: list[dict[str, Any]]) -> None:
             axes.plot(where, one["losses"], style, ms=4, color=colour, label=one["arm"])
     axes.set(xlabel="position", ylabel="held-out loss, nats per token")
     axes.axvline(SHORT, color="gray", ls=":")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     save_figure(figure, HERE / "figures" / "short_texts.png")
 
 
