@@ -98,9 +98,9 @@ def summed_loss(
     Returns a scalar in float32, or in the model's dtype where that is wider.
     """
     labelled = targets != IGNORE if labelled is None else labelled
-    factors = None if factors is None else _rows(factors, labelled)  # without those that an objective may leave as NaN
+    factors = None if factors is None else with_target(factors, labelled)  # an objective may leave NaN elsewhere
     cap = getattr(weight, "softcap", None)
-    return _SummedLoss.apply(_rows(hidden, labelled), weight, _rows(targets, labelled), factors, cap)
+    return _SummedLoss.apply(with_target(hidden, labelled), weight, with_target(targets, labelled), factors, cap)
 
 
 @torch.no_grad()
@@ -108,11 +108,11 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, labelled: Tens
     """As `summed_loss`, but each token's own loss (B, C), 0 without a target, and no gradient."""
     labelled = targets != IGNORE if labelled is None else labelled
     cap = getattr(weight, "softcap", None)
-    losses, _, _ = _token_losses(_rows(hidden, labelled), weight, _rows(targets, labelled), cap)
+    losses, _, _ = _token_losses(with_target(hidden, labelled), weight, with_target(targets, labelled), cap)
     return losses.new_zeros(targets.shape).masked_scatter_(labelled.to(losses.device), losses)
 
 
-def _rows(x: Tensor, labelled: Tensor) -> Tensor:
+def with_target(x: Tensor, labelled: Tensor) -> Tensor:
     """Of x (B, C, ·) what has a target: (N, ·)."""
     x = x.flatten(0, 1)
     return x if labelled.all() else x.index_select(0, labelled.flatten().nonzero()[:, 0].to(x.device))

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ..batch import IGNORE, ChunkLoss, make_batch
+from ..batch import IGNORE, Batch, ChunkLoss
 from ..chunks import Chunk, span
 from ..files.documents import Pair, collate, step_documents
+from ..loss import with_target
 from ..losses import dpo, ipo, kto, means, orpo, simpo
 from ..losses import pairs as halves
 from ..memory.cache import LayerCache
@@ -131,23 +132,21 @@ def measure_pairs(
     return {"loss": sum(losses) / len(losses), **averages(measures)} if losses else {}
 
 
-def distillation(
-    teacher: Stack, model: Any, input_ids: Tensor, labels: Tensor, num_targets: int, chunk_size: int
-) -> ChunkLoss:
-    """Σ_v t log(t / p), the forward KL of the model's p from the teacher's t, summed over targets / num_targets.
+def distillation(teacher: Stack, model: Any, batch: Batch, chunk_size: int) -> ChunkLoss:
+    """Σ_v t log(t / p), the forward KL of the model's p from the teacher's t, summed over the batch's targets.
 
     The teacher runs here, chunk by chunk; its last hidden states are kept. The logits of one chunk exist at a time.
     """
-    batch = make_batch(input_ids, labels, num_targets)
-    memory = teacher.new_memory(*input_ids.shape)
-    options = Options(positions=torch.arange(input_ids.shape[1], device=input_ids.device))
-    hidden = torch.cat([h for _, h in teacher.run_chunks(input_ids, memory, chunk_size, options=options)], 1)
+    ids, memory = batch.input_ids, teacher.new_memory(*batch.input_ids.shape)
+    options = Options(positions=torch.arange(ids.shape[1], device=ids.device))
+    hidden = torch.cat([h for _, h in teacher.run_chunks(ids, memory, chunk_size, options=options)], 1)
 
     def chunk_loss(of_model: Tensor, chunk: Chunk) -> Tensor:
-        here = batch.part([chunk]).labelled.to(of_model.device)
-        says, learns = teacher.lm_head(hidden[:, span([chunk])][here]), model.lm_head(of_model[here])  # (N, V)
+        here = batch.part([chunk]).labelled
+        says = teacher.lm_head(with_target(hidden[:, span([chunk])], here))  # (N, V)
+        learns = model.lm_head(with_target(of_model, here))
         wide = torch.promote_types(learns.dtype, torch.float32)
         t, p = (logits.log_softmax(-1, dtype=wide) for logits in (says, learns))
-        return F.kl_div(p, t, reduction="sum", log_target=True) / num_targets
+        return F.kl_div(p, t, reduction="sum", log_target=True) / batch.num_targets
 
     return chunk_loss
