@@ -10,14 +10,11 @@ import pytest
 import torch
 
 import minichunk as mc
-from minichunk.command.main import main
 from minichunk.costs.setting import Setting
 from minichunk.memory.window import FULL, Pattern
 from minichunk.models.load import load_model
 from minichunk.models.partial import describe, partial_config
-from minichunk.training.evaluate import loss_by_position
-from minichunk.training.load import load_as_told, load_data
-from minichunk.training.options import ReadOptions, TrainOptions, options_of
+from minichunk.training.options import TrainOptions
 
 from .rounding import measure
 from .strategies import build, tiny, with_adapter
@@ -180,14 +177,18 @@ def test_an_adapter_brings_its_hybrid_along(pattern: Pattern, adapter_first: boo
         mc.save_adapter(base, tmp_path)  # and on
 
 
-def test_peft_refuses_the_adapter_of_a_hybrid(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["PARTIAL_CONTEXT_LORA", "OTHER_ROPE_LORA"])
+def test_peft_refuses_the_adapter_of_a_changed_base(kind: str, tmp_path: Path) -> None:
     """It would put it beside a base that sees everything, with no more than a warning."""
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     build(tiny(3), seed=1).save_pretrained(tmp_path / "base")
-    mc.save_adapter(hybrid(mc.Window(5), adapter=True), tmp_path / "adapter", tmp_path / "base")
+    model = hybrid(mc.Window(5), adapter=True) if "PART" in kind else with_adapter(build(tiny(3), 1), targets=None)
+    if "ROPE" in kind:
+        mc.change_rope(model, {"rope_theta": 500.0})
+    mc.save_adapter(model, tmp_path / "adapter", tmp_path / "base")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     for load in (lambda path: peft.PeftModel.from_pretrained(base, path), base.load_adapter):
-        with pytest.raises(KeyError, match="PARTIAL_CONTEXT_LORA"):
+        with pytest.raises(KeyError, match=kind):
             load(str(tmp_path / "adapter"))
 
 
@@ -233,81 +234,6 @@ def test_an_adapter_of_another_hybrid_is_refused(tmp_path: Path) -> None:
     for other in (hybrid(mc.Window(6)), hybrid(mc.Window(5, 1)), elsewhere):
         with pytest.raises(mc.InputError, match=r"adapter_config.json: layers of this model see a part"):
             mc.load_adapter(other, tmp_path)
-
-
-# Commands.
-
-
-@pytest.fixture
-def command(model_directory: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.chdir(tmp_path)
-    return [
-        "train", "--model", str(model_directory), "--data", str(text), "--device", "cpu", "--seq-len", "40",
-        "--chunk-size", "8", "--steps", "2", "--rank", "2", "--lr", "0.1", "--output", "run", "--full-layers", "1",
-    ]  # fmt: skip
-
-
-WINDOW = ["--partial-context", "window", "--window", "4", "--sinks", "2"]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        [*WINDOW, "--method", "spaco", "--budget", "2", "--dropout", "0.1"],
-        [*WINDOW, "--method", "full", "--sinks", "0", "--rank", "0"],
-        ["--partial-context", "strided", "--block", "2", "--local", "2", "--stride", "3", "--full-layers"],
-    ],
-    ids=" ".join,
-)
-def test_what_was_trained_is_what_is_evaluated(
-    command: list[str], options: list[str], model_directory: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The losses after training are those of the model that the other commands load, and not of the base's function."""
-    assert main([*command, *options]) == 0
-    assert "past    the last" in capsys.readouterr().out
-    after = [span["loss"] for span in json.loads(Path("run/loss_by_position.json").read_text())["after"]]
-    info = json.loads(Path("run/run.json").read_text())["options"]
-    whole = Path("run/model").is_dir()
-    used = ("run/model", None) if whole else (str(model_directory), "run/adapter")
-    model, tokenizer = load_as_told(ReadOptions(model=used[0], adapter=used[1], device="cpu"))
-    told = "the last 2 blocks of 2 positions" if "strided" in options else "the last 4 positions"
-    assert told in describe(model.config)
-    _, held_out, _ = load_data(options_of(TrainOptions, info), model, tokenizer)
-    spans = [(0, 16), (16, 32), (32, 40)]
-    assert [span.loss for span in loss_by_position(model, held_out, 8, spans)] == pytest.approx(after, rel=1e-6)
-    for layer in model.layers:
-        layer.self_attn.pattern = FULL  # type: ignore[union-attr, assignment]
-    assert abs(loss_by_position(model, held_out, 8, spans)[1].loss - after[1]) > 1e-4
-
-    named = ["--model", used[0], *([] if whole else ["--adapter", used[1] or ""])]
-    assert main(["generate", "It is", *named, "--max-new-tokens", "9", "--device", "cpu"]) == 0
-    assert capsys.readouterr().out.startswith("It is")
-    assert main(["evaluate", *named, "--data", command[4], "--seq-len", "40", "--device", "cpu"]) == 0
-    assert told in capsys.readouterr().out
-    assert main(["train", "--resume", "--output", "run"]) == 0
-    assert told in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ([], "--full-layers belongs to --partial-context"),
-        (["--window", "4"], "--window belongs to --partial-context window"),
-        ([*WINDOW, "--block", "4"], "--block belongs to --partial-context strided"),
-        (["--partial-context", "strided", "--sinks", "4"], "--sinks belongs to --partial-context window"),
-        ([*WINDOW, "--full-layers", "2"], "full layers are [2], but must be some, not all, of 0 to 1"),
-    ],
-)
-def test_mistakes_are_named_before_training(
-    command: list[str], change: list[str], words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    planned = ["plan", "--model", command[2], "--seq-len", "64", "--chunk-size", "8", "--full-layers", "1"]
-    for arguments in ([*command, *change], [*planned, *change]):
-        assert main(arguments) == 2
-        error = capsys.readouterr().err
-        assert words in error
-        assert error.count("\n") == 1
-    assert not Path("run").exists()
 
 
 def test_the_plan_of_a_hybrid_is_that_of_its_checkpoint(tmp_path: Path) -> None:
