@@ -247,31 +247,3 @@ def test_bfloat16(wide: bool) -> None:
     hidden, written = model.run(ids)
     assert hidden.dtype == torch.bfloat16
     assert [x.dtype for x in written[0]] == [torch.float32] * 2 + [torch.bfloat16] * 2
-
-
-CONFIG = {**tiny().to_dict(), "chunk_size": 256, "use_cache": True, "rms_norm": True, "time_step_rank": 1}
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"model_type": "mamba"}, "model_type is 'mamba', but must be 'mamba2'"),
-        ({"state_size": None}, "state_size is missing"),
-        ({"n_groups": 0}, "n_groups is 0, but must be a whole number"),
-        ({"n_groups": 3}, r"num_heads \(4\) must be a multiple of n_groups \(3\)"),
-        ({"head_dim": 5}, r"num_heads \(4\) times head_dim \(5\) must be expand \(2\) times hidden_size \(8\)"),
-        ({"expand": 2.5}, "expand is 2.5, but must be a whole number"),
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported; it must be 'silu'"),
-        ({"rms_norm": False}, "rms_norm = False is not supported; it must be True"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config = .* must be absent"),
-        ({"use_bias": "yes"}, "use_bias is 'yes', but must be true or false"),
-        ({"layer_norm_epsilon": 0}, "layer_norm_epsilon is 0, but must be a number above 0"),
-        ({"time_step_limit": [0.3, 0.1]}, r"time_step_limit is \[0.3, 0.1\], but must be .least, greatest."),
-        ({"time_step_limit": 3}, "time_step_limit is 3, but must be .least, greatest."),
-        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>', but must be a token id"),
-    ],
-)
-def test_a_wrong_config_is_refused(change: dict[str, Any], words: str) -> None:
-    assert mc.Mamba2Config.from_dict(CONFIG) == tiny()
-    with pytest.raises(mc.InputError, match=words):
-        mc.Mamba2Config.from_dict(CONFIG | change)

@@ -84,28 +84,6 @@ def test_what_transformers_would_ignore_it_refuses(pattern: Pattern, name: str, 
     assert torch.equal(again(IDS), ours(IDS))
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"base_model_type": None}, "base_model_type None is not supported"),
-        ({"pattern": None}, "the field pattern is missing"),
-        ({"layer_types": None}, "the field layer_types is missing"),
-        ({"pattern": {"window": 4}}, "must have window and sinks, or block, local and stride"),
-        ({"pattern": {"window": 0, "sinks": 1}}, "window is 0"),
-        ({"pattern": {"window": 4, "sinks": -1}}, "sinks is -1"),
-        ({"pattern": {"block": 4, "local": 2, "stride": "2"}}, "stride is '2'"),
-        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "or 'partial_attention'"),
-        ({"layer_types": []}, r"layer_types is \[\], but must be .* or 'partial_attention' for each of the 3 layers"),
-        ({"layer_types": ["full_attention"] * 3}, "without any 'partial_attention'"),
-        ({"model_type": "ministral"}, "or 'sliding_attention'"),
-    ],
-)
-def test_a_wrong_config_is_named(change: dict[str, Any], words: str) -> None:
-    written = partial_config(tiny(3), mc.Window(4, 3)).to_dict()
-    with pytest.raises(mc.InputError, match=words):
-        mc.LlamaConfig.from_dict({**written, **change})
-
-
 @pytest.mark.parametrize("fields", [{"sliding_window": 4}, {"pattern": mc.Window(4, 3)}])
 def test_a_window_that_no_layer_would_have(fields: dict[str, Any]) -> None:
     """Or it would be ignored, and all layers would see all of the past."""
