@@ -141,7 +141,7 @@ def test_every_field_of_a_config_is_checked_and_named(kind: str) -> None:
         for wrong in WRONG.get(types[name], ()):
             with pytest.raises(mc.InputError, match=f"{name} is {wrong!r}, but must be"):
                 read_model_config({**CONFIGS[kind], name: wrong})
-    with pytest.raises(mc.InputError, match="model_type (is )?'gpt2'"):
+    with pytest.raises(mc.InputError, match=r"model_type (is )?'gpt2'"):
         type(config).from_dict({**CONFIGS[kind], "model_type": "gpt2"})
 
 
