@@ -20,7 +20,6 @@ import minichunk as mc
 from minichunk.batch import IGNORE, shift
 from minichunk.chunks import Chunk
 from minichunk.memory.state import Handed, LayerState
-from minichunk.models.load import load_model
 from minichunk.models.quantize import Linear4bit
 
 from .gradients import Tensors, take_gradients
@@ -161,48 +160,6 @@ def test_a_tail_does_not_keep_its_chunk_in_memory() -> None:
     assert all(x.untyped_storage().nbytes() == x.nbytes for x in written[0][2::4])
 
 
-@pytest.mark.parametrize(("limit", "chunk_size"), [((0.0, math.inf), 1), ((0.0, math.inf), 3), ((0.1, 0.3), 100)])
-def test_generate_equals_transformers(limit: tuple[float, float], chunk_size: int) -> None:
-    model = build(tiny(time_step_limit=limit), seed=5)
-    prompt = torch.randint(VOCAB, (2, 7), generator=torch.Generator().manual_seed(0))
-    theirs = reference(model).eval()
-    ours = mc.generate(model, prompt, 9, chunk_size=chunk_size)
-    # Token by token, with its own cache, transformers leaves time_step_limit out.
-    with stays_float64():
-        expected = theirs.generate(
-            prompt, max_new_tokens=9, do_sample=False, use_cache=limit[1] == math.inf,
-            attention_mask=torch.ones_like(prompt),  # or it would take a token 1 for padding
-        )  # fmt: skip
-    assert torch.equal(ours, expected)
-    assert len(set(ours[0, 7:].tolist())) > 3
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_transformers_loads_ours_and_we_theirs(tied: bool, tmp_path: Path) -> None:
-    config = tiny(
-        tie_word_embeddings=tied, use_conv_bias=not tied, use_bias=tied, residual_in_fp32=tied, conv_kernel=3,
-        time_step_limit=(0.1, math.inf), max_position_embeddings=77, pad_token_id=None, bos_token_id=5,
-        eos_token_id=(3, 4),
-    )  # fmt: skip
-    model = build(config)
-    model.save_pretrained(tmp_path / "ours")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
-    assert isinstance(theirs, Theirs)
-    assert theirs.dtype == torch.float64
-    for name, value in asdict(config).items():
-        got = getattr(theirs.config, name)
-        assert (tuple(got) if isinstance(got, list) else got) == value, name
-    theirs.save_pretrained(tmp_path / "theirs")
-    for name in ("ours", "theirs"):
-        loaded = load_model(tmp_path / name)
-        assert isinstance(loaded, mc.Mamba2)
-        assert loaded.config == config
-        assert (loaded.lm_head.weight is loaded.backbone.embeddings.weight) == tied
-        for other in (loaded.state_dict(), theirs.state_dict()):
-            assert other.keys() == model.state_dict().keys()
-            assert all(torch.equal(x, other[name]) for name, x in model.state_dict().items())
-
-
 def test_a_base_in_4_bits(tmp_path: Path) -> None:
     """in_proj and out_proj are stored so, and what stays trainable gets its exact gradient."""
     pytest.importorskip("bitsandbytes")
@@ -247,31 +204,3 @@ def test_bfloat16(wide: bool) -> None:
     hidden, written = model.run(ids)
     assert hidden.dtype == torch.bfloat16
     assert [x.dtype for x in written[0]] == [torch.float32] * 2 + [torch.bfloat16] * 2
-
-
-CONFIG = {**tiny().to_dict(), "chunk_size": 256, "use_cache": True, "rms_norm": True, "time_step_rank": 1}
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"model_type": "mamba"}, "model_type is 'mamba', but must be 'mamba2'"),
-        ({"state_size": None}, "state_size is missing"),
-        ({"n_groups": 0}, "n_groups is 0, but must be a whole number"),
-        ({"n_groups": 3}, r"num_heads \(4\) must be a multiple of n_groups \(3\)"),
-        ({"head_dim": 5}, r"num_heads \(4\) times head_dim \(5\) must be expand \(2\) times hidden_size \(8\)"),
-        ({"expand": 2.5}, "expand is 2.5, but must be a whole number"),
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported; it must be 'silu'"),
-        ({"rms_norm": False}, "rms_norm = False is not supported; it must be True"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config = .* must be absent"),
-        ({"use_bias": "yes"}, "use_bias is 'yes', but must be true or false"),
-        ({"layer_norm_epsilon": 0}, "layer_norm_epsilon is 0, but must be a number above 0"),
-        ({"time_step_limit": [0.3, 0.1]}, r"time_step_limit is \[0.3, 0.1\], but must be .least, greatest."),
-        ({"time_step_limit": 3}, "time_step_limit is 3, but must be .least, greatest."),
-        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>', but must be a token id"),
-    ],
-)
-def test_a_wrong_config_is_refused(change: dict[str, Any], words: str) -> None:
-    assert mc.Mamba2Config.from_dict(CONFIG) == tiny()
-    with pytest.raises(mc.InputError, match=words):
-        mc.Mamba2Config.from_dict(CONFIG | change)

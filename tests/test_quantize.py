@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 import minichunk as mc
-from minichunk.command.main import main
 from minichunk.costs.forecast import forecast
 from minichunk.costs.setting import Setting
 from minichunk.models.lora import adapters
@@ -96,30 +94,13 @@ def test_an_adapter_goes_from_one_base_to_the_other(directory: Path, tmp_path: P
             torch.testing.assert_close(there(IDS), model(IDS), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("trained", "used"), [([], ["--load-in-4bit"]), (["--load-in-4bit"], [])])
-def test_train_then_evaluate_then_generate(
-    model_directory: Path, text: Path, tmp_path: Path, trained: list[str], used: list[str], capsys: Any
-) -> None:
-    model = ["--model", str(model_directory), "--device", "cpu"]
-    run = ["--data", str(text), "--seq-len", "32", "--chunk-size", "8", "--steps", "2", "--rank", "2"]
-    assert main(["train", *model, *run, "--output", str(tmp_path / "run"), *trained]) == 0
-    adapter = ["--adapter", str(tmp_path / "run" / "adapter"), *used]
-    assert main(["evaluate", *model, *adapter, "--data", str(text), "--seq-len", "32"]) == 0
-    assert "16 to 32" in capsys.readouterr().out
-    assert main(["generate", "It is", *model, *adapter, "--max-new-tokens", "3"]) == 0
-    assert capsys.readouterr().out.startswith("It is")
-
-
-def test_refusals(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals(directory: Path, tmp_path: Path) -> None:
     model = mc.Llama.from_pretrained(directory, load_in_4bit=True)
     with pytest.raises(mc.InputError, match="a model in 4 bits is not written"):
         model.save_pretrained(tmp_path / "new")
     mc.add_lora(model)
     with pytest.raises(mc.InputError, match="a 4-bit base cannot take an adapter in"):
         mc.merge_lora(model)
-    for command in ("train", "plan"):
-        assert main([command, "--load-in-4bit", "--rank", "0"]) == 2
-        assert "--load-in-4bit freezes the base" in capsys.readouterr().err
 
 
 def test_8b_in_4_bits_on_24_gib() -> None:

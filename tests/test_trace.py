@@ -312,15 +312,6 @@ def test_the_command_writes_page_and_logs(
     assert "".join(found[0][0]["text"])[:10] == text.read_text()[:10]
     assert main(["walk", "--events", str(logs / "spaco-8.jsonl"), *output]) == 0
     assert logs_of((tmp_path / "page.html").read_text()) == [found[2]]
-    for change, words in (
-        (["--chunk-size", "1"], "--chunk-size 1 makes 40 chunks, but the page has room for 32"),
-        (["--method", "naive"], "--method is 'naive'"),
-        (["--events", "nowhere.jsonl"], "No such file or directory: 'nowhere.jsonl'"),
-        (["--output", f"{text}/x.html", "--method", "full"], "cannot make the directory"),
-    ):
-        assert main([*walk, *change]) == 2
-        assert words in (error := capsys.readouterr().err)
-        assert error.count("\n") == 1
 
 
 def test_no_text_ends_the_script_of_a_page() -> None:

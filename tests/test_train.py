@@ -17,8 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import minichunk as mc
-from minichunk.files.documents import Document, load_tokenizer
-from minichunk.models.rope import RopeRule
+from minichunk.files.documents import Document
 from minichunk.training import run_directory
 from minichunk.training import train as train_module
 from minichunk.training.evaluate import loss_by_position, spans_for
@@ -125,38 +124,6 @@ def test_a_run_does_not_go_on_with_other_data_or_another_base(name: str, options
         train(TrainOptions(output=options.output, resume=True), say=lambda line: pytest.fail(line))
 
 
-@pytest.mark.parametrize("rank", [2, 0])
-def test_another_rope_is_written_and_read_again(rank: int, options: TrainOptions) -> None:
-    """By the adapter that needs it, or by the model; and every step's metrics come by as they are written."""
-    seen, lines = list[Any](), list[str]()
-    options = replace(options, rope="yarn:4", rope_theta=500.0, rank=rank, steps=2)
-    directory = train(options, say=lines.append, on_step=seen.append)
-    assert seen == Run(directory).read_metrics() and len(seen) == 2
-    assert any(line.startswith("rope    rope_theta 500.0, rope_type yarn, ") for line in lines)
-    base = mc.load_model(str(options.model))
-    model = base if rank else mc.load_model(directory / "model")
-    if rank:
-        with pytest.raises(KeyError, match="OTHER_ROPE_LORA"):
-            pytest.importorskip("peft").PeftConfig.from_pretrained(directory / "adapter")
-        mc.load_adapter(model, directory / "adapter")
-    else:
-        theirs = pytest.importorskip("transformers").AutoConfig.from_pretrained(directory / "model")
-        assert theirs.rope_parameters["rope_theta"] == 500.0 and theirs.rope_parameters["rope_type"] == "yarn"
-    context = base.config.max_position_embeddings
-    assert model.config.rope_scaling == RopeRule("yarn", factor=4.0, original_max_position_embeddings=context)
-    assert model.config.rope_theta == 500.0
-    after = json.loads((directory / "loss_by_position.json").read_text())["after"]
-    _, validation, _ = load_data(options.resolved(), model, load_tokenizer(str(options.model)))
-    again = loss_by_position(model, validation, 8, [(span["start"], span["stop"]) for span in after])
-    assert [span.loss for span in again] == pytest.approx([span["loss"] for span in after], rel=1e-5)
-
-
-@pytest.mark.parametrize("rope", ["yarn", "yarn:1", "yarn:x", "yarn:-4", "su:4", "yarn:4:4"])
-def test_a_rope_that_cannot_be_is_named(rope: str, options: TrainOptions) -> None:
-    with pytest.raises(mc.InputError, match=f"--rope is '{rope}', but must be yarn:FACTOR or linear:FACTOR"):
-        train(replace(options, rope=rope), say=lambda line: pytest.fail(line))
-
-
 def test_large_models_recompute_unless_told_otherwise(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_module, "LARGE", 1)
     for recompute in (None, False):
@@ -193,8 +160,8 @@ def test_a_second_ctrl_c_does_not_say_that_all_is_saved(options: TrainOptions, m
 
 def test_what_a_run_writes_and_says(options: TrainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    said = list[str]()
-    directory = train(options, say=said.append)
+    said, seen = list[str](), list[Any]()
+    directory = train(options, say=said.append, on_step=seen.append)
     written = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
     assert written == {
         "run.json", "metrics.jsonl", "checkpoint.safetensors", "loss.png", "loss_by_position.json",
@@ -204,7 +171,7 @@ def test_what_a_run_writes_and_says(options: TrainOptions, monkeypatch: pytest.M
     assert re.search("all tokens kept(.|\n)*loss before(.|\n)*0 to 16 .*inside the old context(.|\n)*beyond it", shown)
     assert "peak memory" in shown and "written" in shown
     metrics = Run(directory).read_metrics()
-    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6]
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5, 6] and metrics == seen
     assert all(m["peak_bytes"] > 0 and m["seconds"] > 0 for m in metrics)
 
 

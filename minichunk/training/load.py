@@ -51,8 +51,10 @@ def load_to_train(options: TrainOptions, links: Links | None = None) -> tuple[An
     stages: list[PipelineStage] = []
 
     def prepare(model: Stack) -> None:
-        if not isinstance(model, Stack) and (links is not None or options.offload):
-            raise InputError("--pipeline and --offload need a model of minichunk's own: leave them out")
+        if not isinstance(model, Stack) and (links is not None or options.offload or options.layers_at_once):
+            raise InputError(
+                "--pipeline, --layers-at-once and --offload need a model of minichunk's own: leave them out"
+            )
         if (pattern := options.pattern()) is not None:
             partial_context(model, pattern, options.full_layers)
         if rope := options.rope_parameters():

@@ -9,18 +9,17 @@ from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from ..batch import IGNORE, Batch, ChunkLoss
 from ..chunks import Chunk, span
 from ..files.documents import Pair, collate, step_documents
-from ..loss import with_target
-from ..losses import dpo, ipo, kto, means, orpo, simpo
+from ..losses import divergence, dpo, ipo, kto, means, orpo, simpo
 from ..losses import pairs as halves
 from ..memory.cache import LayerCache
 from ..memory.window import FULL
+from ..models.lora import without_dropout
 from ..models.stack import Stack
 from ..objective import log_probs
 from ..protocol import Options
@@ -91,15 +90,14 @@ def score_pairs(model: Stack, pairs: Sequence[Pair], options: TrainOptions, titl
 
     Pair by pair, in the chunks that a step has: of a step with one pair in a batch they are the same to the last bit.
     """
-    was_training, whole = model.training, options.method == "full"
-    found, share = dict[str, Tensor](), shares_prompts(model, options)
-    model.eval()
-    for pair in tqdm(pairs, title, unit="pair", leave=False):
-        input_ids, labels = collate([pair], next(model.parameters()).device)
-        size, fill_size = (options.seq_len, None) if whole else (options.chunk_size, options.fill_size)
-        scores = log_probs(model, input_ids, labels, size, fill_size=fill_size, share=share)
-        found |= {f"{pair.name}, row {i}": scores[i][labels[i] != IGNORE].cpu() for i in (0, 1)}
-    model.train(was_training)
+    size = options.seq_len if options.method == "full" else options.chunk_size
+    how: Any = {"fill_size": options.fill_size, "share": shares_prompts(model, options)}
+    found = dict[str, Tensor]()
+    with without_dropout(model):
+        for pair in tqdm(pairs, title, unit="pair", leave=False):
+            input_ids, labels = collate([pair], next(model.parameters()).device)
+            scores = log_probs(model, input_ids, labels, size, **how)
+            found |= {f"{pair.name}, row {i}": scores[i][labels[i] != IGNORE].cpu() for i in (0, 1)}
     return found
 
 
@@ -133,20 +131,17 @@ def measure_pairs(
 
 
 def distillation(teacher: Stack, model: Any, batch: Batch, chunk_size: int) -> ChunkLoss:
-    """Σ_v t log(t / p), the forward KL of the model's p from the teacher's t, summed over the batch's targets.
+    """`losses.divergence` from the teacher, summed over the batch's targets.
 
-    The teacher runs here, chunk by chunk; its last hidden states are kept. The logits of one chunk exist at a time.
+    The teacher runs here, chunk by chunk; its last hidden states are kept, and nothing else of it.
     """
     ids, memory = batch.input_ids, teacher.new_memory(*batch.input_ids.shape)
     options = Options(positions=torch.arange(ids.shape[1], device=ids.device))
     hidden = torch.cat([h for _, h in teacher.run_chunks(ids, memory, chunk_size, options=options)], 1)
 
     def chunk_loss(of_model: Tensor, chunk: Chunk) -> Tensor:
-        here = batch.part([chunk]).labelled
-        says = teacher.lm_head(with_target(hidden[:, span([chunk])], here))  # (N, V)
-        learns = model.lm_head(with_target(of_model, here))
-        wide = torch.promote_types(learns.dtype, torch.float32)
-        t, p = (logits.log_softmax(-1, dtype=wide) for logits in (says, learns))
-        return F.kl_div(p, t, reduction="sum", log_target=True) / batch.num_targets
+        of_teacher, part = hidden[:, span([chunk])], batch.part([chunk])
+        summed = divergence(of_model, model.lm_head.weight, of_teacher, teacher.lm_head.weight, part.labelled)
+        return summed / batch.num_targets
 
     return chunk_loss
