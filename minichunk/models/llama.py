@@ -2,6 +2,8 @@
 Shapes: B batch, T tokens of this call, H query heads, G key-value heads, D head size,
 E hidden size, V vocabulary. Parameter names are Hugging Face's."""
 
+from sys import maxsize
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from ..memory.attention import Past
 from ..memory.cache import LayerCache
 from ..memory.layer_memory import LayerMemory, MemorySpec, wide
-from ..memory.window import FULL, Pattern
+from ..memory.window import FULL, Pattern, within
 from .config import LlamaConfig
 from .stack import Stack
 
@@ -111,7 +113,8 @@ class Layer(nn.Module):
         """For keys and values, as far as the pattern needs them, and the gradients that are sent back to them."""
         attention, grad_dtype = self.self_attn, spec.options.cache_grad_dtype or wide(spec.like)
         shape = (spec.batch, attention.groups, spec.capacity, attention.head_dim)
-        return LayerCache(shape, spec.receiving, spec.like, grad_dtype, attention.pattern)
+        pattern = within(attention.pattern, spec.options.documents)
+        return LayerCache(shape, spec.receiving, spec.like, grad_dtype, pattern)
 
 
 class Llama(Stack):
@@ -119,6 +122,11 @@ class Llama(Stack):
 
     config_class = LlamaConfig
     takes_positions = True
+
+    @property
+    def one_rope_to(self) -> int:
+        """Up to how many positions the rotations of a text do not depend on its length."""
+        return maxsize if self.config.rope_scaling is None else int(self.config.rope_scaling.one_to(self.config))
 
     def __init__(self, config: LlamaConfig) -> None:
         norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -4,6 +4,7 @@ rule as `rope_type`, with the rule's numbers beside it. All of them compute what
 
 import math
 from dataclasses import dataclass, fields
+from sys import maxsize
 from typing import Any, Self
 
 import torch
@@ -69,6 +70,11 @@ class RopeRule(Config):
                 raise InputError(f"config: {name} has {given} numbers, but must have {pairs}, one for each pair")
         if self.high_freq_factor <= self.low_freq_factor:
             raise InputError(f"config: high_freq_factor is {self.high_freq_factor}, but must be above low_freq_factor")
+
+    def one_to(self, config: LlamaConfig) -> int:
+        """How long a text may be before the angles depend on its length."""
+        limits = {"dynamic": config.max_position_embeddings, "longrope": self.original_max_position_embeddings}
+        return limits.get(self.rope_type, maxsize)
 
     def turned(self, config: LlamaConfig) -> int:
         """How many numbers of a head are."""

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from copy import copy
 from functools import partial
 from pathlib import Path
+from sys import maxsize
 from typing import Any, ClassVar, Self
 
 import torch
@@ -14,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from ..chunks import Chunk, cut, span
 from ..loss import token_losses
 from ..memory.layer_memory import LayerMemories, MemorySpec, wide
-from ..memory.shared import shared_cache
 from ..protocol import DEFAULTS, Options, Written
 
 
@@ -38,8 +38,9 @@ class Stack(nn.Module):
     rope: Any = None  # what `change_rope` did
     origin: Path | None = None  # the directory that it was loaded from
     ends: Any = None  # the end tokens of its generation_config.json, as a config has them; None: those of the config
-    has_trunk: ClassVar = True  # see Options.trunk
+    takes_documents: ClassVar = True  # see Options.documents
     takes_positions: Any = False  # whether a token's position is more than its place in the text
+    one_rope_to: Any = maxsize  # up to how many positions rotations do not depend on a text's length
     unadapted: tuple[str, ...] = ()  # linear layers that an adapter leaves out unless told otherwise
 
     def __init__(self, config: Any, layers: Iterable[nn.Module], norm: nn.Module) -> None:
@@ -109,8 +110,6 @@ class Stack(nn.Module):
     ) -> LayerMemories:
         """See protocol.Model."""
         spec = MemorySpec(batch, capacity, receiving, options, self.like)
-        if options.trunk:
-            return LayerMemories([shared_cache(layer, spec, i) for i, layer in enumerate(self.layers)], receiving)
         return LayerMemories([layer.new_memory(spec) for layer in self.layers], receiving)
 
     def dropout_seed(self) -> int | None:
@@ -125,7 +124,7 @@ class Stack(nn.Module):
         input_ids: int64 (B, T). memory: of all positions before; read, not written.
         chunks: the adjacent chunks that these tokens are, where there is a memory.
         Returns the last layer's normalized output (B, T, E) and what these tokens write, one tuple for each layer."""
-        x = self.embedding(_rows(input_ids, chunks, options))  # (B, T, E)
+        x = self.embedding(input_ids)  # (B, T, E)
         shared = self._shared(x, chunks, options)
         written, call = [], self._layer
         recompute = options.recompute and torch.is_grad_enabled()
@@ -138,14 +137,14 @@ class Stack(nn.Module):
                 past = memory.layers[i].past(chunks, save=recompute) if memory is not None else None
             x, wrote = call(layer, chunks, options, x, past, *shared)
             written.append(wrote)
-        return self.norm(x).expand(len(input_ids), -1, -1), written
+        return self.norm(x), written
 
     @torch.no_grad()
     def fill(
         self, input_ids: Tensor, memory: LayerMemories, chunks: Sequence[Chunk], options: Options = DEFAULTS
     ) -> Written:
         """As `run`, without gradients and only as far as memory needs it: the last layer stops at what it writes."""
-        x = self.embedding(_rows(input_ids, chunks, options))  # (B, T, E)
+        x = self.embedding(input_ids)  # (B, T, E)
         shared = self._shared(x, chunks, options)
         *layers, last = zip(self.layers, memory.layers, strict=True)
         written = []
@@ -186,8 +185,3 @@ class Stack(nn.Module):
         """Logits (B, T, V) of a whole sequence, without a memory."""
         hidden, _ = self.run(input_ids)
         return self.lm_head(hidden)
-
-
-def _rows(x: Tensor, chunks: Sequence[Chunk], options: Options) -> Tensor:
-    """What is run of x (B, ·): one row, if these chunks belong to what all rows share."""
-    return x[:1] if chunks and chunks[0].start < options.trunk else x
