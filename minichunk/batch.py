@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from sys import maxsize
 from typing import NamedTuple
 
 import torch
@@ -75,17 +74,13 @@ def lay_out(
     check_tokens(input_ids, labels, num_targets, vocab_size)
     positions = check_positions(model, positions, input_ids, starts)
     batch = make_batch(input_ids, labels, num_targets, positions)
-    share = share and len(input_ids) > 1
+    share = share and len(input_ids) > 1  # else there is nothing to share
     if not starts and not share:
         return batch
     if not getattr(model, "takes_documents", False):
         raise InputError(f"starts and share are not for a {type(model).__name__}: leave them out")
-    if int(positions.max()) >= (most := getattr(model, "one_rope_to", maxsize)):
-        raise InputError(f"past {most} positions its rope depends on a text's length: run each text by itself")
     if not share:
         return batch._replace(documents=Documents(tuple(starts), 0, chunk_size))
-    if starts:
-        raise InputError("starts are for a single row, and share is for several: leave one of them out")
     each = positions.view(-1, input_ids.shape[1]).expand(input_ids.shape)
     tree, documents, ids, targets, places = grow(input_ids, batch.targets, each, IGNORE)
     factors = tree.row(torch.ones(labels.shape, device=labels.device))  # of what is shared, one for each row

@@ -96,9 +96,10 @@ def test_a_packed_row_equals_its_documents(
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     labels[0, starts[longest] + 1] = 3
     told = {"objective": objective, "starts": starts, "fill_size": fill_chunks * size, **how}
-    if len(lengths) > 1 and max(lengths) > model.one_rope_to:
-        with pytest.raises(mc.InputError, match="its rope depends on a text's length"):
-            run(model, ids, labels, size, weights, **told)
+    rope = getattr(model.config, "rope_scaling", None)
+    if rope is not None and rope.rope_type in ("dynamic", "longrope"):
+        with pytest.raises(mc.InputError, match="give each document a row of its own"):
+            mc.seco(model, ids, labels, size, starts=starts)
         return
     texts = [*zip(ids.split(lengths, 1), labels.split(lengths, 1), strict=True)]
     places = [[*range(begin, begin + length)] for begin, length in zip(starts, lengths, strict=True)]

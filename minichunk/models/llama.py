@@ -2,8 +2,6 @@
 Shapes: B batch, T tokens of this call, H query heads, G key-value heads, D head size,
 E hidden size, V vocabulary. Parameter names are Hugging Face's."""
 
-from sys import maxsize
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -122,11 +120,6 @@ class Llama(Stack):
 
     config_class = LlamaConfig
     takes_positions = True
-
-    @property
-    def one_rope_to(self) -> int:
-        """Up to how many positions the rotations of a text do not depend on its length."""
-        return maxsize if self.config.rope_scaling is None else int(self.config.rope_scaling.one_to(self.config))
 
     def __init__(self, config: LlamaConfig) -> None:
         norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -4,7 +4,6 @@ rule as `rope_type`, with the rule's numbers beside it. All of them compute what
 
 import math
 from dataclasses import dataclass, fields
-from sys import maxsize
 from typing import Any, Self
 
 import torch
@@ -71,11 +70,6 @@ class RopeRule(Config):
         if self.high_freq_factor <= self.low_freq_factor:
             raise InputError(f"config: high_freq_factor is {self.high_freq_factor}, but must be above low_freq_factor")
 
-    def one_to(self, config: LlamaConfig) -> int:
-        """How long a text may be before the angles depend on its length."""
-        limits = {"dynamic": config.max_position_embeddings, "longrope": self.original_max_position_embeddings}
-        return limits.get(self.rope_type, maxsize)
-
     def turned(self, config: LlamaConfig) -> int:
         """How many numbers of a head are."""
         part = 1.0 if self.rope_type == "proportional" else self.partial_rotary_factor
@@ -128,5 +122,5 @@ def length(whole: Tensor | None) -> Tensor:
     """Of the text with these positions: a number of the whole text, so that all of its chunks follow one rule."""
     if whole is None:
         what = "this rope_type (dynamic or longrope) depends on the length of the whole text"
-        raise InputError(f"{what}, and this call runs a part of it: say the text's positions, Options(positions=…)")
+        raise InputError(f"{what}: say its positions, Options(positions=…), and give each document a row of its own")
     return whole.max() + 1

@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from copy import copy
 from functools import partial
 from pathlib import Path
-from sys import maxsize
 from typing import Any, ClassVar, Self
 
 import torch
@@ -40,7 +39,6 @@ class Stack(nn.Module):
     ends: Any = None  # the end tokens of its generation_config.json, as a config has them; None: those of the config
     takes_documents: ClassVar = True  # see Options.documents
     takes_positions: Any = False  # whether a token's position is more than its place in the text
-    one_rope_to: Any = maxsize  # up to how many positions rotations do not depend on a text's length
     unadapted: tuple[str, ...] = ()  # linear layers that an adapter leaves out unless told otherwise
 
     def __init__(self, config: Any, layers: Iterable[nn.Module], norm: nn.Module) -> None:
@@ -95,7 +93,7 @@ class Stack(nn.Module):
 
     def shared(self, x: Tensor, positions: Tensor, whole: Tensor | None) -> tuple[Any, ...]:
         """What every layer is given beside x (B, T, E), which is at these positions, int64 (T) or (B, 1, T).
-        whole: those of the whole text; None where a part of it is run and they were not told."""
+        whole: those of the whole text; None where a part of it is run and they were not told, or of several texts."""
         return ()
 
     def _shared(self, x: Tensor, chunks: Sequence[Chunk], options: Options) -> tuple[Any, ...]:
@@ -103,7 +101,7 @@ class Stack(nn.Module):
         whole, start = options.positions, chunks[0].start if chunks else 0
         stop = start + x.shape[1]
         here = torch.arange(start, stop, device=x.device) if whole is None else whole[..., start:stop]
-        return self.shared(x, here, whole if chunks else here)
+        return self.shared(x, here, None if options.documents.starts else whole if chunks else here)
 
     def new_memory(
         self, batch: int, capacity: int, receiving: Sequence[Chunk] = (), options: Options = DEFAULTS

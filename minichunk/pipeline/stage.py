@@ -57,7 +57,6 @@ class PipelineStage(Stack):
     masks: Any = property(attrgetter("model.masks"))
     shared: Any = property(attrgetter("model.shared"))
     takes_positions: Any = property(attrgetter("model.takes_positions"))
-    one_rope_to: Any = property(attrgetter("model.one_rope_to"))
     named_parameters: Any = property(attrgetter("model.named_parameters"))  # by their names in the model
     layers: Any = property(lambda stage: stage.model.layers[stage.layer_range])
     embedding: Any = property(attrgetter("model.embedding"))  # after the first rank, and the norm before the last:
