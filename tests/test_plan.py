@@ -83,8 +83,8 @@ def real_peak(setting: Setting, tokens: int) -> tuple[int, int]:
             teacher.requires_grad_(False)
             keywords["chunk_loss"] = distillation(teacher, model, make_batch(ids, ids, tokens), setting.chunk_size)
         elif setting.objective:  # the chosen answer and the rejected one
-            ids[1, setting.trunk(tokens) :] = 1
-            keywords |= {"objective": dpo(torch.zeros(ids.shape)), "share": getattr(model, "has_trunk", False)}
+            ids[1, tokens - (setting.answer or tokens) :] = 1
+            keywords |= {"objective": dpo(torch.zeros(ids.shape)), "share": setting.answer is not None}
         if setting.method == "seco":
             mc.seco(model, ids, ids, setting.chunk_size, **keywords)
         elif setting.method == "spaco":

@@ -3,7 +3,6 @@ Meta tensors have a shape, a dtype and a storage of so many bytes, but no memory
 to be run. Of the fill, those on the longest past are enough. Of the rebuilds, the last chunk sends gradients back, the
 one before it also receives some, and the earlier ones do the same on a shorter past."""
 
-from collections import deque
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from ..batch import Batch, shift, widen_gradients
 from ..blocks import Hidden, Walk, fill_with_graphs, first_that_learns
-from ..chunks import span
+from ..chunks import Chunk, span
 from ..full import backpropagate
 from ..memory import attention
 from ..memory.kernels import kernel_for
@@ -25,14 +24,16 @@ from ..models.quantize import Linear4bit, check_bitsandbytes
 from ..models.shapes import alike, memory_of
 from ..models.stack import Stack
 from ..objective import Scores, score
-from ..pipeline import pipeline_seco as pipeline
-from ..pipeline.links import MOST_ON_THE_WAY, Links
+from ..pipeline import links
+from ..pipeline.links import MOST_ON_THE_WAY
+from ..pipeline.pipeline_seco import tied_weight_summed, walk_back
 from ..pipeline.stage import PipelineStage
 from ..protocol import Options
 from ..samplers import Weight
 from ..seco import fill, rebuild
 from ..training.options import PREFERENCES
 from ..training.preferences import distillation
+from ..tree import Tree
 from .baselines import tiled_full
 from .count import CountBytes
 from .setting import CHUNKED, TEACHER, Setting, Share, Way
@@ -64,6 +65,7 @@ def step_memory(setting: Setting, tokens: int, share: Share | None = None, way: 
     # Not a function mode: recompute runs layers within the backward pass, where such modes are off.
     with (
         patch.object(F, "scaled_dot_product_attention", _flash),
+        patch.object(links, "dist", _Nobody(share)),
         patch.object(attention, "pick_kernel", lambda q: kernel_for(setting.device, q.dtype, q.shape[-1])),
         CountBytes() as count,
     ):
@@ -74,7 +76,7 @@ def step_memory(setting: Setting, tokens: int, share: Share | None = None, way: 
         if share is not None:
             learns_before = any(p.requires_grad for p in model.layers[: share.layers.start].parameters())
             step = partial(_rank_step, learns_before=learns_before)
-            model = PipelineStage(model, share.counts, links=LinksToNobody(share))
+            model = PipelineStage(model, share.counts)
         states = optimizer_states(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         weights = sum(x.nbytes for x in (*model.parameters(), *model.buffers()) if not x.requires_grad)
@@ -87,6 +89,14 @@ def step_memory(setting: Setting, tokens: int, share: Share | None = None, way: 
         ids = torch.zeros(setting.rows, tokens, dtype=torch.int64, device="meta")
         labelled = torch.arange(tokens).expand(ids.shape) < tokens - 1  # every token has a label
         batch = Batch(ids, shift(ids), float(tokens), labelled, torch.arange(tokens, device="meta"))
+        length, documents = setting.row(tokens)
+        if documents.starts:
+            tree = Tree(torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool), length)
+            row = torch.zeros(1, length, dtype=torch.int64, device="meta")
+            batch = Batch(
+                row, torch.zeros_like(row), 1.0, torch.ones(1, length, dtype=torch.bool),
+                torch.zeros_like(row)[:, None], torch.zeros(1, length, device="meta"), documents=documents, tree=tree,
+            )  # fmt: skip
         if setting.teacher:
             teacher = setting.meta_teacher()
             weights += sum(x.nbytes for x in (*teacher.parameters(), *teacher.buffers()))
@@ -124,20 +134,17 @@ def _chunked_step(model: Any, batch: Batch, setting: Setting, count: CountBytes)
 
 def _block_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes, way: Way) -> Parts:
     """Up or down through one block: what blocks.py calls, for the last chunks. What waits of others is computed."""
-    (rows, tokens), first = batch.input_ids.shape, first_that_learns(blocks := setting.blocks(model))
-    (chunks, kept), options = setting.chunks(tokens), setting.options()
-    options = replace(options, positions=batch.positions, trunk=setting.trunk(tokens))
+    (rows, length), first = batch.input_ids.shape, first_that_learns(blocks := setting.blocks(model))
+    (chunks, kept), options = _chunks(batch, setting)
     # At the peak a pass of the fill is at work, and the next one is there. A prompt's last pass may be short.
     tail = chunks[-1 - setting.rows - 2 * setting.pass_chunks() :]
     weight = (1.0, 2.0 if setting.method == "spaco" else 1.0)
     walk = Walk(model, batch, tail, [(chunk, weight) for chunk in kept if chunk in tail], options)
     number, block, here = way.block or 0, blocks[way.block or 0], span(tail)
     x, y = (Hidden(batch.input_ids.device, offload=False, copies=None) for _ in range(2))
-    if setting.offload:
-        x.room = y.room = count.room
-    hidden = torch.zeros(
-        rows, here.stop - here.start, model.config.hidden_size, dtype=model.hidden_dtype, device="meta"
-    )
+    x.room = y.room = count.room if setting.offload else torch.empty_like
+    size = rows, here.stop - here.start, model.config.hidden_size
+    hidden = torch.zeros(size, dtype=model.hidden_dtype, device="meta")
     x.keep(tail, hidden if number > 0 else batch.input_ids[:, here])
     if way.down and block is not blocks[-1]:
         y.keep(tail, hidden)
@@ -152,10 +159,10 @@ def _block_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes,
     wide = model.config.hidden_size * model.hidden_dtype.itemsize
     widths = {i: rows * (wide if i > 0 else torch.int64.itemsize) for i in range(len(blocks))}  # of the blocks' inputs
     waiting = range(min(number, first), min(number + 2, len(blocks)))
-    between = tokens * sum(widths[i] for i in waiting)
+    between = length * sum(widths[i] for i in waiting)
     if setting.offload:
         return cache, grads, 0, between
-    count.peak += between - (here.stop - here.start) * sum(widths[i] for i in waiting if i >= number)
+    count.peak += between - size[1] * sum(widths[i] for i in waiting if i >= number)
     return cache, grads, between, 0
 
 
@@ -174,13 +181,13 @@ def ways(setting: Setting) -> list[Way]:
 
 def _rank_step(stage: PipelineStage, batch: Batch, setting: Setting, count: CountBytes, learns_before: bool) -> Parts:
     """One rank of a pipeline: what pipeline_seco.py calls, until the pipeline is full."""
-    links, passes = stage.links, MOST_ON_THE_WAY + 1  # what passes of the fill have handed on lives on
-    kept, memory, options, (cache, grads) = _filled(stage, batch, setting, passes)
+    passes, above = MOST_ON_THE_WAY + 1, stage.links.ranks - stage.links.rank
+    kept, memory, options, (cache, grads) = _filled(stage, batch, setting, passes)  # what they have handed on lives on
     weight = Weight(1.0, 2.0 if setting.method == "spaco" else 1.0)
-    walk = [(chunk, weight) for chunk in kept[-1 - max(links.ranks - links.rank, MOST_ON_THE_WAY) :]]
-    with pipeline.tied_weight_summed(stage):
-        pipeline.walk_back(stage, batch, memory, walk, options, learns_before)
-        links.flush()
+    walk = [(chunk, weight) for chunk in kept[-1 - max(above, MOST_ON_THE_WAY) :]]
+    with tied_weight_summed(stage):
+        walk_back(stage, batch, memory, walk, options, learns_before)
+        stage.links.flush()
         del memory
     return cache, grads, 0, 0
 
@@ -197,42 +204,38 @@ def _whole_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes)
     return 0, 0, 0, count.left_out
 
 
+def _chunks(batch: Batch, setting: Setting) -> tuple[tuple[list[Chunk], list[Chunk]], Options]:
+    """Those of a batch, and those that are kept; and how they are computed."""
+    tokens = (batch.input_ids if batch.tree is None else batch.tree.place).shape[1]
+    options = replace(setting.options(), positions=batch.positions, documents=batch.documents)
+    return setting.chunks(tokens), options
+
+
 def _filled(model: Any, batch: Batch, setting: Setting, passes: int = 1) -> tuple[Any, Any, Options, tuple[int, int]]:
     """The chunks that a step keeps, its memory after the last passes of the fill, its options, and the memory's bytes
     but for what comes later and goes: that is a chunk's."""
-    (chunks, kept), options = setting.chunks(batch.input_ids.shape[1]), setting.options()
-    options = replace(options, positions=batch.positions, trunk=setting.trunk(batch.input_ids.shape[1]))
-    memory = memory_of(model, setting.rows, kept, options)
+    (chunks, kept), options = _chunks(batch, setting)
+    memory = memory_of(model, len(batch.input_ids), kept, options)
     found = memory.tensors().bytes()
     last = passes * setting.pass_chunks()
     if setting.objective in PREFERENCES:
-        score(model, batch, chunks[-2 * last - 1 :], memory, options)  # a prompt's last pass may be short
+        score(model, batch, chunks[max(0, (len(chunks) - 1) // last - 2) * last :], memory, options)  # whole passes
     else:
         fill(model, batch.input_ids, chunks[:-1][-last:], memory, options)
     return kept, memory, options, found
 
 
-class LinksToNobody(Links):
-    """The links of one rank that is counted without the others: messages are sent and received, and never travel."""
+class _Nobody:
+    """`torch.distributed` for a rank that is counted without the others: messages never travel, and nobody waits."""
 
-    def __init__(self, share: Share) -> None:
-        self.ranks, self.rank, self.copies, self.copy = len(share.counts), share.rank, 1, 0
-        self.is_first, self.is_last = self.rank == 0, self.rank == self.ranks - 1
-        self.ends = None
-        self.on_the_way = deque()
+    def __init__(self, share: Any) -> None:
+        self.get_world_size, self.get_rank = lambda: len(share.counts), lambda: share.rank
 
-    def take(self, x: Tensor, source: int) -> Tensor:
-        return x
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: self
 
-    def hand(self, x: Tensor, to: int) -> None:
-        self.on_the_way.append((self, x.detach().contiguous(), to))
-        self.flush(MOST_ON_THE_WAY)
-
-    def wait(self) -> None:
-        """A message has been taken."""
-
-    def add(self, x: Tensor, group: Any = None) -> None:
-        """Nothing comes from others."""
+    def __getitem__(self, index: int) -> Any:
+        return self
 
 
 def optimizer_states(model: nn.Module) -> list[Tensor]:
