@@ -16,6 +16,9 @@ from .gradients import take_gradients
 from .rounding import exactly, measure, outcome
 from .strategies import PROJECTIONS, build, tiny, with_adapter
 
+PART = {"pattern": {"window": 5, "sinks": 0}, "full_layers": [1]}
+OF_A_HYBRID = {"peft_type": "PARTIAL_CONTEXT_LORA"}
+
 
 def adapted(dropout: float = 0.0) -> mc.Llama:
     return with_adapter(build(tiny(), 0), dropout=dropout)
@@ -109,25 +112,31 @@ def test_wrong_values_are_named(arguments: dict[str, object], words: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "words"),
+    ("change", "words"),
     [
-        ("init_lora_weights", "pissa", "init_lora_weights = 'pissa'"),
-        ("alora_invocation_tokens", [1], "alora_invocation_tokens"),
-        ("r", 2.5, "rank 2.5"),
-        ("lora_dropout", "x", "dropout 'x'"),
-        ("bias", "all", "bias = 'all'"),
-        ("peft_type", "IA3", "peft_type is 'IA3'"),
-        ("r", None, "rank None"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"r": 2.5}, "rank 2.5"),
+        ({"lora_dropout": "x"}, "dropout 'x'"),
+        ({"bias": "all"}, "bias = 'all'"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"r": None}, "rank None"),
+        ({"peft_type": "PARTIAL_CONTEXT_LORA"}, "peft_type is 'PARTIAL_CONTEXT_LORA', but must be 'LORA'"),
+        ({"partial_context": PART}, "peft_type is 'LORA', but must be 'PARTIAL_CONTEXT_LORA'"),
+        ({**OF_A_HYBRID, "partial_context": 3}, "must have a pattern and a list of full_layers"),
+        ({**OF_A_HYBRID, "partial_context": {**PART, "pattern": {"window": 5}}}, "must have window and sinks"),
+        ({**OF_A_HYBRID, "partial_context": {**PART, "full_layers": 1}}, "'full_layers': 1}, but must"),
+        ({**OF_A_HYBRID, "partial_context": {**PART, "full_layers": [9]}}, r"full layers are \[9\]"),
     ],
 )
-def test_unsupported_adapters_are_refused(tmp_path: Path, field: str, value: object, words: str) -> None:
+def test_unsupported_adapters_are_refused(tmp_path: Path, change: dict[str, object], words: str) -> None:
     mc.save_adapter(adapted(), tmp_path)
     path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     model = build(tiny(), 0)
-    with pytest.raises(mc.InputError, match=words):
+    with pytest.raises(mc.InputError, match=f"adapter_config.json: .*{words}"):
         mc.load_adapter(model, tmp_path)
-    assert all(p.requires_grad for p in model.parameters())  # a refusal leaves the model as it was
+    assert model.partial is None and all(p.requires_grad for p in model.parameters())  # as it was
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -177,28 +177,6 @@ def test_the_adapter_of_a_stored_hybrid_is_an_ordinary_one(tmp_path: Path) -> No
     assert torch.equal(mc.load_model(tmp_path / "merged")(IDS), again(IDS))
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"partial_context": None}, "peft_type is 'PARTIAL_CONTEXT_LORA', but must be 'LORA'"),
-        ({"peft_type": "LORA"}, "peft_type is 'LORA', but must be 'PARTIAL_CONTEXT_LORA'"),
-        ({"partial_context": 3}, "must have a pattern and a list of full_layers"),
-        ({"partial_context": {"pattern": {"window": 5}, "full_layers": [1]}}, "must have window and sinks"),
-        ({"partial_context": {"pattern": {"window": 5, "sinks": 0}, "full_layers": 1}}, "'full_layers': 1}, but must"),
-        ({"partial_context": {"pattern": {"window": 5, "sinks": 0}, "full_layers": [9]}}, r"full layers are \[9\]"),
-    ],
-)
-def test_a_damaged_record_is_named(change: dict[str, Any], words: str, tmp_path: Path) -> None:
-    mc.save_adapter(hybrid(mc.Window(5), adapter=True), tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    model = build(tiny(3), seed=1)
-    with pytest.raises(mc.InputError, match=f"adapter_config.json: .*{words}"):
-        mc.load_adapter(model, tmp_path)
-    assert model.partial is None
-    assert all(p.requires_grad for p in model.parameters())
-
-
 def test_an_adapter_of_another_hybrid_is_refused(tmp_path: Path) -> None:
     mc.save_adapter(hybrid(mc.Window(5), adapter=True), tmp_path)
     elsewhere = build(tiny(3), seed=1)
