@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,17 +54,31 @@ def test_merging_keeps_the_function(tmp_path: Path) -> None:
     assert set(again.state_dict()) == set(model.state_dict()) == set(build(tiny(), 0).state_dict())
 
 
-def test_save_and_load(tmp_path: Path) -> None:
-    """Into the adapter that is there, with the file's alpha."""
-    model, ids = adapted(dropout=0.1), torch.arange(9)[None]
+@pytest.mark.parametrize("pattern", [None, mc.Window(5), mc.Window(4, 3), mc.Strided(3, 2, 2)], ids=str)
+@pytest.mark.parametrize("adapter_first", [False, True])
+def test_save_and_load(pattern: Any, adapter_first: bool, tmp_path: Path) -> None:
+    """An adapter brings along what its base was made; into one that is there it goes with the file's alpha."""
+
+    def base(changed: bool) -> mc.Llama:
+        model = build(tiny(), 0)
+        if changed and pattern is not None:
+            mc.partial_context(model, pattern, [0])
+        return model
+
+    model, ids = with_adapter(base(not adapter_first), dropout=0.1).eval(), torch.arange(21)[None]
+    if adapter_first and pattern is not None:
+        mc.partial_context(model, pattern, [0])
     mc.save_adapter(model, tmp_path, base_model="somewhere/base")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "somewhere/base"
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 6, 0.1)
-    other = build(tiny(), 0)
-    mc.add_lora(other, 3, 99, PROJECTIONS)
-    mc.load_adapter(other, tmp_path)
-    torch.testing.assert_close(other.eval()(ids), model.eval()(ids).detach(), rtol=1e-6, atol=1e-6)
+    there = base(False)
+    mc.add_lora(there, 3, 99, PROJECTIONS)
+    for other in (base(False), base(True), there):
+        mc.load_adapter(other, tmp_path)
+        assert torch.equal(other.eval()(ids).detach(), model(ids).detach()) and other.config == model.config
+        mc.load_adapter(other, tmp_path)  # once more
+        mc.save_adapter(other, tmp_path)  # and on
 
 
 def test_masks_are_those_of_the_chunk_the_module_and_the_seed() -> None:

@@ -134,21 +134,6 @@ def test_words() -> None:
 # Adapters.
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("adapter_first", [False, True])
-def test_an_adapter_brings_its_hybrid_along(pattern: Pattern, adapter_first: bool, tmp_path: Path) -> None:
-    model = hybrid(pattern, adapter=adapter_first)
-    if not adapter_first:
-        with_adapter(model, targets=None)
-    mc.save_adapter(model, tmp_path)
-    for base in (build(tiny(3), seed=1), hybrid(pattern)):
-        mc.load_adapter(base, tmp_path)
-        assert torch.equal(base(IDS).detach(), model(IDS).detach())
-        assert base.config == model.config
-        mc.load_adapter(base, tmp_path)  # once more
-        mc.save_adapter(base, tmp_path)  # and on
-
-
 @pytest.mark.parametrize("kind", ["PARTIAL_CONTEXT_LORA", "OTHER_ROPE_LORA"])
 def test_peft_refuses_the_adapter_of_a_changed_base(kind: str, tmp_path: Path) -> None:
     """It would put it beside a base that sees everything, with no more than a warning."""
