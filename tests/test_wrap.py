@@ -30,6 +30,7 @@ TYPES = [
     "gemma2", "gemma3n_text", "phi", "gpt_oss", "llama4_text", "qwen3_next", "bamba", "lfm2",
 ]  # fmt: skip
 WAYS: list[dict[str, Any]] = [{"chunk_size": 5}, {"chunk_size": 4, "recompute": True, "fill_size": 12}]
+MEAN = {"chunk_size": 5, "fill_size": 10, "objective": lambda log_probs: -log_probs.sum() / (log_probs != 0).sum()}
 NAME = "minichunk"
 
 
@@ -40,7 +41,7 @@ def test_seco_is_its_own_full_backpropagation(model_type: str) -> None:
         expected = exactly(model, lambda: own(model, ids, labels))
         wrapped = mc.wrap(model)
         expected.check(outcome(model, lambda: mc.full(wrapped, ids, labels)))
-        for way in [*WAYS, *([{"chunk_size": 1}] if wrapped.states else [])]:
+        for way in [*WAYS, MEAN, *([{"chunk_size": 1}] if wrapped.states else [])]:
             expected.check(outcome(model, partial(mc.seco, wrapped, ids, labels, **way)))
 
 
@@ -115,7 +116,7 @@ def test_dropout_draws_the_same_masks_whenever_a_chunk_is_run(dropping: Callable
         seed = wrapped.dropout_seed()
         wrapped.dropout_seed = lambda: seed
         expected = exactly(model, lambda: through_its_own_cache(model, ids, labels, 5, seed))
-        for options in ({}, {"recompute": True, "fill_size": 12}):
+        for options in ({}, {"recompute": True, "fill_size": 12}, {"objective": MEAN["objective"], "fill_size": 12}):
             expected.check(outcome(model, partial(mc.seco, wrapped, ids, labels, 5, **options)))
 
 
@@ -222,20 +223,25 @@ def test_adapters_on_4_bits(tmp_path: Path) -> None:
         mc.seco(wrapped.eval() and wrapped, ids, labels, 5)
 
 
-def test_the_commands_train_an_adapter_and_evaluate_it(
-    model_directory: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("rank", [2, 0])
+def test_the_commands_train_and_evaluate(
+    rank: int, model_directory: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base, run = tmp_path / "granite", tmp_path / "run"
-    tiny_transformer("granite", vocab_size=300).float().save_pretrained(base)
-    copy(model_directory / "tokenizer.json", base)
-    same = ["--model", str(base), "--seq-len", "40", "--chunk-size", "8", "--device", "cpu"]
+    """An adapter; and all parameters, from a teacher."""
+    base, teacher, run = tmp_path / "granite", tmp_path / "gemma2", tmp_path / "run"
+    for directory in (base, teacher):
+        tiny_transformer(directory.name, vocab_size=300).float().save_pretrained(directory)
+        copy(model_directory / "tokenizer.json", directory)
+    same = ["--seq-len", "40", "--chunk-size", "8", "--device", "cpu", "--model"]
     data = ["--data", str(text), "--val-data", str(text), "--eval-documents", "4", "--output", str(run)]
-    assert main(["train", *same, *data, "--steps", "2", "--rank", "2", "--lr", "0.1"]) == 0
+    how = ["--steps", "2", "--rank", str(rank), "--lr", "0.1"]
+    how += [] if rank else ["--objective", "distill", "--teacher", str(teacher)]
+    assert main(["train", *same, str(base), *data, *how]) == 0
     losses = json.loads((run / "loss_by_position.json").read_text())
     assert losses["before"] != losses["after"]
     capsys.readouterr()
-    adapter = ["--adapter", str(run / "adapter")]
-    assert main(["evaluate", *same, *adapter, "--data", str(text), "--documents", "4"]) == 0
+    trained = [str(base), "--adapter", str(run / "adapter")] if rank else [str(run / "model")]
+    assert main(["evaluate", *same, *trained, "--data", str(text), "--documents", "4"]) == 0
     printed = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if " to " in line]
     assert printed == [pytest.approx(span["loss"], abs=6e-4) for span in losses["after"]]
 

@@ -1,7 +1,7 @@
 """LoRA: a trainable low-rank product beside frozen weights, and dropout that can be replayed."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from types import SimpleNamespace
@@ -164,6 +164,27 @@ def without_adapter(model: Stack) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.hook = layer.register_forward_hook(_add_product)
+
+
+@contextmanager
+def changed(things: Iterable[Any], name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """Within the block, each thing's attribute of this name is what `make` makes of the thing."""
+    before = [(thing, getattr(thing, name), name in vars(thing)) for thing in things]
+    for thing, *_ in before:
+        setattr(thing, name, make(thing))
+    try:
+        yield
+    finally:
+        for thing, value, own in before:
+            if own or not callable(value):
+                setattr(thing, name, value)
+            else:  # its class's
+                delattr(thing, name)
+
+
+def without_dropout(model: Any) -> AbstractContextManager[None]:
+    """Within the block all of the model is in evaluation mode."""
+    return changed(model.modules(), "training", lambda _: False)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ right in chunks is refused: by the attention function, if it is asked for what i
 compares loss and gradient of a few tokens with the model's own.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from inspect import signature
@@ -25,6 +25,7 @@ from ..memory.layer_memory import MemorySpec
 from ..memory.state import LayerState
 from ..protocol import DEFAULTS, Options, Written
 from ..seco import fill, new_memory, rebuild
+from .lora import changed
 from .stack import Stack
 from .transformers_cache import NAME, Run, WrappedMemory
 
@@ -110,6 +111,13 @@ class Wrapped:
         self, input_ids: Tensor, memory: Any = None, chunks: Sequence[Chunk] = (), options: Options = DEFAULTS
     ) -> tuple[Tensor, Written]:
         """See protocol.Model. A whole text is a chunk without a past."""
+        if len(chunks) > 1 and (options.dropout_seed is not None or self.states):  # masks and states are one chunk's
+            parts = []
+            for chunk, ids in zip(chunks, input_ids.split([c.stop - c.start for c in chunks], 1), strict=True):
+                hidden, written = self.run(ids, memory, [chunk], options)
+                memory.write([chunk], written)
+                parts.append(hidden)
+            return torch.cat(parts, 1), []
         if memory is None:
             memory, chunks = self.new_memory(input_ids.shape[0], 0, (), options), [Chunk(0, input_ids.shape[1])]
         place, seed, drops, told = span(chunks), options.dropout_seed, self.draws or self.masks, options.positions
@@ -139,10 +147,6 @@ class Wrapped:
     @torch.no_grad()
     def fill(self, input_ids: Tensor, memory: WrappedMemory, chunks: Sequence[Chunk], options: Options) -> Written:
         """See protocol.Model."""
-        if len(chunks) > 1 and (options.dropout_seed is not None or self.states):  # masks and states are one chunk's
-            for chunk, ids in zip(chunks, input_ids.split([c.stop - c.start for c in chunks], 1), strict=True):
-                memory.write([chunk], self.fill(ids, memory, [chunk], options))
-            return []
         return self.run(input_ids, memory, chunks, options)[1]
 
     @contextmanager
@@ -150,22 +154,6 @@ class Wrapped:
         """Within the block, the model attends as we do."""
         with changed([self.config], "_attn_implementation", lambda _: NAME), changed([Run], "now", lambda _: run):
             yield
-
-
-@contextmanager
-def changed(things: Iterable[Any], name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """Within the block, each thing's attribute of this name is what `make` makes of the thing."""
-    before = [(thing, getattr(thing, name), name in vars(thing)) for thing in things]
-    for thing, *_ in before:
-        setattr(thing, name, make(thing))
-    try:
-        yield
-    finally:
-        for thing, value, own in before:
-            if own or not callable(value):
-                setattr(thing, name, value)
-            else:  # its class's
-                delattr(thing, name)
 
 
 def wrap(model: Any) -> Wrapped:
