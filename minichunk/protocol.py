@@ -47,6 +47,7 @@ class Options:
     dropout_seed: int | None = None  # decides the masks of a step's dropouts: those of fill and rebuild are the same
     positions: Tensor | None = field(default=None, repr=False, compare=False)
     trunk: int = 0
+    sparse: bool = False  # whether chunks may be skipped, as in SpaCO: the adjoints of states have to pass them
 
 
 DEFAULTS = Options()

@@ -33,6 +33,11 @@ WAYS: list[dict[str, Any]] = [{"chunk_size": 5}, {"chunk_size": 4, "recompute": 
 NAME = "minichunk"
 
 
+def mean(log_probs: Tensor) -> Tensor:
+    """The ordinary loss as an objective."""
+    return -log_probs.sum() / (log_probs != 0).sum()
+
+
 @pytest.mark.parametrize("model_type", TYPES)
 def test_seco_is_its_own_full_backpropagation(model_type: str) -> None:
     (ids, labels), model = batch(), tiny_transformer(model_type)
@@ -40,11 +45,11 @@ def test_seco_is_its_own_full_backpropagation(model_type: str) -> None:
         expected = exactly(model, lambda: own(model, ids, labels))
         wrapped = mc.wrap(model)
         expected.check(outcome(model, lambda: mc.full(wrapped, ids, labels)))
-        for way in [*WAYS, *([{"chunk_size": 1}] if wrapped.states else [])]:
+        for way in [*WAYS, *([{"chunk_size": 1, "fill_size": 4, "objective": mean}] if wrapped.states else [])]:
             expected.check(outcome(model, partial(mc.seco, wrapped, ids, labels, **way)))
 
 
-@pytest.mark.parametrize("model_type", ["gemma3_text", "bamba"])
+@pytest.mark.parametrize("model_type", ["gemma3_text", "bamba", "qwen3_next"])
 def test_spaco_is_unbiased(model_type: str) -> None:
     (ids, labels), model, sampler = batch(length=13), tiny_transformer(model_type), mc.Bernoulli([0.3, 0.5, 0.8])
     with exact():
@@ -115,7 +120,7 @@ def test_dropout_draws_the_same_masks_whenever_a_chunk_is_run(dropping: Callable
         seed = wrapped.dropout_seed()
         wrapped.dropout_seed = lambda: seed
         expected = exactly(model, lambda: through_its_own_cache(model, ids, labels, 5, seed))
-        for options in ({}, {"recompute": True, "fill_size": 12}):
+        for options in ({}, {"recompute": True, "fill_size": 12}, {"fill_size": 12, "objective": mean}):
             expected.check(outcome(model, partial(mc.seco, wrapped, ids, labels, 5, **options)))
 
 
@@ -145,14 +150,12 @@ def test_who_ignores_a_part_of_a_model_is_found_out(
     mc.wrap(model)
     monkeypatch.setitem(AttentionInterface._global_mapping, NAME, ignoring(ignored))
     if ignored == "mask":
-        monkeypatch.setitem(
-            AttentionMaskInterface._global_mapping, NAME, lambda **_: transformers_cache.Rule(mc.Window())
-        )
+        monkeypatch.setitem(AttentionMaskInterface._global_mapping, NAME, lambda **_: mc.Window())
     if ignored == "final cap":
         capless = lambda x, name, *other: None if "softcap" in name else getattr(x, name, *other)  # noqa: E731
         monkeypatch.setattr(wrap, "getattr", capless, raising=False)
     if ignored == "states":
-        monkeypatch.setattr(transformers_cache.Run, "handed", lambda *_, **__: None)
+        monkeypatch.setattr(transformers_cache.Run, "get_recurrent_state", lambda *_, **__: None)
     with pytest.raises(mc.InputError, match="would be off by"):
         mc.wrap(model)
 
@@ -185,6 +188,15 @@ def test_what_is_not_done_is_refused() -> None:
     model.gradient_checkpointing_disable()
     with pytest.raises(mc.InputError, match="offload"):
         mc.seco(wrapped, ids[:, :20], labels[:, :20], 5, offload=True)
+
+
+def test_in_bfloat16_it_is_no_further_off_than_twice_its_own_backpropagation() -> None:
+    (ids, labels), model = batch(), tiny_transformer("llama").bfloat16()
+    theirs = outcome(model, lambda: own(model, ids, labels))
+    ours = outcome(model, lambda: mc.seco(mc.wrap(model), ids, labels, 5))
+    expected = outcome(model.double(), lambda: own(model, ids, labels))
+    off = [sum(float((x[name] - y).norm()) ** 2 for name, y in expected.items()) for x in (ours, theirs)]
+    assert off[0] < 4 * off[1]
 
 
 def test_the_model_stays_as_it_was() -> None:
@@ -228,6 +240,8 @@ def test_the_commands_train_an_adapter_and_evaluate_it(
     base, run = tmp_path / "granite", tmp_path / "run"
     tiny_transformer("granite", vocab_size=300).float().save_pretrained(base)
     copy(model_directory / "tokenizer.json", base)
+    mc.load_model(base).save_pretrained(tmp_path / "copy")
+    assert (tmp_path / "copy" / "tokenizer.json").is_file()
     same = ["--model", str(base), "--seq-len", "40", "--chunk-size", "8", "--device", "cpu"]
     data = ["--data", str(text), "--val-data", str(text), "--eval-documents", "4", "--output", str(run)]
     assert main(["train", *same, *data, "--steps", "2", "--rank", "2", "--lr", "0.1"]) == 0
