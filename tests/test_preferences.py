@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from shutil import copy
 from typing import Any
 
 import pytest
@@ -13,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import minichunk as mc
+from minichunk.costs.count import CountBytes
 from minichunk.files.documents import Document, Pair, read_pairs
 from minichunk.training import preferences
 from minichunk.training.load import make_gradient
 from minichunk.training.options import TrainOptions
-from minichunk.training.preferences import score_pairs
+from minichunk.training.preferences import distillation, score_pairs
 from minichunk.training.run_directory import Run
 from minichunk.training.train import train
 
@@ -192,6 +194,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "orpo, spaco": {"objective": "orpo", "method": "spaco", "budget": 2},
     "kto": {"objective": "kto", "desirable_weight": 2.0},
     "distill": {"objective": "distill"},
+    "dpo, transformers": {"objective": "dpo", "batch_size": 1, "rank": 0, "model": "granite"},
 }
 
 
@@ -209,8 +212,13 @@ def test_a_run_measures_and_continues_bit_for_bit(
         else:
             row = {"prompt": parts[i], "chosen": parts[i + 1][:20], "rejected": parts[i + 1][20:50]}
         path.open("a").write(json.dumps(row if kind != "distill" else {"text": parts[i]}) + "\n")
-    teacher = {"teacher": options.model} if kind == "distill" else {}
-    options = replace(options, data=(str(path),), val_fraction=0.2, seq_len=80, lr=3e-3, **teacher, **RUNS[case])
+    told = {**RUNS[case], **({"teacher": options.model} if kind == "distill" else {})}
+    if "model" in told:
+        tiny_transformer = pytest.importorskip("tests.tiny_transformers").tiny_transformer
+        tiny_transformer(told["model"], vocab_size=300).float().save_pretrained(tmp_path / "model")
+        copy(Path(options.model) / "tokenizer.json", tmp_path / "model")
+        told["model"] = str(tmp_path / "model")
+    options = replace(options, data=(str(path),), val_fraction=0.2, seq_len=80, lr=3e-3, **told)
     whole = train(replace(options, output=str(tmp_path / "whole")), say=lines.append)
     metrics = Run(whole).read_metrics()
     if kind == "distill":
@@ -230,6 +238,15 @@ def test_a_run_measures_and_continues_bit_for_bit(
     resumed = train(TrainOptions(output=options.output, resume=True), say=quiet)
     assert results(whole)[1] == results(resumed)[1]
     assert all(torch.equal(x, results(resumed)[0][name]) for name, x in results(whole)[0].items())
+
+
+def test_a_teacher_leaves_its_last_hidden_states_alone() -> None:
+    teacher, ids = build(tiny(8), seed=1), torch.randint(23, (1, 1000))
+    with CountBytes() as count:
+        chunk_loss = distillation(teacher, teacher, ids, ids, 1, 100)
+    assert (
+        callable(chunk_loss) and 64 < count.live / 1000 < 200 < count.peak / 1000
+    )  # the cache has 1,024 bytes a token
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(options: TrainOptions) -> None:

@@ -10,6 +10,7 @@ the chunk makes the next one by a matrix M, that is h·Mh / h·h for each head, 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial, partialmethod
 from math import isclose, sqrt
 from typing import Any
@@ -131,16 +132,28 @@ class Run(Cache):
         return seen
 
 
-def find_pattern(*, mask_function: Callable[..., Tensor], device: Any, local_size: int | None = None, **_: Any) -> Any:
+@dataclass(frozen=True)
+class Rule:
+    """What stands in for a mask; of which some models take all."""
+
+    pattern: Pattern
+
+    def __getitem__(self, index: Any) -> "Rule":
+        if any(part not in (slice(None), slice(0, None)) for part in index):
+            raise InputError("its attention takes a mask apart")
+        return self
+
+
+def find_rule(*, mask_function: Callable[..., Tensor], device: Any, local_size: int | None = None, **_: Any) -> Rule:
     """The mask function: what the model's rule amounts to, which is asked about a few queries. Raises InputError."""
     edge = local_size or 500
     i = torch.tensor([0, 1, edge - 1, edge, edge + 1, 2 * edge + 1], device=device)[:, None]
     j = torch.arange(2 * edge + 2, device=device)
     sees, causal = mask_function(0 * i, 0 * i, i, j), j <= i
     if torch.equal(sees, causal if local_size is None else causal & (i - j < local_size)):
-        return Window(local_size)
+        return Rule(Window(local_size))
     if local_size and torch.equal(sees, causal & (i // local_size == j // local_size)):
-        return Strided(local_size, 1, None)
+        return Rule(Strided(local_size, 1, None))
     raise InputError("its mask is neither causal, nor a window, nor blocks")
 
 
@@ -151,7 +164,7 @@ def attend(
 ) -> tuple[Tensor, None]:  # fmt: skip
     """The attention function. q (B, H, C, D); k, v (B, G, C, ·); returns (B, C, H, ·). Raises InputError."""
     asked = [name for name, x in others.items() if x is not None and x is not False and name not in HARMLESS]
-    if asked or is_causal is False or not isinstance(attention_mask, Pattern):
+    if asked or is_causal is False or not isinstance(attention_mask, Rule):
         raise InputError(f"its attention wants {', '.join(asked) or 'a mask of its own'}, which is not done here")
     if dropout:
         raise InputError("dropout of attention's probabilities is not done here: load it with attention_dropout=0")
@@ -163,7 +176,7 @@ def attend(
 
     def make(spec: MemorySpec) -> LayerCache:
         shape, grad_dtype = (*k.shape[:2], spec.capacity, D), spec.options.cache_grad_dtype or wide(k)
-        return LayerCache(shape, spec.receiving, k.new_empty(0), grad_dtype, attention_mask)
+        return LayerCache(shape, spec.receiving, k.new_empty(0), grad_dtype, attention_mask.pattern)
 
     if not run.closed:
         key.owner = getattr(key, "owner", module)  # who is given the keys of another has its memory (Gemma 3n)
@@ -172,10 +185,10 @@ def attend(
         run.pasts[module] = run.memory.of[key.owner].past(run.chunks, run.save)
     past = run.pasts[module]
     past.memory.kernel = Plain(softcap) if softcap else None
-    if past.memory.pattern != attention_mask:
+    if past.memory.pattern != attention_mask.pattern:
         raise InputError("two layers share keys, and do not see the same")
     return past.attend(q, k, v, s_aux)[..., :width].transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, find_pattern)
+AttentionMaskInterface.register(NAME, find_rule)

@@ -5,8 +5,8 @@ right in chunks is refused: by the attention function, if it is asked for what i
 compares loss and gradient of a few tokens with the model's own.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -25,6 +25,7 @@ from ..memory.layer_memory import MemorySpec
 from ..memory.state import LayerState
 from ..protocol import DEFAULTS, Options, Written
 from ..seco import seco
+from .lora import changed
 from .stack import Stack
 from .transformers_cache import NAME, Run, WrappedMemory
 
@@ -145,22 +146,6 @@ class Wrapped:
     def fill(self, input_ids: Tensor, memory: WrappedMemory, chunks: Sequence[Chunk], options: Options) -> Written:
         """See protocol.Model."""
         return self.run(input_ids, memory, chunks, options)[1]
-
-
-@contextmanager
-def changed(*attributes: tuple[Any, str, Any]) -> Iterator[None]:
-    """Within the block, of each (thing, name, value), the thing's attribute of this name has this value."""
-    before = [(thing, name, getattr(thing, name), name in vars(thing)) for thing, name, _ in attributes]
-    for attribute in attributes:
-        setattr(*attribute)
-    try:
-        yield
-    finally:
-        for thing, name, old, own in before:
-            if own or not callable(old):
-                setattr(thing, name, old)
-            else:  # its class's
-                delattr(thing, name)
 
 
 def wrap(model: Any) -> Wrapped:

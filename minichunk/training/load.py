@@ -50,8 +50,10 @@ def load_to_train(options: TrainOptions, links: Links | None = None) -> tuple[An
     stages: list[PipelineStage] = []
 
     def prepare(model: Stack) -> None:
-        if not isinstance(model, Stack) and (links is not None or options.offload):
-            raise InputError("--pipeline and --offload need a model of minichunk's own: leave them out")
+        if not isinstance(model, Stack) and (links is not None or options.offload or options.layers_at_once):
+            raise InputError(
+                "--pipeline, --layers-at-once and --offload need a model of minichunk's own: leave them out"
+            )
         if (pattern := options.pattern()) is not None:
             partial_context(model, pattern, options.full_layers)
         if rope := options.rope_parameters():
@@ -118,7 +120,8 @@ def load_teacher(options: TrainOptions, tokenizer: Tokenizer, vocab_size: int) -
     same = documents.load_tokenizer(options.teacher).get_vocab() == tokenizer.get_vocab()
     if not same or teacher.lm_head.weight.shape[0] != vocab_size:
         raise InputError(f"--teacher is {options.teacher}, whose vocabulary is not the model's, as it has to be")
-    return teacher.requires_grad_(False)
+    teacher.requires_grad_(False)
+    return teacher
 
 
 def make_gradient(options: TrainOptions, reference: Mapping[str, Any] | None = None, teacher: Any = None) -> Gradient:
