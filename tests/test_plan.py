@@ -72,8 +72,8 @@ def real_peak(setting: Setting, tokens: int) -> tuple[int, int]:
             mc.seco(model, *[torch.zeros(1, 2, dtype=torch.int64)] * 2, 2)
         ids = torch.zeros(setting.rows, tokens, dtype=torch.int64)
         if setting.objective:  # the chosen answer and the rejected one
-            ids[1, setting.trunk(tokens) :] = 1
-            keywords |= {"objective": dpo(torch.zeros(ids.shape)), "share": True}
+            ids[1, tokens - (setting.answer or tokens) :] = 1
+            keywords |= {"objective": dpo(torch.zeros(ids.shape)), "share": setting.answer is not None}
         if setting.method == "seco":
             mc.seco(model, ids, ids, setting.chunk_size, **keywords)
         elif setting.method == "spaco":

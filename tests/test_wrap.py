@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from shutil import copy
 from typing import Any
@@ -20,7 +21,7 @@ from minichunk.chunks import cut
 from minichunk.command.main import main
 
 from .gradients import combine
-from .rounding import Exact, exactly, outcome
+from .rounding import Exact, exactly, outcome, weighted
 from .tiny_transformers import batch, exact, own, tiny_transformer
 
 import transformers  # isort: skip (if it is there)
@@ -58,6 +59,26 @@ def test_spaco_is_unbiased(model_type: str) -> None:
         expected.check(outcome(model, partial(mc.spaco, wrapped, ids, labels, 5, sampler=lambda *_: everything)))
     noise = {name: 8 * x for name, x in expected.noise.items()}  # a draw's weights make fewer terms cancel
     expected.check(combine(got), beside=Exact(expected.values, noise))
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "gpt2"])
+def test_documents_in_a_row_are_as_if_alone(model_type: str) -> None:
+    (ids, labels), model, starts = batch(rows=1), tiny_transformer(model_type), [0, 3, 14, 16]
+    count = int((labels[:, [i for i in range(23) if i not in starts]] != IGNORE).sum())
+    parts = [slice(*edges) for edges in pairwise([*starts, 23])]
+    with exact():
+        wrapped = mc.wrap(model)
+
+        def alone(i: int) -> Tensor:
+            return mc.full(wrapped, ids[:, parts[i]], labels[:, parts[i]], num_targets=count)
+
+        expected = weighted([(1.0, exactly(model, partial(alone, i))) for i in range(4)])
+        expected.check(outcome(model, partial(mc.full, wrapped, ids, labels, starts=starts)))
+        for way in WAYS:
+            expected.check(outcome(model, partial(mc.seco, wrapped, ids, labels, starts=starts, **way)))
+        for other in ("llama4_text", "bamba"):  # one counts by itself, and one has states
+            with pytest.raises(mc.InputError, match="starts and share are not for"):
+                mc.seco(mc.wrap(tiny_transformer(other)), ids, labels, 5, starts=starts)
 
 
 def lora(model: Any, dropout: float = 0.0, **more: Any) -> Any:

@@ -181,6 +181,8 @@ for words, tossed in (("the prompt's chunks", set(range(chunks)) - answers), ("a
 #
 # ## Exercises
 #
+# [Exercise 10](exercises/e10_objective.py) is to write a focal loss and a DPO with a margin. On paper:
+#
 # 1. Write an objective for the focal loss, $-\sum_t (1 - p_t)^2 \log p_t$, in one line. What are its $w_t$?
 # 2. A packed batch of pairs of different lengths: what would be wrong if DPO's sums were means over all tokens of the
 #    batch?

@@ -22,6 +22,7 @@ from .peak import StepBytes, step_memory, ways
 from .setting import CHUNKED, Setting, Share, Way
 
 BATCH = 3 * torch.int64.itemsize + 1  # bytes per token: input_ids, targets, where there is one, and positions
+TREE = 2 * torch.int64.itemsize + 5  # more where two rows share a prompt: places in the one row, factors, a reference
 RESERVE = 2**30  # bytes of a GPU for what is not counted: see plan.py's LEFT_OUT
 SPAN = 1024  # chunks over which the growth is taken: what is remembered of strided blocks grows by whole blocks
 
@@ -119,7 +120,7 @@ def bytes_of_share(setting: Setting, tokens: int, share: Share | None, way: Way 
         device, host = (round(more * (getattr(second, n) - getattr(first, n)) / base) for n in ("peak", "host"))
         return replace(first, peak=first.peak + device, chunk=first.chunk + device, host=first.host + host)
     cache, grads = setting.memory_bytes(tokens, way)[share.layers if share else slice(None)].sum(0).tolist()
-    chunk = first.chunk + setting.rows * BATCH * more
+    chunk = first.chunk + (setting.rows * BATCH + TREE * (setting.answer is not None)) * more
     between, host = (n * tokens // base for n in (first.between_blocks, first.host))
     peak = first.weights + first.adapter_and_optimizer + cache + grads + between + chunk
     return StepBytes(peak, first.weights, first.adapter_and_optimizer, cache, grads, between, chunk, host)

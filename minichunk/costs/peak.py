@@ -31,6 +31,7 @@ from ..pipeline.stage import PipelineStage
 from ..protocol import Options
 from ..samplers import Weight
 from ..seco import fill, new_memory, rebuild
+from ..tree import Tree
 from .baselines import tiled_full
 from .count import CountBytes
 from .setting import CHUNKED, Setting, Share, Way
@@ -85,6 +86,14 @@ def step_memory(setting: Setting, tokens: int, share: Share | None = None, way: 
         ids = torch.zeros(setting.rows, tokens, dtype=torch.int64, device="meta")
         labelled = torch.arange(tokens).expand(ids.shape) < tokens - 1  # every token has a label
         batch = Batch(ids, shift(ids), float(tokens), labelled, torch.arange(tokens, device="meta"))
+        length, documents = setting.row(tokens)
+        if documents.starts:
+            tree = Tree(torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool), length)
+            row = torch.zeros(1, length, dtype=torch.int64, device="meta")
+            batch = Batch(
+                row, torch.zeros_like(row), 1.0, torch.ones(1, length, dtype=torch.bool),
+                torch.zeros_like(row)[:, None], torch.zeros(1, length, device="meta"), documents=documents, tree=tree,
+            )  # fmt: skip
         count.peak = count.live  # making the model took more, for 4 bits much more; loading it does not
         cache, grads, between, host = step(model, batch, setting, count)
     chunk = count.peak - weights - adapter - cache - grads
@@ -180,13 +189,14 @@ def _whole_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes)
 def _filled(model: Any, batch: Batch, setting: Setting, passes: int = 1) -> tuple[Any, Any, Options, tuple[int, int]]:
     """The chunks that a step keeps, its memory after the last passes of the fill, its options, and the memory's bytes
     but for what comes later and goes: that is a chunk's."""
-    (chunks, kept), options = setting.chunks(batch.input_ids.shape[1]), setting.options()
-    options = replace(options, positions=batch.positions, trunk=setting.trunk(batch.input_ids.shape[1]))
+    tokens = (batch.input_ids if batch.tree is None else batch.tree.place).shape[1]
+    (chunks, kept), options = setting.chunks(tokens), setting.options()
+    options = replace(options, positions=batch.positions, documents=batch.documents)
     memory: Any = new_memory(model, batch.input_ids, kept, options)
     found = memory.tensors().bytes()
     last = passes * setting.pass_chunks()
     if setting.objective:
-        score(model, batch, chunks[-2 * last - 1 :], memory, options)  # a prompt's last pass may be short
+        score(model, batch, chunks[max(0, (len(chunks) - 1) // last - 2) * last :], memory, options)  # whole passes
     else:
         fill(model, batch.input_ids, chunks[:-1][-last:], memory, options)
     return kept, memory, options, found

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..chunks import Chunk
+from ..chunks import ONE, Chunk, Documents
 from ..memory.attention import BLOCK
 from ..memory.window import Pattern, Strided
 from ..models.config import LlamaConfig
@@ -93,16 +93,23 @@ class Setting(StepOptions):
         """Chunks in a pass of the fill."""
         return (self.fill_size or self.chunk_size) // self.chunk_size
 
-    def trunk(self, tokens: int) -> int:
-        return 0 if self.answer is None else max(0, tokens - self.answer)
+    def row(self, tokens: int) -> tuple[int, Documents]:
+        """Of two texts: the prompt but for its last token, then with that the one answer, and the other."""
+        if self.answer is None:
+            return tokens, ONE
+        answer = min(self.answer, tokens - 1)
+        trunk = tokens - 1 - answer
+        starts = tuple(dict.fromkeys((0, trunk, trunk + answer)))
+        return trunk + 2 * answer, Documents(starts, trunk, self.chunk_size)
 
     def memory_bytes(self, tokens: int, way: Way | None = None) -> Tensor:
         """What each layer of the whole model remembers of so many tokens, and the gradients that have room from the
         start; int64 (layers, 2). way: of the layers of one block alone; on the way up nothing is sent back."""
         _, kept = self.chunks(tokens)
         kept = kept if way is None or way.down else [Chunk(tokens, tokens)]
-        options = replace(self.options(), trunk=self.trunk(tokens))
-        found = torch.tensor(layer_memory_bytes(self.config(), self.torch_dtype, kept, options, self.rows))
+        options = replace(self.options(), documents=self.row(tokens)[1])
+        rows = self.rows if self.answer is None else 1
+        found = torch.tensor(layer_memory_bytes(self.config(), self.torch_dtype, kept, options, rows))
         return found if way is None else found.split(self.keywords()["layers_at_once"] or 1)[way.block]
 
     def even_from(self, share: Share | None = None) -> int:
@@ -113,6 +120,7 @@ class Setting(StepOptions):
         stride = max((p.stride or 1 for p in self.patterns() if isinstance(p, Strided)), default=1)
         reach = max((p.reach + getattr(p, "sinks", 0) for p in self.patterns()), default=0)
         passes = 1 if share is None else MOST_ON_THE_WAY + 1  # a rank still has what it has handed on in them
-        tokens = (self.answer or 0) + max(BLOCK * stride, passes * (self.fill_size or 0), reach)
+        tokens = max(BLOCK * stride, passes * (self.fill_size or 0), reach)
+        tokens += 0 if self.answer is None else self.answer + (self.fill_size or 0)  # a prompt's last pass may be short
         in_flight = 0 if share is None else len(share.counts) - share.rank
         return (tokens // self.chunk_size + 3 + in_flight + self.graphs) * self.chunk_size

@@ -14,7 +14,7 @@ from ..chunks import Chunk
 from .attention import Past
 from .kernels import Kernel
 from .layer_memory import MemoryUse
-from .window import FULL, Pattern, Span
+from .window import FULL, Pattern, Span, Within
 
 Shape = tuple[int, int, int, int]  # (B, G, positions, D) of keys, and of values
 Piece = tuple[int, int, list[Tensor]]  # start, stop, and keys and values of these positions, (B, G, stop - start, D)
@@ -70,8 +70,9 @@ class LayerCache:
     kernel: Kernel | None = None
 
     def __init__(
-        self, shape: Shape, receiving: Sequence[Chunk], like: Tensor, grad_dtype: torch.dtype, pattern: Pattern = FULL
-    ) -> None:
+        self, shape: Shape, receiving: Sequence[Chunk], like: Tensor, grad_dtype: torch.dtype,
+        pattern: Pattern | Within = FULL,
+    ) -> None:  # fmt: skip
         self.pattern, self.dtype, self.grad_dtype = pattern, like.dtype, grad_dtype
         self.new_rows = partial(Rows, shape, like)
         capacity, reach = shape[2], pattern.reach

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..chunks import Chunk, span
+from ..chunks import Chunk, Documents, span
 from ..errors import InputError
 from ..files.checkpoint import copy_beside
 from ..memory.layer_memory import MemorySpec
@@ -61,10 +61,11 @@ class Head:
 class Wrapped:
     """See protocol.Model. Whatever it is asked beyond that is asked of the model: `parameters()`, `train()`, ….
 
-    draws, states: whether it draws random numbers when it trains, and hands on states; `wrap` finds out.
+    draws, states: whether it draws random numbers when it trains, and hands on states; takes_documents: whether it
+    counts by the positions that it is told, and has no states. `wrap` finds out.
     """
 
-    draws, states = False, False
+    draws, states, takes_documents = False, False, False
     run_chunks, chunk_losses, ends = Stack.run_chunks, Stack.chunk_losses, Stack.ends  # for the commands, as all these
     masks, lora, partial, rope, origin, unadapted = Stack.masks, None, None, None, Stack.origin, Stack.unadapted
     like = property(lambda self: self.lm_head.linear.weight)
@@ -119,7 +120,9 @@ class Wrapped:
                 memory.write([chunk], written)
                 parts.append(hidden)
             return torch.cat(parts, 1), []
-        if place.stop > self.longest:
+        (B, C), told = input_ids.shape, options.positions
+        positions = torch.arange(place.start, place.stop, device=input_ids.device) if told is None else told[..., place]
+        if self.longest < 2**62 and int(positions.max()) >= self.longest:
             raise InputError(f"past {self.longest} tokens it has no positions, or a RoPE that depends on the length")
         run, head = Run(memory, chunks, recompute), self.lm_head
         ours = [(self.config, "_attn_implementation", NAME), (Run, "now", run)]  # the model attends as we do
@@ -136,8 +139,7 @@ class Wrapped:
         with changed(*ours, *more), torch.random.fork_rng(devices, enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed + place.start)  # fill, rebuild and recompute draw the same
-            positions = torch.arange(place.start, place.stop, device=input_ids.device).expand(input_ids.shape)
-            given = {"position_ids": positions, self.cache_is: run, "use_cache": True}
+            given = {"position_ids": positions.view(-1, C).expand(B, -1), self.cache_is: run, "use_cache": True}
             hidden = self.model(input_ids=input_ids, **given).logits.to(self.like.dtype)
         self.states = any(isinstance(layer, LayerState) for layer in memory.layers)
         return hidden, run.close()
@@ -190,7 +192,7 @@ def check(wrapped: Wrapped) -> None:
         model(input_ids=ids, use_cache=False)
         wrapped.draws = not torch.equal(before, random.get_rng_state())
         random.set_rng_state(before)
-    only = (wrapped, "parameters", lambda: iter([probe]))
+    only = (wrapped, "parameters", lambda: iter([probe]))  # is in training
     with changed(*evaluating, *frozen, only), embedding.register_forward_hook(probed):
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         (gradient,) = torch.autograd.grad(loss, probe)
@@ -201,6 +203,14 @@ def check(wrapped: Wrapped) -> None:
         with torch.no_grad(), changed((head.linear, "forward", lambda x: 1000 * forward(x))):
             large = model(input_ids=ids, use_cache=False).logits  # where a cap is felt
             pairs.append((head(1000 * wrapped.run(ids)[0]), large))
+    if not wrapped.states:
+        with torch.no_grad(), changed(*evaluating):
+            far = min(wrapped.longest, 2**20) - 10  # where a second document begins, which knows nothing of the first
+            told = Options(positions=torch.arange(-far, 10).to(ids), documents=Documents((0, far), 0, far))
+            memory, alone = wrapped.new_memory(2, far, (), told), wrapped.run(ids)[0]
+            pairs.append((wrapped.run(ids, memory, [Chunk(far, far + 10)], told)[0], alone))
     off = [float((x.detach() - y.detach()).norm() / y.detach().norm()) for x, y in pairs]
-    if not all(x < (1e-3 if gradient.dtype.itemsize > 2 else 0.25) for x in off):  # a right one in bfloat16: 0.1
+    right = [x < (1e-3 if gradient.dtype.itemsize > 2 else 0.25) for x in off]  # one that is, in bfloat16: 0.1
+    wrapped.takes_documents = all(right[5:]) and not wrapped.states
+    if not all(right[:5]):
         raise InputError("its loss, gradient or large logits would be off by " + ", ".join(f"{x:.0e}" for x in off))

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 
-from ..chunks import Chunk, cut
+from ..chunks import ONE, Chunk, Documents, cut
 from ..errors import InputError
 from ..files.documents import SHIPPED_MODEL
 from ..memory.window import Pattern, Strided, Window
@@ -200,13 +200,14 @@ class StepOptions:
         how |= {"layers_at_once": self.layers_at_once and int(self.layers_at_once), "offload": self.offload}
         return how | ({"graphs": self.graphs} if self.graphs else {})
 
-    def trunk(self, tokens: int) -> int:
-        """How many first tokens of so many are taken to be the same in all rows."""
-        return 0
+    def row(self, tokens: int) -> tuple[int, Documents]:
+        """The positions of a row that is run for texts of so many tokens, and its documents."""
+        return tokens, ONE
 
     def chunks(self, tokens: int) -> tuple[list[Chunk], list[Chunk]]:
         """All chunks of a text, and the most of them that a step backpropagates: as many, at the end of it."""
-        chunks = cut(tokens, self.chunk_size, self.trunk(tokens))
+        length, documents = self.row(tokens)
+        chunks = cut(length, self.chunk_size, documents)
         kept = most_kept(self.sampler, self.budget or 1, len(chunks)) if self.method == "spaco" else len(chunks)
         return chunks, chunks[-kept:]
 

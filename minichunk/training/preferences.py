@@ -79,7 +79,7 @@ def averages(measures: Sequence[Sequence[float]]) -> dict[str, float]:
 
 def shares_prompts(model: Any, options: TrainOptions) -> bool:
     """Whether a pair's prompt runs once: in chunks, where all layers see all of the past; see memory/shared.py."""
-    if options.method == "full" or not getattr(model, "has_trunk", False):
+    if options.method == "full" or not getattr(model, "takes_documents", False):
         return False
     return all(isinstance(cache, LayerCache) and cache.pattern == FULL for cache in model.new_memory(1, 1).layers)
 

@@ -52,8 +52,8 @@ def trace(
     Raises InputError for another function, and as the function does."""
     if function not in (seco, spaco, full):
         raise InputError(f"trace watches seco, spaco or full, but was given {getattr(function, '__name__', function)}")
-    for name in ("offload", "objective", "chunk_loss", "share", "graphs"):
-        if keywords.get(name) not in (None, False):
+    for name in ("offload", "objective", "chunk_loss", "starts", "share", "graphs"):
+        if keywords.get(name) not in (None, False, ()):
             raise InputError(f"trace watches the mean loss, without {name}: leave it out")
     check_tokens(input_ids, labels, None, model.lm_head.weight.shape[0])
     bound = inspect.signature(function).bind(model, input_ids, labels, *arguments, **keywords)
