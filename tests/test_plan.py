@@ -349,7 +349,7 @@ def test_the_command_for_several_gpus(tmp_path: Path, capsys: pytest.CaptureFixt
         ("plan --targets q", "LoRA targets are ['q']"),
         ("plan --fill-size 256", "--fill-size is 256, but must be at least 512"),
         ("plan --gpus 33", "has 32 layers, and each GPU needs one at least"),
-        ("plan --gpus 2 --method full", "--method is 'full', but on several GPUs must be one of seco, spaco"),
+        ("plan --gpus 2 --method full", "--method is 'full', but with --gpus or --objective must be seco or spaco"),
         ("bench --fill-size 256", "256"),
     ],
 )

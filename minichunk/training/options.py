@@ -302,8 +302,6 @@ class TrainOptions(StepOptions, ModelOptions):
             raise InputError(f"{names} belong to --method seco and spaco")
         if self.objective in PREFERENCES and not self.data:
             raise InputError(f"--objective {self.objective} needs --data with rows of answers")
-        if self.objective in PREFERENCES and self.graphs:
-            raise InputError(f"--graphs is not for --objective {self.objective}")
         world, ranks = started().world, self.pipeline or 1
         if self.objective and world > 1:
             raise InputError(f"--objective {self.objective} is for one process")
