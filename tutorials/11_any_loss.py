@@ -97,7 +97,7 @@ assert distance(gradient(), exact) < 1e-13
 # Both rows begin with the same prompt, and there nothing in them differs: neither keys nor values, nor hidden states;
 # only what the last of these tokens has to predict. With `share=True` that part is run as one row, and the answers go on
 # from there with chunks of their own; what they send back to the shared keys and values is added up, as
-# the chain rule has it for whatever is used twice ([`memory/shared.py`](../minichunk/memory/shared.py)). Watched:
+# the chain rule has it for whatever is used twice ([`tree.py`](../minichunk/tree.py)). Watched:
 
 
 # %%
