@@ -24,7 +24,7 @@ from minichunk.losses import dpo
 from minichunk.memory import attention
 from minichunk.memory.kernels import kernel_for
 from minichunk.models.shapes import layer_memory_bytes, random_model
-from minichunk.pipeline.split_layers import layer_costs, split_layers
+from minichunk.pipeline.stage import layer_costs, split_layers
 from minichunk.samplers import most_kept
 from minichunk.training.options import TrainOptions
 

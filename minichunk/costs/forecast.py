@@ -14,8 +14,8 @@ from ..models.lora import default_targets
 from ..models.quantize import count_parameters
 from ..models.shapes import alike
 from ..models.stack import Stack
-from ..pipeline.split_layers import layer_costs, split_costs
-from ..pipeline.start import local_device
+from ..pipeline.links import local_device
+from ..pipeline.stage import layer_costs, split_costs
 from ..training.options import StepOptions, TrainOptions
 from ..training.train import LARGE
 from .peak import StepBytes, step_memory, ways

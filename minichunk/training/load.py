@@ -22,11 +22,9 @@ from ..models.lora import add_lora, default_targets
 from ..models.partial import partial_context
 from ..models.shapes import layer_memory_bytes, random_model
 from ..models.stack import Stack
-from ..pipeline.links import Links
+from ..pipeline.links import Links, local_device, started
 from ..pipeline.pipeline_seco import pipeline_seco, pipeline_spaco
-from ..pipeline.split_layers import split_layers
-from ..pipeline.stage import PipelineStage
-from ..pipeline.start import local_device, started
+from ..pipeline.stage import PipelineStage, split_layers
 from ..seco import seco
 from ..spaco import spaco
 from .loop import Gradient

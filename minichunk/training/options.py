@@ -16,7 +16,7 @@ from ..chunks import ONE, Chunk, Documents, cut
 from ..errors import InputError
 from ..files.documents import SHIPPED_MODEL
 from ..memory.window import Pattern, Strided, Window
-from ..pipeline.start import started
+from ..pipeline.links import started
 from ..protocol import Options
 from ..samplers import Bernoulli, FixedBudget, PaperBudget, most_kept
 from ..spaco import Sampler
