@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import minichunk as mc
+from minichunk.batch import make_batch
 from minichunk.costs.count import CountBytes
 from minichunk.files.documents import Document, Pair, read_pairs
 from minichunk.models.rope import RopeRule
@@ -250,7 +251,7 @@ def test_a_run_measures_and_continues_bit_for_bit(
 def test_a_teacher_leaves_its_last_hidden_states_alone() -> None:
     teacher, ids = build(tiny(8), seed=1), torch.randint(23, (1, 1000))
     with CountBytes() as count:
-        chunk_loss = distillation(teacher, teacher, ids, ids, 1, 100)
+        chunk_loss = distillation(teacher, teacher, make_batch(ids, ids, 1), 100)
     assert (
         callable(chunk_loss) and 64 < count.live / 1000 < 200 < count.peak / 1000
     )  # the cache has 1,024 bytes a token

@@ -23,8 +23,8 @@ from minichunk.command.main import main
 from minichunk.costs.count import CountBytes
 from minichunk.protocol import Options
 from minichunk.seco import fill, new_memory, rebuild
-from minichunk.walk.events import BYTES, NEEDS, check_event, read_events, write_events
 from minichunk.walk.page import ALGORITHMS, WalkOptions, listing, make_page, record, title
+from minichunk.walk.trace import BYTES, NEEDS, check_event, read_events, write_events
 
 from .gradients import take_gradients
 from .strategies import CUTS, Batch, batches, build, examples, models, tiny, tiny_state

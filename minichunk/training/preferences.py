@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..batch import IGNORE, ChunkLoss, shift
+from ..batch import IGNORE, Batch, ChunkLoss
 from ..chunks import Chunk, Documents, span
 from ..errors import InputError
 from ..files.documents import Pair, collate, step_documents
@@ -134,18 +134,16 @@ def measure_pairs(
     return {"loss": sum(losses) / len(losses), **averages(measures)} if losses else {}
 
 
-def distillation(
-    teacher: Stack, model: Any, input_ids: Tensor, labels: Tensor, num_targets: int, chunk_size: int
-) -> ChunkLoss:
-    """`losses.divergence` from the teacher, summed over targets / num_targets.
+def distillation(teacher: Stack, model: Any, batch: Batch, chunk_size: int) -> ChunkLoss:
+    """`losses.divergence` from the teacher, summed over the batch's targets.
 
     The teacher runs here, chunk by chunk; its last hidden states are kept, and nothing else of it.
     """
-    labelled = (shift(labels) != IGNORE).cpu()
-    hidden = torch.cat([x for _, x in teacher.run_chunks(input_ids, None, chunk_size)], 1)
+    hidden = torch.cat([x for _, x in teacher.run_chunks(batch.input_ids, None, chunk_size)], 1)
 
     def chunk_loss(of_model: Tensor, chunk: Chunk) -> Tensor:
-        of_teacher, here = hidden[:, span([chunk])], labelled[:, span([chunk])]
-        return divergence(of_model, model.lm_head.weight, of_teacher, teacher.lm_head.weight, here) / num_targets
+        of_teacher, part = hidden[:, span([chunk])], batch.part([chunk])
+        summed = divergence(of_model, model.lm_head.weight, of_teacher, teacher.lm_head.weight, part.labelled)
+        return summed / batch.num_targets
 
     return chunk_loss
