@@ -69,6 +69,8 @@ def test_what_was_trained_is_what_the_other_commands_read(
     assert (shown := capsys.readouterr().out).count(said) >= 2 and "runs/1 after step 2 of 2" in shown
     base, adapter = ("runs/1/model", None) if adapted is None else (train[-1] if config else train[2], "runs/1/adapter")
     read = ["--model", base, *(["--adapter", adapter] if adapter else []), *used.split()]
+    assert main(["plan", "--model", base, "--seq-len", "4096", "--memory", "1GiB", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["breakdown"]["cache"] > 0
     if adapter:
         assert set(json.loads(Path(adapter, "adapter_config.json").read_text())["target_modules"]) >= {*adapted}
     assert main(["evaluate", *read, "--data", str(text), "--seq-len", "40", "--chunk-size", "8"]) == 0
@@ -82,13 +84,6 @@ def test_what_was_trained_is_what_the_other_commands_read(
     again = loss_by_position(model, load.load_data(info, model, tokenizer)[1], 8, spans)
     close = pytest.approx([span["loss"] for span in after], rel=1e-2 if "4bit" in trained else 1e-6)
     assert [span.loss for span in again] == close
-
-
-def test_a_plan_of_another_kind(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    for config in (HYBRID, MAMBA):
-        (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-        assert main(["plan", "--model", str(tmp_path), "--seq-len", "4096", "--memory", "1GiB", "--json"]) == 0
-        assert json.loads(capsys.readouterr().out)["breakdown"]["cache"] > 0
 
 
 MISTAKES = {

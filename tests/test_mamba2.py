@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +19,6 @@ import minichunk as mc
 from minichunk.batch import IGNORE, shift
 from minichunk.chunks import Chunk, Documents, cut
 from minichunk.memory.state import Handed, LayerState
-from minichunk.models.quantize import Linear4bit
 
 from .gradients import Tensors, take_gradients
 from .rounding import exactly, measure, outcome, weighted
@@ -161,17 +159,6 @@ def test_a_tail_does_not_keep_its_chunk_in_memory() -> None:
     _, written = model.run(ids, model.new_memory(1, 50), [Chunk(0, 20), Chunk(20, 50)])
     assert [x.shape[1:] for x in written[0]] == [(2, 2, 4, 3), (2, 2, 1, 1), (3, 28), ()] * 2
     assert all(x.untyped_storage().nbytes() == x.nbytes for x in written[0][2::4])
-
-
-def test_a_base_in_4_bits(tmp_path: Path) -> None:
-    """in_proj and out_proj are stored so, and what stays trainable gets its exact gradient."""
-    pytest.importorskip("bitsandbytes")
-    build(tiny()).save_pretrained(tmp_path)
-    model = mc.Mamba2.from_pretrained(tmp_path, load_in_4bit=True)
-    names = {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
-    assert names == {f"backbone.layers.{i}.mixer.{name}_proj" for i in range(3) for name in ("in", "out")}
-    ids = torch.randint(VOCAB, (1, 9))
-    exactly(model, lambda: mc.full(model, ids, ids)).check(outcome(model, lambda: mc.seco(model, ids, ids, 2)))
 
 
 def test_an_absent_field_is_what_transformers_takes_it_for() -> None:

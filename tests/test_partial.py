@@ -134,21 +134,6 @@ def test_words() -> None:
 # Adapters.
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("adapter_first", [False, True])
-def test_an_adapter_brings_its_hybrid_along(pattern: Pattern, adapter_first: bool, tmp_path: Path) -> None:
-    model = hybrid(pattern, adapter=adapter_first)
-    if not adapter_first:
-        with_adapter(model, targets=None)
-    mc.save_adapter(model, tmp_path)
-    for base in (build(tiny(3), seed=1), hybrid(pattern)):
-        mc.load_adapter(base, tmp_path)
-        assert torch.equal(base(IDS).detach(), model(IDS).detach())
-        assert base.config == model.config
-        mc.load_adapter(base, tmp_path)  # once more
-        mc.save_adapter(base, tmp_path)  # and on
-
-
 @pytest.mark.parametrize("kind", ["PARTIAL_CONTEXT_LORA", "OTHER_ROPE_LORA"])
 def test_peft_refuses_the_adapter_of_a_changed_base(kind: str, tmp_path: Path) -> None:
     """It would put it beside a base that sees everything, with no more than a warning."""
@@ -175,28 +160,6 @@ def test_the_adapter_of_a_stored_hybrid_is_an_ordinary_one(tmp_path: Path) -> No
     mc.merge_lora(again)
     again.save_pretrained(tmp_path / "merged")
     assert torch.equal(mc.load_model(tmp_path / "merged")(IDS), again(IDS))
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"partial_context": None}, "peft_type is 'PARTIAL_CONTEXT_LORA', but must be 'LORA'"),
-        ({"peft_type": "LORA"}, "peft_type is 'LORA', but must be 'PARTIAL_CONTEXT_LORA'"),
-        ({"partial_context": 3}, "must have a pattern and a list of full_layers"),
-        ({"partial_context": {"pattern": {"window": 5}, "full_layers": [1]}}, "must have window and sinks"),
-        ({"partial_context": {"pattern": {"window": 5, "sinks": 0}, "full_layers": 1}}, "'full_layers': 1}, but must"),
-        ({"partial_context": {"pattern": {"window": 5, "sinks": 0}, "full_layers": [9]}}, r"full layers are \[9\]"),
-    ],
-)
-def test_a_damaged_record_is_named(change: dict[str, Any], words: str, tmp_path: Path) -> None:
-    mc.save_adapter(hybrid(mc.Window(5), adapter=True), tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    model = build(tiny(3), seed=1)
-    with pytest.raises(mc.InputError, match=f"adapter_config.json: .*{words}"):
-        mc.load_adapter(model, tmp_path)
-    assert model.partial is None
-    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_an_adapter_of_another_hybrid_is_refused(tmp_path: Path) -> None:

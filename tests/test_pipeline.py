@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import minichunk as mc
 from minichunk.pipeline.links import MOST_ON_THE_WAY
-from minichunk.pipeline.split_layers import split_costs
+from minichunk.pipeline.stage import split_costs
 
 from . import ranks as tasks
 from .ranks import Case, Ranks

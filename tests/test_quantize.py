@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,9 +29,9 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def unpacked(directory: Path) -> mc.Llama:
+def unpacked(directory: Path) -> Any:
     """An ordinary model whose weights are what the 4-bit one's are when unpacked."""
-    quantized, plain = mc.Llama.from_pretrained(directory, load_in_4bit=True), mc.Llama.from_pretrained(directory)
+    quantized, plain = mc.load_model(directory, load_in_4bit=True), mc.load_model(directory)
     with torch.no_grad():
         for name, module in quantized.named_modules():
             if isinstance(module, Linear4bit):
@@ -38,14 +39,18 @@ def unpacked(directory: Path) -> mc.Llama:
     return plain
 
 
-@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), PROJECTIONS])
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), PROJECTIONS, ("in_proj", "out_proj")])
 @pytest.mark.parametrize("method", ["full", "seco", "recompute and offload", "blocks"])
 def test_gradients_equal_those_beside_the_unpacked_base(directory: Path, targets: tuple[str, ...], method: str) -> None:
+    """Also of a Mamba-2, which has two linear layers where a Llama has seven."""
+    if is_mamba := "in_proj" in targets:
+        build(mc.Mamba2Config(64, 8, 3, 2, num_heads=4, head_dim=4, n_groups=2), 0).float().save_pretrained(directory)
     torch.manual_seed(1)
     expected = with_adapter(unpacked(directory), targets=targets).double()
     exact = exactly(expected, lambda: mc.full(expected, IDS, IDS))
     torch.manual_seed(1)
-    model = with_adapter(mc.Llama.from_pretrained(directory, load_in_4bit=True), targets=targets)
+    model = with_adapter(mc.load_model(directory, load_in_4bit=True), targets=targets)
+    assert sum(isinstance(module, Linear4bit) for module in model.modules()) == (4 if is_mamba else 14)
     keywords = dict.fromkeys(("recompute", "offload"), method == "recompute and offload")
     cut = {"layers_at_once": 1 if method == "blocks" else None}
     run = mc.full if method == "full" else partial(mc.seco, chunk_size=16, **keywords, **cut)

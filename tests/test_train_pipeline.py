@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import minichunk as mc
-from minichunk.pipeline.start import local_device, started
+from minichunk.pipeline.links import local_device, started
 
 from . import train_ranks as tasks
 from .ranks import Ranks

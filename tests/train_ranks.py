@@ -12,8 +12,7 @@ import torch.distributed as dist
 
 from minichunk.errors import InputError
 from minichunk.files import checkpoint
-from minichunk.pipeline.links import Links
-from minichunk.pipeline.start import started
+from minichunk.pipeline.links import Links, started
 from minichunk.training import loop, run_directory
 from minichunk.training.load import load_to_train
 from minichunk.training.loop import NonFiniteLoss

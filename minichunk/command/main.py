@@ -12,8 +12,7 @@ from ..costs.bench import BenchOptions, run_bench
 from ..costs.forecast import fitted
 from ..costs.plan import PlanOptions, run_plan
 from ..errors import InputError
-from ..pipeline.links import RankLost
-from ..pipeline.start import is_one_of_several, speaks_first
+from ..pipeline.links import RankLost, is_one_of_several, speaks_first
 from ..porting.compare import CompareOptions, run_compare
 from ..training.evaluate import EvaluateOptions, evaluate_files
 from ..training.generate import GenerateOptions, continue_text

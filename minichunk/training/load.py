@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from ..batch import make_batch
 from ..errors import InputError
 from ..files import documents
 from ..files.atomic import check_room
@@ -22,11 +23,9 @@ from ..models.lora import add_lora, default_targets
 from ..models.partial import partial_context
 from ..models.shapes import layer_memory_bytes, random_model
 from ..models.stack import Stack
-from ..pipeline.links import Links
+from ..pipeline.links import Links, local_device, started
 from ..pipeline.pipeline_seco import pipeline_seco, pipeline_spaco
-from ..pipeline.split_layers import split_layers
-from ..pipeline.stage import PipelineStage
-from ..pipeline.start import local_device, started
+from ..pipeline.stage import PipelineStage, split_layers
 from ..seco import seco
 from ..spaco import spaco
 from .loop import Gradient
@@ -139,7 +138,8 @@ def make_gradient(options: TrainOptions, reference: Mapping[str, Any] | None = N
             told |= {"objective": lambda log_probs: compared(log_probs) / options.accumulate}
             told |= {"share": True} if shares_prompts(model, options) else {}
         elif teacher is not None:
-            told["chunk_loss"] = distillation(teacher, model, input_ids, labels, num_targets, options.chunk_size)
+            whole = make_batch(input_ids, labels, num_targets)
+            told["chunk_loss"] = distillation(teacher, model, whole, options.chunk_size)
         else:
             told |= {"num_targets": num_targets, "starts": batch[0].starts}
         over_ranks, given = isinstance(model, PipelineStage), (model, input_ids, labels)
