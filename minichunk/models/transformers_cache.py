@@ -148,6 +148,7 @@ class Rule:
 def find_rule(*, mask_function: Callable[..., Tensor], device: Any, local_size: int | None = None, **_: Any) -> Rule:
     """The mask function: what the model's rule amounts to, which is asked about a few queries. Raises InputError."""
     edge = local_size or 500
+    device = "cpu" if device.type == "meta" else device
     i = torch.tensor([0, 1, edge - 1, edge, edge + 1, 2 * edge + 1], device=device)[:, None]
     j = torch.arange(2 * edge + 2, device=device)
     sees, causal = mask_function(0 * i, 0 * i, i, j), j <= i

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from ..batch import make_batch
 from ..errors import InputError
 from ..files import documents
 from ..files.atomic import check_room
@@ -134,7 +135,8 @@ def make_gradient(options: TrainOptions, reference: Mapping[str, Any] | None = N
             told |= {"objective": lambda log_probs: compared(log_probs) / options.accumulate}
             told |= {"share": True} if shares_prompts(model, options) else {}
         elif teacher is not None:
-            told["chunk_loss"] = distillation(teacher, model, input_ids, labels, num_targets, options.chunk_size)
+            whole = make_batch(input_ids, labels, num_targets)
+            told["chunk_loss"] = distillation(teacher, model, whole, options.chunk_size)
         else:
             told["num_targets"] = num_targets
         over_ranks, given = isinstance(model, PipelineStage), (model, input_ids, labels)

@@ -144,6 +144,8 @@ class StepOptions:
     objective: str | None = option(
         None, "another loss: preferences (rows of prompt, chosen, rejected; of kto prompt, completion, label), or what "
         "--teacher says of each token", choices=(*PREFERENCES, "distill"), absent="the mean")
+    teacher: str | None = option(None, "distill: a larger checkpoint of the same vocabulary", metavar="DIR",
+                                 belongs=("objective", ("distill",)))
     seq_len: int = option(2048, "tokens per document piece, or of each of two answers with its prompt", least=2)
     chunk_size: int = option(256, "tokens per chunk", least=1)
     fill_size: int | None = option(None, "tokens per forward pass of the fill", least=1, absent="the chunk size")
@@ -175,6 +177,8 @@ class StepOptions:
         check_options(self)
         if self.fill_size is not None and self.fill_size < self.chunk_size:
             raise InputError(f"--fill-size is {self.fill_size}, but must be at least {self.chunk_size}, a chunk")
+        if self.objective == "distill" and self.teacher is None:
+            raise InputError("--objective distill needs a --teacher")
         if self.load_in_4bit and self.rank == 0:
             raise InputError("--load-in-4bit freezes the base: it needs an adapter, --rank of at least 1")
         if (given := self.layers_at_once) not in (None, "auto") and not (given.isdecimal() and int(given)):
@@ -255,8 +259,6 @@ class TrainOptions(StepOptions, ModelOptions):
                                 above=0, absent="0.1; 2 for simpo", belongs=("objective", PREFERENCES))
     gamma: float = option(1.0, "simpo: the margin that is asked for", least=0, belongs=("objective", ("simpo",)))
     desirable_weight: float = option(1.0, "kto: of label true; else 1", above=0, belongs=("objective", ("kto",)))
-    teacher: str | None = option(None, "distill: a larger checkpoint of the same vocabulary", metavar="DIR",
-                                 belongs=("objective", ("distill",)))
     steps: int = option(60, "optimizer steps", least=1, group="training")
     batch_size: int = option(1, "pieces at a time", least=1)
     accumulate: int = option(None, "batches per step, of all copies together", least=1, absent="one for each copy")
@@ -302,8 +304,6 @@ class TrainOptions(StepOptions, ModelOptions):
             raise InputError(f"--objective {self.objective} needs --data with rows of answers")
         if self.objective in PREFERENCES and self.graphs:
             raise InputError(f"--graphs is not for --objective {self.objective}")
-        if self.objective == "distill" and self.teacher is None:
-            raise InputError("--objective distill needs a --teacher")
         world, ranks = started().world, self.pipeline or 1
         if self.objective and world > 1:
             raise InputError(f"--objective {self.objective} is for one process")
