@@ -46,6 +46,7 @@ class Options:
     dropout_seed: int | None = None  # decides the masks of a step's dropouts: those of fill and rebuild are the same
     positions: Tensor | None = field(default=None, repr=False, compare=False)
     documents: Documents = ONE
+    sparse: bool = False  # whether chunks may be skipped, as in SpaCO: the adjoints of states have to pass them
 
 
 DEFAULTS = Options()

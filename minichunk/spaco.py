@@ -49,7 +49,7 @@ def spaco(
     total = torch.zeros((), device=input_ids.device)
     if not kept and objective is None:
         return total
-    options = Options(fill_size, recompute, cache_grad_dtype, model.dropout_seed(), batch.positions, documents)
+    options = Options(fill_size, recompute, cache_grad_dtype, model.dropout_seed(), batch.positions, documents, True)
     if layers_at_once is not None or offload:
         return through_blocks(model, batch, chunks, kept, options, layers_at_once, offload, objective)
     run_again = [chunk for chunk, _ in kept]

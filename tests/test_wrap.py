@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from shutil import copy
 from typing import Any
@@ -20,7 +21,7 @@ from minichunk.chunks import cut
 from minichunk.command.main import main
 
 from .gradients import combine
-from .rounding import Exact, exactly, outcome
+from .rounding import Exact, exactly, outcome, weighted
 from .tiny_transformers import batch, exact, own, tiny_transformer
 
 import transformers  # isort: skip (if it is there)
@@ -45,7 +46,7 @@ def test_seco_is_its_own_full_backpropagation(model_type: str) -> None:
             expected.check(outcome(model, partial(mc.seco, wrapped, ids, labels, **way)))
 
 
-@pytest.mark.parametrize("model_type", ["gemma3_text", "bamba"])
+@pytest.mark.parametrize("model_type", ["gemma3_text", "qwen3_next"])
 def test_spaco_is_unbiased(model_type: str) -> None:
     (ids, labels), model, sampler = batch(length=13), tiny_transformer(model_type), mc.Bernoulli([0.3, 0.5, 0.8])
     with exact():
@@ -58,6 +59,34 @@ def test_spaco_is_unbiased(model_type: str) -> None:
         expected.check(outcome(model, partial(mc.spaco, wrapped, ids, labels, 5, sampler=lambda *_: everything)))
     noise = {name: 8 * x for name, x in expected.noise.items()}  # a draw's weights make fewer terms cancel
     expected.check(combine(got), beside=Exact(expected.values, noise))
+
+
+def test_a_state_s_adjoint_passes_a_chunk_that_is_skipped() -> None:
+    model = tiny_transformer("qwen3_next", layer_types=["linear_attention"] * 4)
+    ids, draw = torch.arange(3, 18)[None], [mc.Weight(1.0, 1.0), None, mc.Weight(1.0, 1.0)]
+    labels = ids.index_fill(1, torch.arange(10), IGNORE)
+    got = outcome(model, lambda: mc.spaco(mc.wrap(model), ids, labels, 5, sampler=lambda *_: draw))
+    assert got["model.embed_tokens.weight"][3].any()
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "gpt2"])
+def test_documents_in_a_row_are_as_if_alone(model_type: str) -> None:
+    (ids, labels), model, starts = batch(rows=1), tiny_transformer(model_type), [0, 3, 14, 16]
+    count = int((labels[:, [i for i in range(23) if i not in starts]] != IGNORE).sum())
+    parts = [slice(*edges) for edges in pairwise([*starts, 23])]
+    with exact():
+        wrapped = mc.wrap(model)
+
+        def alone(i: int) -> Tensor:
+            return mc.full(wrapped, ids[:, parts[i]], labels[:, parts[i]], num_targets=count)
+
+        expected = weighted([(1.0, exactly(model, partial(alone, i))) for i in range(4)])
+        expected.check(outcome(model, partial(mc.full, wrapped, ids, labels, starts=starts)))
+        for way in WAYS:
+            expected.check(outcome(model, partial(mc.seco, wrapped, ids, labels, starts=starts, **way)))
+        for other in ("llama4_text", "bamba"):  # one counts by itself, and one has states
+            with pytest.raises(mc.InputError, match="starts and share are not for"):
+                mc.seco(mc.wrap(tiny_transformer(other)), ids, labels, 5, starts=starts)
 
 
 def lora(model: Any, dropout: float = 0.0, **more: Any) -> Any:
@@ -146,14 +175,13 @@ def test_who_ignores_a_part_of_a_model_is_found_out(
     mc.wrap(model)
     monkeypatch.setitem(AttentionInterface._global_mapping, NAME, ignoring(ignored))
     if ignored == "mask":
-        monkeypatch.setitem(
-            AttentionMaskInterface._global_mapping, NAME, lambda **_: transformers_cache.Rule(mc.Window())
-        )
+        rule = transformers_cache.Rule(mc.Window())
+        monkeypatch.setitem(AttentionMaskInterface._global_mapping, NAME, lambda **_: rule)
     if ignored == "final cap":
         capless = lambda x, name, *other: None if "softcap" in name else getattr(x, name, *other)  # noqa: E731
         monkeypatch.setattr(wrap, "getattr", capless, raising=False)
     if ignored == "states":
-        monkeypatch.setattr(transformers_cache.Run, "handed", lambda *_, **__: None)
+        monkeypatch.setattr(transformers_cache.Run, "get_recurrent_state", lambda *_, **__: None)
     with pytest.raises(mc.InputError, match="would be off by"):
         mc.wrap(model)
 
@@ -186,6 +214,15 @@ def test_what_is_not_done_is_refused() -> None:
     model.gradient_checkpointing_disable()
     with pytest.raises(mc.InputError, match="offload"):
         mc.seco(wrapped, ids[:, :20], labels[:, :20], 5, offload=True)
+
+
+def test_in_bfloat16_it_is_no_further_off_than_twice_its_own_backpropagation() -> None:
+    (ids, labels), model = batch(), tiny_transformer("llama").bfloat16()
+    theirs = outcome(model, lambda: own(model, ids, labels))
+    ours = outcome(model, lambda: mc.seco(mc.wrap(model), ids, labels, 5))
+    expected = outcome(model.double(), lambda: own(model, ids, labels))
+    off = [sum(float((x[name] - y).norm()) ** 2 for name, y in expected.items()) for x in (ours, theirs)]
+    assert off[0] < 4 * off[1]
 
 
 def test_the_model_stays_as_it_was() -> None:

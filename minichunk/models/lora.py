@@ -1,6 +1,6 @@
 """LoRA: a trainable low-rank product beside frozen weights, and dropout that can be replayed."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -167,24 +167,24 @@ def without_adapter(model: Stack) -> Iterator[None]:
 
 
 @contextmanager
-def changed(things: Iterable[Any], name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """Within the block, each thing's attribute of this name is what `make` makes of the thing."""
-    before = [(thing, getattr(thing, name), name in vars(thing)) for thing in things]
-    for thing, *_ in before:
-        setattr(thing, name, make(thing))
+def changed(*attributes: tuple[Any, str, Any]) -> Iterator[None]:
+    """Within the block, of each (thing, name, value) the thing's attribute of this name has this value."""
+    before = [(thing, name, getattr(thing, name), name in vars(thing)) for thing, name, _ in attributes]
+    for attribute in attributes:
+        setattr(*attribute)
     try:
         yield
     finally:
-        for thing, value, own in before:
-            if own or not callable(value):
-                setattr(thing, name, value)
+        for thing, name, old, own in before:
+            if own or not callable(old):
+                setattr(thing, name, old)
             else:  # its class's
                 delattr(thing, name)
 
 
 def without_dropout(model: Any) -> AbstractContextManager[None]:
     """Within the block all of the model is in evaluation mode."""
-    return changed(model.modules(), "training", lambda _: False)
+    return changed(*((module, "training", False) for module in model.modules()))
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from ..batch import make_batch
 from ..errors import InputError
 from ..files import documents
 from ..files.atomic import check_room
@@ -106,6 +107,9 @@ def load_data(options: TrainOptions, model: Stack, tokenizer: Tokenizer) -> tupl
         count = min(round(len(training) * options.val_fraction) or int(options.val_fraction > 0), len(training) - 1)
         training, validation = training[: len(training) - count], training[len(training) - count :]
         line += f"\n        held out: the last {count:,} of them"
+    if options.pack:
+        training, how = documents.pack_documents(training, options.seq_len, options.pack == "apart")
+        line += f"\n        {how}"
     longest_first = sorted(validation, key=len, reverse=True)  # stable: those that reach the far positions
     return training, longest_first[: options.eval_documents], line
 
@@ -134,9 +138,10 @@ def make_gradient(options: TrainOptions, reference: Mapping[str, Any] | None = N
             told |= {"objective": lambda log_probs: compared(log_probs) / options.accumulate}
             told |= {"share": True} if shares_prompts(model, options) else {}
         elif teacher is not None:
-            told["chunk_loss"] = distillation(teacher, model, input_ids, labels, num_targets, options.chunk_size)
+            whole = make_batch(input_ids, labels, num_targets)
+            told["chunk_loss"] = distillation(teacher, model, whole, options.chunk_size)
         else:
-            told["num_targets"] = num_targets
+            told |= {"num_targets": num_targets, "starts": batch[0].starts}
         over_ranks, given = isinstance(model, PipelineStage), (model, input_ids, labels)
         if options.method == "full":
             loss = full(*given, **{name: x for name, x in told.items() if name not in keywords or name == "recompute"})
