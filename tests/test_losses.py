@@ -1,7 +1,6 @@
 """The shipped objectives against the papers' equations, by hand, and against TRL's own code, where it is installed."""
 
 import math
-from collections import defaultdict
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -83,12 +82,12 @@ def by_trl(kind: str, log_probs: Tensor) -> Tensor:
 
     nothing, ids, half = torch.zeros(B, T - 1), LABELS.clamp(min=0), B // 2
     told = MagicMock(  # a trainer's self
-        _metrics=defaultdict(lambda: defaultdict(list)), beta=0.3, aux_loss_enabled=False, precompute_ref_logps=True,
-        _total_train_tokens=0, _tp_size=1, ld_alpha=None, f_divergence_type="reverse_kl", use_weighting=False,
-        loss_types=[{"dpo": "sigmoid"}.get(kind, kind)], loss_weights=[1.0], loss_type=kind, desirable_weight=1.5,
-        undesirable_weight=0.5, calculate_KL=True, alpha=0.0, simpo_gamma=0.7, label_smoothing=0.0, epsilon_low=0.2,
-        epsilon_high=0.3, importance_sampling_level="token", top_entropy_quantile=1.0, off_policy_mask_threshold=None,
-        use_vllm=False, current_gradient_accumulation_steps=1, _entropy_bonus_enabled=False,
+        beta={"orpo": 0.4, "simpo": 2.0, "grpo": 0.1}.get(kind, 0.3), aux_loss_enabled=False, _total_train_tokens=0,
+        _tp_size=1, ld_alpha=None, f_divergence_type="reverse_kl", use_weighting=False, loss_weights=[1.0],
+        loss_types=[{"dpo": "sigmoid"}.get(kind, kind)], loss_type=kind, desirable_weight=1.5, undesirable_weight=0.5,
+        alpha=0.0, simpo_gamma=0.7, label_smoothing=0.0, epsilon_low=0.2, epsilon_high=0.3, use_vllm=False,
+        importance_sampling_level="token", top_entropy_quantile=1.0, off_policy_mask_threshold=None,
+        current_gradient_accumulation_steps=1, _entropy_bonus_enabled=False,
     )  # fmt: skip
     told.accelerator.gather_for_metrics = told.accelerator.gather = lambda x: x
     told.accelerator.device, told.args.delta, told.args.use_bias_correction_kl = "cpu", None, False
@@ -101,23 +100,17 @@ def by_trl(kind: str, log_probs: Tensor) -> Tensor:
         "input_ids": ids, "completion_mask": MASK.long(), "attention_mask": torch.ones_like(ids), "label": GOOD,
         "ref_chosen_logps": rows[:half], "ref_rejected_logps": rows[half:], "ref_logps": rows, "ref_KL_logps": 0 * rows,
     }  # fmt: skip
-    match kind:
-        case "orpo":
-            told.beta = 0.4
-            ratio, *_ = orpo.ORPOTrainer.odds_ratio_loss(told, *means)
-            return -log_probs[:half].sum() / MASK[:half].sum() - ratio.mean()
-        case "simpo":
-            told.beta = 2.0
-            return cpo.CPOTrainer.cpo_loss(told, *means)[0].mean()
-        case "grpo":
-            told.beta = 0.1
-            given = {"prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1], "completion_ids": ids[:, 1:]}
-            given |= {"completion_mask": MASK[:, 1:].long(), "advantages": ADVANTAGES}
-            given |= {"old_per_token_logps": OLD[:, 1:], "ref_per_token_logps": REFERENCE[:, 1:]}
-            return trl.GRPOTrainer._compute_loss(told, model, given)
-        case "kto":
-            return trl.KTOTrainer._compute_loss(told, model, given, False)
-    return trl.DPOTrainer._compute_loss(told, model, given, False)
+    if kind == "orpo":
+        ratio, *_ = orpo.ORPOTrainer.odds_ratio_loss(told, *means)
+        return -log_probs[:half].sum() / MASK[:half].sum() - ratio.mean()
+    if kind == "simpo":
+        return cpo.CPOTrainer.cpo_loss(told, *means)[0].mean()
+    if kind == "grpo":
+        given = {"prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1], "completion_ids": ids[:, 1:]}
+        given |= {"completion_mask": MASK[:, 1:].long(), "advantages": ADVANTAGES}
+        given |= {"old_per_token_logps": OLD[:, 1:], "ref_per_token_logps": REFERENCE[:, 1:]}
+        return trl.GRPOTrainer._compute_loss(told, model, given)
+    return (trl.KTOTrainer if kind == "kto" else trl.DPOTrainer)._compute_loss(told, model, given, False)
 
 
 @pytest.mark.parametrize("kind", OURS)

@@ -85,6 +85,7 @@ def real_peak(setting: Setting, tokens: int) -> tuple[int, int]:
         elif setting.objective:  # the chosen answer and the rejected one
             ids[1, tokens - (setting.answer or tokens) :] = 1
             keywords |= {"objective": dpo(torch.zeros(ids.shape)), "share": setting.answer is not None}
+        count.peak = count.live  # a model of transformers has been tried
         if setting.method == "seco":
             mc.seco(model, ids, ids, setting.chunk_size, **keywords)
         elif setting.method == "spaco":

@@ -154,11 +154,14 @@ class Stack(nn.Module):
 
     @torch.no_grad()
     def run_chunks(
-        self, input_ids: Tensor, memory: LayerMemories, chunk_size: int, start: int = 0, options: Options = DEFAULTS
+        self, input_ids: Tensor, memory: Any, chunk_size: int, start: int = 0, options: Options = DEFAULTS
     ) -> Iterator[tuple[slice, Tensor]]:
         """Inference of input_ids (B, T) from the position `start`, chunk by chunk, writing the memory.
-        options: with the positions of the whole text, where rope depends on its length.
-        Yields each chunk's place in input_ids and its normalized output (B, C, E)."""
+        memory: None: one for this text alone. options: with the positions of the whole text, where rope depends on its
+        length. Yields each chunk's place in input_ids and its normalized output (B, C, E)."""
+        if memory is None:
+            options = Options(positions=torch.arange(input_ids.shape[1], device=input_ids.device))
+            memory = self.new_memory(*input_ids.shape)
         for chunk in cut(input_ids.shape[1], chunk_size):
             rows = span([chunk])
             here = [Chunk(start + chunk.start, start + chunk.stop)]
@@ -169,9 +172,7 @@ class Stack(nn.Module):
     @torch.no_grad()
     def chunk_losses(self, input_ids: Tensor, targets: Tensor, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
         """Each chunk's place in input_ids (B, T), and the loss (B, C) of its targets in nats; 0 where there is none."""
-        memory = self.new_memory(*input_ids.shape)
-        options = Options(positions=torch.arange(input_ids.shape[1], device=input_ids.device))
-        for rows, hidden in self.run_chunks(input_ids, memory, chunk_size, options=options):
+        for rows, hidden in self.run_chunks(input_ids, None, chunk_size):
             yield rows, token_losses(hidden, self.lm_head.weight, targets[:, rows])
 
     def _layer(self, layer: Any, chunks: Sequence[Chunk], options: Options, *inputs: Any) -> Any:

@@ -104,18 +104,19 @@ class Run(Cache):
         return self.memory.spec.options.sparse and key[0] == "recurrent" and key in self.pasts
 
     def hand_on(self, key: Any, state: Tensor) -> Tensor:
-        """Note the next state, and how much is left in it of the one before, whose adjoint the memory carries."""
+        """Write the next state, and how much is left in it of the one before."""
         end, left = state, torch.zeros_like(state[..., :1, :1])
         if self.carries(key):
             (h,), (memory,) = self.pasts[key].states, self.memory.of[key].handed
-            if not self.fills:
+            if self.fills:
+                torch.set_grad_enabled(False)
+                end = state.detach()
+                if state.requires_grad:
+                    (back,) = torch.autograd.grad(state, h, h, materialize_grads=True)
+                    left = ((h * back).sum((-2, -1), True) / h.square().sum((-2, -1), True)).nan_to_num()  # of 0, 0
+            else:
                 left = memory.through[memory.rows[self.chunks[0].start]]
                 end = state - left * (h - h.detach())
-            elif state.requires_grad:
-                torch.set_grad_enabled(False)
-                (back,) = torch.autograd.grad(state, h, h, materialize_grads=True)
-                left = (h * back).sum((-2, -1), True) / h.square().sum((-2, -1), True)
-                end, left = state.detach(), left.nan_to_num()  # of nothing, nothing
         if not self.closed:
             self.write(key, (end, left), lambda spec: LayerState([Handed(torch.zeros_like(end), left, spec)]))
         return state

@@ -5,6 +5,7 @@ answers is all that a run keeps of it.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
@@ -13,12 +14,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..batch import IGNORE, Batch, ChunkLoss
-from ..chunks import Chunk, span
+from ..chunks import Chunk, Documents, span
+from ..errors import InputError
 from ..files.documents import Pair, collate, step_documents
 from ..losses import divergence, dpo, ipo, kto, means, orpo, simpo
 from ..losses import pairs as halves
-from ..memory.cache import LayerCache
-from ..memory.window import FULL
 from ..models.lora import without_dropout
 from ..models.stack import Stack
 from ..objective import log_probs
@@ -78,10 +78,14 @@ def averages(measures: Sequence[Sequence[float]]) -> dict[str, float]:
 
 
 def shares_prompts(model: Any, options: TrainOptions) -> bool:
-    """Whether a pair's prompt runs once: in chunks, where all layers see all of the past; see memory/shared.py."""
+    """Whether a pair's prompt runs once: in chunks, unless layers or rope of the model refuse it; see tree.py."""
     if options.method == "full" or not getattr(model, "takes_documents", False):
         return False
-    return all(isinstance(cache, LayerCache) and cache.pattern == FULL for cache in model.new_memory(1, 1).layers)
+    with suppress(InputError):
+        model.new_memory(1, 2, (), Options(documents=Documents((0, 1), 1)))
+        model.shared(model.like, torch.arange(2, device=model.like.device), None)
+        return True
+    return False
 
 
 @torch.no_grad()
@@ -135,9 +139,7 @@ def distillation(teacher: Stack, model: Any, batch: Batch, chunk_size: int) -> C
 
     The teacher runs here, chunk by chunk; its last hidden states are kept, and nothing else of it.
     """
-    ids, memory = batch.input_ids, teacher.new_memory(*batch.input_ids.shape)
-    options = Options(positions=torch.arange(ids.shape[1], device=ids.device))
-    hidden = torch.cat([h for _, h in teacher.run_chunks(ids, memory, chunk_size, options=options)], 1)
+    hidden = torch.cat([x for _, x in teacher.run_chunks(batch.input_ids, None, chunk_size)], 1)
 
     def chunk_loss(of_model: Tensor, chunk: Chunk) -> Tensor:
         of_teacher, part = hidden[:, span([chunk])], batch.part([chunk])

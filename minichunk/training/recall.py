@@ -19,7 +19,6 @@ from ..files.chat import ChatTemplate
 from ..files.documents import Document, Row, collate, encode
 from ..models.lora import without_dropout
 from ..models.stack import Stack
-from ..protocol import Options
 
 # As in arXiv 2305.16300. The answer is begun for the model: so a chat model, too, says the passkey and nothing before.
 NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
@@ -89,11 +88,7 @@ def score(model: Stack, document: Document, chunk_size: int) -> tuple[bool, floa
     """Whether each label is the likeliest token, so that greedy decoding writes them, and their log-probability."""
     input_ids, labels = collate([document], model.like.device)
     targets = shift(labels)[0]
-    options, memory = (
-        Options(positions=torch.arange(len(document), device=input_ids.device)),
-        model.new_memory(*input_ids.shape),
-    )
-    chunks = model.run_chunks(input_ids, memory, chunk_size, options=options)
+    chunks = model.run_chunks(input_ids, None, chunk_size)
     asked = torch.cat([hidden[0, targets[rows] != IGNORE] for rows, hidden in chunks])
     expected, log_probs = targets[targets != IGNORE], model.lm_head(asked).double().log_softmax(-1)  # (n), (n, V)
     return bool((log_probs.argmax(-1) == expected).all()), float(log_probs.gather(1, expected[:, None]).sum())
