@@ -74,18 +74,18 @@ def real_peak(setting: Setting, tokens: int) -> tuple[int, int]:
     kernel = mock.patch.object(attention, "pick_kernel", lambda q: kernel_for(setting.device, q.dtype, 16))
     with kernel, CountBytes() as count, mock.patch.object(blocks, "host_like", count.room):
         model = random_model(setting.config(), setting.torch_dtype, setting.rank, setting.targets)
+        teacher = random_model(setting.teacher, setting.torch_dtype) if setting.teacher else None
+        count.peak = count.live  # a model of transformers has been tried
         states = optimizer_states(model)
         if setting.in_blocks:  # as from an earlier batch of the same step
             mc.seco(model, *[torch.zeros(1, 2, dtype=torch.int64)] * 2, 2)
         ids = torch.zeros(setting.rows, tokens, dtype=torch.int64)
-        if setting.teacher:
-            teacher = random_model(setting.teacher, setting.torch_dtype)
+        if teacher is not None:
             teacher.requires_grad_(False)
             keywords["chunk_loss"] = distillation(teacher, model, make_batch(ids, ids, tokens), setting.chunk_size)
         elif setting.objective:  # the chosen answer and the rejected one
             ids[1, tokens - (setting.answer or tokens) :] = 1
             keywords |= {"objective": dpo(torch.zeros(ids.shape)), "share": setting.answer is not None}
-        count.peak = count.live  # a model of transformers has been tried
         if setting.method == "seco":
             mc.seco(model, ids, ids, setting.chunk_size, **keywords)
         elif setting.method == "spaco":
