@@ -17,7 +17,7 @@ from torch import Tensor
 
 import minichunk as mc
 from minichunk.batch import IGNORE, shift
-from minichunk.chunks import Chunk
+from minichunk.chunks import Chunk, Documents, cut
 from minichunk.memory.state import Handed, LayerState
 
 from .gradients import Tensors, take_gradients
@@ -109,17 +109,20 @@ def test_logits_and_gradients_equal_transformers(
         exact.check(step | logits)
 
 
-@pytest.mark.parametrize(("length", "chunk_size", "at_once"), [(4, 1, None), (8, 3, 1)])
-def test_spaco_is_unbiased(length: int, chunk_size: int, at_once: int | None) -> None:
+@pytest.mark.parametrize(
+    ("length", "chunk_size", "at_once", "starts"),
+    [(4, 1, None, ()), (8, 3, 1, ()), (12, 3, None, (0, 1, 2, 10)), (12, 4, None, (0, 7))],
+)
+def test_spaco_is_unbiased(length: int, chunk_size: int, at_once: int | None, starts: tuple[int, ...]) -> None:
     """Averaged over all draws it is the exact gradient: a state's adjoint passes skipped chunks, a tail's does not."""
-    model, ids = build(tiny(num_hidden_layers=2)), torch.randint(VOCAB, (2, length))
-    chunks = math.ceil(length / chunk_size)
+    model, ids = build(tiny(num_hidden_layers=2)), torch.randint(VOCAB, (1 if starts else 2, length))
+    chunks = len(cut(length, chunk_size, Documents(starts)))
     terms: list[tuple[float, Any]] = []
     for probability, entries in mc.Bernoulli([0.9, 0.3, 0.5, 0.7][:chunks]).outcomes(chunks):
-        draw = {"sampler": lambda *_, entries=entries: entries, "layers_at_once": at_once}
+        draw = {"sampler": lambda *_, entries=entries: entries, "layers_at_once": at_once, "starts": starts}
         terms.append((probability, exactly(model, lambda draw=draw: mc.spaco(model, ids, ids, chunk_size, **draw))))
     found = weighted(terms)
-    exactly(model, lambda: mc.full(model, ids, ids)).check(found.values, beside=found)
+    exactly(model, lambda: mc.full(model, ids, ids, starts=starts)).check(found.values, beside=found)
 
 
 def dropped(number: int) -> Callable[[pytest.MonkeyPatch], None]:
