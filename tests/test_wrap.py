@@ -37,10 +37,12 @@ NAME = "minichunk"
 def test_seco_is_its_own_full_backpropagation(model_type: str) -> None:
     (ids, labels), model = batch(), tiny_transformer(model_type)
     with exact():
+        ids[1, :9], labels[1, :9] = ids[0, :9], labels[0, :9]
         expected = exactly(model, lambda: own(model, ids, labels))
         wrapped = mc.wrap(model)
         expected.check(outcome(model, lambda: mc.full(wrapped, ids, labels)))
-        for way in [*WAYS, MEAN, *([{"chunk_size": 1}] if wrapped.states else [])]:
+        more = [{"chunk_size": 1}] * wrapped.states + [{"chunk_size": 4, "share": True}] * (model_type == "phi")
+        for way in [*WAYS, MEAN, *more]:
             expected.check(outcome(model, partial(mc.seco, wrapped, ids, labels, **way)))
 
 
