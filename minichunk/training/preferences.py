@@ -17,11 +17,10 @@ from ..batch import IGNORE, Batch, ChunkLoss
 from ..chunks import Chunk, Documents, span
 from ..errors import InputError
 from ..files.documents import Pair, collate, step_documents
-from ..losses import divergence, dpo, ipo, kto, means, orpo, simpo
+from ..losses import divergence, dpo, ipo, kto, log_probs, means, orpo, simpo
 from ..losses import pairs as halves
 from ..models.lora import without_dropout
 from ..models.stack import Stack
-from ..objective import log_probs
 from ..protocol import Options
 from .options import TrainOptions
 

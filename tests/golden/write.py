@@ -25,14 +25,14 @@ from minichunk.blocks import Hidden
 from minichunk.chunks import Chunk, cut, span
 from minichunk.files.atomic import write_tensors
 from minichunk.full import full
-from minichunk.losses import dpo
+from minichunk.losses import dpo, log_probs
 from minichunk.memory.window import FULL, Window
 from minichunk.models.config import LlamaConfig
 from minichunk.models.llama import Attention, Layer, Llama, rope_tables
 from minichunk.models.lora import DropoutMasks, adapters, add_lora
 from minichunk.models.rope import RopeRule
 from minichunk.models.ssm import StateSpace, StateSpaceConfig
-from minichunk.objective import log_probs, weigh
+from minichunk.objective import weigh
 from minichunk.porting.compare import FORMAT
 from minichunk.protocol import Options, flat
 from minichunk.samplers import Weight
