@@ -102,6 +102,9 @@ def test_long_documents_are_cut_and_the_line_says_what_was_kept(tmp_path: Path, 
     assert [len(piece) for piece in pieces] == [total - 1]
     assert "1 tokens without a target left out" in line
     assert pieces[0].name.endswith(f"a.txt, tokens 0 to {total - 1}")
+    prompt = write(tmp_path / "p.jsonl", {"prompt": TEXT, "completion": ""})
+    with pytest.raises(mc.InputError, match="nothing to predict"):
+        cut_documents(read_documents([prompt], tokenizer), 8)
 
 
 def test_padding(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -149,12 +152,6 @@ def test_bad_files_are_named(tmp_path: Path, tokenizer: Tokenizer, name: str, co
         (tmp_path / name).write_bytes(content)
     with pytest.raises(mc.InputError, match=words):
         read_documents([tmp_path / name], tokenizer)
-
-
-def test_prompts_alone(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    path = write(tmp_path / "p.jsonl", {"prompt": TEXT, "completion": ""})
-    with pytest.raises(mc.InputError, match="nothing to predict"):
-        cut_documents(read_documents([path], tokenizer), 8)
 
 
 def test_a_tokenizer_of_another_model_is_noticed(tmp_path: Path, tokenizer: Tokenizer) -> None:

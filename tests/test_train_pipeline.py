@@ -145,20 +145,6 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     assert files(tmp_path / "several") == expected
 
 
-@pytest.mark.parametrize("model", ["llama", "tied"])
-def test_a_rank_reads_its_own_tensors_alone(
-    ranks: Ranks, models: dict[str, Path], values: dict[str, Any], model: str
-) -> None:
-    values |= {"model": str(models[model]), "pipeline": 3}
-    embedding = "model.embed_tokens.weight"
-    head = embedding if model == "tied" else "lm_head.weight"
-    read = ranks.ask(3, tasks.read_here, 3, values)
-    ends = [{name for name in names if ".layers." not in name} for names in read]
-    assert ends == [{embedding}, set(), {"model.norm.weight", head}]
-    numbers = [sorted({name.split(".")[2] for name in names if ".layers." in name}) for names in read]
-    assert sorted(number for each in numbers for number in each) == ["0", "1", "2", "3"]
-
-
 @pytest.mark.parametrize(
     ("world", "changes", "words"),
     [
