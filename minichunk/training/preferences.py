@@ -78,7 +78,7 @@ def averages(measures: Sequence[Sequence[float]]) -> dict[str, float]:
 
 def shares_prompts(model: Any, options: TrainOptions) -> bool:
     """Whether a pair's prompt runs once: in chunks, unless layers or rope of the model refuse it; see tree.py."""
-    if options.method == "full" or not getattr(model, "takes_documents", False):
+    if options.method == "full" or not isinstance(model, Stack):
         return False
     with suppress(InputError):
         model.new_memory(1, 2, (), Options(documents=Documents((0, 1), 1)))
