@@ -17,9 +17,10 @@ from torch import Tensor
 
 import minichunk as mc
 from minichunk.batch import IGNORE, shift
-from minichunk.chunks import Chunk
+from minichunk.chunks import Chunk, Documents, cut
 from minichunk.memory.state import Handed, LayerState
 
+from . import strategies
 from .gradients import Tensors, take_gradients
 from .rounding import exactly, measure, outcome, weighted
 from .strategies import SECO_HOW, VOCAB, Batch, batches, examples
@@ -37,22 +38,14 @@ def tiny(**changes: Any) -> mc.Mamba2Config:
     return mc.Mamba2Config(**{**fields, **changes})
 
 
-def randomize(model: mc.Mamba2, seed: int) -> mc.Mamba2:
-    """In float64, with gates that remember for about 1 to 100 tokens, and nothing that is 0 or 1 by default."""
-    generator = torch.Generator().manual_seed(seed)
-    model = model.double()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            draw = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
-            wide = any(part in name for part in ("embed", "A_log", "dt_bias", "conv1d"))
-            parameter.copy_(
-                draw * (1.0 if wide else 0.4) + ("norm" in name or name.endswith("D")) - 2 * ("dt_b" in name)
-            )
-    return model
-
-
 def build(config: mc.Mamba2Config, seed: int = 0) -> mc.Mamba2:
-    return randomize(mc.Mamba2(config), seed)
+    """In float64, with gates that remember for about 1 to 100 tokens, and nothing that is 0 or 1 by default."""
+    model = strategies.build(config, seed, 0.4)
+    for layer in model.layers:
+        layer.mixer.dt_bias.data.mul_(2.5).sub_(2)
+        layer.mixer.A_log.data.mul_(2.5)
+        layer.mixer.conv1d.weight.data.mul_(2.5)
+    return model
 
 
 def reference(model: mc.Mamba2, chunk_size: int = 4) -> Theirs:
@@ -109,17 +102,20 @@ def test_logits_and_gradients_equal_transformers(
         exact.check(step | logits)
 
 
-@pytest.mark.parametrize(("length", "chunk_size", "at_once"), [(4, 1, None), (8, 3, 1)])
-def test_spaco_is_unbiased(length: int, chunk_size: int, at_once: int | None) -> None:
+@pytest.mark.parametrize(
+    ("length", "chunk_size", "at_once", "starts"),
+    [(4, 1, None, ()), (8, 3, 1, ()), (12, 3, None, (0, 1, 2, 10)), (12, 4, None, (0, 7))],
+)
+def test_spaco_is_unbiased(length: int, chunk_size: int, at_once: int | None, starts: tuple[int, ...]) -> None:
     """Averaged over all draws it is the exact gradient: a state's adjoint passes skipped chunks, a tail's does not."""
-    model, ids = build(tiny(num_hidden_layers=2)), torch.randint(VOCAB, (2, length))
-    chunks = math.ceil(length / chunk_size)
+    model, ids = build(tiny(num_hidden_layers=2)), torch.randint(VOCAB, (1 if starts else 2, length))
+    chunks = len(cut(length, chunk_size, Documents(starts)))
     terms: list[tuple[float, Any]] = []
     for probability, entries in mc.Bernoulli([0.9, 0.3, 0.5, 0.7][:chunks]).outcomes(chunks):
-        draw = {"sampler": lambda *_, entries=entries: entries, "layers_at_once": at_once}
+        draw = {"sampler": lambda *_, entries=entries: entries, "layers_at_once": at_once, "starts": starts}
         terms.append((probability, exactly(model, lambda draw=draw: mc.spaco(model, ids, ids, chunk_size, **draw))))
     found = weighted(terms)
-    exactly(model, lambda: mc.full(model, ids, ids)).check(found.values, beside=found)
+    exactly(model, lambda: mc.full(model, ids, ids, starts=starts)).check(found.values, beside=found)
 
 
 def dropped(number: int) -> Callable[[pytest.MonkeyPatch], None]:

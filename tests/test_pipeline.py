@@ -20,8 +20,9 @@ from .strategies import OBJECTIVES, batches, build, examples, models, state_mode
 PICTURE = tasks.tutorial("pipeline_picture")
 
 
-def case(model: Any, length: int = 11, chunk_size: int = 3, **others: Any) -> Case:
-    ids = torch.randint(23, (2, length), generator=torch.Generator().manual_seed(0))
+def case(model: Any, length: int = 11, chunk_size: int = 3, rows: int = 2, **others: Any) -> Case:
+    ids = torch.randint(23, (rows, length), generator=torch.Generator().manual_seed(0))
+    ids[:, :4] = ids[0, :4].clone()
     return Case(model, ids, ids, chunk_size, **others)
 
 
@@ -87,6 +88,8 @@ SELDOM = [  # drawn by `cases`
     (3, case(adapted(tiny_state("ssa"), ["q_proj"]))),  # the last layer's, which needs no gradient from the others
     (3, case(adapted(tiny_state("ssa"), ["a_proj"]))),  # the first one's, which needs all of them
     (2, case(build(tiny(), 0), method="spaco", options={"sampler": mc.Bernoulli(1e-9)})),  # keeps nothing
+    (2, case(build(tiny(), 0), options={"share": True, "fill_size": 6})),
+    (3, case(build(MAMBA, 0), rows=1, options={"starts": (0, 1, 7)})),
 ]
 
 

@@ -250,6 +250,11 @@ def test_a_log_is_written_read_and_described(tmp_path: Path) -> None:
         assert all(f"`{field}`" in words for event in log for field in event)
         write_events(tmp_path / "log.jsonl", log)
         assert read_events(tmp_path / "log.jsonl") == log
+    (tmp_path / "mine.jsonl").write_text(re.findall(r"```jsonl\n(.*?)```", words, re.DOTALL)[0])  # as a port is shown
+    log = read_events(tmp_path / "mine.jsonl")
+    assert {event["kind"] for event in log} == NEEDS.keys() - {"draw", "memory", "forward", "keep"}
+    assert all(set(event) == {"kind", *NEEDS[event["kind"]]} for event in log)
+    assert logs_of(make_page([log])) == [log]
 
 
 BEGIN = {"kind": "begin", "format": "minichunk trace 1", "method": "mine", "chunks": [[0, 4], [4, 8]], "layers": 2}
@@ -275,15 +280,6 @@ def test_a_foreign_log_that_cannot_be_drawn_is_refused(events: list[Any], words:
     with pytest.raises(mc.InputError) as error:
         read_events(tmp_path / "mine.jsonl")
     assert str(error.value).startswith(str(tmp_path / "mine.jsonl")) and words in str(error.value)
-
-
-def test_the_log_that_a_port_is_shown_can_be_drawn(tmp_path: Path) -> None:
-    page = (COMMITTED.parent / "walk.md").read_text()
-    (tmp_path / "mine.jsonl").write_text(re.findall(r"```jsonl\n(.*?)```", page, re.DOTALL)[0])
-    log = read_events(tmp_path / "mine.jsonl")
-    assert {event["kind"] for event in log} == NEEDS.keys() - {"draw", "memory", "forward", "keep"}
-    assert all(set(event) == {"kind", *NEEDS[event["kind"]]} for event in log)
-    assert logs_of(make_page([log])) == [log]
 
 
 # The command, and the page that is committed.

@@ -61,6 +61,14 @@ def test_spaco_is_unbiased(model_type: str) -> None:
     expected.check(combine(got), beside=Exact(expected.values, noise))
 
 
+def test_a_state_s_adjoint_passes_a_chunk_that_is_skipped() -> None:
+    model = tiny_transformer("qwen3_next", layer_types=["linear_attention"] * 4)
+    ids, draw = torch.arange(3, 18)[None], [mc.Weight(1.0, 1.0), None, mc.Weight(1.0, 1.0)]
+    labels = ids.index_fill(1, torch.arange(10), IGNORE)
+    got = outcome(model, lambda: mc.spaco(mc.wrap(model), ids, labels, 5, sampler=lambda *_: draw))
+    assert got["model.embed_tokens.weight"][3].any()
+
+
 @pytest.mark.parametrize("model_type", ["gemma3n_text", "gpt2"])
 def test_documents_in_a_row_are_as_if_alone(model_type: str) -> None:
     (ids, labels), model, starts = batch(rows=1), tiny_transformer(model_type), [0, 3, 14, 16]

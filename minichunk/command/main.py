@@ -90,6 +90,8 @@ def _add_option(parser: Any, field: Field[Any], kind: type, several: bool) -> No
         shown["metavar"] = rule["metavar"] or {int: "N", float: "X"}.get(kind, among)
         if several:
             shown["nargs"] = "*" if rule["none"] else "+"
+        if rule["bare"]:
+            shown |= {"nargs": "?", "const": rule["bare"]}
         needed = {} if rule["positional"] else {"required": field.default is MISSING}
         parser.add_argument(field.name if rule["positional"] else flag(field.name), type=kind, **shown, **needed)
 

@@ -26,7 +26,7 @@ from ..memory.cache import LayerCache
 from ..memory.kernels import Plain
 from ..memory.layer_memory import LayerMemories, LayerMemory, MemorySpec, wide
 from ..memory.state import Handed, LayerState
-from ..memory.window import Pattern, Strided, Window, within
+from ..memory.window import Pattern, Strided, Window
 from ..protocol import Written
 
 NAME = "minichunk"  # of our attention, among transformers'
@@ -104,18 +104,19 @@ class Run(Cache):
         return self.memory.spec.options.sparse and key[0] == "recurrent" and key in self.pasts
 
     def hand_on(self, key: Any, state: Tensor) -> Tensor:
-        """Note the next state, and how much is left in it of the one before, whose adjoint the memory carries."""
+        """Write the next state, and how much is left in it of the one before."""
         end, left = state, torch.zeros_like(state[..., :1, :1])
         if self.carries(key):
             (h,), (memory,) = self.pasts[key].states, self.memory.of[key].handed
-            if not self.fills:
+            if self.fills:
+                torch.set_grad_enabled(False)
+                end = state.detach()
+                if state.requires_grad:
+                    (back,) = torch.autograd.grad(state, h, h, materialize_grads=True)
+                    left = ((h * back).sum((-2, -1), True) / h.square().sum((-2, -1), True)).nan_to_num()  # of 0, 0
+            else:
                 left = memory.through[memory.rows[self.chunks[0].start]]
                 end = state - left * (h - h.detach())
-            elif state.requires_grad:
-                torch.set_grad_enabled(False)
-                (back,) = torch.autograd.grad(state, h, h, materialize_grads=True)
-                left = (h * back).sum((-2, -1), True) / h.square().sum((-2, -1), True)
-                end, left = state.detach(), left.nan_to_num()  # of nothing, nothing
         if not self.closed:
             self.write(key, (end, left), lambda spec: LayerState([Handed(torch.zeros_like(end), left, spec)]))
         return state
@@ -170,7 +171,7 @@ def attend(
     if dropout:
         raise InputError("dropout of attention's probabilities is not done here: load it with attention_dropout=0")
     run, width, D = Run.now, value.shape[-1], max(query.shape[-1], value.shape[-1])
-    pattern = within(attention_mask.pattern, run.memory.spec.options.documents)
+    pattern, documents = attention_mask.pattern, run.memory.spec.options.documents
     scale = (query.shape[-1] ** -0.5 if scaling is None else scaling) * sqrt(D)  # minichunk's own is 1 / sqrt(D)
     query = query if isclose(scale, 1) else query * scale
     q, k, v = (x if x.shape[-1] == D else F.pad(x, (0, D - x.shape[-1])) for x in (query, key, value))
@@ -178,7 +179,7 @@ def attend(
 
     def make(spec: MemorySpec) -> LayerCache:
         shape, grad_dtype = (*k.shape[:2], spec.capacity, D), spec.options.cache_grad_dtype or wide(k)
-        return LayerCache(shape, spec.receiving, k.new_empty(0), grad_dtype, pattern)
+        return LayerCache(shape, spec.receiving, k.new_empty(0), grad_dtype, pattern, documents)
 
     if not run.closed:
         key.owner = getattr(key, "owner", module)  # who is given the keys of another has its memory (Gemma 3n)

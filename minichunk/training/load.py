@@ -107,6 +107,9 @@ def load_data(options: TrainOptions, model: Stack, tokenizer: Tokenizer) -> tupl
         count = min(round(len(training) * options.val_fraction) or int(options.val_fraction > 0), len(training) - 1)
         training, validation = training[: len(training) - count], training[len(training) - count :]
         line += f"\n        held out: the last {count:,} of them"
+    if options.pack:
+        training, how = documents.pack_documents(training, options.seq_len, options.pack == "apart")
+        line += f"\n        {how}"
     longest_first = sorted(validation, key=len, reverse=True)  # stable: those that reach the far positions
     return training, longest_first[: options.eval_documents], line
 
@@ -138,7 +141,7 @@ def make_gradient(options: TrainOptions, reference: Mapping[str, Any] | None = N
             whole = make_batch(input_ids, labels, num_targets)
             told["chunk_loss"] = distillation(teacher, model, whole, options.chunk_size)
         else:
-            told["num_targets"] = num_targets
+            told |= {"num_targets": num_targets, "starts": batch[0].starts}
         over_ranks, given = isinstance(model, PipelineStage), (model, input_ids, labels)
         if options.method == "full":
             loss = full(*given, **{name: x for name, x in told.items() if name not in keywords or name == "recompute"})

@@ -35,14 +35,15 @@ def option(
     default: Any, help: str, *, group: str | None = None, metavar: str = "", absent: str = "",
     choices: Collection[str] = (), least: float | None = None, above: float | None = None, most: float | None = None,
     below: float | None = None, belongs: tuple[str, tuple[str, ...]] | None = None, positional: bool = False,
-    none: bool = False,
+    none: bool = False, bare: str = "",
 ) -> Any:  # fmt: skip
     """A field of a dataclass of options. Its annotation says what is read: int, float, str, bool, a tuple of them.
 
     default: `MISSING` if it has to be given; None, whatever the annotation says, if it is chosen for the case.
     absent: the default in words. group: its title in the help; None: that of the option before it; "": none.
     least, above, most, below: bounds of every number. belongs: another option, and which values it must have for this
-    one; (): any but None and false. positional: without `--`. none: a tuple may be empty.
+    one; (): any but None and false. positional: without `--`. none: a tuple may be empty. bare: the value of an option
+    that is given without one.
     """
     return field(default=default, metadata={name: value for name, value in locals().items() if name != "default"})
 
@@ -247,6 +248,9 @@ class TrainOptions(StepOptions, ModelOptions):
     val_fraction: float = option(0.1, "part of the data held out", least=0, below=1)
     eval_documents: int = option(8, "held-out documents to measure", least=0)
     chat_template: bool = option(True, "put prompt and completion into the model's template", absent="if it has one")
+    pack: str | None = option(
+        None, "many documents in a row of --seq-len tokens; each learns as if alone, or with open a row is "
+        "one text", choices=("apart", "open"), absent="each by itself", metavar="open", bare="apart")
     rope: str | None = option(
         None, "yarn:4 (2309.00071, the least training) or linear:4, for 4 times the length of the first training",
         absent="as the config says", metavar="TYPE:FACTOR", group="positions")
@@ -304,6 +308,8 @@ class TrainOptions(StepOptions, ModelOptions):
             raise InputError(f"--objective {self.objective} needs --data with rows of answers")
         if self.objective in PREFERENCES and self.graphs:
             raise InputError(f"--graphs is not for --objective {self.objective}")
+        if self.pack and (self.objective or self.batch_size > 1):
+            raise InputError("--pack fills a row by itself: leave out --batch-size and --objective")
         world, ranks = started().world, self.pipeline or 1
         if self.objective and world > 1:
             raise InputError(f"--objective {self.objective} is for one process")

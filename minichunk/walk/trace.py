@@ -29,7 +29,7 @@ from ..costs.count import CountBytes
 from ..errors import InputError
 from ..files.atomic import json_lines, write_text
 from ..full import full
-from ..memory.layer_memory import LayerMemories, wide
+from ..memory.layer_memory import LayerMemories, MemoryUse, wide
 from ..memory.state import LayerState
 from ..protocol import Written
 from ..samplers import Bernoulli, Weight
@@ -73,7 +73,7 @@ def trace(
     given, (batch, tokens) = bound.arguments, input_ids.shape
     chunks = cut(tokens, given.get("chunk_size", tokens))
     size, layers = given.get("layers_at_once"), len(model.layers)
-    blocks = [[first, min(first + size, layers)] for first in range(0, layers, size)] if size else []
+    blocks = [list(block) for block in cut(layers, size)] if size else []
     recorder = Recorder(model, chunks, blocks, on_event)
     recorder.add(input_ids, labels)
     recorder.write(
@@ -144,8 +144,8 @@ class Recorder(CountBytes):
 
     def write(self, kind: str, **fields: Any) -> None:
         """Write an event down, with the bytes that are alive, and the most that were since the event before."""
-        of_memory = LayerMemories(self.layers, []).tensors().bytes()
-        known = (storage_bytes(self.weights), storage_bytes(self.gradients()), *of_memory)
+        uses = MemoryUse(self.weights, self.gradients()), LayerMemories(self.layers, []).tensors()
+        known = [size for use in uses for size in use.bytes()]
         sizes = dict(zip(BYTES, (*known, self.live - sum(known)), strict=True))
         fields |= self.place
         event = {"step": len(self.events), "kind": kind, **fields, "bytes": sizes, "peak": max(self.peak, self.live)}
@@ -277,11 +277,6 @@ def add_up(sums: Sums, key: tuple[int, int], tensors: Sequence[Tensor]) -> None:
 def norms(tensors: Sequence[Tensor]) -> list[float]:
     with unseen():
         return [float(torch.linalg.vector_norm(x.detach(), dtype=torch.float64)) for x in tensors]
-
-
-def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Of their storages, each once."""
-    return sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in tensors}.values())
 
 
 def write_events(path: str | Path, events: Iterable[Event]) -> None:

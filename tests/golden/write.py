@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,14 +25,14 @@ from minichunk.blocks import Hidden
 from minichunk.chunks import Chunk, cut
 from minichunk.files.atomic import write_tensors
 from minichunk.full import full
-from minichunk.losses import dpo
+from minichunk.losses import dpo, log_probs
 from minichunk.memory.window import FULL, Window
 from minichunk.models.config import LlamaConfig
 from minichunk.models.llama import Attention, Layer, Llama, rope_tables
-from minichunk.models.lora import DropoutMasks, adapters, add_lora
+from minichunk.models.lora import adapters, add_lora
 from minichunk.models.rope import RopeRule
 from minichunk.models.ssm import StateSpace, StateSpaceConfig
-from minichunk.objective import log_probs, weigh
+from minichunk.objective import weigh
 from minichunk.porting.compare import FORMAT
 from minichunk.protocol import Options, flat
 from minichunk.samplers import Weight
@@ -110,18 +110,6 @@ CASES = {  # one for each thing that a port can get wrong by itself
 TREES = {"tree": CASES["dpo"]._replace(share=True, draw=(*DRAW, None, Weight(2.0, 1.5)))}  # in a row of documents
 
 
-class GivenMasks(DropoutMasks):
-    """Dropout by masks that are given, (B, T, ·) for each adapter by its name; 0, or 1 over the chance to be kept."""
-
-    def __init__(self, masks: dict[str, Tensor]) -> None:
-        super().__init__()
-        self.masks = masks
-
-    def draw(self, x: Tensor, module: str, rate: float) -> Tensor:
-        start = self.chunks[0].start if self.chunks else 0
-        return self.masks[module][:, start : start + x.shape[1]]
-
-
 class Step(NamedTuple):
     """What one file is computed from. batches: input_ids and labels, int64 (B, T) each."""
 
@@ -164,10 +152,14 @@ def build(case: Case) -> Step:
     for name, layer in adapters(model).items():
         kept = random.random_sample((BATCH, LENGTH, layer.in_features)) >= layer.dropout
         masks[name] = torch.from_numpy(kept / (1 - layer.dropout))
+
+    def given(x: Tensor, name: str, rate: float) -> Tensor:
+        """In the place of `DropoutMasks.draw`."""
+        start = model.masks.chunks[0].start if model.masks.chunks else 0
+        return masks[name][:, start : start + x.shape[1]]
+
     if masks:
-        model.masks = given = GivenMasks(masks)
-        for layer in adapters(model).values():
-            layer.masks = given
+        model.masks.draw = given
     return Step(model, batches, masks)
 
 
@@ -176,20 +168,18 @@ def looking_inside(model: torch.nn.Module) -> Iterator[dict[str, Tensor]]:
     """Yields what forward passes within the block compute on their way, (B, C, ·) each, by the files' names."""
     seen: dict[str, Tensor] = {}
 
-    def keep_input(module: torch.nn.Module, name: str) -> Any:
-        return module.register_forward_pre_hook(lambda _, inputs: seen.update({name: inputs[0].detach().clone()}))
+    with ExitStack() as ends:
 
-    hooks = []
-    for n, layer in enumerate(model.layers):
-        hooks.append(keep_input(layer, f"layer.{n}.hidden"))
-        if isinstance(layer, Layer):
-            hooks.append(keep_input(layer.self_attn.o_proj, f"layer.{n}.attention"))
-            hooks.append(keep_input(layer.post_attention_layernorm, f"layer.{n}.residual"))
-    try:
+        def keep_input(module: torch.nn.Module, name: str) -> None:
+            hook = module.register_forward_pre_hook(lambda _, inputs: seen.update({name: inputs[0].detach().clone()}))
+            ends.callback(hook.remove)
+
+        for n, layer in enumerate(model.layers):
+            keep_input(layer, f"layer.{n}.hidden")
+            if isinstance(layer, Layer):
+                keep_input(layer.self_attn.o_proj, f"layer.{n}.attention")
+                keep_input(layer.post_attention_layernorm, f"layer.{n}.residual")
         yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def written_by(case: Case, layer: int) -> Sequence[tuple[str, str]]:
