@@ -20,6 +20,7 @@ from minichunk.batch import IGNORE, shift
 from minichunk.chunks import Chunk, Documents, cut
 from minichunk.memory.state import Handed, LayerState
 
+from . import strategies
 from .gradients import Tensors, take_gradients
 from .rounding import exactly, measure, outcome, weighted
 from .strategies import SECO_HOW, VOCAB, Batch, batches, examples
@@ -37,22 +38,14 @@ def tiny(**changes: Any) -> mc.Mamba2Config:
     return mc.Mamba2Config(**{**fields, **changes})
 
 
-def randomize(model: mc.Mamba2, seed: int) -> mc.Mamba2:
-    """In float64, with gates that remember for about 1 to 100 tokens, and nothing that is 0 or 1 by default."""
-    generator = torch.Generator().manual_seed(seed)
-    model = model.double()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            draw = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
-            wide = any(part in name for part in ("embed", "A_log", "dt_bias", "conv1d"))
-            parameter.copy_(
-                draw * (1.0 if wide else 0.4) + ("norm" in name or name.endswith("D")) - 2 * ("dt_b" in name)
-            )
-    return model
-
-
 def build(config: mc.Mamba2Config, seed: int = 0) -> mc.Mamba2:
-    return randomize(mc.Mamba2(config), seed)
+    """In float64, with gates that remember for about 1 to 100 tokens, and nothing that is 0 or 1 by default."""
+    model = strategies.build(config, seed, 0.4)
+    for layer in model.layers:
+        layer.mixer.dt_bias.data.mul_(2.5).sub_(2)
+        layer.mixer.A_log.data.mul_(2.5)
+        layer.mixer.conv1d.weight.data.mul_(2.5)
+    return model
 
 
 def reference(model: mc.Mamba2, chunk_size: int = 4) -> Theirs:

@@ -1,14 +1,17 @@
 """What the processes of `minichunk train` under torchrun do, as tasks of the pool in ranks.py."""
 
+import json
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from minichunk.errors import InputError
 from minichunk.pipeline.links import started
@@ -16,6 +19,22 @@ from minichunk.training import loop, run_directory
 from minichunk.training.loop import NonFiniteLoss
 from minichunk.training.options import TrainOptions, options_of
 from minichunk.training.train import train
+
+STEADY = ("step", "loss", "grad_norm", "lr", "tokens")  # does not depend on the clock
+
+
+def files(directory: Path) -> dict[str, Any]:
+    """What a run has written, by name, without clock and memory, and what it was told."""
+    found: dict[str, Any] = {}
+    for path in directory.rglob("*"):
+        name = str(path.relative_to(directory))
+        if path.suffix == ".safetensors":
+            found[name] = {key: (str(x.dtype), x.tolist()) for key, x in load_file(path).items()}
+        elif name == "metrics.jsonl":
+            found[name] = [{key: json.loads(line)[key] for key in STEADY} for line in path.read_text().splitlines()]
+        elif path.suffix == ".json" and name != "run.json":
+            found[name] = json.loads(path.read_text())
+    return found
 
 
 @contextmanager
