@@ -1,15 +1,17 @@
 """What comes before the first chunk: a batch is checked, its labels become targets, gradients become wide enough."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .chunks import Chunk, span
+from .chunks import ONE, Chunk, Documents, span
 from .errors import InputError
 from .protocol import Model
+from .tree import Tree, grow
 
 IGNORE = -100  # Hugging Face's label of a position without a target
 Objective = Callable[[Tensor], Tensor]  # see objective.py
@@ -21,6 +23,7 @@ class Batch(NamedTuple):
 
     labelled: bool (B, T) on the CPU, whatever the device: where there is a target. There alone the LM head is run.
     factors: (B, T), of the loss of each target; None: 1. chunk_loss: a loss of the caller's in its place.
+    documents: see `Options`. tree: where this is one row, made of the caller's (B, T).
     """
 
     input_ids: Tensor
@@ -30,6 +33,8 @@ class Batch(NamedTuple):
     positions: Tensor | None = None
     factors: Tensor | None = None
     chunk_loss: ChunkLoss | None = None
+    documents: Documents = ONE
+    tree: Tree | None = None
 
     def part(self, chunks: Sequence[Chunk]) -> "Batch":
         """What belongs to these adjacent chunks; positions are those of the whole."""
@@ -46,16 +51,50 @@ def shift(labels: Tensor) -> Tensor:
 
 def prepare(
     model: Model, input_ids: Tensor, labels: Tensor, num_targets: float | None, positions: Tensor | None = None,
-    objective: Objective | None = None, chunk_loss: ChunkLoss | None = None,
+    objective: Objective | None = None, chunk_loss: ChunkLoss | None = None, starts: Sequence[int] = (),
+    share: bool = False, chunk_size: int = 0,
 ) -> Batch:  # fmt: skip
-    """Check a batch, see `full`, and let the model's gradients be summed in float32. Raises InputError."""
-    check_tokens(input_ids, labels, num_targets, model.lm_head.weight.shape[0])
+    """Check a batch, see `seco`, and let the model's gradients be summed in float32. Raises InputError."""
+    vocab_size = model.lm_head.weight.shape[0]
+    batch = lay_out(model, vocab_size, input_ids, labels, num_targets, positions, starts, share, chunk_size)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise InputError("no parameter of the model requires a gradient: nothing to train")
-    check_loss(num_targets, objective, chunk_loss)
-    positions = check_positions(model, positions, input_ids)
+    check_loss(num_targets, objective, chunk_loss, share)
     widen_gradients(model)
-    return make_batch(input_ids, labels, num_targets, positions)._replace(chunk_loss=chunk_loss)
+    return batch._replace(chunk_loss=chunk_loss)
+
+
+def lay_out(
+    model: object, vocab_size: int, input_ids: Tensor, labels: Tensor, num_targets: float | None,
+    positions: Tensor | None, starts: Sequence[int], share: bool, chunk_size: int,
+) -> Batch:  # fmt: skip
+    """The same of the batch alone, in the rows and documents that are run."""
+    if starts:
+        labels = apart(input_ids, labels, starts)
+    check_tokens(input_ids, labels, num_targets, vocab_size)
+    positions = check_positions(model, positions, input_ids, starts)
+    batch = make_batch(input_ids, labels, num_targets, positions)
+    share = share and len(input_ids) > 1  # else there is nothing to share
+    if not starts and not share:
+        return batch
+    if not getattr(model, "takes_documents", False):
+        raise InputError(f"starts and share are not for a {type(model).__name__}: leave them out")
+    if not share:
+        return batch._replace(documents=Documents(tuple(starts), 0, chunk_size))
+    each = positions.view(-1, input_ids.shape[1]).expand(input_ids.shape)
+    tree, documents, ids, targets, places = grow(input_ids, batch.targets, each, IGNORE)
+    factors = tree.row(torch.ones(labels.shape, device=labels.device))  # of what is shared, one for each row
+    return batch._replace(
+        input_ids=ids, targets=targets, labelled=(targets != IGNORE).cpu(), positions=places[:, None], factors=factors,
+        documents=documents._replace(chunk_size=chunk_size), tree=tree,
+    )  # fmt: skip
+
+
+def apart(input_ids: Tensor, labels: Tensor, starts: Sequence[int]) -> Tensor:
+    """Labels by which no document has to predict the next one's first token. Raises InputError."""
+    if len(input_ids) != 1 or starts[0] != 0 or not all(a < b for a, b in pairwise([*starts, input_ids.shape[1]])):
+        raise InputError(f"starts is {list(starts)}, but must go up from 0, within a single row")
+    return labels.index_fill(1, torch.tensor(starts, device=labels.device), IGNORE)
 
 
 def make_batch(input_ids: Tensor, labels: Tensor, num_targets: float | None, positions: Tensor | None = None) -> Batch:
@@ -66,10 +105,15 @@ def make_batch(input_ids: Tensor, labels: Tensor, num_targets: float | None, pos
     return Batch(input_ids, targets, divisor, labelled.cpu(), positions)
 
 
-def check_positions(model: object, positions: Tensor | None, input_ids: Tensor) -> Tensor:
+def check_positions(
+    model: object, positions: Tensor | None, input_ids: Tensor, starts: Sequence[int] = ()
+) -> Tensor:  # fmt: skip
     """What `Options.positions` is for these tokens. Raises InputError for positions that cannot be."""
     if positions is None:
-        return torch.arange(input_ids.shape[1], device=input_ids.device)
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        begins = torch.zeros_like(places)
+        begins[list(starts)] = places[list(starts)]
+        return places - begins.cummax(0).values
     if not getattr(model, "takes_positions", False):
         raise InputError("positions are for a model with rope, which this one is not: leave them out")
     fits = positions.shape == input_ids.shape and positions.device == input_ids.device
@@ -100,18 +144,14 @@ def check_tokens(input_ids: Tensor, labels: Tensor, num_targets: float | None, v
         raise InputError(f"labels has no valid target: after the shift every label is {IGNORE}")
 
 
-def trunk_of(model: object, input_ids: Tensor, positions: Tensor | None, share: bool) -> int:
-    """`Options.trunk`. Raises InputError where nothing can be shared."""
-    if not share:
-        return 0
-    if not getattr(model, "has_trunk", False) or positions is not None:
-        kind = "positions of their own" if positions is not None else f"a {type(model).__name__}"
-        raise InputError(f"share is for rows of a model of ours that count alike, not for {kind}: leave it out")
-    return int((input_ids == input_ids[:1]).all(0).long().cumprod(0).sum()) if len(input_ids) > 1 else 0
-
-
-def check_loss(num_targets: float | None, objective: Objective | None, chunk_loss: ChunkLoss | None) -> None:
+def check_loss(
+    num_targets: float | None, objective: Objective | None, chunk_loss: ChunkLoss | None, share: bool = False
+) -> None:
     """Raise InputError where more than one of these is given: a loss of the caller's normalises by itself."""
+    if chunk_loss is not None and share:
+        raise InputError(
+            "chunk_loss is given what the caller's rows have, and share makes one row of them: leave it out"
+        )
     named = {"num_targets": num_targets, "objective": objective, "chunk_loss": chunk_loss}
     given = [name for name, value in named.items() if value is not None]
     if len(given) > 1:

@@ -81,7 +81,7 @@ class Walk(NamedTuple):
 
     @torch.no_grad()
     def go_up(self, block: Model, memory: Memory, x: "Hidden", y: "Hidden | Scores") -> None:
-        passes = [*groups(self.chunks[:-1], self.options.fill_size, self.options.trunk), self.chunks[-1:]]
+        passes = [*groups(self.chunks[:-1], self.options.fill_size), self.chunks[-1:]]
         for group, part in zip(passes, x.bring(passes), strict=True):
             out, written = block.run(part, memory, group, self.options)
             memory.write(group, written)
@@ -93,7 +93,7 @@ class Walk(NamedTuple):
     ) -> Tensor:
         """SeCO or SpaCO of the block. In the place of its inputs x come their gradients, if anything learns below.
         gradients: of its outputs; None for the last block, which has the loss instead. Returns that, or 0."""
-        passes = groups(self.chunks[:-1], self.options.fill_size, self.options.trunk)
+        passes = groups([*filter(self.options.documents.remembered, self.chunks[:-1])], self.options.fill_size)
         for group, part in zip(passes, x.bring(passes), strict=True):  # lines 1-3
             memory.write(group, block.fill(part, memory, group, self.options))
             del part

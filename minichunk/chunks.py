@@ -1,7 +1,9 @@
-"""Cutting: a sequence into chunks, chunks into groups for the fill."""
+"""Cutting: a row into documents, a sequence into chunks, chunks into groups for the fill."""
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
+from sys import maxsize
 from typing import NamedTuple
 
 from .errors import InputError
@@ -14,13 +16,46 @@ class Chunk(NamedTuple):
     stop: int
 
 
-def cut(length: int, chunk_size: int, trunk: int = 0) -> list[Chunk]:
-    """Cut `length` positions into chunks, and so also after the first `trunk`; the last one, and the one before the
-    trunk's end, may be short. Raises InputError."""
+class Documents(NamedTuple):
+    """Where the documents of a row begin, the first one at 0, that see nothing of each other; (): it is one text.
+
+    trunk: the first document has so many positions, if it is seen by all others, as a prompt is by its answers.
+    chunk_size: a document that is no longer is not cut, so that nothing of it has to be remembered.
+    """
+
+    starts: tuple[int, ...] = ()
+    trunk: int = 0
+    chunk_size: int = 0
+
+    def between(self, start: int, stop: int) -> list[Chunk]:
+        """Those that have positions in between, each whole: where the last one of a row ends is not known here."""
+        starts = self.starts or (0,)
+        begins = starts[bisect_right(starts, start) - 1 : bisect_left(starts, stop) + 1]
+        return [Chunk(*edges) for edges in pairwise((*begins, maxsize) if begins[-1] < stop else begins)]
+
+    def remembered(self, chunk: Chunk) -> bool:
+        """Whether a later chunk sees anything of this one."""
+        return chunk.stop <= self.trunk or chunk.stop not in self.starts
+
+
+ONE = Documents()
+
+
+def cut(length: int, chunk_size: int, documents: Documents = ONE) -> list[Chunk]:
+    """Cut `length` positions into chunks; the last one may be short. Raises InputError.
+
+    A chunk ends where the trunk does, and before a document that does not fit into what is left of it, but into the
+    next one.
+    """
     if chunk_size < 1:
         raise InputError(f"chunk_size is {chunk_size}, but must be at least 1")
-    edges = [*range(0, trunk, chunk_size), *range(trunk, length, chunk_size), length]
-    return [Chunk(start, stop) for start, stop in pairwise(edges)]
+    edges = [0]
+    while (start := edges[-1]) < length:
+        stop = min(start + chunk_size, documents.trunk if start < documents.trunk else length)
+        begin, end = documents.between(start, stop)[-1]
+        fits_later = start < begin and stop < min(end, length) <= begin + chunk_size
+        edges.append(begin if fits_later else stop)
+    return [Chunk(*pair) for pair in pairwise(edges)]
 
 
 def span(chunks: Sequence[Chunk]) -> slice:
@@ -34,13 +69,12 @@ def check_fill_size(fill_size: int | None, chunk_size: int) -> None:
         raise InputError(f"fill_size is {fill_size}, but must be at least the chunk size, {chunk_size}")
 
 
-def groups(chunks: Sequence[Chunk], fill_size: int | None, trunk: int = 0) -> list[Sequence[Chunk]]:
-    """The passes of the fill: as many whole chunks at a time as fit into `fill_size`; None: one. None of them goes over
-    the trunk's end."""
-    if not chunks:
-        return []
-    if chunks[0].start < trunk < chunks[-1].stop:
-        inside = sum(chunk.start < trunk for chunk in chunks)
-        return groups(chunks[:inside], fill_size) + groups(chunks[inside:], fill_size)
-    size = 1 if fill_size is None else fill_size // (chunks[0].stop - chunks[0].start)
-    return [chunks[i : i + size] for i in range(0, len(chunks), size)]
+def groups(chunks: Sequence[Chunk], fill_size: int | None) -> list[list[Chunk]]:
+    """The passes of the fill: as many adjacent chunks at a time as fit into `fill_size`; None: one."""
+    passes: list[list[Chunk]] = []
+    for chunk in chunks:
+        if passes and passes[-1][-1].stop == chunk.start and chunk.stop - passes[-1][0].start <= (fill_size or 0):
+            passes[-1].append(chunk)
+        else:
+            passes.append([chunk])
+    return passes

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from .batch import IGNORE, Batch
-from .chunks import Chunk
+from .chunks import Chunk, cut
 
-_TILE_ELEMENTS = 1 << 24  # logits alive at once: 64 MiB in float32
+TILE_ELEMENTS = 1 << 24  # logits alive at once: 64 MiB in float32
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -29,7 +29,7 @@ class _SummedLoss(torch.autograd.Function):
         dweight = torch.zeros_like(weight, dtype=lse.dtype) if needs_weight else None
         tiles = list(_tiles(hidden, weight, targets)) if needs_hidden or needs_weight else []
         for columns, index, inside in reversed(tiles):
-            logits = _logits(hidden, weight[columns], cap) if logits is None else logits
+            logits = logits_of(hidden, weight[columns], cap) if logits is None else logits
             slope = None if cap is None else 1 - (logits / cap).square()  # of the cap
             p = logits.sub_(lse[:, None]).exp_()  # softmax, in place of the logits
             p.scatter_add_(1, index, -inside.to(p.dtype))
@@ -46,33 +46,30 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden, dweight = ctx.saved_tensors
-        dhidden = dhidden if dhidden is None else (dhidden * grads[0][None]).to(dhidden.dtype)  # [None]: in float32
-        return dhidden, dweight if dweight is None else dweight * grads[0], None, None, None
+        # [None]: in float32
+        dhidden, dweight = (x if x is None else (x * grads[0][None]).to(x.dtype) for x in ctx.saved_tensors)
+        return dhidden, dweight, None, None, None
 
 
 def _tiles(hidden: Tensor, weight: Tensor, targets: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """For each tile its columns, the column of each target in it (N, 1), and whether the target is in it (N, 1)."""
-    V, size = weight.shape[0], max(1, _TILE_ELEMENTS // max(1, hidden.shape[0]))
-    for start in range(0, V, size):
-        stop = min(start + size, V)
+    for start, stop in cut(len(weight), max(1, TILE_ELEMENTS // max(1, len(hidden)))):
         inside = (targets >= start) & (targets < stop)
         yield slice(start, stop), (targets - start).clamp(0, stop - start - 1)[:, None], inside[:, None]
 
 
-def _logits(hidden: Tensor, weight: Tensor, cap: float | None) -> Tensor:
+def logits_of(hidden: Tensor, weight: Tensor, cap: float | None) -> Tensor:
     logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
     return logits if cap is None else cap * (logits / cap).tanh()
 
 
 def _token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, cap: float | None) -> tuple[Tensor, Tensor, Any]:
     """Loss of each token (N); the log-sum-exps (N); and the last tile's logits."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    lse, logits = hidden.new_full(targets.shape, -torch.inf, dtype=wide), None
-    picked = hidden.new_zeros(targets.shape, dtype=wide)
+    lse = hidden.new_full(targets.shape, -torch.inf, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    picked, logits = torch.zeros_like(lse), None
     for columns, index, inside in _tiles(hidden, weight, targets):
         del logits  # so that the next tile takes the place of this one
-        logits = _logits(hidden, weight[columns], cap)
+        logits = logits_of(hidden, weight[columns], cap)
         lse = torch.logaddexp(lse, logits.logsumexp(-1))
         picked += logits.gather(1, index).where(inside, 0)[:, 0]
     return lse - picked, lse, logits
@@ -98,9 +95,9 @@ def summed_loss(
     Returns a scalar in float32, or in the model's dtype where that is wider.
     """
     labelled = targets != IGNORE if labelled is None else labelled
-    factors = None if factors is None else _rows(factors, labelled)  # without those that an objective may leave as NaN
+    factors = None if factors is None else rows_of(factors, labelled)  # without what an objective may leave as NaN
     cap = getattr(weight, "softcap", None)
-    return _SummedLoss.apply(_rows(hidden, labelled), weight, _rows(targets, labelled), factors, cap)
+    return _SummedLoss.apply(rows_of(hidden, labelled), weight, rows_of(targets, labelled), factors, cap)
 
 
 @torch.no_grad()
@@ -108,11 +105,11 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, labelled: Tens
     """As `summed_loss`, but each token's own loss (B, C), 0 without a target, and no gradient."""
     labelled = targets != IGNORE if labelled is None else labelled
     cap = getattr(weight, "softcap", None)
-    losses, _, _ = _token_losses(_rows(hidden, labelled), weight, _rows(targets, labelled), cap)
+    losses, _, _ = _token_losses(rows_of(hidden, labelled), weight, rows_of(targets, labelled), cap)
     return losses.new_zeros(targets.shape).masked_scatter_(labelled.to(losses.device), losses)
 
 
-def _rows(x: Tensor, labelled: Tensor) -> Tensor:
+def rows_of(x: Tensor, labelled: Tensor) -> Tensor:
     """Of x (B, C, ·) what has a target: (N, ·)."""
     x = x.flatten(0, 1)
     return x if labelled.all() else x.index_select(0, labelled.flatten().nonzero()[:, 0].to(x.device))

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batch import Batch, Objective, check_positions, check_tokens, make_batch, trunk_of
-from .chunks import Chunk, check_fill_size, cut, groups
+from .batch import Batch, Objective
+from .chunks import Chunk, groups
 from .errors import InputError
 from .loss import token_losses
 from .protocol import Memory, Model, Options
@@ -35,7 +35,9 @@ def weigh(objective: Objective, batch: Batch, log_probs: Tensor) -> tuple[Batch,
         found = f"{type(value).__name__} {list(value.shape) if isinstance(value, Tensor) else value!r}"
         raise InputError(f"the objective returned {found}, but must return a scalar made of the log-probabilities")
     (weights,) = torch.autograd.grad(value, leaf)
-    return batch._replace(num_targets=1, factors=-F.pad(weights[:, 1:], (0, 1))), value.detach()
+    factors = -F.pad(weights[:, 1:], (0, 1))
+    factors = factors if batch.tree is None else batch.tree.row(factors)
+    return batch._replace(num_targets=1, factors=factors), value.detach()
 
 
 class Scores:
@@ -50,18 +52,20 @@ class Scores:
         self.losses.append(token_losses(hidden, self.model.lm_head.weight, part.targets, part.labelled))
 
     def log_probs(self) -> Tensor:
-        return -F.pad(torch.cat(self.losses, 1)[:, :-1], (1, 0))
+        losses, tree = torch.cat(self.losses, 1), self.batch.tree
+        return -F.pad((losses if tree is None else tree.rows(losses))[:, :-1], (1, 0))
 
 
 @torch.no_grad()
 def outputs(run: Any, batch: Batch, chunks: Sequence[Chunk], memory: Memory, options: Options) -> Iterator[Any]:
     """Lines 1-3 of Algorithm 1, and the last chunk too, which is not written. run: the model's. Yields each pass's
     chunks, and what `run` returns for them."""
-    for group in [*groups(chunks[:-1], options.fill_size, options.trunk), chunks[-1:]]:
+    for group in [*groups(chunks[:-1], options.fill_size), chunks[-1:]]:
         hidden, written = run(batch.part(group).input_ids, memory, group, options)
         if group[-1] != chunks[-1]:
             memory.write(group, written)
         yield group, hidden
+        del hidden, written  # or they would live on beside the next pass's
 
 
 def score(model: Model, batch: Batch, chunks: Sequence[Chunk], memory: Memory, options: Options) -> Tensor:
@@ -69,25 +73,5 @@ def score(model: Model, batch: Batch, chunks: Sequence[Chunk], memory: Memory, o
     scores = Scores(model, batch)
     for group, hidden in outputs(model.run, batch, chunks, memory, options):
         scores.keep(group, hidden)
+        del hidden
     return scores.log_probs()
-
-
-def log_probs(
-    model: Model, input_ids: Tensor, labels: Tensor, chunk_size: int, *, fill_size: int | None = None,
-    positions: Tensor | None = None, share: bool = False,
-) -> Tensor:  # fmt: skip
-    """The log-probability of each label at the label's own position, 0 where there is none and at the first one.
-
-    input_ids, labels, positions: int64 (B, T); see `seco`.
-    Returns (B, T), in float32 or in the model's dtype where that is wider, without a graph: what an objective of `seco`
-    is given, to the last bit if chunk_size, fill_size and share are the same, as they are to be for a reference.
-    Raises InputError for a batch or a size that does not fit.
-    """
-    check_tokens(input_ids, labels, 1, model.lm_head.weight.shape[0])
-    check_fill_size(fill_size, chunk_size)
-    trunk = trunk_of(model, input_ids, positions, share)
-    positions = check_positions(model, positions, input_ids)
-    batch, chunks = make_batch(input_ids, labels, 1), cut(input_ids.shape[1], chunk_size, trunk)
-    options = Options(fill_size, dropout_seed=model.dropout_seed(), positions=positions, trunk=trunk)
-    memory = model.new_memory(len(input_ids), chunks[-1].start, (), options)
-    return score(model, batch, chunks, memory, options)

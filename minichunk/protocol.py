@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .chunks import Chunk
+from .chunks import ONE, Chunk, Documents
 
 Written = Sequence[tuple[Tensor, ...]]  # what a chunk writes, one tuple for each layer
 
@@ -36,9 +36,8 @@ def flat(written: Written) -> list[Tensor]:
 class Options:
     """How a step is computed, at what cost, with the same result: keywords of `seco`, which describes them.
 
-    positions: of the whole text, for rope: int64 (T), which is 0, 1, 2, …, or (B, 1, T) if there are others.
-    trunk: so many first positions have the same tokens in all rows, and are run as one row. What a chunk of them writes
-    has one row then; the last layer's output has all rows, as ever.
+    positions: of the whole text, for rope: int64 (T), or (B, 1, T) if they differ from row to row.
+    documents: of the row, if it has several.
     """
 
     fill_size: int | None = None
@@ -46,7 +45,8 @@ class Options:
     cache_grad_dtype: torch.dtype | None = None
     dropout_seed: int | None = None  # decides the masks of a step's dropouts: those of fill and rebuild are the same
     positions: Tensor | None = field(default=None, repr=False, compare=False)
-    trunk: int = 0
+    documents: Documents = ONE
+    sparse: bool = False  # whether chunks may be skipped, as in SpaCO: the adjoints of states have to pass them
 
 
 DEFAULTS = Options()

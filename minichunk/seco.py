@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .batch import Batch, ChunkLoss, Objective, prepare, trunk_of
+from .batch import Batch, ChunkLoss, Objective, prepare
 from .blocks import check_graphs, fill_with_graphs, through_blocks
 from .chunks import Chunk, check_fill_size, cut, groups, span
 from .loss import loss_of_chunk
@@ -23,7 +23,8 @@ def seco(
     model: Model, input_ids: Tensor, labels: Tensor, chunk_size: int, *, objective: Objective | None = None,
     chunk_loss: ChunkLoss | None = None, fill_size: int | None = None, num_targets: float | None = None,
     recompute: bool = False, cache_grad_dtype: torch.dtype | None = None, offload: bool = False,
-    layers_at_once: int | None = None, graphs: int = 0, positions: Tensor | None = None, share: bool = False,
+    layers_at_once: int | None = None, graphs: int = 0, positions: Tensor | None = None, starts: Sequence[int] = (),
+    share: bool = False,
 ) -> Tensor:  # fmt: skip
     """Add the exact gradient of the mean loss to `.grad`; return the loss, detached.
 
@@ -47,16 +48,18 @@ def seco(
         layers are one block.
     graphs: where memory is left, of the last so many chunks of the fill the graphs are kept, and not built again.
     positions: int64 (B, T), for rope alone: what a chunk sees stays the text before it; None: 0, 1, 2, …
-    share: run the first tokens that all rows have in common, a prompt, as one row, and let each row go on with chunks
-        of its own; see memory/shared.py. Dropout draws one mask for them.
+    starts: where documents begin in a single row, the first one at 0, each of which is as if alone: it sees itself,
+        counts from 0, hands no state on, and does not predict the next one's first token; (): one document.
+    share: run the first tokens that all rows have in common, a prompt, once; see tree.py. Dropout draws one mask for
+        them.
     Raises InputError for a batch or a size that does not fit.
     """
     check_fill_size(fill_size, chunk_size)
     check_graphs(graphs, objective=objective, layers_at_once=layers_at_once, offload=offload)
-    batch = prepare(model, input_ids, labels, num_targets, positions, objective, chunk_loss)
-    trunk = trunk_of(model, input_ids, positions, share)
-    chunks = cut(input_ids.shape[1], chunk_size, trunk)
-    options = Options(fill_size, recompute, cache_grad_dtype, model.dropout_seed(), batch.positions, trunk)
+    batch = prepare(model, input_ids, labels, num_targets, positions, objective, chunk_loss, starts, share, chunk_size)
+    input_ids, documents = batch.input_ids, batch.documents
+    chunks = cut(input_ids.shape[1], chunk_size, documents)
+    options = Options(fill_size, recompute, cache_grad_dtype, model.dropout_seed(), batch.positions, documents)
     if layers_at_once is not None or offload:
         kept = [(chunk, (1.0, 1.0)) for chunk in chunks]
         return through_blocks(model, batch, chunks, kept, options, layers_at_once, offload, objective)
@@ -86,7 +89,7 @@ def fill(model: Model, input_ids: Tensor, chunks: Sequence[Chunk], memory: Memor
 
     With a fill size as many whole chunks as fit into it run at a time; what ends up in the memory is the same.
     """
-    for group in groups(chunks, options.fill_size, options.trunk):
+    for group in groups([*filter(options.documents.remembered, chunks)], options.fill_size):
         memory.write(group, model.fill(input_ids[:, span(group)], memory, group, options))  # lines 2, 3
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .batch import ChunkLoss, Objective, prepare, trunk_of
+from .batch import ChunkLoss, Objective, prepare
 from .blocks import through_blocks
 from .chunks import check_fill_size, cut
 from .errors import InputError
@@ -24,7 +24,7 @@ def spaco(
     chunk_loss: ChunkLoss | None = None, sampler: Sampler = QUARTER, generator: torch.Generator | None = None,
     fill_size: int | None = None, num_targets: float | None = None, recompute: bool = False,
     cache_grad_dtype: torch.dtype | None = None, offload: bool = False, layers_at_once: int | None = None,
-    positions: Tensor | None = None, share: bool = False,
+    positions: Tensor | None = None, starts: Sequence[int] = (), share: bool = False,
 ) -> Tensor:  # fmt: skip
     """Add an estimate of the gradient of the mean loss to `.grad`; return an estimate of the loss.
 
@@ -41,15 +41,15 @@ def spaco(
     Raises InputError for a batch, a size or a sampler's answer that does not fit.
     """
     check_fill_size(fill_size, chunk_size)
-    batch = prepare(model, input_ids, labels, num_targets, positions, objective, chunk_loss)
-    trunk = trunk_of(model, input_ids, positions, share)
-    chunks = cut(input_ids.shape[1], chunk_size, trunk)
+    batch = prepare(model, input_ids, labels, num_targets, positions, objective, chunk_loss, starts, share, chunk_size)
+    input_ids, documents = batch.input_ids, batch.documents
+    chunks = cut(input_ids.shape[1], chunk_size, documents)
     weights = check_weights(sampler(len(chunks), generator), len(chunks))  # which chunks are kept
     kept = [(chunk, weight) for chunk, weight in zip(chunks, weights, strict=True) if weight is not None]
     total = torch.zeros((), device=input_ids.device)
     if not kept and objective is None:
         return total
-    options = Options(fill_size, recompute, cache_grad_dtype, model.dropout_seed(), batch.positions, trunk)
+    options = Options(fill_size, recompute, cache_grad_dtype, model.dropout_seed(), batch.positions, documents, True)
     if layers_at_once is not None or offload:
         return through_blocks(model, batch, chunks, kept, options, layers_at_once, offload, objective)
     run_again = [chunk for chunk, _ in kept]

@@ -16,7 +16,8 @@ import minichunk as mc
 from minichunk.command.main import COMMANDS, main
 from minichunk.models.load import class_of
 from minichunk.training import load, run_directory
-from minichunk.training.options import BOUNDS, flag, form
+from minichunk.training.evaluate import loss_by_position
+from minichunk.training.options import BOUNDS, ReadOptions, TrainOptions, flag, form, options_of
 
 
 @pytest.fixture
@@ -30,35 +31,59 @@ def train(model_directory: Path, text: Path, tmp_path: Path, monkeypatch: pytest
     ]  # fmt: skip
 
 
-HYBRID = {"intermediate_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
-OTHERS = {
-    mc.StateSpaceConfig(300, 8, 4, 2, ("state", "full_attention"), **HYBRID): {"a_proj", "b_proj", "c_proj"},
-    mc.Mamba2Config(300, 8, 4, 2, num_heads=2, head_dim=8, n_groups=1): {"in_proj"},
-}
+ATTENTION = {"intermediate_size": 12, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 4}
+HYBRID = mc.StateSpaceConfig(300, 8, 4, 2, ("state", "full_attention"), **ATTENTION)
+MAMBA = mc.Mamba2Config(300, 8, 4, 2, num_heads=2, head_dim=8, n_groups=1)
+BLOCKS, PART = "--method spaco --budget 2 --offload --layers-at-once 2", "--partial-context window --window 4 --sinks"
+STRIDED = "--partial-context strided --block 2 --local 2 --stride 3 --full-layers"
+# A base of another kind, how it is trained, how the other commands read it, what is said, what the adapter has.
+RUNS = [
+    (HYBRID, BLOCKS, "", "", {"a_proj", "b_proj", "c_proj"}),
+    (HYBRID, "--rank 0", "", "", None),
+    (MAMBA, BLOCKS, "", "", {"in_proj"}),
+    (MAMBA, "--rank 0", "", "", None),
+    (None, "", "--load-in-4bit", "", {"q_proj"}),
+    (None, "--load-in-4bit", "", "", {"v_proj"}),
+    (None, f"{PART} 2 --full-layers 1 --method spaco --budget 2 --dropout 0.1", "", "the last 4 positions", ()),
+    (None, f"{PART} 0 --full-layers 1 --method full --rank 0", "", "the last 4 positions, in all", None),
+    (None, STRIDED, "", "the last 2 blocks of 2 positions", ()),
+    (None, "--rope yarn:4 --rope-theta 500", "", "rope_theta 500.0, rope_type yarn", ()),
+    (None, "--rope yarn:4 --rope-theta 500 --rank 0", "", "rope_theta 500.0, rope_type yarn", None),
+]
 
 
-@pytest.mark.parametrize(("config", "adapted"), OTHERS.items(), ids=["hybrid", "mamba2"])
-def test_all_commands_take_models_of_other_kinds(
-    train: list[str], model_directory: Path, text: Path, config: Any, adapted: set[str],
+@pytest.mark.parametrize(("config", "trained", "used", "said", "adapted"), RUNS)
+def test_what_was_trained_is_what_the_other_commands_read(
+    train: list[str], model_directory: Path, text: Path, config: Any, trained: str, used: str, said: str, adapted: Any,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    class_of(config)(config).save_pretrained("model")
-    shutil.copy(model_directory / "tokenizer.json", "model")
-    train = [*train, "--model", "model"]
-    assert main([*train, "--method", "spaco", "--budget", "2", "--offload", "--layers-at-once", "2"]) == 0
-    assert main([*train, "--rank", "0"]) == 0
-    trained = json.loads(Path("runs/1/adapter/adapter_config.json").read_text())["target_modules"]
-    assert set(trained) >= adapted
-    for options, said in (([], "runs/2 after step 2 of 2"), (["--output", "runs/1"], "runs/1 after step 2 of 2")):
-        assert main(["train", "--resume", *options]) == 0
-        assert said in capsys.readouterr().out
-    for model in (["--model", "model", "--adapter", "runs/1/adapter"], ["--model", "runs/2/model"]):
-        assert main(["evaluate", *model, "--data", str(text), "--seq-len", "40", "--chunk-size", "8"]) == 0
-        assert "nats per token" in capsys.readouterr().out
-        assert main(["generate", "It is", *model, "--max-new-tokens", "5"]) == 0
-        assert capsys.readouterr().out.startswith("It is")
-    assert main(["plan", "--model", "model", "--seq-len", "4096", "--memory", "1GiB", "--json"]) == 0
+    """The losses after training are those of the model that is read again; for a resume in the same words."""
+    if "4bit" in trained + used:
+        pytest.importorskip("bitsandbytes")
+    if config is not None:
+        class_of(config)(config).save_pretrained("model")
+        shutil.copy(model_directory / "tokenizer.json", "model")
+        train = [*train, "--model", "model"]
+    assert main([*train, "--lr", "0.1", *trained.split()]) == 0
+    assert main(["train", "--resume"]) == 0
+    assert (shown := capsys.readouterr().out).count(said) >= 2 and "runs/1 after step 2 of 2" in shown
+    base, adapter = ("runs/1/model", None) if adapted is None else (train[-1] if config else train[2], "runs/1/adapter")
+    read = ["--model", base, *(["--adapter", adapter] if adapter else []), *used.split()]
+    assert main(["plan", "--model", base, "--seq-len", "4096", "--memory", "1GiB", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["breakdown"]["cache"] > 0
+    if adapter:
+        assert set(json.loads(Path(adapter, "adapter_config.json").read_text())["target_modules"]) >= {*adapted}
+    assert main(["evaluate", *read, "--data", str(text), "--seq-len", "40", "--chunk-size", "8"]) == 0
+    assert "nats per token" in (shown := capsys.readouterr().out) and said * said.startswith("the") in shown
+    assert main(["generate", "It is", *read, "--max-new-tokens", "5"]) == 0
+    assert capsys.readouterr().out.startswith("It is")
+    info = options_of(TrainOptions, json.loads(Path("runs/1/run.json").read_text())["options"])
+    model, tokenizer = load.load_as_told(ReadOptions(model=base, adapter=adapter, device="cpu"))
+    after = json.loads(Path("runs/1/loss_by_position.json").read_text())["after"]
+    spans = [(span["start"], span["stop"]) for span in after]
+    again = loss_by_position(model, load.load_data(info, model, tokenizer)[1], 8, spans)
+    close = pytest.approx([span["loss"] for span in after], rel=1e-2 if "4bit" in trained else 1e-6)
+    assert [span.loss for span in again] == close
 
 
 MISTAKES = {
@@ -71,6 +96,16 @@ MISTAKES = {
     "plan --gpus 2 --offload": "--layers-at-once, --offload and --graphs are for one GPU",
     "TRAIN --fill-size 7": "--fill-size is 7, but must be at least 8",
     "TRAIN --load-in-4bit --rank 0": "--load-in-4bit freezes the base",
+    "plan --load-in-4bit --rank 0": "--load-in-4bit freezes the base",
+    f"TRAIN {PART} 2 --full-layers 2": "full layers are [2], but must be some, not all, of 0 to 1",
+    f"plan {PART} 2 --full-layers 32": "full layers are [32], but must be some, not all, of 0 to 31",
+    **{
+        f"TRAIN --rope {rope}": f"--rope is '{rope}', but must be yarn:FACTOR or linear:FACTOR"
+        for rope in ("yarn", "yarn:1", "yarn:x", "yarn:-4", "su:4", "yarn:4:4")
+    },
+    "walk --seq-len 40 --chunk-size 1": "--chunk-size 1 makes 40 chunks, but the page has room for 32",
+    "walk --events nowhere.jsonl": "No such file or directory: 'nowhere.jsonl'",
+    "walk --seq-len 40 --method full --output {text}/x.html": "cannot make the directory",
     "TRAIN --targets q": "LoRA targets are ['q']",
     "TRAIN --device cuda:99": "--device is 'cuda:99', but PyTorch sees only cpu",
     "TRAIN --model nowhere": "nowhere",

@@ -41,14 +41,6 @@ def without_optional(mine: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in mine.items() if not OPTIONAL.search(name)}
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_port_without_a_mistake_is_equal(name: str) -> None:
-    mine = outputs(Numpy(name))
-    for port in (mine, without_optional(mine)):
-        verdict = compare(port, file(name))
-        assert verdict.equal, verdict.words
-
-
 def test_each_known_mistake_is_made_once() -> None:
     assert sorted(mutant.key for mutant in MUTANTS) == sorted(mistake.key for mistake in MISTAKES)
 
@@ -106,6 +98,11 @@ def worst(mine: dict[str, Tensor], name: str) -> float:
 
 @pytest.mark.parametrize("name", CASES)
 def test_float32_is_judged_on_all_files_and_bfloat16_on_the_calm_one_alone(name: str) -> None:
+    """Every tensor has a place of its own, and a port without a mistake is equal."""
+    computed = [tensor for tensor in file(name).tensors if re.search(r"^full|co\.", tensor)]
+    assert len({order(tensor) for tensor in computed}) == len(computed)
+    mine = outputs(Numpy(name))
+    assert compare(mine, file(name)).equal and compare(without_optional(mine), file(name)).equal
     mine = computed_in(name, torch.float32)
     assert compare(mine, file(name)).equal
     assert worst(mine, name) < (1e-4 if name == "state" else 1e-5)
@@ -132,12 +129,6 @@ def test_the_order_is_that_of_the_page() -> None:
     )  # fmt: skip
     backwards = steps[::-1]
     assert sorted(backwards, key=order) == list(steps)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_every_tensor_has_its_place(name: str) -> None:
-    computed = [tensor for tensor in file(name).tensors if re.search(r"^full|co\.", tensor)]
-    assert len({order(tensor) for tensor in computed}) == len(computed)
 
 
 def changed(change: Any, tensor: str = "seco.chunk.1.layer.0.keys") -> str:

@@ -5,19 +5,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, processors
 
 import minichunk as mc
 from minichunk.files.documents import (
     SHIPPED_MODEL,
+    Document,
     check_vocabulary,
     collate,
     cut_documents,
     load_tokenizer,
+    pack_documents,
     read_documents,
     step_documents,
 )
+from minichunk.training.load import make_gradient
+from minichunk.training.options import TrainOptions
 
+from .rounding import exactly, outcome
+from .strategies import build, examples, tiny
 from .test_chat import KINDS
 
 TEXT = "It is a truth universally acknowledged, that a single man in possession of a good fortune"
@@ -93,6 +102,9 @@ def test_long_documents_are_cut_and_the_line_says_what_was_kept(tmp_path: Path, 
     assert [len(piece) for piece in pieces] == [total - 1]
     assert "1 tokens without a target left out" in line
     assert pieces[0].name.endswith(f"a.txt, tokens 0 to {total - 1}")
+    prompt = write(tmp_path / "p.jsonl", {"prompt": TEXT, "completion": ""})
+    with pytest.raises(mc.InputError, match="nothing to predict"):
+        cut_documents(read_documents([prompt], tokenizer), 8)
 
 
 def test_padding(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -142,12 +154,6 @@ def test_bad_files_are_named(tmp_path: Path, tokenizer: Tokenizer, name: str, co
         read_documents([tmp_path / name], tokenizer)
 
 
-def test_prompts_alone(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    path = write(tmp_path / "p.jsonl", {"prompt": TEXT, "completion": ""})
-    with pytest.raises(mc.InputError, match="nothing to predict"):
-        cut_documents(read_documents([path], tokenizer), 8)
-
-
 def test_a_tokenizer_of_another_model_is_noticed(tmp_path: Path, tokenizer: Tokenizer) -> None:
     documents = read_documents([write(tmp_path / "a.txt", TEXT)], tokenizer)
     highest = int(documents[0].input_ids.max())
@@ -177,3 +183,28 @@ def test_bad_tokenizers_are_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<|fin|>"}}')
     with pytest.raises(mc.InputError, match=r"eos_token is '<\|fin\|>', which is no token of tokenizer\.json"):
         load_tokenizer(tmp_path)
+
+
+@examples(25)
+@given(
+    lengths=st.lists(st.integers(2, 12), min_size=1, max_size=12), room=st.integers(12, 30), apart=st.booleans(),
+    method=st.sampled_from(["seco", "full"]),
+)  # fmt: skip
+def test_packed_rows_have_each_document_once_and_train_as_it_does(
+    lengths: list[int], room: int, apart: bool, method: str
+) -> None:
+    model, generator = build(tiny(), 3), torch.Generator().manual_seed(5)
+    texts = [torch.randint(23, (length,), generator=generator) for length in lengths]
+    texts = [Document(str(n), ids, ids.clone()) for n, ids in enumerate(texts)]
+    packed, line = pack_documents(texts, room, apart)
+    assert line.startswith(f"packed into {len(packed)} rows of at most {room} tokens")
+    assert sum(map(len, packed)) == sum(lengths) and max(map(len, packed)) <= room
+    assert max(map(len, packed)) > room / 2 or len(packed) == 1  # two half-empty rows would be one
+    if not apart:
+        assert all(row.starts == () and (row.labels == row.input_ids).all() for row in packed)
+        return
+    count = sum(text.num_targets() for text in texts)
+    assert sum(row.num_targets() for row in packed) == count
+    gradient = make_gradient(TrainOptions(method=method, chunk_size=5, pack="apart"))
+    exact = exactly(model, lambda: sum(mc.full(model, *collate([text]), num_targets=count) for text in texts))
+    exact.check(outcome(model, lambda: sum(gradient(model, [row], count, generator) for row in packed)))

@@ -65,7 +65,7 @@ def test_imports_go_one_way_between_wings() -> None:
 def test_the_package_is_small() -> None:
     paths = list(PACKAGE.rglob("*.py"))
     assert len(paths) <= 75
-    assert sum(lines(path) for path in paths) <= 9300
+    assert sum(lines(path) for path in paths) <= 9500
     assert sum(lines(path) for path in PACKAGE.rglob("*.js")) <= 500
 
 

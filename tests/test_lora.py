@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from minichunk.models.lora import DropoutMasks
 from .gradients import take_gradients
 from .rounding import exactly, measure, outcome
 from .strategies import PROJECTIONS, build, tiny, with_adapter
+
+PART = {"pattern": {"window": 5, "sinks": 0}, "full_layers": [1]}
+OF_A_HYBRID = {"peft_type": "PARTIAL_CONTEXT_LORA"}
 
 
 def adapted(dropout: float = 0.0) -> mc.Llama:
@@ -50,17 +54,31 @@ def test_merging_keeps_the_function(tmp_path: Path) -> None:
     assert set(again.state_dict()) == set(model.state_dict()) == set(build(tiny(), 0).state_dict())
 
 
-def test_save_and_load(tmp_path: Path) -> None:
-    """Into the adapter that is there, with the file's alpha."""
-    model, ids = adapted(dropout=0.1), torch.arange(9)[None]
+@pytest.mark.parametrize("pattern", [None, mc.Window(5), mc.Window(4, 3), mc.Strided(3, 2, 2)], ids=str)
+@pytest.mark.parametrize("adapter_first", [False, True])
+def test_save_and_load(pattern: Any, adapter_first: bool, tmp_path: Path) -> None:
+    """An adapter brings along what its base was made; into one that is there it goes with the file's alpha."""
+
+    def base(changed: bool) -> mc.Llama:
+        model = build(tiny(), 0)
+        if changed and pattern is not None:
+            mc.partial_context(model, pattern, [0])
+        return model
+
+    model, ids = with_adapter(base(not adapter_first), dropout=0.1).eval(), torch.arange(21)[None]
+    if adapter_first and pattern is not None:
+        mc.partial_context(model, pattern, [0])
     mc.save_adapter(model, tmp_path, base_model="somewhere/base")
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "somewhere/base"
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (3, 6, 0.1)
-    other = build(tiny(), 0)
-    mc.add_lora(other, 3, 99, PROJECTIONS)
-    mc.load_adapter(other, tmp_path)
-    torch.testing.assert_close(other.eval()(ids), model.eval()(ids).detach(), rtol=1e-6, atol=1e-6)
+    there = base(False)
+    mc.add_lora(there, 3, 99, PROJECTIONS)
+    for other in (base(False), base(True), there):
+        mc.load_adapter(other, tmp_path)
+        assert torch.equal(other.eval()(ids).detach(), model(ids).detach()) and other.config == model.config
+        mc.load_adapter(other, tmp_path)  # once more
+        mc.save_adapter(other, tmp_path)  # and on
 
 
 def test_masks_are_those_of_the_chunk_the_module_and_the_seed() -> None:
@@ -109,25 +127,31 @@ def test_wrong_values_are_named(arguments: dict[str, object], words: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "words"),
+    ("change", "words"),
     [
-        ("init_lora_weights", "pissa", "init_lora_weights = 'pissa'"),
-        ("alora_invocation_tokens", [1], "alora_invocation_tokens"),
-        ("r", 2.5, "rank 2.5"),
-        ("lora_dropout", "x", "dropout 'x'"),
-        ("bias", "all", "bias = 'all'"),
-        ("peft_type", "IA3", "peft_type is 'IA3'"),
-        ("r", None, "rank None"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"r": 2.5}, "rank 2.5"),
+        ({"lora_dropout": "x"}, "dropout 'x'"),
+        ({"bias": "all"}, "bias = 'all'"),
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"r": None}, "rank None"),
+        ({"peft_type": "PARTIAL_CONTEXT_LORA"}, "peft_type is 'PARTIAL_CONTEXT_LORA', but must be 'LORA'"),
+        ({"partial_context": PART}, "peft_type is 'LORA', but must be 'PARTIAL_CONTEXT_LORA'"),
+        ({**OF_A_HYBRID, "partial_context": 3}, "must have a pattern and a list of full_layers"),
+        ({**OF_A_HYBRID, "partial_context": {**PART, "pattern": {"window": 5}}}, "must have window and sinks"),
+        ({**OF_A_HYBRID, "partial_context": {**PART, "full_layers": 1}}, "'full_layers': 1}, but must"),
+        ({**OF_A_HYBRID, "partial_context": {**PART, "full_layers": [9]}}, r"full layers are \[9\]"),
     ],
 )
-def test_unsupported_adapters_are_refused(tmp_path: Path, field: str, value: object, words: str) -> None:
+def test_unsupported_adapters_are_refused(tmp_path: Path, change: dict[str, object], words: str) -> None:
     mc.save_adapter(adapted(), tmp_path)
     path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     model = build(tiny(), 0)
-    with pytest.raises(mc.InputError, match=words):
+    with pytest.raises(mc.InputError, match=f"adapter_config.json: .*{words}"):
         mc.load_adapter(model, tmp_path)
-    assert all(p.requires_grad for p in model.parameters())  # a refusal leaves the model as it was
+    assert model.partial is None and all(p.requires_grad for p in model.parameters())  # as it was
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,10 @@
-"""The shipped objectives against the papers' equations, by hand."""
+"""The shipped objectives against the papers' equations, by hand, and against TRL's own code, where it is installed."""
 
 import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -59,14 +63,63 @@ def by_hand(kind: str, log_probs: Tensor) -> Tensor:
     return total - log_probs[: B // 2].sum() / MASK[: B // 2].sum() if kind == "orpo" else total
 
 
+def with_gradient(f: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    leaf = LOG_PROBS.clone().requires_grad_()
+    value = f(leaf)
+    (grad,) = torch.autograd.grad(value, leaf)
+    return {"loss": value, "gradient": grad * MASK}
+
+
 @pytest.mark.parametrize("kind", OURS)
 def test_as_the_paper_says(kind: str) -> None:
-    leaf = LOG_PROBS.clone().requires_grad_()
+    measure(lambda: with_gradient(lambda x: by_hand(kind, x))).check(with_gradient(OURS[kind]))
 
-    def with_gradient(loss: Tensor) -> dict[str, Tensor]:
-        return {"loss": loss, "gradient": torch.autograd.grad(loss, leaf)[0] * MASK}
 
-    measure(lambda: with_gradient(by_hand(kind, leaf))).check(with_gradient(OURS[kind](leaf)))
+def by_trl(kind: str, log_probs: Tensor) -> Tensor:
+    """By the methods of its trainers, which are made without a model, data or a run."""
+    import trl
+    from trl.experimental import cpo, orpo
+
+    nothing, ids, half = torch.zeros(B, T - 1), LABELS.clamp(min=0), B // 2
+    told = MagicMock(  # a trainer's self
+        beta={"orpo": 0.4, "simpo": 2.0, "grpo": 0.1}.get(kind, 0.3), aux_loss_enabled=False, _total_train_tokens=0,
+        _tp_size=1, ld_alpha=None, f_divergence_type="reverse_kl", use_weighting=False, loss_weights=[1.0],
+        loss_types=[{"dpo": "sigmoid"}.get(kind, kind)], loss_type=kind, desirable_weight=1.5, undesirable_weight=0.5,
+        alpha=0.0, simpo_gamma=0.7, label_smoothing=0.0, epsilon_low=0.2, epsilon_high=0.3, use_vllm=False,
+        importance_sampling_level="token", top_entropy_quantile=1.0, off_policy_mask_threshold=None,
+        current_gradient_accumulation_steps=1, _entropy_bonus_enabled=False,
+    )  # fmt: skip
+    told.accelerator.gather_for_metrics = told.accelerator.gather = lambda x: x
+    told.accelerator.device, told.args.delta, told.args.use_bias_correction_kl = "cpu", None, False
+    told._compute_kl_logps = lambda *_: torch.full((B,), 0.2, dtype=torch.float64)
+    told._get_per_token_logps_and_entropies = lambda *_, **__: (log_probs[:, 1:], nothing, None)
+    outputs = {"log_probs": log_probs[:, 1:], "entropy": nothing, "mean_logits": nothing, "is_top1": nothing > 0}
+    model = MagicMock(return_value=SimpleNamespace(**outputs))
+    rows, means = REFERENCE.sum(1), (log_probs.sum(1) / MASK.sum(1)).chunk(2)
+    given: dict[str, Any] = {
+        "input_ids": ids, "completion_mask": MASK.long(), "attention_mask": torch.ones_like(ids), "label": GOOD,
+        "ref_chosen_logps": rows[:half], "ref_rejected_logps": rows[half:], "ref_logps": rows, "ref_KL_logps": 0 * rows,
+    }  # fmt: skip
+    if kind == "orpo":
+        ratio, *_ = orpo.ORPOTrainer.odds_ratio_loss(told, *means)
+        return -log_probs[:half].sum() / MASK[:half].sum() - ratio.mean()
+    if kind == "simpo":
+        return cpo.CPOTrainer.cpo_loss(told, *means)[0].mean()
+    if kind == "grpo":
+        given = {"prompt_ids": ids[:, :1], "prompt_mask": ids[:, :1], "completion_ids": ids[:, 1:]}
+        given |= {"completion_mask": MASK[:, 1:].long(), "advantages": ADVANTAGES}
+        given |= {"old_per_token_logps": OLD[:, 1:], "ref_per_token_logps": REFERENCE[:, 1:]}
+        return trl.GRPOTrainer._compute_loss(told, model, given)
+    return (trl.KTOTrainer if kind == "kto" else trl.DPOTrainer)._compute_loss(told, model, given, False)
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_as_trl_says(kind: str) -> None:
+    """TRL rounds ORPO's means to float32."""
+    pytest.importorskip("trl", minversion="1.16")
+    ours, theirs = with_gradient(OURS[kind]), with_gradient(lambda x: by_trl(kind, x))
+    for name, x in theirs.items():
+        torch.testing.assert_close(ours[name], x, rtol=1e-6, atol=1e-7, check_dtype=False)
 
 
 def test_what_cannot_be_is_named() -> None:

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,11 +17,10 @@ from torch import Tensor
 
 import minichunk as mc
 from minichunk.batch import IGNORE, shift
-from minichunk.chunks import Chunk
+from minichunk.chunks import Chunk, Documents, cut
 from minichunk.memory.state import Handed, LayerState
-from minichunk.models.load import load_model
-from minichunk.models.quantize import Linear4bit
 
+from . import strategies
 from .gradients import Tensors, take_gradients
 from .rounding import exactly, measure, outcome, weighted
 from .strategies import SECO_HOW, VOCAB, Batch, batches, examples
@@ -40,22 +38,14 @@ def tiny(**changes: Any) -> mc.Mamba2Config:
     return mc.Mamba2Config(**{**fields, **changes})
 
 
-def randomize(model: mc.Mamba2, seed: int) -> mc.Mamba2:
-    """In float64, with gates that remember for about 1 to 100 tokens, and nothing that is 0 or 1 by default."""
-    generator = torch.Generator().manual_seed(seed)
-    model = model.double()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            draw = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
-            wide = any(part in name for part in ("embed", "A_log", "dt_bias", "conv1d"))
-            parameter.copy_(
-                draw * (1.0 if wide else 0.4) + ("norm" in name or name.endswith("D")) - 2 * ("dt_b" in name)
-            )
-    return model
-
-
 def build(config: mc.Mamba2Config, seed: int = 0) -> mc.Mamba2:
-    return randomize(mc.Mamba2(config), seed)
+    """In float64, with gates that remember for about 1 to 100 tokens, and nothing that is 0 or 1 by default."""
+    model = strategies.build(config, seed, 0.4)
+    for layer in model.layers:
+        layer.mixer.dt_bias.data.mul_(2.5).sub_(2)
+        layer.mixer.A_log.data.mul_(2.5)
+        layer.mixer.conv1d.weight.data.mul_(2.5)
+    return model
 
 
 def reference(model: mc.Mamba2, chunk_size: int = 4) -> Theirs:
@@ -112,17 +102,20 @@ def test_logits_and_gradients_equal_transformers(
         exact.check(step | logits)
 
 
-@pytest.mark.parametrize(("length", "chunk_size", "at_once"), [(4, 1, None), (8, 3, 1)])
-def test_spaco_is_unbiased(length: int, chunk_size: int, at_once: int | None) -> None:
+@pytest.mark.parametrize(
+    ("length", "chunk_size", "at_once", "starts"),
+    [(4, 1, None, ()), (8, 3, 1, ()), (12, 3, None, (0, 1, 2, 10)), (12, 4, None, (0, 7))],
+)
+def test_spaco_is_unbiased(length: int, chunk_size: int, at_once: int | None, starts: tuple[int, ...]) -> None:
     """Averaged over all draws it is the exact gradient: a state's adjoint passes skipped chunks, a tail's does not."""
-    model, ids = build(tiny(num_hidden_layers=2)), torch.randint(VOCAB, (2, length))
-    chunks = math.ceil(length / chunk_size)
+    model, ids = build(tiny(num_hidden_layers=2)), torch.randint(VOCAB, (1 if starts else 2, length))
+    chunks = len(cut(length, chunk_size, Documents(starts)))
     terms: list[tuple[float, Any]] = []
     for probability, entries in mc.Bernoulli([0.9, 0.3, 0.5, 0.7][:chunks]).outcomes(chunks):
-        draw = {"sampler": lambda *_, entries=entries: entries, "layers_at_once": at_once}
+        draw = {"sampler": lambda *_, entries=entries: entries, "layers_at_once": at_once, "starts": starts}
         terms.append((probability, exactly(model, lambda draw=draw: mc.spaco(model, ids, ids, chunk_size, **draw))))
     found = weighted(terms)
-    exactly(model, lambda: mc.full(model, ids, ids)).check(found.values, beside=found)
+    exactly(model, lambda: mc.full(model, ids, ids, starts=starts)).check(found.values, beside=found)
 
 
 def dropped(number: int) -> Callable[[pytest.MonkeyPatch], None]:
@@ -161,59 +154,6 @@ def test_a_tail_does_not_keep_its_chunk_in_memory() -> None:
     assert all(x.untyped_storage().nbytes() == x.nbytes for x in written[0][2::4])
 
 
-@pytest.mark.parametrize(("limit", "chunk_size"), [((0.0, math.inf), 1), ((0.0, math.inf), 3), ((0.1, 0.3), 100)])
-def test_generate_equals_transformers(limit: tuple[float, float], chunk_size: int) -> None:
-    model = build(tiny(time_step_limit=limit), seed=5)
-    prompt = torch.randint(VOCAB, (2, 7), generator=torch.Generator().manual_seed(0))
-    theirs = reference(model).eval()
-    ours = mc.generate(model, prompt, 9, chunk_size=chunk_size)
-    # Token by token, with its own cache, transformers leaves time_step_limit out.
-    with stays_float64():
-        expected = theirs.generate(
-            prompt, max_new_tokens=9, do_sample=False, use_cache=limit[1] == math.inf,
-            attention_mask=torch.ones_like(prompt),  # or it would take a token 1 for padding
-        )  # fmt: skip
-    assert torch.equal(ours, expected)
-    assert len(set(ours[0, 7:].tolist())) > 3
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_transformers_loads_ours_and_we_theirs(tied: bool, tmp_path: Path) -> None:
-    config = tiny(
-        tie_word_embeddings=tied, use_conv_bias=not tied, use_bias=tied, residual_in_fp32=tied, conv_kernel=3,
-        time_step_limit=(0.1, math.inf), max_position_embeddings=77, pad_token_id=None, bos_token_id=5,
-        eos_token_id=(3, 4),
-    )  # fmt: skip
-    model = build(config)
-    model.save_pretrained(tmp_path / "ours")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
-    assert isinstance(theirs, Theirs)
-    assert theirs.dtype == torch.float64
-    for name, value in asdict(config).items():
-        got = getattr(theirs.config, name)
-        assert (tuple(got) if isinstance(got, list) else got) == value, name
-    theirs.save_pretrained(tmp_path / "theirs")
-    for name in ("ours", "theirs"):
-        loaded = load_model(tmp_path / name)
-        assert isinstance(loaded, mc.Mamba2)
-        assert loaded.config == config
-        assert (loaded.lm_head.weight is loaded.backbone.embeddings.weight) == tied
-        for other in (loaded.state_dict(), theirs.state_dict()):
-            assert other.keys() == model.state_dict().keys()
-            assert all(torch.equal(x, other[name]) for name, x in model.state_dict().items())
-
-
-def test_a_base_in_4_bits(tmp_path: Path) -> None:
-    """in_proj and out_proj are stored so, and what stays trainable gets its exact gradient."""
-    pytest.importorskip("bitsandbytes")
-    build(tiny()).save_pretrained(tmp_path)
-    model = mc.Mamba2.from_pretrained(tmp_path, load_in_4bit=True)
-    names = {name for name, module in model.named_modules() if isinstance(module, Linear4bit)}
-    assert names == {f"backbone.layers.{i}.mixer.{name}_proj" for i in range(3) for name in ("in", "out")}
-    ids = torch.randint(VOCAB, (1, 9))
-    exactly(model, lambda: mc.full(model, ids, ids)).check(outcome(model, lambda: mc.seco(model, ids, ids, 2)))
-
-
 def test_an_absent_field_is_what_transformers_takes_it_for() -> None:
     """transformers 5 leaves out what is a default of all models."""
     needed = {name: asdict(tiny())[name] for name in ("vocab_size", "state_size", "num_hidden_layers")}
@@ -247,31 +187,3 @@ def test_bfloat16(wide: bool) -> None:
     hidden, written = model.run(ids)
     assert hidden.dtype == torch.bfloat16
     assert [x.dtype for x in written[0]] == [torch.float32] * 2 + [torch.bfloat16] * 2
-
-
-CONFIG = {**tiny().to_dict(), "chunk_size": 256, "use_cache": True, "rms_norm": True, "time_step_rank": 1}
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"model_type": "mamba"}, "model_type is 'mamba', but must be 'mamba2'"),
-        ({"state_size": None}, "state_size is missing"),
-        ({"n_groups": 0}, "n_groups is 0, but must be a whole number"),
-        ({"n_groups": 3}, r"num_heads \(4\) must be a multiple of n_groups \(3\)"),
-        ({"head_dim": 5}, r"num_heads \(4\) times head_dim \(5\) must be expand \(2\) times hidden_size \(8\)"),
-        ({"expand": 2.5}, "expand is 2.5, but must be a whole number"),
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported; it must be 'silu'"),
-        ({"rms_norm": False}, "rms_norm = False is not supported; it must be True"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config = .* must be absent"),
-        ({"use_bias": "yes"}, "use_bias is 'yes', but must be true or false"),
-        ({"layer_norm_epsilon": 0}, "layer_norm_epsilon is 0, but must be a number above 0"),
-        ({"time_step_limit": [0.3, 0.1]}, r"time_step_limit is \[0.3, 0.1\], but must be .least, greatest."),
-        ({"time_step_limit": 3}, "time_step_limit is 3, but must be .least, greatest."),
-        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>', but must be a token id"),
-    ],
-)
-def test_a_wrong_config_is_refused(change: dict[str, Any], words: str) -> None:
-    assert mc.Mamba2Config.from_dict(CONFIG) == tiny()
-    with pytest.raises(mc.InputError, match=words):
-        mc.Mamba2Config.from_dict(CONFIG | change)

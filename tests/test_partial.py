@@ -10,14 +10,11 @@ import pytest
 import torch
 
 import minichunk as mc
-from minichunk.command.main import main
 from minichunk.costs.setting import Setting
 from minichunk.memory.window import FULL, Pattern
 from minichunk.models.load import load_model
 from minichunk.models.partial import describe, partial_config
-from minichunk.training.evaluate import loss_by_position
-from minichunk.training.load import load_as_told, load_data
-from minichunk.training.options import ReadOptions, TrainOptions, options_of
+from minichunk.training.options import TrainOptions
 
 from .rounding import measure
 from .strategies import build, tiny, with_adapter
@@ -37,76 +34,48 @@ def hybrid(pattern: Pattern, layers: int = 3, adapter: bool = False, **fields: A
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize(("full_layers", "full"), [((), []), ((0,), [0]), (None, [1])])
-def test_which_layers_see_a_part(pattern: Pattern, full_layers: tuple[int, ...] | None, full: list[int]) -> None:
-    model = build(tiny(3), seed=0)
+@pytest.mark.parametrize(
+    ("layers", "full_layers", "full"),
+    [(3, (), []), (3, (0,), [0]), *((n, None, third) for n, third in ((3, [1]), (4, [1, 2]), (12, [4, 5, 6, 7])))],
+)
+def test_which_layers_see_a_part(pattern: Pattern, layers: int, full_layers: Any, full: list[int]) -> None:
+    """All but the middle third, unless it is said."""
+    model = build(tiny(layers), seed=0)
     mc.partial_context(model, pattern, full_layers)
-    assert [x.self_attn.pattern for x in model.layers] == [FULL if i in full else pattern for i in range(3)]
-
-
-@pytest.mark.parametrize(("layers", "full"), [(3, [1]), (4, [1, 2]), (6, [2, 3]), (12, [4, 5, 6, 7])])
-def test_the_middle_third_stays(layers: int, full: list[int]) -> None:
-    patterns = partial_config(tiny(layers), mc.Window(9)).patterns()
-    assert [i for i, pattern in enumerate(patterns) if pattern == FULL] == full
-
-
-@pytest.mark.parametrize(("name", "model_type"), [("llama", "ministral"), ("qwen3, biases", "qwen3")])
-def test_stock_transformers_compute_a_hybrid_with_windows(name: str, model_type: str, tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    ours = build(mc.LlamaConfig.from_dict({**BASE, **ARCHITECTURES[name]}), seed=0)
-    mc.partial_context(ours, mc.Window(6))
-    ours.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == model_type
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path, dtype=torch.float64, attn_implementation="eager"
-    )
-    exact = measure(lambda: {"logits": ours(IDS)})
-    exact.check({"logits": theirs(IDS).logits.detach()}, unit=2.0**-24)  # see test_model.py
-    again = mc.Llama.from_pretrained(tmp_path)
-    assert again.config == ours.config
-    assert torch.equal(again(IDS), ours(IDS))
+    assert [x.self_attn.pattern for x in model.layers] == [FULL if i in full else pattern for i in range(layers)]
 
 
 @pytest.mark.parametrize(
-    ("pattern", "name"),
-    [(mc.Strided(3, 2, 2), "llama 3.1"), (mc.Window(5, 2), "qwen2"), (mc.Window(5), "llama, biases")],
-)
-def test_what_transformers_would_ignore_it_refuses(pattern: Pattern, name: str, tmp_path: Path) -> None:
+    ("pattern", "name", "model_type"),
+    [
+        (mc.Window(6), "llama", "ministral"), (mc.Window(6), "qwen3, biases", "qwen3"),
+        *((pattern, name, "partial_context") for pattern, name in
+          ((mc.Strided(3, 2, 2), "llama 3.1"), (mc.Window(5, 2), "qwen2"), (mc.Window(5), "llama, biases"))),
+    ],
+)  # fmt: skip
+def test_stock_transformers_compute_a_hybrid_or_refuse_it(
+    pattern: Pattern, name: str, model_type: str, tmp_path: Path
+) -> None:
+    """They compute windows; what they would ignore they do not take."""
     transformers = pytest.importorskip("transformers")
     ours = build(mc.LlamaConfig.from_dict({**BASE, **ARCHITECTURES[name]}), seed=0)
     mc.partial_context(ours, pattern)
     ours.save_pretrained(tmp_path)
+    again = load_model(tmp_path)
+    assert again.config == ours.config and torch.equal(again(IDS), ours(IDS))
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == model_type
+    if model_type != "partial_context":
+        read = {"dtype": torch.float64, "attn_implementation": "eager"}
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, **read)
+        exact = measure(lambda: {"logits": ours(IDS)})
+        exact.check({"logits": theirs(IDS).logits.detach()}, unit=2.0**-24)  # see test_model.py
+        return
     for their in ("AutoConfig", "AutoModel", "AutoModelForCausalLM"):
         with pytest.raises(ValueError, match="model type `partial_context`"):
             getattr(transformers, their).from_pretrained(tmp_path)
     for their in ("LlamaForCausalLM", "Qwen2ForCausalLM"):  # which take any type, with a warning
         with pytest.raises(Exception, match=r"layer_types.*partial_attention"):
             getattr(transformers, their).from_pretrained(tmp_path)
-    again = load_model(tmp_path)
-    assert again.config == ours.config
-    assert torch.equal(again(IDS), ours(IDS))
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"base_model_type": None}, "base_model_type None is not supported"),
-        ({"pattern": None}, "the field pattern is missing"),
-        ({"layer_types": None}, "the field layer_types is missing"),
-        ({"pattern": {"window": 4}}, "must have window and sinks, or block, local and stride"),
-        ({"pattern": {"window": 0, "sinks": 1}}, "window is 0"),
-        ({"pattern": {"window": 4, "sinks": -1}}, "sinks is -1"),
-        ({"pattern": {"block": 4, "local": 2, "stride": "2"}}, "stride is '2'"),
-        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "or 'partial_attention'"),
-        ({"layer_types": []}, r"layer_types is \[\], but must be .* or 'partial_attention' for each of the 3 layers"),
-        ({"layer_types": ["full_attention"] * 3}, "without any 'partial_attention'"),
-        ({"model_type": "ministral"}, "or 'sliding_attention'"),
-    ],
-)
-def test_a_wrong_config_is_named(change: dict[str, Any], words: str) -> None:
-    written = partial_config(tiny(3), mc.Window(4, 3)).to_dict()
-    with pytest.raises(mc.InputError, match=words):
-        mc.LlamaConfig.from_dict({**written, **change})
 
 
 @pytest.mark.parametrize("fields", [{"sliding_window": 4}, {"pattern": mc.Window(4, 3)}])
@@ -165,29 +134,18 @@ def test_words() -> None:
 # Adapters.
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize("adapter_first", [False, True])
-def test_an_adapter_brings_its_hybrid_along(pattern: Pattern, adapter_first: bool, tmp_path: Path) -> None:
-    model = hybrid(pattern, adapter=adapter_first)
-    if not adapter_first:
-        with_adapter(model, targets=None)
-    mc.save_adapter(model, tmp_path)
-    for base in (build(tiny(3), seed=1), hybrid(pattern)):
-        mc.load_adapter(base, tmp_path)
-        assert torch.equal(base(IDS).detach(), model(IDS).detach())
-        assert base.config == model.config
-        mc.load_adapter(base, tmp_path)  # once more
-        mc.save_adapter(base, tmp_path)  # and on
-
-
-def test_peft_refuses_the_adapter_of_a_hybrid(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["PARTIAL_CONTEXT_LORA", "OTHER_ROPE_LORA"])
+def test_peft_refuses_the_adapter_of_a_changed_base(kind: str, tmp_path: Path) -> None:
     """It would put it beside a base that sees everything, with no more than a warning."""
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     build(tiny(3), seed=1).save_pretrained(tmp_path / "base")
-    mc.save_adapter(hybrid(mc.Window(5), adapter=True), tmp_path / "adapter", tmp_path / "base")
+    model = hybrid(mc.Window(5), adapter=True) if "PART" in kind else with_adapter(build(tiny(3), 1), targets=None)
+    if "ROPE" in kind:
+        mc.change_rope(model, {"rope_theta": 500.0})
+    mc.save_adapter(model, tmp_path / "adapter", tmp_path / "base")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     for load in (lambda path: peft.PeftModel.from_pretrained(base, path), base.load_adapter):
-        with pytest.raises(KeyError, match="PARTIAL_CONTEXT_LORA"):
+        with pytest.raises(KeyError, match=kind):
             load(str(tmp_path / "adapter"))
 
 
@@ -204,28 +162,6 @@ def test_the_adapter_of_a_stored_hybrid_is_an_ordinary_one(tmp_path: Path) -> No
     assert torch.equal(mc.load_model(tmp_path / "merged")(IDS), again(IDS))
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"partial_context": None}, "peft_type is 'PARTIAL_CONTEXT_LORA', but must be 'LORA'"),
-        ({"peft_type": "LORA"}, "peft_type is 'LORA', but must be 'PARTIAL_CONTEXT_LORA'"),
-        ({"partial_context": 3}, "must have a pattern and a list of full_layers"),
-        ({"partial_context": {"pattern": {"window": 5}, "full_layers": [1]}}, "must have window and sinks"),
-        ({"partial_context": {"pattern": {"window": 5, "sinks": 0}, "full_layers": 1}}, "'full_layers': 1}, but must"),
-        ({"partial_context": {"pattern": {"window": 5, "sinks": 0}, "full_layers": [9]}}, r"full layers are \[9\]"),
-    ],
-)
-def test_a_damaged_record_is_named(change: dict[str, Any], words: str, tmp_path: Path) -> None:
-    mc.save_adapter(hybrid(mc.Window(5), adapter=True), tmp_path)
-    path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    model = build(tiny(3), seed=1)
-    with pytest.raises(mc.InputError, match=f"adapter_config.json: .*{words}"):
-        mc.load_adapter(model, tmp_path)
-    assert model.partial is None
-    assert all(p.requires_grad for p in model.parameters())
-
-
 def test_an_adapter_of_another_hybrid_is_refused(tmp_path: Path) -> None:
     mc.save_adapter(hybrid(mc.Window(5), adapter=True), tmp_path)
     elsewhere = build(tiny(3), seed=1)
@@ -233,81 +169,6 @@ def test_an_adapter_of_another_hybrid_is_refused(tmp_path: Path) -> None:
     for other in (hybrid(mc.Window(6)), hybrid(mc.Window(5, 1)), elsewhere):
         with pytest.raises(mc.InputError, match=r"adapter_config.json: layers of this model see a part"):
             mc.load_adapter(other, tmp_path)
-
-
-# Commands.
-
-
-@pytest.fixture
-def command(model_directory: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.chdir(tmp_path)
-    return [
-        "train", "--model", str(model_directory), "--data", str(text), "--device", "cpu", "--seq-len", "40",
-        "--chunk-size", "8", "--steps", "2", "--rank", "2", "--lr", "0.1", "--output", "run", "--full-layers", "1",
-    ]  # fmt: skip
-
-
-WINDOW = ["--partial-context", "window", "--window", "4", "--sinks", "2"]
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        [*WINDOW, "--method", "spaco", "--budget", "2", "--dropout", "0.1"],
-        [*WINDOW, "--method", "full", "--sinks", "0", "--rank", "0"],
-        ["--partial-context", "strided", "--block", "2", "--local", "2", "--stride", "3", "--full-layers"],
-    ],
-    ids=" ".join,
-)
-def test_what_was_trained_is_what_is_evaluated(
-    command: list[str], options: list[str], model_directory: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The losses after training are those of the model that the other commands load, and not of the base's function."""
-    assert main([*command, *options]) == 0
-    assert "past    the last" in capsys.readouterr().out
-    after = [span["loss"] for span in json.loads(Path("run/loss_by_position.json").read_text())["after"]]
-    info = json.loads(Path("run/run.json").read_text())["options"]
-    whole = Path("run/model").is_dir()
-    used = ("run/model", None) if whole else (str(model_directory), "run/adapter")
-    model, tokenizer = load_as_told(ReadOptions(model=used[0], adapter=used[1], device="cpu"))
-    told = "the last 2 blocks of 2 positions" if "strided" in options else "the last 4 positions"
-    assert told in describe(model.config)
-    _, held_out, _ = load_data(options_of(TrainOptions, info), model, tokenizer)
-    spans = [(0, 16), (16, 32), (32, 40)]
-    assert [span.loss for span in loss_by_position(model, held_out, 8, spans)] == pytest.approx(after, rel=1e-6)
-    for layer in model.layers:
-        layer.self_attn.pattern = FULL  # type: ignore[union-attr, assignment]
-    assert abs(loss_by_position(model, held_out, 8, spans)[1].loss - after[1]) > 1e-4
-
-    named = ["--model", used[0], *([] if whole else ["--adapter", used[1] or ""])]
-    assert main(["generate", "It is", *named, "--max-new-tokens", "9", "--device", "cpu"]) == 0
-    assert capsys.readouterr().out.startswith("It is")
-    assert main(["evaluate", *named, "--data", command[4], "--seq-len", "40", "--device", "cpu"]) == 0
-    assert told in capsys.readouterr().out
-    assert main(["train", "--resume", "--output", "run"]) == 0
-    assert told in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ([], "--full-layers belongs to --partial-context"),
-        (["--window", "4"], "--window belongs to --partial-context window"),
-        ([*WINDOW, "--block", "4"], "--block belongs to --partial-context strided"),
-        (["--partial-context", "strided", "--sinks", "4"], "--sinks belongs to --partial-context window"),
-        ([*WINDOW, "--full-layers", "2"], "full layers are [2], but must be some, not all, of 0 to 1"),
-    ],
-)
-def test_mistakes_are_named_before_training(
-    command: list[str], change: list[str], words: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    planned = ["plan", "--model", command[2], "--seq-len", "64", "--chunk-size", "8", "--full-layers", "1"]
-    for arguments in ([*command, *change], [*planned, *change]):
-        assert main(arguments) == 2
-        error = capsys.readouterr().err
-        assert words in error
-        assert error.count("\n") == 1
-    assert not Path("run").exists()
 
 
 def test_the_plan_of_a_hybrid_is_that_of_its_checkpoint(tmp_path: Path) -> None:

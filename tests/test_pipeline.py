@@ -11,17 +11,18 @@ from hypothesis import strategies as st
 
 import minichunk as mc
 from minichunk.pipeline.links import MOST_ON_THE_WAY
-from minichunk.pipeline.split_layers import split_costs
+from minichunk.pipeline.stage import split_costs
 
 from . import ranks as tasks
 from .ranks import Case, Ranks
-from .strategies import OBJECTIVES, Batch, batches, build, examples, models, state_models, tiny, tiny_state
+from .strategies import OBJECTIVES, batches, build, examples, models, state_models, tiny, tiny_state, with_adapter
 
 PICTURE = tasks.tutorial("pipeline_picture")
 
 
-def case(model: Any, length: int = 11, chunk_size: int = 3, **others: Any) -> Case:
-    ids = torch.randint(23, (2, length), generator=torch.Generator().manual_seed(0))
+def case(model: Any, length: int = 11, chunk_size: int = 3, rows: int = 2, **others: Any) -> Case:
+    ids = torch.randint(23, (rows, length), generator=torch.Generator().manual_seed(0))
+    ids[:, :4] = ids[0, :4].clone()
     return Case(model, ids, ids, chunk_size, **others)
 
 
@@ -44,7 +45,7 @@ def cases(draw: st.DrawFn, number: int) -> Case:
     """Of all options, on at least as many layers as ranks."""
     kinds = st.one_of(models(), models(), state_models())
     model = draw(kinds.filter(lambda model: len(model.layers) >= number))
-    batch: Batch = draw(batches(positions=model.takes_positions))
+    batch = draw(batches(positions=model.takes_positions))
     chunk_size = draw(st.integers(1, 16))
     layers = len(model.layers)
     cuts = draw(st.none() | st.sets(st.integers(1, layers - 1), min_size=number - 1, max_size=number - 1))
@@ -70,17 +71,32 @@ def test_several_ranks_find_what_one_process_finds(ranks: Ranks, data: st.DataOb
     check(ranks, number, data.draw(cases(number)))
 
 
-@pytest.mark.parametrize("chunk_size", [2, 6, 11])  # 6, 2 and 1 chunks: fewer than ranks too
-@pytest.mark.parametrize("layers", ["aaaa", "sasas"])
-def test_four_ranks_find_what_one_process_finds(ranks: Ranks, layers: str, chunk_size: int) -> None:
-    tied = layers == "sasas"  # in two steps, whose gradients add up
-    model = build(tiny_state(layers, tie_word_embeddings=tied), 0)
-    check(ranks, 4, case(model, chunk_size=chunk_size, options={"recompute": chunk_size == 2}, steps=1 + tied))
+def adapted(config: Any, targets: list[str], dropout: float = 0.0) -> Any:
+    """With an adapter in all layers but the one at index 1."""
+    model = with_adapter(build(config, 0), 2, 4, targets, dropout)
+    model.layers[1].requires_grad_(False)
+    return model
 
 
-def test_mamba2_too(ranks: Ranks) -> None:
-    config = mc.Mamba2Config(23, 8, 3, 3, num_heads=4, head_dim=4, n_groups=2, eos_token_id=None)
-    check(ranks, 3, case(build(config, 0), method="spaco", options={"sampler": mc.FixedBudget(3)}))
+MAMBA = mc.Mamba2Config(23, 8, 3, 3, num_heads=4, head_dim=4, n_groups=2, eos_token_id=None)
+TIED = tiny_state("sasas", tie_word_embeddings=True)
+SELDOM = [  # drawn by `cases`
+    *((4, case(build(tiny(4), 0), 11, size, options={"recompute": size == 2})) for size in (2, 6, 11)),  # 6 to 1 chunks
+    *((4, case(build(TIED, 0), 11, size, steps=2)) for size in (2, 6, 11)),  # whose gradients add up
+    (3, case(build(MAMBA, 0), method="spaco", options={"sampler": mc.FixedBudget(3)})),
+    (3, case(adapted(tiny(3), ["q_proj", "down_proj"], 0.5), method="spaco", options={"sampler": mc.Bernoulli(0.7)})),
+    (3, case(adapted(tiny_state("ssa"), ["q_proj"]))),  # the last layer's, which needs no gradient from the others
+    (3, case(adapted(tiny_state("ssa"), ["a_proj"]))),  # the first one's, which needs all of them
+    (2, case(build(tiny(), 0), method="spaco", options={"sampler": mc.Bernoulli(1e-9)})),  # keeps nothing
+    (2, case(build(tiny(), 0), options={"share": True, "fill_size": 6})),
+    (3, case(build(MAMBA, 0), rows=1, options={"starts": (0, 1, 7)})),
+]
+
+
+@pytest.mark.parametrize(("number", "case"), SELDOM)
+def test_ranks_find_what_one_process_finds(ranks: Ranks, number: int, case: Case) -> None:
+    """Though each has random numbers of its own: the first one draws chunks and masks for all."""
+    check(ranks, number, case)
 
 
 def test_a_copy_without_a_document_adds_nothing(ranks: Ranks) -> None:
@@ -91,30 +107,6 @@ def test_a_copy_without_a_document_adds_nothing(ranks: Ranks) -> None:
     for name, grad in expected.items():
         assert grad.dtype == torch.float32
         assert torch.equal(busy[name], grad) and torch.equal(idle[name], grad)
-
-
-def test_the_first_rank_draws_for_all(ranks: Ranks) -> None:
-    """Chunks and dropout masks, though each rank has random numbers of its own."""
-    model = build(tiny(layers=3), 0)
-    mc.add_lora(model, 2, 4, ["q_proj", "down_proj"], dropout=0.5)
-    check(ranks, 3, case(model, method="spaco", options={"sampler": mc.Bernoulli(0.7)}))
-
-
-@pytest.mark.parametrize("learning", [["q_proj"], ["a_proj"]])
-def test_ranks_on_which_nothing_learns(ranks: Ranks, learning: list[str]) -> None:
-    """An adapter in the last layer alone needs no gradient from the others, and one in the first needs all of them."""
-    model = build(tiny_state("ssa"), 0)
-    mc.add_lora(model, 2, 4, learning)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.copy_(torch.randn_like(parameter))
-        if "layers.1" in name:
-            parameter.requires_grad_(False)
-    check(ranks, 3, case(model))
-
-
-def test_a_draw_that_keeps_nothing_leaves_the_gradients(ranks: Ranks) -> None:
-    check(ranks, 2, case(build(tiny(), 0), method="spaco", options={"sampler": mc.Bernoulli(1e-9)}))
 
 
 @pytest.mark.parametrize(("number", "chunks"), [(1, 3), (2, 5), (3, 7), (4, 2)])

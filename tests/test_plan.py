@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,7 +12,7 @@ import torch
 
 import minichunk as mc
 from minichunk import blocks
-from minichunk.batch import prepare
+from minichunk.batch import make_batch, prepare
 from minichunk.command.main import main
 from minichunk.costs import forecast as module
 from minichunk.costs.baselines import tiled_full
@@ -23,10 +24,12 @@ from minichunk.costs.setting import CHUNKED, METHODS, Setting, Share
 from minichunk.losses import dpo
 from minichunk.memory import attention
 from minichunk.memory.kernels import kernel_for
+from minichunk.models import load
 from minichunk.models.shapes import layer_memory_bytes, random_model
-from minichunk.pipeline.split_layers import layer_costs, split_layers
+from minichunk.pipeline.stage import layer_costs, split_layers
 from minichunk.samplers import most_kept
 from minichunk.training.options import TrainOptions
+from minichunk.training.preferences import distillation
 
 from . import ranks as tasks
 from .ranks import Ranks
@@ -36,6 +39,10 @@ BEYOND = 3328  # tokens: longer than the step that is counted
 
 
 def write(directory: Path, config: Any) -> str:
+    directory.mkdir(exist_ok=True)
+    if isinstance(config, str):
+        pytest.importorskip("transformers")
+        config = import_module(".tiny_transformers", __package__).tiny_config(config, vocab_size=512)
     (directory / "config.json").write_text(json.dumps(config.to_dict()))
     return str(directory)
 
@@ -67,13 +74,18 @@ def real_peak(setting: Setting, tokens: int) -> tuple[int, int]:
     kernel = mock.patch.object(attention, "pick_kernel", lambda q: kernel_for(setting.device, q.dtype, 16))
     with kernel, CountBytes() as count, mock.patch.object(blocks, "host_like", count.room):
         model = random_model(setting.config(), setting.torch_dtype, setting.rank, setting.targets)
+        teacher = random_model(setting.teacher, setting.torch_dtype) if setting.teacher else None
+        count.peak = count.live  # a model of transformers has been tried
         states = optimizer_states(model)
         if setting.in_blocks:  # as from an earlier batch of the same step
             mc.seco(model, *[torch.zeros(1, 2, dtype=torch.int64)] * 2, 2)
         ids = torch.zeros(setting.rows, tokens, dtype=torch.int64)
-        if setting.objective:  # the chosen answer and the rejected one
-            ids[1, setting.trunk(tokens) :] = 1
-            keywords |= {"objective": dpo(torch.zeros(ids.shape)), "share": True}
+        if teacher is not None:
+            teacher.requires_grad_(False)
+            keywords["chunk_loss"] = distillation(teacher, model, make_batch(ids, ids, tokens), setting.chunk_size)
+        elif setting.objective:  # the chosen answer and the rejected one
+            ids[1, tokens - (setting.answer or tokens) :] = 1
+            keywords |= {"objective": dpo(torch.zeros(ids.shape)), "share": setting.answer is not None}
         if setting.method == "seco":
             mc.seco(model, ids, ids, setting.chunk_size, **keywords)
         elif setting.method == "spaco":
@@ -106,6 +118,14 @@ SLIDING, FULL = "sliding_attention", "full_attention"
         (llama(4), "seco", {"objective": "dpo"}),
         (llama(4), "seco", {"objective": "dpo", "answer": 700, "recompute": False}),
         (llama(4), "spaco", {"objective": "dpo", "answer": 90, "fill_size": 1024}),
+        (llama(4), "seco", {"objective": "dpo", "answer": 700, "layers_at_once": "2"}),
+        (llama(5), "spaco", {"objective": "dpo", "answer": 90, "offload": True, "layers_at_once": "2"}),
+        (llama(4), "spaco", {"objective": "distill", "teacher": llama(9)}),
+        (llama(4), "seco", {"objective": "distill", "teacher": "gemma3_text", "layers_at_once": "2"}),
+        ("gemma3_text", "seco", {"objective": "dpo"}),
+        ("qwen3_next", "spaco", {"dtype": "bfloat16", "fill_size": 1024}),
+        ("llama", "seco", {"graphs": 2, "rank": 0, "recompute": False}),
+        ("gemma3_text", "full-recompute-offload", {}),
         (llama(4), "seco", {"graphs": 2, "rank": 0}),
         (llama(4), "seco", {"graphs": 6, "dtype": "bfloat16"}),
         *((llama(2), m, o) for m in METHODS if m not in CHUNKED for o in ({}, {"dtype": "bfloat16", "rank": 0})),
@@ -117,7 +137,14 @@ SLIDING, FULL = "sliding_attention", "full_attention"
         (llama(2, **WINDOWS, layer_types=(SLIDING,) * 2), "spaco", {}),
     ],
 )
-def test_the_forecast_is_the_peak_of_a_real_step(tmp_path: Path, config: Any, method: str, options: Any) -> None:
+def test_the_forecast_is_the_peak_of_a_real_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: Any, method: str, options: Any
+) -> None:
+    """Of our models, and of those that transformers computes, which are named."""
+    if config == "llama":
+        monkeypatch.delitem(load._FAMILIES, "llama")  # as if we had none
+    if "teacher" in options:
+        options = {**options, "teacher": write(tmp_path / "teacher", options["teacher"])}
     setting = of(write(tmp_path, config), method, **options)
     found = forecast(setting).at(BEYOND)
     peak, host = real_peak(setting, BEYOND)
@@ -323,7 +350,7 @@ def test_the_command_for_several_gpus(tmp_path: Path, capsys: pytest.CaptureFixt
         ("plan --targets q", "LoRA targets are ['q']"),
         ("plan --fill-size 256", "--fill-size is 256, but must be at least 512"),
         ("plan --gpus 33", "has 32 layers, and each GPU needs one at least"),
-        ("plan --gpus 2 --method full", "--method is 'full', but on several GPUs must be one of seco, spaco"),
+        ("plan --gpus 2 --method full", "--method is 'full', but with --gpus or --objective must be seco or spaco"),
         ("bench --fill-size 256", "256"),
     ],
 )

@@ -10,10 +10,8 @@ import pytest
 import torch
 
 import minichunk as mc
-from minichunk.command.main import main
 from minichunk.costs.forecast import forecast
 from minichunk.costs.setting import Setting
-from minichunk.models.lora import adapters
 from minichunk.models.quantize import Linear4bit, count_parameters
 
 from .rounding import exactly, outcome
@@ -30,9 +28,9 @@ def directory(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def unpacked(directory: Path) -> mc.Llama:
+def unpacked(directory: Path) -> Any:
     """An ordinary model whose weights are what the 4-bit one's are when unpacked."""
-    quantized, plain = mc.Llama.from_pretrained(directory, load_in_4bit=True), mc.Llama.from_pretrained(directory)
+    quantized, plain = mc.load_model(directory, load_in_4bit=True), mc.load_model(directory)
     with torch.no_grad():
         for name, module in quantized.named_modules():
             if isinstance(module, Linear4bit):
@@ -40,14 +38,18 @@ def unpacked(directory: Path) -> mc.Llama:
     return plain
 
 
-@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), PROJECTIONS])
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), PROJECTIONS, ("in_proj", "out_proj")])
 @pytest.mark.parametrize("method", ["full", "seco", "recompute and offload", "blocks"])
 def test_gradients_equal_those_beside_the_unpacked_base(directory: Path, targets: tuple[str, ...], method: str) -> None:
+    """Also of a Mamba-2, which has two linear layers where a Llama has seven."""
+    if is_mamba := "in_proj" in targets:
+        build(mc.Mamba2Config(64, 8, 3, 2, num_heads=4, head_dim=4, n_groups=2), 0).float().save_pretrained(directory)
     torch.manual_seed(1)
     expected = with_adapter(unpacked(directory), targets=targets).double()
     exact = exactly(expected, lambda: mc.full(expected, IDS, IDS))
     torch.manual_seed(1)
-    model = with_adapter(mc.Llama.from_pretrained(directory, load_in_4bit=True), targets=targets)
+    model = with_adapter(mc.load_model(directory, load_in_4bit=True), targets=targets)
+    assert sum(isinstance(module, Linear4bit) for module in model.modules()) == (4 if is_mamba else 14)
     keywords = dict.fromkeys(("recompute", "offload"), method == "recompute and offload")
     cut = {"layers_at_once": 1 if method == "blocks" else None}
     run = mc.full if method == "full" else partial(mc.seco, chunk_size=16, **keywords, **cut)
@@ -79,47 +81,24 @@ def test_no_unpacked_weight_is_kept_for_the_backward(directory: Path) -> None:
     assert not shapes & {(64, 64), (96, 64), (64, 96), (32, 64)}
 
 
-@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), PROJECTIONS])
-def test_an_adapter_goes_from_one_base_to_the_other(directory: Path, tmp_path: Path, targets: tuple[str, ...]) -> None:
-    models = {
-        "4 bits": with_adapter(mc.Llama.from_pretrained(directory, load_in_4bit=True), targets=targets),
-        "plain": with_adapter(unpacked(directory), targets=targets),
-    }
-    for name, model in models.items():
-        mc.save_adapter(model, tmp_path / name)
-    for name, model in models.items():
-        for there in (unpacked(directory), mc.Llama.from_pretrained(directory, load_in_4bit=True)):
-            mc.load_adapter(there, tmp_path / name)
+def test_an_adapter_goes_from_one_base_to_the_other(directory: Path, tmp_path: Path) -> None:
+    bases = [lambda: mc.load_model(directory, load_in_4bit=True), lambda: unpacked(directory)]
+    for base in bases:
+        mc.save_adapter(model := with_adapter(base(), targets=PROJECTIONS), tmp_path)
+        for there in (make() for make in bases):
+            mc.load_adapter(there, tmp_path)
             torch.testing.assert_close(there(IDS), model(IDS), rtol=1e-5, atol=1e-5)
-            assert len(adapters(there)) == 2 * len(targets)
-            mc.load_adapter(there, tmp_path / name)  # over the one that is there now
+            mc.load_adapter(there, tmp_path)  # over the one that is there now
             torch.testing.assert_close(there(IDS), model(IDS), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("trained", "used"), [([], ["--load-in-4bit"]), (["--load-in-4bit"], [])])
-def test_train_then_evaluate_then_generate(
-    model_directory: Path, text: Path, tmp_path: Path, trained: list[str], used: list[str], capsys: Any
-) -> None:
-    model = ["--model", str(model_directory), "--device", "cpu"]
-    run = ["--data", str(text), "--seq-len", "32", "--chunk-size", "8", "--steps", "2", "--rank", "2"]
-    assert main(["train", *model, *run, "--output", str(tmp_path / "run"), *trained]) == 0
-    adapter = ["--adapter", str(tmp_path / "run" / "adapter"), *used]
-    assert main(["evaluate", *model, *adapter, "--data", str(text), "--seq-len", "32"]) == 0
-    assert "16 to 32" in capsys.readouterr().out
-    assert main(["generate", "It is", *model, *adapter, "--max-new-tokens", "3"]) == 0
-    assert capsys.readouterr().out.startswith("It is")
-
-
-def test_refusals(directory: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals(directory: Path, tmp_path: Path) -> None:
     model = mc.Llama.from_pretrained(directory, load_in_4bit=True)
     with pytest.raises(mc.InputError, match="a model in 4 bits is not written"):
         model.save_pretrained(tmp_path / "new")
     mc.add_lora(model)
     with pytest.raises(mc.InputError, match="a 4-bit base cannot take an adapter in"):
         mc.merge_lora(model)
-    for command in ("train", "plan"):
-        assert main([command, "--load-in-4bit", "--rank", "0"]) == 2
-        assert "--load-in-4bit freezes the base" in capsys.readouterr().err
 
 
 def test_8b_in_4_bits_on_24_gib() -> None:

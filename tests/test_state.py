@@ -100,28 +100,6 @@ def test_a_checkpoint_is_found_and_read_again(layers: str, tied: bool, tmp_path:
     assert load_model(tmp_path, dtype=torch.bfloat16)(ids).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"model_type": "llama"}, "model_type is 'llama', but must be 'state_space'"),
-        ({"state_size": None}, "the field state_size is missing"),
-        ({"state_size": 0}, "state_size is 0, but must be a whole number"),
-        ({"layer_types": ["state"]}, r"layer_types is \['state'\], but must be .* for each of the 3 layers"),
-        ({"layer_types": ["state", "state", "conv"]}, "layer_types is .*'conv'.*'state' or 'full_attention'"),
-        ({"layer_types": "state"}, "layer_types is 'state', but must be a list"),
-        ({"head_dim": None}, "head_dim is None, but must be a whole number"),
-        ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) must be a multiple"),
-        ({"rms_norm_eps": 0}, "rms_norm_eps is 0, but must be a number above 0"),
-        ({"state_sise": 4}, "the field state_sise is not one of a state_space model"),
-    ],
-)
-def test_a_wrong_config_names_the_field(change: dict[str, Any], words: str) -> None:
-    config = tiny_state("sas").to_dict()
-    assert mc.StateSpaceConfig.from_dict(config) == tiny_state("sas")
-    with pytest.raises(mc.InputError, match=words):
-        mc.StateSpaceConfig.from_dict({**config, **change})
-
-
 def test_lists_are_as_good_as_tuples(tmp_path: Path) -> None:
     """In a config that a user writes: it is a value, and can be saved."""
     kinds = ["state", "full_attention", "state"]

@@ -1,6 +1,5 @@
 """`minichunk train` over several processes writes, to the last bit, the files that one process writes."""
 
-import json
 import os
 import re
 import shutil
@@ -11,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import minichunk as mc
-from minichunk.pipeline.start import local_device, started
+from minichunk.pipeline.links import local_device, started
 
 from . import train_ranks as tasks
 from .ranks import Ranks
 from .strategies import build, tiny, tiny_state
+from .train_ranks import files
 
 
 @pytest.fixture(scope="module")
@@ -44,22 +43,7 @@ def values(models: dict[str, Path], text: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-STEADY = ("step", "loss", "grad_norm", "lr", "tokens")  # does not depend on the clock
 CLOSE = 1e-10  # a step of AdamW is a quotient of gradients: rounding stays rounding, with room for three steps of it
-
-
-def files(directory: Path) -> dict[str, Any]:
-    """What a run has written, by name, without clock and memory, and what it was told."""
-    found: dict[str, Any] = {}
-    for path in directory.rglob("*"):
-        name = str(path.relative_to(directory))
-        if path.suffix == ".safetensors":
-            found[name] = {key: (str(x.dtype), x.tolist()) for key, x in load_file(path).items()}
-        elif name == "metrics.jsonl":
-            found[name] = [{key: json.loads(line)[key] for key in STEADY} for line in path.read_text().splitlines()]
-        elif path.suffix == ".json" and name != "run.json":
-            found[name] = json.loads(path.read_text())
-    return found
 
 
 def run(ranks: Ranks, world: int, values: dict[str, Any], output: Path, pipeline: int | None = None) -> dict[str, Any]:
@@ -143,20 +127,6 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     assert not any(error for _, error in answers)
     assert any("after step 3 of 4" in line for line in answers[0][0])
     assert files(tmp_path / "several") == expected
-
-
-@pytest.mark.parametrize("model", ["llama", "tied"])
-def test_a_rank_reads_its_own_tensors_alone(
-    ranks: Ranks, models: dict[str, Path], values: dict[str, Any], model: str
-) -> None:
-    values |= {"model": str(models[model]), "pipeline": 3}
-    embedding = "model.embed_tokens.weight"
-    head = embedding if model == "tied" else "lm_head.weight"
-    read = ranks.ask(3, tasks.read_here, 3, values)
-    ends = [{name for name in names if ".layers." not in name} for names in read]
-    assert ends == [{embedding}, set(), {"model.norm.weight", head}]
-    numbers = [sorted({name.split(".")[2] for name in names if ".layers." in name}) for names in read]
-    assert sorted(number for each in numbers for number in each) == ["0", "1", "2", "3"]
 
 
 @pytest.mark.parametrize(

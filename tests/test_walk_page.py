@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import minichunk as mc
-from minichunk.walk.events import BYTES
 from minichunk.walk.page import make_page
+from minichunk.walk.trace import BYTES
 
 from .strategies import build, tiny, tiny_state
 

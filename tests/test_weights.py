@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from minichunk.chunks import Chunk, cut
 from minichunk.files import atomic
 from minichunk.files import checkpoint as checkpoint_module
 from minichunk.files.atomic import open_tensors
-from minichunk.training.load import check_host_room
+from minichunk.training.load import check_host_room, load_to_train
 from minichunk.training.options import TrainOptions
 
 from .strategies import build, tiny
@@ -61,12 +62,6 @@ def change_tensors(directory: Path, **changes: torch.Tensor | None) -> None:
 NORM, FILE = "model.norm.weight", "model.safetensors"
 
 
-def index_of_the_wrong_file(directory: Path) -> None:
-    weight_map = shard(directory)
-    other = {"model-1-of-2.safetensors": "model-2-of-2.safetensors"}
-    write_index(directory, {**weight_map, NORM: other.get(weight_map[NORM], "model-1-of-2.safetensors")})
-
-
 def index_with(file: str) -> Callable[[Path], None]:
     """Of two shards, one tensor put into this file."""
     return lambda directory: write_index(directory, {**shard(directory), NORM: file})
@@ -81,7 +76,7 @@ def index_with(file: str) -> Callable[[Path], None]:
         (index_with("/model-1-of-2.safetensors"), "index.json puts model.norm.weight into.*a file name alone"),
         (index_with("../model-1-of-2.safetensors"), "index.json puts model.norm.weight into.*a file name alone"),
         (index_with("model-3-of-2.safetensors"), "model-3-of-2.safetensors is not a whole"),
-        (index_of_the_wrong_file, "model-.-of-2.safetensors is not a whole .*model.norm.weight"),
+        (index_with("model-2-of-2.safetensors"), "model-.-of-2.safetensors is not a whole .*model.norm.weight"),
         (lambda d: (d / "config.json").write_text("{"), "config.json is not JSON"),
         (lambda d: (d / "config.json").unlink(), "config.json cannot be read"),
         (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor"),
@@ -128,10 +123,13 @@ def test_a_model_that_no_config_describes_is_not_saved(tmp_path: Path) -> None:
         mc.Llama.from_pretrained(tmp_path / "nowhere")
 
 
-def test_loading_holds_one_tensor_at_a_time(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tied", [False, True])
+def test_loading_holds_one_tensor_at_a_time_and_a_rank_reads_its_own_alone(
+    tied: bool, model_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What was read in the file's dtype is gone when the next tensor is read."""
     alive: list[weakref.ref[torch.Tensor]] = []
-    most = 0
+    names, most = list[str](), 0
 
     @contextmanager
     def opened(*arguments: Any) -> Iterator[Mock]:
@@ -140,14 +138,26 @@ def test_loading_holds_one_tensor_at_a_time(checkpoint: Path, monkeypatch: pytes
             most = max(most, sum(ref() is not None for ref in alive))
             tensor = file.get_tensor(name)
             alive.append(weakref.ref(tensor))
+            names.append(name)
             return tensor
 
         with open_tensors(*arguments) as file:
             yield Mock(keys=file.keys, get_slice=file.get_slice, get_tensor=get_tensor)
 
+    build(tiny(4, tie_word_embeddings=tied), 0).save_pretrained(tmp_path)
     monkeypatch.setattr(checkpoint_module, "open_tensors", opened)
-    mc.Llama.from_pretrained(checkpoint, dtype=torch.float32)
-    assert len(alive) > 10
+    mc.load_model(tmp_path, dtype=torch.float32)
+    assert len(names) == len(set(names)) == len(load_file(tmp_path / FILE)) > 10
+    embedding = "model.embed_tokens.weight"
+    ends = [{embedding}, set(), {NORM, embedding if tied else "lm_head.weight"}]
+    shutil.copy(model_directory / "tokenizer.json", tmp_path)
+    options, layers = TrainOptions(model=str(tmp_path), device="cpu").resolved(), list[str]()
+    for rank in range(3):
+        names.clear()
+        load_to_train(options, Mock(ranks=3, rank=rank, is_first=rank == 0, is_last=rank == 2))
+        assert {name for name in names if ".layers." not in name} == ends[rank]
+        layers += {name.split(".")[2] for name in names if ".layers." in name}
+    assert sorted(layers) == ["0", "1", "2", "3"]
     assert most <= 1  # the one that the loop's variable still names
 
 

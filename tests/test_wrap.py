@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from shutil import copy
 from typing import Any
@@ -26,10 +27,9 @@ from .tiny_transformers import batch, exact, own, tiny_transformer
 import transformers  # isort: skip (if it is there)
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache  # isort: skip (if it is there)
 
-TYPES = [
-    "gemma2", "gemma3n_text", "phi", "gpt_oss", "llama4_text", "qwen3_next", "bamba", "lfm2",
-]  # fmt: skip
+TYPES = ["gemma2", "gemma3n_text", "phi", "gpt_oss", "llama4_text", "qwen3_next", "bamba", "lfm2"]
 WAYS: list[dict[str, Any]] = [{"chunk_size": 5}, {"chunk_size": 4, "recompute": True, "fill_size": 12}]
+MEAN = {"chunk_size": 5, "fill_size": 10, "objective": lambda log_probs: -log_probs.sum() / (log_probs != 0).sum()}
 NAME = "minichunk"
 
 
@@ -37,14 +37,16 @@ NAME = "minichunk"
 def test_seco_is_its_own_full_backpropagation(model_type: str) -> None:
     (ids, labels), model = batch(), tiny_transformer(model_type)
     with exact():
+        ids[1, :9], labels[1, :9] = ids[0, :9], labels[0, :9]
         expected = exactly(model, lambda: own(model, ids, labels))
         wrapped = mc.wrap(model)
         expected.check(outcome(model, lambda: mc.full(wrapped, ids, labels)))
-        for way in [*WAYS, *([{"chunk_size": 1}] if wrapped.states else [])]:
+        more = [{"chunk_size": 1}] * wrapped.states + [{"chunk_size": 4, "share": True}] * (model_type == "phi")
+        for way in [*WAYS, MEAN, *more]:
             expected.check(outcome(model, partial(mc.seco, wrapped, ids, labels, **way)))
 
 
-@pytest.mark.parametrize("model_type", ["gemma3_text", "bamba"])
+@pytest.mark.parametrize("model_type", ["gemma3_text", "qwen3_next"])
 def test_spaco_is_unbiased(model_type: str) -> None:
     (ids, labels), model, sampler = batch(length=13), tiny_transformer(model_type), mc.Bernoulli([0.3, 0.5, 0.8])
     with exact():
@@ -57,6 +59,32 @@ def test_spaco_is_unbiased(model_type: str) -> None:
         expected.check(outcome(model, partial(mc.spaco, wrapped, ids, labels, 5, sampler=lambda *_: everything)))
     noise = {name: 8 * x for name, x in expected.noise.items()}  # a draw's weights make fewer terms cancel
     expected.check(combine(got), beside=Exact(expected.values, noise))
+
+
+def test_a_state_s_adjoint_passes_a_chunk_that_is_skipped() -> None:
+    model = tiny_transformer("qwen3_next", layer_types=["linear_attention"] * 4)
+    ids, draw = torch.arange(3, 18)[None], [mc.Weight(1.0, 1.0), None, mc.Weight(1.0, 1.0)]
+    labels = ids.index_fill(1, torch.arange(10), IGNORE)
+    got = outcome(model, lambda: mc.spaco(mc.wrap(model), ids, labels, 5, sampler=lambda *_: draw))
+    assert got["model.embed_tokens.weight"][3].any()
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "gpt2"])
+def test_documents_in_a_row_are_as_if_alone(model_type: str) -> None:
+    (ids, labels), model, starts = batch(rows=1), tiny_transformer(model_type), [0, 3, 14, 16]
+    parts = [slice(*edges) for edges in pairwise([*starts, 23])]
+    count = sum(int((labels[:, part][:, 1:] != IGNORE).sum()) for part in parts)
+    with exact():
+        wrapped = mc.wrap(model)
+        expected = exactly(
+            model,
+            lambda: sum(mc.full(wrapped, ids[:, part], labels[:, part], num_targets=count) for part in parts),
+        )
+        for way in WAYS:
+            expected.check(outcome(model, partial(mc.seco, wrapped, ids, labels, starts=starts, **way)))
+        for other in ("llama4_text", "bamba"):  # one counts by itself, and one has states
+            with pytest.raises(mc.InputError, match="starts and share are not for"):
+                mc.seco(mc.wrap(tiny_transformer(other)), ids, labels, 5, starts=starts)
 
 
 def lora(model: Any, dropout: float = 0.0, **more: Any) -> Any:
@@ -115,14 +143,8 @@ def test_dropout_draws_the_same_masks_whenever_a_chunk_is_run(dropping: Callable
         seed = wrapped.dropout_seed()
         wrapped.dropout_seed = lambda: seed
         expected = exactly(model, lambda: through_its_own_cache(model, ids, labels, 5, seed))
-        for options in ({}, {"recompute": True, "fill_size": 12}):
+        for options in ({}, {"recompute": True, "fill_size": 12}, {"objective": MEAN["objective"], "fill_size": 12}):
             expected.check(outcome(model, partial(mc.seco, wrapped, ids, labels, 5, **options)))
-
-
-def ignoring(name: str) -> Callable[..., Any]:
-    """Our attention function without a part of what it is asked for."""
-    attend = AttentionInterface()[NAME]
-    return lambda *args, **asked: attend(*args, **{key: x for key, x in asked.items() if key != name})
 
 
 @pytest.mark.parametrize(
@@ -141,18 +163,18 @@ def test_who_ignores_a_part_of_a_model_is_found_out(
 ) -> None:
     from minichunk.models import transformers_cache, wrap
 
-    model = tiny_transformer(model_type, **more)
+    model, attend = tiny_transformer(model_type, **more), transformers_cache.attend
     mc.wrap(model)
-    monkeypatch.setitem(AttentionInterface._global_mapping, NAME, ignoring(ignored))
+    less = lambda *args, **asked: attend(*args, **{key: x for key, x in asked.items() if key != ignored})  # noqa: E731
+    monkeypatch.setitem(AttentionInterface._global_mapping, NAME, less)
     if ignored == "mask":
-        monkeypatch.setitem(
-            AttentionMaskInterface._global_mapping, NAME, lambda **_: transformers_cache.Rule(mc.Window())
-        )
+        rule = transformers_cache.Rule(mc.Window())
+        monkeypatch.setitem(AttentionMaskInterface._global_mapping, NAME, lambda **_: rule)
     if ignored == "final cap":
         capless = lambda x, name, *other: None if "softcap" in name else getattr(x, name, *other)  # noqa: E731
         monkeypatch.setattr(wrap, "getattr", capless, raising=False)
     if ignored == "states":
-        monkeypatch.setattr(transformers_cache.Run, "handed", lambda *_, **__: None)
+        monkeypatch.setattr(transformers_cache.Run, "get_recurrent_state", lambda *_, **__: None)
     with pytest.raises(mc.InputError, match="would be off by"):
         mc.wrap(model)
 
@@ -185,6 +207,15 @@ def test_what_is_not_done_is_refused() -> None:
     model.gradient_checkpointing_disable()
     with pytest.raises(mc.InputError, match="offload"):
         mc.seco(wrapped, ids[:, :20], labels[:, :20], 5, offload=True)
+
+
+def test_in_bfloat16_it_is_no_further_off_than_twice_its_own_backpropagation() -> None:
+    (ids, labels), model = batch(), tiny_transformer("llama").bfloat16()
+    theirs = outcome(model, lambda: own(model, ids, labels))
+    ours = outcome(model, lambda: mc.seco(mc.wrap(model), ids, labels, 5))
+    expected = outcome(model.double(), lambda: own(model, ids, labels))
+    off = [sum(float((x[name] - y).norm()) ** 2 for name, y in expected.items()) for x in (ours, theirs)]
+    assert off[0] < 4 * off[1]
 
 
 def test_the_model_stays_as_it_was() -> None:
@@ -222,20 +253,25 @@ def test_adapters_on_4_bits(tmp_path: Path) -> None:
         mc.seco(wrapped.eval() and wrapped, ids, labels, 5)
 
 
-def test_the_commands_train_an_adapter_and_evaluate_it(
-    model_directory: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("rank", [2, 0])
+def test_the_commands_train_and_evaluate(
+    rank: int, model_directory: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base, run = tmp_path / "granite", tmp_path / "run"
-    tiny_transformer("granite", vocab_size=300).float().save_pretrained(base)
-    copy(model_directory / "tokenizer.json", base)
-    same = ["--model", str(base), "--seq-len", "40", "--chunk-size", "8", "--device", "cpu"]
+    """An adapter; and all parameters, from a teacher."""
+    base, teacher, run = tmp_path / "granite", tmp_path / "gemma2", tmp_path / "run"
+    for directory in (base, teacher):
+        tiny_transformer(directory.name, vocab_size=300).float().save_pretrained(directory)
+        copy(model_directory / "tokenizer.json", directory)
+    same = ["--seq-len", "40", "--chunk-size", "8", "--device", "cpu", "--model"]
     data = ["--data", str(text), "--val-data", str(text), "--eval-documents", "4", "--output", str(run)]
-    assert main(["train", *same, *data, "--steps", "2", "--rank", "2", "--lr", "0.1"]) == 0
+    how = ["--steps", "2", "--rank", str(rank), "--lr", "0.1"]
+    how += [] if rank else ["--objective", "distill", "--teacher", str(teacher)]
+    assert main(["train", *same, str(base), *data, *how]) == 0
     losses = json.loads((run / "loss_by_position.json").read_text())
     assert losses["before"] != losses["after"]
     capsys.readouterr()
-    adapter = ["--adapter", str(run / "adapter")]
-    assert main(["evaluate", *same, *adapter, "--data", str(text), "--documents", "4"]) == 0
+    trained = [str(base), "--adapter", str(run / "adapter")] if rank else [str(run / "model")]
+    assert main(["evaluate", *same, *trained, "--data", str(text), "--documents", "4"]) == 0
     printed = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines() if " to " in line]
     assert printed == [pytest.approx(span["loss"], abs=6e-4) for span in losses["after"]]
 

@@ -1,24 +1,40 @@
 """What the processes of `minichunk train` under torchrun do, as tasks of the pool in ranks.py."""
 
+import json
 import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
+from pathlib import Path
 from typing import Any
-from unittest.mock import Mock, patch
+from unittest.mock import patch
 
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from minichunk.errors import InputError
-from minichunk.files import checkpoint
-from minichunk.pipeline.links import Links
-from minichunk.pipeline.start import started
+from minichunk.pipeline.links import started
 from minichunk.training import loop, run_directory
-from minichunk.training.load import load_to_train
 from minichunk.training.loop import NonFiniteLoss
 from minichunk.training.options import TrainOptions, options_of
 from minichunk.training.train import train
+
+STEADY = ("step", "loss", "grad_norm", "lr", "tokens")  # does not depend on the clock
+
+
+def files(directory: Path) -> dict[str, Any]:
+    """What a run has written, by name, without clock and memory, and what it was told."""
+    found: dict[str, Any] = {}
+    for path in directory.rglob("*"):
+        name = str(path.relative_to(directory))
+        if path.suffix == ".safetensors":
+            found[name] = {key: (str(x.dtype), x.tolist()) for key, x in load_file(path).items()}
+        elif name == "metrics.jsonl":
+            found[name] = [{key: json.loads(line)[key] for key in STEADY} for line in path.read_text().splitlines()]
+        elif path.suffix == ".json" and name != "run.json":
+            found[name] = json.loads(path.read_text())
+    return found
 
 
 @contextmanager
@@ -49,21 +65,6 @@ def train_here(
         except (InputError, NonFiniteLoss, KeyboardInterrupt) as error:
             return lines, f"{type(error).__name__}: {error}"
     return lines, ""
-
-
-def read_here(rank: int, world: int, values: dict[str, Any]) -> set[str]:
-    """The names of the tensors that this process reads of a checkpoint."""
-    files, opened = list[Mock](), checkpoint.open_tensors
-
-    @contextmanager
-    def seen(*arguments: Any) -> Iterator[Mock]:
-        with opened(*arguments) as file:
-            files.append(Mock(wraps=file))
-            yield files[-1]
-
-    with under_torchrun(rank, world), patch.object(checkpoint, "open_tensors", seen):
-        load_to_train(options_of(TrainOptions, values).resolved(), Links())
-    return {call.args[0] for file in files for call in file.get_tensor.call_args_list}
 
 
 def run_script(rank: int, code: str) -> str:

@@ -12,8 +12,7 @@ from ..costs.bench import BenchOptions, run_bench
 from ..costs.forecast import fitted
 from ..costs.plan import PlanOptions, run_plan
 from ..errors import InputError
-from ..pipeline.links import RankLost
-from ..pipeline.start import is_one_of_several, speaks_first
+from ..pipeline.links import RankLost, is_one_of_several, speaks_first
 from ..porting.compare import CompareOptions, run_compare
 from ..training.evaluate import EvaluateOptions, evaluate_files
 from ..training.generate import GenerateOptions, continue_text
@@ -91,6 +90,8 @@ def _add_option(parser: Any, field: Field[Any], kind: type, several: bool) -> No
         shown["metavar"] = rule["metavar"] or {int: "N", float: "X"}.get(kind, among)
         if several:
             shown["nargs"] = "*" if rule["none"] else "+"
+        if rule["bare"]:
+            shown |= {"nargs": "?", "const": rule["bare"]}
         needed = {} if rule["positional"] else {"required": field.default is MISSING}
         parser.add_argument(field.name if rule["positional"] else flag(field.name), type=kind, **shown, **needed)
 

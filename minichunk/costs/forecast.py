@@ -4,6 +4,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,14 +15,15 @@ from ..models.lora import default_targets
 from ..models.quantize import count_parameters
 from ..models.shapes import alike
 from ..models.stack import Stack
-from ..pipeline.split_layers import layer_costs, split_costs
-from ..pipeline.start import local_device
+from ..pipeline.links import local_device
+from ..pipeline.stage import layer_costs, split_costs
 from ..training.options import StepOptions, TrainOptions
 from ..training.train import LARGE
 from .peak import StepBytes, step_memory, ways
 from .setting import CHUNKED, Setting, Share, Way
 
 BATCH = 3 * torch.int64.itemsize + 1  # bytes per token: input_ids, targets, where there is one, and positions
+TREE = 2 * torch.int64.itemsize + 5  # more where two rows share a prompt: places in the one row, factors, a reference
 RESERVE = 2**30  # bytes of a GPU for what is not counted: see plan.py's LEFT_OUT
 SPAN = 1024  # chunks over which the growth is taken: what is remembered of strided blocks grows by whole blocks
 
@@ -84,16 +86,15 @@ class Forecast:
 def forecast(setting: Setting, gpus: int = 1) -> Forecast:
     """Raises InputError for a setting that cannot be, and for more GPUs than there are layers."""
     setting.check()
-    layers = setting.config().num_hidden_layers
-    if gpus > layers:
+    config = setting.config()
+    if isinstance(config, Path) and (gpus > 1 or setting.in_blocks or setting.answer):
+        raise InputError("--gpus, --layers-at-once, --offload and --answer are for models of minichunk's own")
+    if gpus > 1 and gpus > (layers := config.num_hidden_layers):
         raise InputError(f"--gpus is {gpus}, but {setting.model} has {layers} layers, and each GPU needs one at least")
-    if gpus > 1 and setting.method not in CHUNKED:
-        raise InputError(f"--method is {setting.method!r}, but on several GPUs must be one of {', '.join(CHUNKED)}")
-    if setting.objective and (gpus > 1 or setting.in_blocks or setting.graphs or setting.method not in CHUNKED):
-        where = "seco and spaco, on one GPU, with all layers at once and without --graphs"
-        raise InputError(f"--objective {setting.objective} is forecast for {where}")
-    if gpus > 1 and (setting.in_blocks or setting.graphs):
-        raise InputError("--layers-at-once, --offload and --graphs are for one GPU")
+    if (gpus > 1 or setting.objective) and setting.method not in CHUNKED:
+        raise InputError(f"--method is {setting.method!r}, but with --gpus or --objective must be seco or spaco")
+    if gpus > 1 and (setting.in_blocks or setting.graphs or setting.objective):
+        raise InputError("--layers-at-once, --offload, --graphs and --objective are for one GPU")
     return Forecast(setting, gpus)
 
 
@@ -102,27 +103,26 @@ def bytes_of_share(setting: Setting, tokens: int, share: Share | None, way: Way 
     Of a chunked step only the batch grows with the length, what is remembered, and what waits between blocks. That is
     keys and values of all chunks but the last, gradients of all kept chunks but the last, or states; and hidden states.
     Of the others the activations grow."""
-    if setting.in_blocks and way is None:
+    if (setting.in_blocks or setting.teacher) and way is None:
         found = [bytes_of_share(setting, tokens, None, way) for way in ways(setting)]
         return replace(max(found, key=attrgetter("peak")), host=max(each.host for each in found))
     graphs = min(setting.graphs, -(-tokens // setting.chunk_size) - 1)
     if graphs > 3:  # each takes as much
         two, three = (bytes_of_share(replace(setting, graphs=number), tokens, share) for number in (2, 3))
-        more = (graphs - 3) * (three.peak - two.peak)
-        return replace(three, peak=three.peak + more, chunk=three.chunk + more)
+        return replace(three, chunk=three.chunk + (graphs - 3) * (three.peak - two.peak))
     base = setting.even_from(share)
     if tokens <= base:
         return step_memory(setting, tokens, share, way)
     first, more = step_memory(setting, base, share, way), tokens - base
     if setting.method not in CHUNKED:
         second = step_memory(setting, 2 * base)
-        device, host = (round(more * (getattr(second, n) - getattr(first, n)) / base) for n in ("peak", "host"))
-        return replace(first, peak=first.peak + device, chunk=first.chunk + device, host=first.host + host)
+        device, host = (round(more * (getattr(second, n) - getattr(first, n)) / base) for n in ("chunk", "host"))
+        return replace(first, chunk=first.chunk + device, host=first.host + host)
     cache, grads = setting.memory_bytes(tokens, way)[share.layers if share else slice(None)].sum(0).tolist()
-    chunk = first.chunk + setting.rows * BATCH * more
-    between, host = (n * tokens // base for n in (first.between_blocks, first.host))
-    peak = first.weights + first.adapter_and_optimizer + cache + grads + between + chunk
-    return StepBytes(peak, first.weights, first.adapter_and_optimizer, cache, grads, between, chunk, host)
+    chunk = first.chunk + (setting.rows * BATCH + TREE * (setting.answer is not None)) * more
+    (length, _), (counted, _) = setting.row(tokens), setting.row(base)
+    hidden, host = (n * length // counted for n in (first.hidden_states, first.host))
+    return StepBytes(first.weights, first.adapter_and_optimizer, cache, grads, hidden, chunk, host)
 
 
 def fewest_blocks(setting: Setting, tokens: int | None, available: int, host: int) -> int:
@@ -131,7 +131,7 @@ def fewest_blocks(setting: Setting, tokens: int | None, available: int, host: in
     What grows is computed for each number of blocks. Then a step is counted, if that alone does not take too much."""
     model, length = setting.meta_model(), tokens or SPAN * setting.chunk_size
     layers, weights, remembered = len(model.layers), sum(layer_costs(model)), setting.memory_bytes(length).sum(1)
-    hidden = length * model.config.hidden_size * model.hidden_dtype.itemsize
+    hidden = setting.rows * length * model.config.hidden_size * model.hidden_dtype.itemsize
     parts: dict[int, float] = {}  # of the memory that there is, what grows takes
     for number in range(1, layers + 1):
         blocks = remembered.split(-(-layers // number))
@@ -150,10 +150,11 @@ def fastest(setting: Setting, tokens: int | None, available: int, host: int) -> 
     """What `--layers-at-once auto` stands for, see `fewest_blocks`: `layers_at_once`, and as many `graphs` of a step of
     SeCO as fit beside all else, where all layers fit at once."""
     graphs, setting = 0, replace(setting, layers_at_once=None, graphs=0)
-    size = fewest_blocks(setting, tokens, available, host)
-    if tokens is None or setting.offload or size < setting.config().num_hidden_layers:
-        return {"layers_at_once": str(size), "graphs": graphs}
-    if setting.method == "seco" and not setting.objective:
+    if hasattr(model := setting.meta_model(), "blocks"):
+        size = fewest_blocks(setting, tokens, available, host)
+        if tokens is None or setting.offload or size < len(model.layers):
+            return {"layers_at_once": str(size), "graphs": graphs}
+    if tokens is not None and setting.method == "seco" and not setting.objective:
         two, three = (forecast(replace(setting, graphs=number)).at(tokens).peak for number in (2, 3))
         graphs = max(0, min(2 + (available - two) // (three - two), -(-tokens // setting.chunk_size) - 1))
     return {"layers_at_once": None, "graphs": graphs}

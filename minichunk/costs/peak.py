@@ -3,7 +3,6 @@ Meta tensors have a shape, a dtype and a storage of so many bytes, but no memory
 to be run. Of the fill, those on the longest past are enough. Of the rebuilds, the last chunk sends gradients back, the
 one before it also receives some, and the earlier ones do the same on a shorter past."""
 
-from collections import deque
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -15,64 +14,68 @@ from torch import Tensor, nn
 
 from ..batch import Batch, shift, widen_gradients
 from ..blocks import Hidden, Walk, fill_with_graphs, first_that_learns
-from ..chunks import span
+from ..chunks import Chunk, span
 from ..full import backpropagate
 from ..memory import attention
 from ..memory.kernels import kernel_for
 from ..memory.window import FULL
 from ..models.llama import Attention
-from ..models.quantize import Linear4bit, check_bitsandbytes
-from ..models.shapes import alike
+from ..models.shapes import alike, memory_of
 from ..models.stack import Stack
-from ..objective import score
-from ..pipeline import pipeline_seco as pipeline
-from ..pipeline.links import MOST_ON_THE_WAY, Links
+from ..objective import Scores, score
+from ..pipeline import links
+from ..pipeline.links import MOST_ON_THE_WAY
+from ..pipeline.pipeline_seco import tied_weight_summed, walk_back
 from ..pipeline.stage import PipelineStage
 from ..protocol import Options
 from ..samplers import Weight
-from ..seco import fill, new_memory, rebuild
+from ..seco import fill, rebuild
+from ..training.options import PREFERENCES
+from ..training.preferences import distillation
+from ..tree import Tree
 from .baselines import tiled_full
 from .count import CountBytes
-from .setting import CHUNKED, Setting, Share, Way
+from .setting import CHUNKED, TEACHER, Setting, Share, Way
 
 
 @dataclass(frozen=True)
 class StepBytes:
-    """Bytes on the device at the peak of one training step, what they consist of, and bytes in host memory.
-    between_blocks: what goes from one block of layers to the next."""
+    """What the bytes on the device consist of at the peak of one training step, and bytes in host memory.
+    hidden_states: what goes from one block of layers to the next, and a teacher's."""
 
-    peak: int
     weights: int
     adapter_and_optimizer: int
     cache: int
     cache_gradients: int
-    between_blocks: int
+    hidden_states: int
     chunk: int
-    host: int = 0
+    host: int
+
+    @property
+    def peak(self) -> int:
+        return sum(vars(self).values()) - self.host
 
 
 @lru_cache(None)
 def step_memory(setting: Setting, tokens: int, share: Share | None = None, way: Way | None = None) -> StepBytes:
     """What a step of `tokens` tokens takes. Raises InputError.
-    share: on one rank of a pipeline. way: of a step through blocks of layers, on this part of its way."""
+    share: on one rank of a pipeline. way: on this part of the step."""
     setting.check()
-    if setting.load_in_4bit:  # the library makes the table of its levels once: or the first step would have taken more
-        check_bitsandbytes()
-        Linear4bit(torch.empty(64, 64, device="meta"), None).weight_as(setting.torch_dtype)
     # Not a function mode: recompute runs layers within the backward pass, where such modes are off.
     with (
         patch.object(F, "scaled_dot_product_attention", _flash),
+        patch.object(links, "dist", _Nobody(share)),
         patch.object(attention, "pick_kernel", lambda q: kernel_for(setting.device, q.dtype, q.shape[-1])),
         CountBytes() as count,
     ):
         model = setting.meta_model()
         step: Any = _chunked_step if setting.method in CHUNKED else _whole_step
-        if way is not None:
+        if way is not None and way.block is not None:
             step = partial(_block_step, way=way)
         if share is not None:
             learns_before = any(p.requires_grad for p in model.layers[: share.layers.start].parameters())
-            step = partial(_rank_step, learns_before=learns_before)
-            model = PipelineStage(model, share.counts, links=LinksToNobody(share))
+            step = partial(_chunked_step, learns_before=learns_before)
+            model = PipelineStage(model, share.counts)
         states = optimizer_states(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         weights = sum(x.nbytes for x in (*model.parameters(), *model.buffers()) if not x.requires_grad)
@@ -85,84 +88,109 @@ def step_memory(setting: Setting, tokens: int, share: Share | None = None, way: 
         ids = torch.zeros(setting.rows, tokens, dtype=torch.int64, device="meta")
         labelled = torch.arange(tokens).expand(ids.shape) < tokens - 1  # every token has a label
         batch = Batch(ids, shift(ids), float(tokens), labelled, torch.arange(tokens, device="meta"))
-        count.peak = count.live  # making the model took more, for 4 bits much more; loading it does not
-        cache, grads, between, host = step(model, batch, setting, count)
-    chunk = count.peak - weights - adapter - cache - grads
-    return StepBytes(count.peak + between, weights, adapter, cache, grads, between, chunk, host)
+        length, documents = setting.row(tokens)
+        if documents.starts:
+            tree = Tree(torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool), length)
+            row = torch.zeros(1, length, dtype=torch.int64, device="meta")
+            batch = Batch(
+                row, torch.zeros_like(row), 1.0, torch.ones(1, length, dtype=torch.bool),
+                torch.zeros_like(row)[:, None], torch.zeros(1, length, device="meta"), documents=documents, tree=tree,
+            )  # fmt: skip
+        if setting.teacher:
+            teacher = setting.meta_teacher()
+            weights += sum(x.nbytes for x in (*teacher.parameters(), *teacher.buffers()))
+        count.peak = said = count.live  # making the model took more, for 4 bits much more; loading it does not
+        if setting.teacher:
+            batch = batch._replace(chunk_loss=distillation(teacher, model, batch, setting.chunk_size))
+        said = count.live - said
+        if way == TEACHER:  # at the end it has all hidden states twice
+            cache, grads, hidden, host = int(setting.memory_bytes(tokens, way).sum()), 0, said, 0
+        else:
+            count.peak = count.live
+            cache, grads, hidden, host = step(model, batch, setting, count)
+    chunk = count.peak - weights - adapter - cache - grads - hidden - said
+    return StepBytes(weights, adapter, cache, grads, hidden + said, chunk, host)
 
 
-# Each step returns bytes: of the memory, of the gradients that have room in it from the start, of what waits between
-# blocks of layers on the device, and in host memory.
+# Each step returns bytes: of the memory, of the gradients that have room in it from the start, of the hidden states
+# that wait between blocks of layers on the device, and in host memory.
 Parts = tuple[int, int, int, int]
 
 
-def _chunked_step(model: Any, batch: Batch, setting: Setting, count: CountBytes) -> Parts:
-    """SeCO or SpaCO: what seco.py and spaco.py call."""
-    kept, memory, options, (cache, grads) = _filled(model, batch, setting)
+def _chunked_step(model: Any, batch: Batch, setting: Setting, count: CountBytes, learns_before: bool = False) -> Parts:
+    """SeCO or SpaCO: what seco.py and spaco.py call, or of a rank pipeline_seco.py, until the pipeline is full.
+    What of the memory comes later and goes counts as a chunk's."""
+    (chunks, kept), options = _chunks(batch, setting)
+    memory, on_a_rank = memory_of(model, len(batch.input_ids), kept, options), isinstance(model, PipelineStage)
+    (cache, grads), scale = memory.tensors().bytes(), 2.0 if setting.method == "spaco" else 1.0
+    last = setting.pass_chunks() * (MOST_ON_THE_WAY + 1 if on_a_rank else 1)  # what a rank has handed on lives on
+    if setting.objective in PREFERENCES:
+        score(model, batch, chunks[max(0, (len(chunks) - 1) // last - 2) * last :], memory, options)  # whole passes
+    else:
+        fill(model, batch.input_ids, chunks[:-1][-last:], memory, options)
+    if on_a_rank:
+        above = max(model.links.ranks - model.links.rank, MOST_ON_THE_WAY)
+        with tied_weight_summed(model):
+            walk = [(chunk, Weight(1.0, scale)) for chunk in kept[-1 - above :]]
+            walk_back(model, batch, memory, walk, options, learns_before)
+            model.links.flush()
+            del memory
+        return cache, grads, 0, 0
     if setting.graphs:
         model = fill_with_graphs(model, batch.input_ids, kept[:-1][-setting.graphs :], memory, options)
     for chunk in kept[: -3 - setting.rows // 2 : -1]:  # a third one of pairs, where a prompt's end may be short
         loss, written, received = rebuild(model, batch, chunk, memory, options)
-        if setting.method == "spaco":
-            received = [1.0 * g for g in received]
+        received = received if scale == 1.0 else [scale * g for g in received]
         torch.autograd.backward([loss, *written], [None, *received])
         del loss, written, received
     return cache, grads, 0, 0
 
 
 def _block_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes, way: Way) -> Parts:
-    """Up or down through one block: what blocks.py calls, for the last chunks; what waits between blocks left out."""
-    tokens, wide = batch.input_ids.shape[1], model.config.hidden_size * model.hidden_dtype.itemsize
-    (chunks, kept), options, blocks = setting.chunks(tokens), setting.options(), setting.blocks(model)
-    options = replace(options, positions=batch.positions)
-    # At the peak a pass of the fill is at work, and the next one is there. Or, where results pile up on the device, the
-    # last pass, and the last chunk is there, and all results but of these.
-    block, piles_up = blocks[way.block], not way.down and not setting.offload
-    tail = chunks[-1 - setting.pass_chunks() * (1 if piles_up else 2) :]
+    """Up or down through one block: what blocks.py calls, for the last chunks. What waits of others is computed."""
+    (rows, length), first = batch.input_ids.shape, first_that_learns(blocks := setting.blocks(model))
+    (chunks, kept), options = _chunks(batch, setting)
+    # At the peak a pass of the fill is at work, and the next one is there. A prompt's last pass may be short.
+    tail = chunks[-1 - setting.rows - 2 * setting.pass_chunks() :]
     weight = (1.0, 2.0 if setting.method == "spaco" else 1.0)
     walk = Walk(model, batch, tail, [(chunk, weight) for chunk in kept if chunk in tail], options)
+    number, block, here = way.block or 0, blocks[way.block or 0], span(tail)
     x, y = (Hidden(batch.input_ids.device, offload=False, copies=None) for _ in range(2))
-    x.room = y.room = count.room
-    size = span(tail).stop - tail[0].start, model.config.hidden_size
-    hidden = torch.zeros(1, *size, dtype=model.hidden_dtype, device="meta")
-    x.keep(tail, hidden if way.block > 0 else batch.input_ids[:, span(tail)])
-    y.keep(tail, hidden)
-    not_yet = hidden.nbytes if piles_up else 0
+    x.room = y.room = count.room if setting.offload else torch.empty_like
+    size = rows, here.stop - here.start, model.config.hidden_size
+    hidden = torch.zeros(size, dtype=model.hidden_dtype, device="meta")
+    x.keep(tail, hidden if number > 0 else batch.input_ids[:, here])
+    if way.down and block is not blocks[-1]:
+        y.keep(tail, hidden)
     del hidden
     capacity, receiving = (kept[-1].start, kept[:-1]) if way.down else (chunks[-1].stop, ())
-    memory = block.new_memory(1, capacity, receiving, options)
+    memory = block.new_memory(rows, capacity, receiving, options)
     cache, grads = memory.tensors().bytes()
-    first = first_that_learns(blocks)
     if way.down:
-        walk.go_down(block, memory, x, y if block is not blocks[-1] else None, learns_below=way.block > first)
+        walk.go_down(block, memory, x, y if block is not blocks[-1] else None, learns_below=number > first)
     else:
-        walk.go_up(block, memory, x, y)
-    count.peak -= not_yet
-    waiting = range(min(way.block, first), min(way.block + 2, len(blocks)))  # the inputs of these
-    between = tokens * sum(wide if i > 0 else torch.int64.itemsize for i in waiting)
-    return (cache, grads, 0, between) if setting.offload else (cache, grads, between, 0)
+        walk.go_up(block, memory, x, y if block is not blocks[-1] else Scores(model, batch))
+    wide = model.config.hidden_size * model.hidden_dtype.itemsize
+    widths = {i: rows * (wide if i > 0 else torch.int64.itemsize) for i in range(len(blocks))}  # of the blocks' inputs
+    waiting = range(min(number, first), min(number + 2, len(blocks)))
+    between = length * sum(widths[i] for i in waiting)
+    if setting.offload:
+        return cache, grads, 0, between
+    count.peak += between - size[1] * sum(widths[i] for i in waiting if i >= number)
+    return cache, grads, between, 0
 
 
 @lru_cache(None)
 def ways(setting: Setting) -> list[Way]:
-    """Those of a step in blocks that may need most. Where layers are alike: of the last two blocks."""
+    """Those of a step that may need most: of one in blocks whose layers are alike, those of the last two."""
+    found = [TEACHER] if setting.teacher else []
+    if not setting.in_blocks:
+        return [*found, Way(None, True)]
     blocks = setting.blocks(setting.meta_model())
-    last, first = len(blocks) - 1, first_that_learns(blocks)
+    last, first, scores = len(blocks) - 1, first_that_learns(blocks), setting.objective in PREFERENCES
     start = max(0, last - 1) if alike(setting.config()) else 0
-    return [Way(i, False) for i in range(start, last)] + [Way(i, True) for i in range(max(start, first), last + 1)]
-
-
-def _rank_step(stage: PipelineStage, batch: Batch, setting: Setting, count: CountBytes, learns_before: bool) -> Parts:
-    """One rank of a pipeline: what pipeline_seco.py calls, until the pipeline is full."""
-    links, passes = stage.links, MOST_ON_THE_WAY + 1  # what passes of the fill have handed on lives on
-    kept, memory, options, (cache, grads) = _filled(stage, batch, setting, passes)
-    weight = Weight(1.0, 2.0 if setting.method == "spaco" else 1.0)
-    walk = [(chunk, weight) for chunk in kept[-1 - max(links.ranks - links.rank, MOST_ON_THE_WAY) :]]
-    with pipeline.tied_weight_summed(stage):
-        pipeline.walk_back(stage, batch, memory, walk, options, learns_before)
-        links.flush()
-        del memory
-    return cache, grads, 0, 0
+    found += [Way(i, False) for i in range(start, last + scores)]
+    return found + [Way(i, True) for i in range(max(start, first), last + 1)]
 
 
 def _whole_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes) -> Parts:
@@ -177,42 +205,24 @@ def _whole_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes)
     return 0, 0, 0, count.left_out
 
 
-def _filled(model: Any, batch: Batch, setting: Setting, passes: int = 1) -> tuple[Any, Any, Options, tuple[int, int]]:
-    """The chunks that a step keeps, its memory after the last passes of the fill, its options, and the memory's bytes
-    but for what comes later and goes: that is a chunk's."""
-    (chunks, kept), options = setting.chunks(batch.input_ids.shape[1]), setting.options()
-    options = replace(options, positions=batch.positions, trunk=setting.trunk(batch.input_ids.shape[1]))
-    memory: Any = new_memory(model, batch.input_ids, kept, options)
-    found = memory.tensors().bytes()
-    last = passes * setting.pass_chunks()
-    if setting.objective:
-        score(model, batch, chunks[-2 * last - 1 :], memory, options)  # a prompt's last pass may be short
-    else:
-        fill(model, batch.input_ids, chunks[:-1][-last:], memory, options)
-    return kept, memory, options, found
+def _chunks(batch: Batch, setting: Setting) -> tuple[tuple[list[Chunk], list[Chunk]], Options]:
+    """Those of a batch, and those that are kept; and how they are computed."""
+    tokens = (batch.input_ids if batch.tree is None else batch.tree.place).shape[1]
+    options = replace(setting.options(), positions=batch.positions, documents=batch.documents)
+    return setting.chunks(tokens), options
 
 
-class LinksToNobody(Links):
-    """The links of one rank that is counted without the others: messages are sent and received, and never travel."""
+class _Nobody:
+    """`torch.distributed` for a rank that is counted without the others: messages never travel, and nobody waits."""
 
-    def __init__(self, share: Share) -> None:
-        self.ranks, self.rank, self.copies, self.copy = len(share.counts), share.rank, 1, 0
-        self.is_first, self.is_last = self.rank == 0, self.rank == self.ranks - 1
-        self.ends = None
-        self.on_the_way = deque()
+    def __init__(self, share: Any) -> None:
+        self.get_world_size, self.get_rank = lambda: len(share.counts), lambda: share.rank
 
-    def take(self, x: Tensor, source: int) -> Tensor:
-        return x
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: self
 
-    def hand(self, x: Tensor, to: int) -> None:
-        self.on_the_way.append((self, x.detach().contiguous(), to))
-        self.flush(MOST_ON_THE_WAY)
-
-    def wait(self) -> None:
-        """A message has been taken."""
-
-    def add(self, x: Tensor, group: Any = None) -> None:
-        """Nothing comes from others."""
+    def __getitem__(self, index: int) -> Any:
+        return self
 
 
 def optimizer_states(model: nn.Module) -> list[Tensor]:

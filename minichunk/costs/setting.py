@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..chunks import Chunk
+from ..chunks import ONE, Chunk, Documents
 from ..memory.attention import BLOCK
 from ..memory.window import Pattern, Strided
-from ..models.config import LlamaConfig
 from ..models.partial import partial_config
-from ..models.shapes import NAMES, layer_memory_bytes, random_model, shape
+from ..models.shapes import NAMES, layer_memory_bytes, patterns, random_model, shape
 from ..models.stack import Stack
 from ..pipeline.links import MOST_ON_THE_WAY
 from ..training.options import DTYPES, PREFERENCES, StepOptions, changed, option
@@ -34,10 +33,13 @@ class Share:
 
 
 class Way(NamedTuple):
-    """A part of the way through blocks of layers: up or down through one of them."""
+    """A part of a step that is counted by itself: up or down through a block of layers, or through all (None)."""
 
-    block: int
+    block: int | None
     down: bool
+
+
+TEACHER = Way(None, False)  # has run before the step goes any way
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,6 @@ class Setting(StepOptions):
         StepOptions, "method", choices=METHODS, help="as of train; or without chunks: full, full-recompute, "
         "full-recompute-tiled (the loss in tiles), full-recompute-offload (and the layers' inputs in host memory)",
     )  # fmt: skip
-    objective: str | None = changed(StepOptions, "objective", choices=PREFERENCES)
     answer: int | None = option(
         None, "tokens of an answer, at most: what is before it is a prompt, which runs once", least=1, absent="the row",
         belongs=("objective", PREFERENCES),
@@ -77,10 +78,16 @@ class Setting(StepOptions):
         shaped = self.config(), self.torch_dtype, self.rank, self.targets
         return random_model(*shaped, "meta", self.load_in_4bit)
 
+    def meta_teacher(self) -> Any:
+        """What the model learns from, without numbers."""
+        teacher = random_model(self.teacher or self.model, self.torch_dtype, device="meta")
+        teacher.requires_grad_(False)
+        return teacher
+
     def patterns(self) -> list[Pattern]:
-        """What each layer of attention sees; nothing of a model with states."""
-        config = self.config()
-        return config.patterns() if isinstance(config, LlamaConfig) else []
+        """What each layer of attention sees, the teacher's too."""
+        teacher = patterns(shape(self.teacher), self.torch_dtype) if self.teacher else []
+        return patterns(self.config(), self.torch_dtype) + teacher
 
     @property
     def in_blocks(self) -> bool:
@@ -93,17 +100,27 @@ class Setting(StepOptions):
         """Chunks in a pass of the fill."""
         return (self.fill_size or self.chunk_size) // self.chunk_size
 
-    def trunk(self, tokens: int) -> int:
-        return 0 if self.answer is None else max(0, tokens - self.answer)
+    def row(self, tokens: int) -> tuple[int, Documents]:
+        """Of two texts: the prompt but for its last token, then with that the one answer, and the other."""
+        if self.answer is None:
+            return tokens, ONE
+        answer = min(self.answer, tokens - 1)
+        trunk = tokens - 1 - answer
+        starts = tuple(dict.fromkeys((0, trunk, trunk + answer)))
+        return trunk + 2 * answer, Documents(starts, trunk, self.chunk_size)
 
     def memory_bytes(self, tokens: int, way: Way | None = None) -> Tensor:
         """What each layer of the whole model remembers of so many tokens, and the gradients that have room from the
-        start; int64 (layers, 2). way: of the layers of one block alone; on the way up nothing is sent back."""
-        _, kept = self.chunks(tokens)
-        kept = kept if way is None or way.down else [Chunk(tokens, tokens)]
-        options = replace(self.options(), trunk=self.trunk(tokens))
-        found = torch.tensor(layer_memory_bytes(self.config(), self.torch_dtype, kept, options, self.rows))
-        return found if way is None else found.split(self.keywords()["layers_at_once"] or 1)[way.block]
+        start; int64 (layers, 2). way: of the layers of one block alone, or of the teacher; on the way up nothing is
+        sent back."""
+        (_, kept), (length, documents) = self.chunks(tokens), self.row(tokens)
+        kept = kept if way is None or way.down else [Chunk(length, length)]
+        options, rows = replace(self.options(), documents=documents), self.rows if self.answer is None else 1
+        config = shape(self.teacher) if self.teacher and way == TEACHER else self.config()
+        found = torch.tensor(layer_memory_bytes(config, self.torch_dtype, kept, options, rows))
+        if way is None or way.block is None:
+            return found
+        return found.split(self.keywords()["layers_at_once"] or 1)[way.block]
 
     def even_from(self, share: Share | None = None) -> int:
         """Tokens from which on a step grows evenly: of a chunked one only the batch and what is remembered.
@@ -113,6 +130,7 @@ class Setting(StepOptions):
         stride = max((p.stride or 1 for p in self.patterns() if isinstance(p, Strided)), default=1)
         reach = max((p.reach + getattr(p, "sinks", 0) for p in self.patterns()), default=0)
         passes = 1 if share is None else MOST_ON_THE_WAY + 1  # a rank still has what it has handed on in them
-        tokens = (self.answer or 0) + max(BLOCK * stride, passes * (self.fill_size or 0), reach)
+        tokens = max(BLOCK * stride, passes * (self.fill_size or 0), reach)
+        tokens += 0 if self.answer is None else self.answer + (self.fill_size or 0)  # a prompt's last pass may be short
         in_flight = 0 if share is None else len(share.counts) - share.rank
         return (tokens // self.chunk_size + 3 + in_flight + self.graphs) * self.chunk_size

@@ -4,9 +4,11 @@ A row is one text, which is encoded as a whole, as the model will meet it, and t
 """
 
 import json
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,11 +53,12 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Document:
-    """input_ids and labels, int64 (T,); `name` says where they come from, for messages."""
+    """input_ids and labels, int64 (T,); `name` says where they come from, for messages. starts: see `seco`."""
 
     name: str
     input_ids: Tensor
     labels: Tensor
+    starts: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -356,6 +359,29 @@ def cut_documents(documents: Sequence[Document], seq_len: int) -> tuple[list[Doc
     if not pieces:
         raise InputError(f"the data has nothing to predict: {line}")
     return pieces, line
+
+
+def pack_documents(documents: Sequence[Document], seq_len: int, apart: bool) -> tuple[list[Document], str]:
+    """Rows of at most `seq_len` tokens, each of several documents, and a line on them. apart: see `seco`, starts;
+    else a row is one text. The longest documents come first, each into the fullest row that has room for it."""
+    rows, rooms = list[list[Document]](), list[tuple[int, int]]()  # by room: how much there is, and of which row
+    for document in sorted(documents, key=len, reverse=True):
+        i = bisect_left(rooms, (len(document), 0))
+        room, number = rooms.pop(i) if i < len(rooms) else (seq_len, len(rows))
+        rows += [[]] if number == len(rows) else []
+        rows[number].append(document)
+        insort(rooms, (room - len(document), number))
+    packed = []
+    for row in rows:
+        starts = tuple(accumulate(map(len, row[:-1]), initial=0))
+        labels = torch.cat([document.labels for document in row])
+        if apart:
+            labels[list(starts)] = IGNORE
+        name = row[0].name + (f" and {len(row) - 1} more" if len(row) > 1 else "")
+        ids = torch.cat([document.input_ids for document in row])
+        packed.append(Document(name, ids, labels, starts if apart else ()))
+    full = sum(map(len, packed)) / (len(packed) * seq_len)
+    return packed, f"packed into {len(packed):,} rows of at most {seq_len:,} tokens, {full:.0%} full"
 
 
 def check_vocabulary(documents: Sequence[Document], vocab_size: int) -> None:

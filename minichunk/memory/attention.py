@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .kernels import Kernel, pick_kernel
-from .window import FULL, Span, runs
+from .window import Span, runs
 
 BLOCK = 2048  # positions of the past whose gradients are computed at a time: bounds what is in flight
 TILE = 128  # queries that go to a kernel at once which builds a mask for them
@@ -64,11 +64,11 @@ class Past:
         parts = [kernel.forward(q[:, :, rows], keys[:, :, at], values[:, :, at], window) for rows, at, window in band]
         out, lse = parts[0] if len(parts) == 1 else (torch.cat(pieces, 2) for pieces in zip(*parts, strict=True))
         out = out.to(lse.dtype)
-        for row, spans in pinned:
-            folded = fold(q[:, :, row:], k.shape[1])
+        for rows, spans in pinned:
+            folded = fold(q[:, :, rows], k.shape[1])
             # One span, as the whole past, is a view and may be of any length; of many a copy is made.
             for some in at_most(kernel.block or max(BLOCK, spans[0][1] - spans[0][0]), spans):
-                merge(out[:, :, row:], lse[:, :, row:], *kernel.forward(folded, *self.read(some, k, v)))
+                merge(out[:, :, rows], lse[:, :, rows], *kernel.forward(folded, *self.read(some, k, v)))
         return out.to(q.dtype), lse
 
     def backward(self, kernel: Kernel, sends_back: bool, k: Tensor, v: Tensor, *query: Tensor) -> tuple[Tensor, ...]:
@@ -84,11 +84,11 @@ class Past:
                 parts = kernel.backward([x[:, :, rows] for x in query], keys[:, :, at], values[:, :, at], window)
                 for total, place, part in zip((dq, dk, dv), (rows, at, at), parts, strict=True):
                     total[:, :, place] += part
-        for row, spans in pinned:
-            folded = kernel.prepare([fold(x[:, :, row:], k.shape[1]) for x in query])
+        for rows, spans in pinned:
+            folded = kernel.prepare([fold(x[:, :, rows], k.shape[1]) for x in query])
             for some in at_most(BLOCK, spans):
                 dq_part, *grads = kernel.backward(folded, *self.read(some, k, v))
-                dq[:, :, row:] += dq_part.reshape(dq[:, :, row:].shape)
+                dq[:, :, rows] += dq_part.reshape(dq[:, :, rows].shape)
                 sizes = [last - first for first, last in some]
                 for (first, last), dk_part, dv_part in zip(some, *(x.split(sizes, 2) for x in grads), strict=True):
                     if first >= start:
@@ -103,12 +103,13 @@ class Past:
 
     def seen(self, kernel: Kernel, k: Tensor, v: Tensor) -> tuple[list[Any], Tensor, Tensor, list[Any]]:
         """Returns (queries, keys, window) of each run, slices of the chunk and of the band; the band's keys and values;
-        and for each run that sees more pinned positions than those before it (its first query, the spans)."""
+        and what is pinned, with the queries that see it: (queries, spans)."""
         pattern, start, C = self.memory.pattern, self.start, k.shape[2]
-        found = list(runs(pattern, start, start + C, C if pattern == FULL or kernel.takes_many else TILE))
+        most = C if pattern.reach == 0 or kernel.takes_many else TILE
+        found = list(runs(pattern, self.memory.documents, start, start + C, most))
         low = found[0][0].low
         band = [(slice(r.start - start, r.stop - start), slice(r.low - low, r.stop - low), r.window) for r, _ in found]
-        pinned = [(run.start - start, spans) for run, spans in found if spans]
+        pinned = [(slice(a - start, b - start), spans) for _, seen in found for a, b, spans in seen if spans]
         return band, *self.read([(low, start), (start, start + C)], k, v), pinned
 
     def read(self, spans: Sequence[Span], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

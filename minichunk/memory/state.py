@@ -18,17 +18,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..chunks import Chunk
+from ..chunks import ONE, Chunk, Documents
+from ..errors import InputError
 from .layer_memory import MemorySpec, MemoryUse
 
 BLOCK = 32  # tokens of a scan: T · BLOCK · N products of gates in memory, T / BLOCK steps from block to block
 
 
 class Before(NamedTuple):
-    """What a recurrent layer sees of its memory: what was handed on to these chunks, and how long each of them is."""
+    """What a recurrent layer sees of its memory: what was handed on to these chunks, and how long each of them is.
+
+    begins: bool (T, 1), where documents begin, to which nothing is handed on; None: nowhere after the first position.
+    """
 
     states: tuple[Tensor, ...]
     lengths: Sequence[int]
+    begins: Tensor | None = None
 
 
 class Handed:
@@ -50,7 +55,8 @@ class Handed:
         self.starts = sorted({spec.capacity, *(chunk.start for chunk in spec.receiving)})
         self.rows = {start: row for row, start in enumerate(self.starts)}
         self.states = zero.new_zeros(len(self.rows), *zero.shape)
-        self.through, self.skipped = (decay.new_empty(len(self.rows), *decay.shape) for _ in range(2))
+        # 0 after a chunk that the fill leaves out, for a document ends with it: nothing passes.
+        self.through, self.skipped = (decay.new_zeros(len(self.rows), *decay.shape) for _ in range(2))
         self.last = zero  # the fill: what the last chunk that was written has handed on
         self.decay = torch.ones_like(decay)  # the fill: of all chunks since the last one that is rebuilt
         self.read: dict[int, Tensor] = {}  # leaves, by row
@@ -94,14 +100,24 @@ class Handed:
 
 
 class LayerState:
-    """A recurrent layer's LayerMemory. What is written are, for each chunk, pairs of a tensor and its decay."""
+    """A recurrent layer's LayerMemory. What is written are, for each chunk, pairs of a tensor and its decay.
 
-    def __init__(self, handed: Sequence[Handed]) -> None:
-        self.handed = handed
+    Raises InputError for a trunk, whose state would have to be handed to several documents.
+    """
+
+    def __init__(self, handed: Sequence[Handed], documents: Documents = ONE) -> None:
+        if documents.trunk:
+            raise InputError("share is for full attention, but a layer has a state")
+        self.handed, self.documents = handed, documents
 
     def past(self, chunks: Sequence[Chunk], save: bool) -> Before:
-        lengths = [stop - start for start, stop in chunks]
-        return Before(tuple(part.before(chunks[0].start) for part in self.handed), lengths)
+        states, lengths = tuple(part.before(chunks[0].start) for part in self.handed), [b - a for a, b in chunks]
+        if not self.documents.starts:
+            return Before(states, lengths)
+        begins = torch.zeros(sum(lengths), 1, dtype=torch.bool)
+        rows = [begin - chunks[0].start for begin, _ in self.documents.between(chunks[0].start, chunks[-1].stop)]
+        begins[[row for row in rows if row >= 0]] = True
+        return Before(states, lengths, begins.to(states[0].device))
 
     def write(self, chunks: Sequence[Chunk], written: tuple[Tensor, ...]) -> None:
         pairs = zip(written[::2], written[1::2], strict=True)
@@ -116,12 +132,13 @@ class LayerState:
 
 
 def scan_chunks(
-    x: Tensor, log_a: Tensor, b: Tensor, c: Tensor, h: Tensor, lengths: Sequence[int]
+    x: Tensor, log_a: Tensor, b: Tensor, c: Tensor, h: Tensor, past: Before
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """`scan` over adjacent chunks: y, and for each chunk the state after it and what is left in it of the one before,
-    by which no gradient passes: the memory carries it."""
+    by which no gradient passes: the memory carries it. Where a document begins, the gate is closed."""
     outputs, written = [], []
-    parts = (z.split(list(lengths), dim=-2) for z in (x, log_a, b, c))
+    log_a = log_a if past.begins is None else log_a.masked_fill(past.begins, -torch.inf)
+    parts = (z.split(list(past.lengths), dim=-2) for z in (x, log_a, b, c))
     for x, log_a, b, c in zip(*parts, strict=True):
         y, end = scan(x, log_a, b, c, h)
         decay = log_a.detach().sum(-2, keepdim=True).exp()  # (…, 1, N)

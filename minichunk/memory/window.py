@@ -2,14 +2,18 @@
 
 A rule knows nothing of chunks. It *pins* some positions, which all later queries see (the sinks of a window; every so
 many blocks; with full attention, all), and lets a query *reach* back over those right before it, the band.
+
+In a row of several documents it is about the positions of each, counted from where the document begins.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..chunks import Documents
 
 Span = tuple[int, int]  # positions: (start, stop)
 
@@ -98,11 +102,37 @@ FULL = Window()
 Pattern = Window | Strided
 
 
-def runs(pattern: Pattern, start: int, stop: int, most: int) -> Iterator[tuple[QueryRun, list[Span]]]:
+def pinned(pattern: Pattern, documents: Documents, start: int, stop: int) -> list[Span]:
+    """What is pinned in between, as far as a later chunk sees it: nothing of a document that no chunk cuts."""
+    spans = []
+    for begin, end in documents.between(start, stop):
+        if end - begin > documents.chunk_size or begin < documents.trunk:
+            spans += shifted(pattern.pinned(max(start, begin) - begin, min(stop, end) - begin), begin)
+    return spans
+
+
+def shifted(spans: Sequence[Span], by: int) -> list[Span]:
+    return [(start + by, stop + by) for start, stop in spans]
+
+
+Seen = tuple[int, int, list[Span]]  # what all queries from one position up to another see of what is pinned
+
+
+def runs(
+    pattern: Pattern, documents: Documents, start: int, stop: int, most: int
+) -> Iterator[tuple[QueryRun, list[Seen]]]:
     """What the queries of a chunk see, first to last, at most so many at a time; and with each run the positions of the
-    past and of the chunk that are pinned before its `low` and were not before another run's."""
-    at = until = 0
-    while start + at < stop:
-        run = pattern.run(start + at, min(stop, start + at + most))
-        yield run, [*pattern.pinned(until, min(start, run.low)), *pattern.pinned(max(until, start), run.low)]
-        at, until = run.stop - start, max(until, run.low)
+    past and of the chunk that are pinned before its `low` and were not before another run's of the document."""
+    trunk = documents.trunk
+    for begin, end in documents.between(start, stop):
+        first, last = max(start, begin), min(stop, end)
+        seen: list[Seen] = []
+        if trunk and first == max(start, trunk):  # from here on, all see the trunk
+            seen.append((first, stop, FULL.pinned(0, min(start, trunk)) + FULL.pinned(start, trunk)))
+        at, until, inside = first - begin, 0, first - begin
+        while at < last - begin:
+            run = pattern.run(at, min(last - begin, at + most))
+            spans = pattern.pinned(until, min(inside, run.low)) + pattern.pinned(max(until, inside), run.low)
+            seen.append((run.start + begin, last, shifted(spans, begin)))
+            yield QueryRun(run.start + begin, run.stop + begin, run.low + begin, run.window), seen
+            at, until, seen = run.stop, max(until, run.low), []

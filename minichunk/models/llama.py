@@ -111,7 +111,8 @@ class Layer(nn.Module):
         """For keys and values, as far as the pattern needs them, and the gradients that are sent back to them."""
         attention, grad_dtype = self.self_attn, spec.options.cache_grad_dtype or wide(spec.like)
         shape = (spec.batch, attention.groups, spec.capacity, attention.head_dim)
-        return LayerCache(shape, spec.receiving, spec.like, grad_dtype, attention.pattern)
+        what = attention.pattern, spec.options.documents
+        return LayerCache(shape, spec.receiving, spec.like, grad_dtype, *what)
 
 
 class Llama(Stack):

@@ -46,6 +46,11 @@ def read_model_config(config: dict[str, Any]) -> Any:
     return class_of(config).config_class.from_dict(config)
 
 
+def is_ours(config: dict[str, Any]) -> bool:
+    """Whether the model of a parsed config.json has code here; others are transformers' own, wrapped."""
+    return config.get("model_type") in {*_FAMILIES, *OTHERS, _PARTIAL_CONTEXT, None}
+
+
 def load(
     kind: Any, directory: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
     load_in_4bit: bool = False, prepare: Callable[[Any], object] = lambda model: None,
@@ -61,7 +66,7 @@ def load(
         check_bitsandbytes()
     path, generation = checkpoint_directory(directory) / "config.json", Path(directory) / "generation_config.json"
     config = read_json(path)
-    if kind is Stack and config.get("model_type") not in {*_FAMILIES, *OTHERS, _PARTIAL_CONTEXT, None}:
+    if kind is Stack and not is_ours(config):
         return load_wrapped(directory, dtype, device, load_in_4bit, prepare)
     kind = class_of(config) if kind is Stack else kind
     try:
@@ -96,21 +101,29 @@ def load(
     return model.eval()
 
 
-def load_wrapped(directory: str | Path, dtype: Any, device: Any, load_in_4bit: bool, prepare: Any) -> Any:
-    """`load` for the model_types that transformers computes, by `wrap`."""
+def load_wrapped(
+    directory: str | Path, dtype: Any, device: Any, load_in_4bit: bool, prepare: Any = lambda model: None,
+    weights: bool = True,
+) -> Any:  # fmt: skip
+    """`load` for the model_types that transformers computes, by `wrap`; without `weights`, random ones or of no device:
+    on "meta", where nothing can be compared, what cannot be run in chunks is not found out."""
     try:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
 
-        from .wrap import wrap
+        from .wrap import Wrapped, wrap
     except ImportError:
         raise InputError(f"{directory}: this model_type needs transformers: pip install 'minichunk[hf]'") from None
     if load_in_4bit:
         raise InputError(f"{directory}: 4 bits are for model_types of minichunk's own: load it with transformers")
     try:
-        theirs: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto")
+        if weights:
+            theirs: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype or "auto")
+        else:
+            with torch.device(device):
+                theirs = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory), dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{directory}: transformers cannot load it: {error}".partition("\n")[0]) from None
-    model = wrap(theirs.to(device).eval())
+    model = (Wrapped if theirs.device.type == "meta" else wrap)(theirs.to(device).eval())
     model.ends, model.origin = theirs.generation_config.eos_token_id, Path(directory)
     prepare(model)
     return model

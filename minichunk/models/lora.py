@@ -1,7 +1,7 @@
 """LoRA: a trainable low-rank product beside frozen weights, and dropout that can be replayed."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from types import SimpleNamespace
@@ -164,6 +164,27 @@ def without_adapter(model: Stack) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.hook = layer.register_forward_hook(_add_product)
+
+
+@contextmanager
+def changed(*attributes: tuple[Any, str, Any]) -> Iterator[None]:
+    """Within the block, of each (thing, name, value) the thing's attribute of this name has this value."""
+    before = [(thing, name, getattr(thing, name), name in vars(thing)) for thing, name, _ in attributes]
+    for attribute in attributes:
+        setattr(*attribute)
+    try:
+        yield
+    finally:
+        for thing, name, old, own in before:
+            if own or not callable(old):
+                setattr(thing, name, old)
+            else:  # its class's
+                delattr(thing, name)
+
+
+def without_dropout(model: Any) -> AbstractContextManager[None]:
+    """Within the block all of the model is in evaluation mode."""
+    return changed(*((module, "training", False) for module in model.modules()))
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ Shapes: B batch, T tokens of this call, K kernel of the convolution, E hidden si
 G groups that share the N numbers of b and of c. Parameter names are Hugging Face's."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, ClassVar
@@ -98,25 +97,33 @@ class Mixer(nn.Module):
         z, convolved, dt = self.in_proj(u).split([self.inner, self.conv1d.in_channels, self.dt_bias.numel()], dim=-1)
         if past is None:  # the whole sequence at once
             past = Before(self.nothing(u), [u.shape[1]])
-        convolved = torch.cat([past.states[1], convolved], dim=1)  # (B, K-1+T, C)
+        ends, places = list(accumulate(past.lengths)), None
+        if past.begins is not None:  # before each document there are K-1 zeros
+            places = torch.arange(u.shape[1], device=u.device) + (self.kernel - 1) * past.begins[:, 0].cumsum(0)
+            ends = [int(places[end - 1]) + 1 for end in ends]
+            room = convolved.new_zeros(len(u), ends[-1], convolved.shape[2])
+            convolved = room.index_copy(1, places, convolved)
+        convolved = torch.cat([past.states[1], convolved], dim=1)  # (B, K-1+T, C), or more
         # The tail at each chunk's end, a copy, for a slice would keep all of them in memory. Its decay is 0: what a
         # short chunk passes on of the tail before it is in its graph, and nothing is left for the memory.
-        ends = accumulate(past.lengths)
         tails = [(convolved[:, end : end + self.kernel - 1].clone(), u.new_zeros(())) for end in ends]
-        y, states = self.scan(F.silu(self.conv1d(convolved.mT).mT), dt, past.states[0], past.lengths)
+        convolved = self.conv1d(convolved.mT).mT
+        convolved = convolved if places is None else convolved.index_select(1, places)
+        y, states = self.scan(F.silu(convolved), dt, past)
         written = tuple(tensor for pairs in zip(states, tails, strict=True) for pair in pairs for tensor in pair)
         gated = (y * F.silu(z.to(y.dtype))).unflatten(-1, (self.heads[0], -1))  # (B, T, G, H/G·P): each has a norm
         y = F.rms_norm(gated, gated.shape[-1:], eps=self.norm.eps).flatten(-2) * self.norm.weight
         return self.out_proj(y.to(u.dtype)), written
 
-    def scan(self, convolved: Tensor, dt: Tensor, h: Tensor, lengths: Sequence[int]) -> tuple[Tensor, list[Any]]:
+    def scan(self, convolved: Tensor, dt: Tensor, past: Before) -> tuple[Tensor, list[Any]]:
         """y (B, T, H·P), and for each chunk the state (B, G, H/G, P, N) at its end with its decay (B, G, H/G, 1, 1)."""
+        h = past.states[0]
         x, b, c = convolved.to(h.dtype).split([self.inner, self.outer, self.outer], dim=-1)
         dt = F.softplus(dt.to(h.dtype) + self.dt_bias).clamp(*self.limits)
         x, dt = by_head(x, self.heads), by_head(dt, self.heads)  # (B, G, H/G, T, P) and (B, G, H/G, T, 1)
         b, c = by_head(b, (self.heads[0], 1)), by_head(c, (self.heads[0], 1))  # (B, G, 1, T, N)
         A_log, D = (parameter.to(h.dtype).view(*self.heads, 1, 1) for parameter in (self.A_log, self.D))
-        y, states = scan_chunks(x * dt, -A_log.exp() * dt, b, c, h, lengths)
+        y, states = scan_chunks(x * dt, -A_log.exp() * dt, b, c, h, past)
         return (y + D * x).movedim(-2, 1).flatten(2), states
 
     def nothing(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,7 +154,8 @@ class Mamba2Layer(nn.Module):
     def new_memory(self, spec: MemorySpec) -> LayerState:
         """For states and tails at the ends of chunks, and what is sent back to them."""
         state, tail = self.mixer.nothing(spec.like.new_empty(spec.batch, 0, 0))
-        return LayerState([Handed(state, state[..., :1, :1], spec), Handed(tail, tail.new_empty(()), spec)])
+        handed = [Handed(state, state[..., :1, :1], spec), Handed(tail, tail.new_empty(()), spec)]
+        return LayerState(handed, spec.options.documents)
 
 
 class Mamba2(Stack):

@@ -122,5 +122,5 @@ def length(whole: Tensor | None) -> Tensor:
     """Of the text with these positions: a number of the whole text, so that all of its chunks follow one rule."""
     if whole is None:
         what = "this rope_type (dynamic or longrope) depends on the length of the whole text"
-        raise InputError(f"{what}, and this call runs a part of it: say the text's positions, Options(positions=…)")
+        raise InputError(f"{what}: say its positions, Options(positions=…), and give each document a row of its own")
     return whole.max() + 1

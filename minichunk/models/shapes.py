@@ -11,9 +11,11 @@ from ..chunks import Chunk
 from ..errors import InputError
 from ..files.atomic import read_json
 from ..files.checkpoint import advice
+from ..memory.state import LayerState
+from ..memory.window import Pattern
 from ..protocol import DEFAULTS, Options
 from .config import LlamaConfig
-from .load import class_of, read_model_config
+from .load import class_of, is_ours, load_wrapped, read_model_config
 from .lora import add_lora
 from .mamba2 import Mamba2Config
 from .quantize import quantize
@@ -38,11 +40,13 @@ NAMES = tuple(_SHAPES)
 
 
 def shape(name: str) -> Any:
-    """The config of a named shape, or of a checkpoint directory (its config.json alone). Raises InputError."""
+    """The config of a named shape, or of a checkpoint directory (its config.json alone); of a model_type that has no
+    code here, the directory. Raises InputError."""
     if name in _SHAPES:
         return _SHAPES[name]
     if (Path(name) / "config.json").is_file():
-        return read_model_config(read_json(Path(name) / "config.json"))
+        config = read_json(Path(name) / "config.json")
+        return read_model_config(config) if is_ours(config) else Path(name)
     known = f"a directory with a config.json nor one of {', '.join(NAMES)}"
     raise InputError(f"--model {name!r} is neither {known}{advice(name)}")
 
@@ -52,15 +56,19 @@ def random_model(
     load_in_4bit: bool = False,
 ) -> Stack:  # fmt: skip
     """A model of this shape with random weights, and LoRA of `rank` unless that is 0. Raises InputError.
-    shaped: a config, or a name for `shape`. targets: of LoRA, see `add_lora`."""
+    shaped: what `shape` returns, or a name for it. targets: of LoRA, see `add_lora`."""
     config = shape(shaped) if isinstance(shaped, str) else shaped
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # so that no wider copy of the weights is ever made
-    try:
-        with torch.device(device):
-            model: Stack = class_of(config)(config)
-    finally:
-        torch.set_default_dtype(previous)
+    if isinstance(config, Path):
+        model: Any = load_wrapped(config, dtype, device, load_in_4bit, weights=False)
+        model.states = any(isinstance(layer, LayerState) for layer in memory_of(model, 1, [Chunk(0, 0)]).layers)
+    else:
+        previous = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)  # so that no wider copy of the weights is ever made
+        try:
+            with torch.device(device):
+                model = class_of(config)(config)
+        finally:
+            torch.set_default_dtype(previous)
     if load_in_4bit:
         quantize(model)
     if rank:
@@ -76,10 +84,29 @@ def alike(config: Any) -> bool:
     return len(set(getattr(config, "layer_types", ()))) <= 1
 
 
-def layer_memory_bytes(
+def memory_of(model: Any, batch: int, kept: Sequence[Chunk], options: Options = DEFAULTS) -> Any:
+    """The memory of a step whose kept chunks are these. A wrapped model makes that of a layer when it is first run."""
+    memory = model.new_memory(batch, kept[-1].start, kept[:-1], options)
+    if not memory.layers:
+        with torch.no_grad():
+            model.run(torch.zeros(batch, 2, dtype=torch.int64, device=model.like.device), memory, [Chunk(0, 2)])
+    return memory
+
+
+def layer_memories(
     config: Any, dtype: torch.dtype, kept: Sequence[Chunk], options: Options = DEFAULTS, batch: int = 1
-) -> list[tuple[int, int]]:
-    """Bytes of each layer's memory in a step whose kept chunks are these, and of the gradients sent back to it."""
+) -> list[Any]:
+    """Each layer's memory in a step whose kept chunks are these, without numbers."""
     with torch.device("meta"):
-        memory = _random_model(config, dtype, device="meta").new_memory(batch, kept[-1].start, kept[:-1], options)
-    return [layer.tensors().bytes() for layer in memory.layers]
+        return list(memory_of(_random_model(config, dtype, device="meta"), batch, kept, options).layers)
+
+
+@lru_cache(maxsize=8)
+def patterns(config: Any, dtype: torch.dtype) -> list[Pattern]:
+    """What each layer of attention sees."""
+    return [each.pattern for each in layer_memories(config, dtype, [Chunk(0, 0)]) if hasattr(each, "pattern")]
+
+
+def layer_memory_bytes(*step: Any) -> list[tuple[int, int]]:
+    """Bytes of each of `layer_memories`, and of the gradients sent back to it."""
+    return [layer.tensors().bytes() for layer in layer_memories(*step)]

@@ -78,7 +78,7 @@ class StateLayer(nn.Module):
     def forward(self, x: Tensor, past: Before | None, *_: Any) -> tuple[Tensor, tuple[Tensor, ...]]:
         if past is None:  # the whole sequence at once
             past = Before((self.nothing(x),), [x.shape[1]])
-        y, written = scan_chunks(*self.terms(x), past.states[0], past.lengths)
+        y, written = scan_chunks(*self.terms(x), past.states[0], past)
         return x + y.to(x.dtype), tuple(tensor for pair in written for tensor in pair)
 
     def terms(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -93,7 +93,7 @@ class StateLayer(nn.Module):
     def new_memory(self, spec: MemorySpec) -> LayerState:
         """For the states at the ends of chunks, and their adjoints."""
         zero = self.nothing(spec.like.new_empty(spec.batch, 0, self.norm.weight.shape[0]))
-        return LayerState([Handed(zero, zero[:, :1], spec)])
+        return LayerState([Handed(zero, zero[:, :1], spec)], spec.options.documents)
 
     def nothing(self, u: Tensor) -> Tensor:
         """The state (B, P, N) before the first token; float32 at least: products of gates need more than eight bits."""

@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from ..chunks import Chunk, cut, span
 from ..loss import token_losses
 from ..memory.layer_memory import LayerMemories, MemorySpec, wide
-from ..memory.shared import shared_cache
 from ..protocol import DEFAULTS, Options, Written
 
 
@@ -38,7 +37,7 @@ class Stack(nn.Module):
     rope: Any = None  # what `change_rope` did
     origin: Path | None = None  # the directory that it was loaded from
     ends: Any = None  # the end tokens of its generation_config.json, as a config has them; None: those of the config
-    has_trunk: ClassVar = True  # see Options.trunk
+    takes_documents: ClassVar = True  # see Options.documents
     takes_positions: Any = False  # whether a token's position is more than its place in the text
     unadapted: tuple[str, ...] = ()  # linear layers that an adapter leaves out unless told otherwise
 
@@ -94,7 +93,7 @@ class Stack(nn.Module):
 
     def shared(self, x: Tensor, positions: Tensor, whole: Tensor | None) -> tuple[Any, ...]:
         """What every layer is given beside x (B, T, E), which is at these positions, int64 (T) or (B, 1, T).
-        whole: those of the whole text; None where a part of it is run and they were not told."""
+        whole: those of the whole text; None where a part of it is run and they were not told, or of several texts."""
         return ()
 
     def _shared(self, x: Tensor, chunks: Sequence[Chunk], options: Options) -> tuple[Any, ...]:
@@ -102,15 +101,13 @@ class Stack(nn.Module):
         whole, start = options.positions, chunks[0].start if chunks else 0
         stop = start + x.shape[1]
         here = torch.arange(start, stop, device=x.device) if whole is None else whole[..., start:stop]
-        return self.shared(x, here, whole if chunks else here)
+        return self.shared(x, here, None if options.documents.starts else whole if chunks else here)
 
     def new_memory(
         self, batch: int, capacity: int, receiving: Sequence[Chunk] = (), options: Options = DEFAULTS
     ) -> LayerMemories:
         """See protocol.Model."""
         spec = MemorySpec(batch, capacity, receiving, options, self.like)
-        if options.trunk:
-            return LayerMemories([shared_cache(layer, spec, i) for i, layer in enumerate(self.layers)], receiving)
         return LayerMemories([layer.new_memory(spec) for layer in self.layers], receiving)
 
     def dropout_seed(self) -> int | None:
@@ -125,7 +122,7 @@ class Stack(nn.Module):
         input_ids: int64 (B, T). memory: of all positions before; read, not written.
         chunks: the adjacent chunks that these tokens are, where there is a memory.
         Returns the last layer's normalized output (B, T, E) and what these tokens write, one tuple for each layer."""
-        x = self.embedding(_rows(input_ids, chunks, options))  # (B, T, E)
+        x = self.embedding(input_ids)  # (B, T, E)
         shared = self._shared(x, chunks, options)
         written, call = [], self._layer
         recompute = options.recompute and torch.is_grad_enabled()
@@ -138,14 +135,14 @@ class Stack(nn.Module):
                 past = memory.layers[i].past(chunks, save=recompute) if memory is not None else None
             x, wrote = call(layer, chunks, options, x, past, *shared)
             written.append(wrote)
-        return self.norm(x).expand(len(input_ids), -1, -1), written
+        return self.norm(x), written
 
     @torch.no_grad()
     def fill(
         self, input_ids: Tensor, memory: LayerMemories, chunks: Sequence[Chunk], options: Options = DEFAULTS
     ) -> Written:
         """As `run`, without gradients and only as far as memory needs it: the last layer stops at what it writes."""
-        x = self.embedding(_rows(input_ids, chunks, options))  # (B, T, E)
+        x = self.embedding(input_ids)  # (B, T, E)
         shared = self._shared(x, chunks, options)
         *layers, last = zip(self.layers, memory.layers, strict=True)
         written = []
@@ -157,11 +154,14 @@ class Stack(nn.Module):
 
     @torch.no_grad()
     def run_chunks(
-        self, input_ids: Tensor, memory: LayerMemories, chunk_size: int, start: int = 0, options: Options = DEFAULTS
+        self, input_ids: Tensor, memory: Any, chunk_size: int, start: int = 0, options: Options = DEFAULTS
     ) -> Iterator[tuple[slice, Tensor]]:
         """Inference of input_ids (B, T) from the position `start`, chunk by chunk, writing the memory.
-        options: with the positions of the whole text, where rope depends on its length.
-        Yields each chunk's place in input_ids and its normalized output (B, C, E)."""
+        memory: None: one for this text alone. options: with the positions of the whole text, where rope depends on its
+        length. Yields each chunk's place in input_ids and its normalized output (B, C, E)."""
+        if memory is None:
+            options = Options(positions=torch.arange(input_ids.shape[1], device=input_ids.device))
+            memory = self.new_memory(*input_ids.shape)
         for chunk in cut(input_ids.shape[1], chunk_size):
             rows = span([chunk])
             here = [Chunk(start + chunk.start, start + chunk.stop)]
@@ -172,9 +172,7 @@ class Stack(nn.Module):
     @torch.no_grad()
     def chunk_losses(self, input_ids: Tensor, targets: Tensor, chunk_size: int) -> Iterator[tuple[slice, Tensor]]:
         """Each chunk's place in input_ids (B, T), and the loss (B, C) of its targets in nats; 0 where there is none."""
-        memory = self.new_memory(*input_ids.shape)
-        options = Options(positions=torch.arange(input_ids.shape[1], device=input_ids.device))
-        for rows, hidden in self.run_chunks(input_ids, memory, chunk_size, options=options):
+        for rows, hidden in self.run_chunks(input_ids, None, chunk_size):
             yield rows, token_losses(hidden, self.lm_head.weight, targets[:, rows])
 
     def _layer(self, layer: Any, chunks: Sequence[Chunk], options: Options, *inputs: Any) -> Any:
@@ -186,8 +184,3 @@ class Stack(nn.Module):
         """Logits (B, T, V) of a whole sequence, without a memory."""
         hidden, _ = self.run(input_ids)
         return self.lm_head(hidden)
-
-
-def _rows(x: Tensor, chunks: Sequence[Chunk], options: Options) -> Tensor:
-    """What is run of x (B, ·): one row, if these chunks belong to what all rows share."""
-    return x[:1] if chunks and chunks[0].start < options.trunk else x

@@ -5,30 +5,29 @@ right in chunks is refused: by the attention function, if it is asked for what i
 compares loss and gradient of a few tokens with the model's own.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..batch import make_batch
-from ..chunks import Chunk, span
+from ..chunks import Chunk, Documents, span
 from ..errors import InputError
 from ..files.checkpoint import copy_beside
 from ..memory.layer_memory import MemorySpec
 from ..memory.state import LayerState
 from ..protocol import DEFAULTS, Options, Written
-from ..seco import fill, new_memory, rebuild
+from ..seco import seco
+from .lora import changed
 from .stack import Stack
 from .transformers_cache import NAME, Run, WrappedMemory
-
-TRIED = [Chunk(0, 5), Chunk(5, 6), Chunk(6, 11), Chunk(11, 13)]  # for a single token some models have other code
 
 
 class Head:
@@ -49,8 +48,12 @@ class Head:
         columns.softcap = self.cap
         return columns
 
+    def inputs(self, x: Tensor) -> Tensor:
+        """What the loss multiplies by the weight, of what the model hands its LM head (…, E)."""
+        return x if self.linear.bias is None else F.pad(x, (0, 1), value=1.0)
+
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Logits (…, V)."""
+        """Logits (…, V) of such inputs."""
         logits = hidden @ self.weight.T
         return logits if self.cap is None else self.cap * (logits / self.cap).tanh()
 
@@ -58,10 +61,11 @@ class Head:
 class Wrapped:
     """See protocol.Model. Whatever it is asked beyond that is asked of the model: `parameters()`, `train()`, ….
 
-    draws, states: whether it draws random numbers when it trains, and hands on states; `wrap` finds out.
+    draws, states: whether it draws random numbers when it trains, and hands on states; takes_documents: whether it
+    counts by the positions that it is told, and has no states. `wrap` finds out.
     """
 
-    draws, states = False, False
+    draws, states, takes_documents = False, False, False
     run_chunks, chunk_losses, ends = Stack.run_chunks, Stack.chunk_losses, Stack.ends  # for the commands, as all these
     masks, lora, partial, rope, origin, unadapted = Stack.masks, None, None, None, Stack.origin, Stack.unadapted
     like = property(lambda self: self.lm_head.linear.weight)
@@ -70,12 +74,12 @@ class Wrapped:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.model, self.config = model, base.config.get_text_config()
         self.lm_head: Any = Head(model.get_output_embeddings(), getattr(self.config, "final_logit_softcapping", None))
-        most = getattr(self.config, "max_position_embeddings", None)
         self.cache_is = "cache" if "cache" in signature(base.forward).parameters else "past_key_values"
         self.layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
-        ropes, tokens = getattr(self.config, "rope_parameters", None) or {}, base.get_input_embeddings()
+        most, tokens = getattr(self.config, "max_position_embeddings", None), base.get_input_embeddings()
         tables = [m.num_embeddings for m in base.modules() if isinstance(m, nn.Embedding) and m is not tokens]
         limits = [most for size in tables if most in (size, size - 2)]  # learnt positions
+        ropes = getattr(self.config, "rope_parameters", None) or {}
         for rope in (ropes, *ropes.values()):  # one, or one for each kind of layer
             if isinstance(rope, dict) and rope.get("rope_type") in ("dynamic", "longrope"):
                 limits.append(rope.get("original_max_position_embeddings", most))
@@ -93,79 +97,58 @@ class Wrapped:
         """See protocol.Model."""
         return int(torch.randint(2**62, ())) if self.model.training and (self.draws or self.masks) else None
 
-    def new_memory(
-        self, batch: int, capacity: int, receiving: Sequence[Chunk] = (), options: Options = DEFAULTS
-    ) -> WrappedMemory:
+    def new_memory(self, batch: int, capacity: int, receiving: Any = (), options: Options = DEFAULTS) -> WrappedMemory:
         """See protocol.Model. Raises InputError for what would go wrong."""
-        for module in self.model.modules():
-            if getattr(module, "gradient_checkpointing", False):
-                raise InputError("call gradient_checkpointing_disable(): seco(..., recompute=True) does the same")
-            if torch.is_grad_enabled() and "bitsandbytes" in type(module).__module__ and not module.training:
-                raise InputError("call train(): on a CPU, 4-bit layers in evaluation lose their gradient, for good")
+        if self.model.is_gradient_checkpointing:
+            raise InputError("call gradient_checkpointing_disable(): seco(..., recompute=True) does the same")
+        in_evaluation = (m for m in self.model.modules() if "bitsandbytes" in type(m).__module__ and not m.training)
+        if torch.is_grad_enabled() and any(in_evaluation):
+            raise InputError("call train(): on a CPU, 4-bit layers in evaluation lose their gradient, for good")
         if options.recompute and not self.layers:
             raise InputError("its layers are no GradientCheckpointingLayers: it can only run without recompute")
         return WrappedMemory(MemorySpec(batch, capacity, receiving, options, self.like))
 
-    def run(
-        self, input_ids: Tensor, memory: Any = None, chunks: Sequence[Chunk] = (), options: Options = DEFAULTS
-    ) -> tuple[Tensor, Written]:
+    def run(self, input_ids: Tensor, memory: Any = None, chunks: Any = (), options: Options = DEFAULTS) -> Any:
         """See protocol.Model. A whole text is a chunk without a past."""
         if memory is None:
-            memory, chunks = self.new_memory(input_ids.shape[0], 0, (), options), [Chunk(0, input_ids.shape[1])]
-        place, seed, drops, told = span(chunks), options.dropout_seed, self.draws or self.masks, options.positions
-        if place.stop > self.longest:
-            raise InputError(f"past {self.longest} tokens it has no positions, or a RoPE that depends on the length")
+            memory, chunks = self.new_memory(len(input_ids), 0, (), options), [Chunk(0, input_ids.shape[1])]
+        seed, place, recompute = options.dropout_seed, span(chunks), options.recompute and torch.is_grad_enabled()
+        if len(chunks) > 1 and (seed is not None or self.states):  # masks and states are one chunk's
+            parts = []
+            for chunk, ids in zip(chunks, input_ids.split([c.stop - c.start for c in chunks], 1), strict=True):
+                hidden, written = self.run(ids, memory, [chunk], options)
+                memory.write([chunk], written)
+                parts.append(hidden)
+            return torch.cat(parts, 1), []
+        (B, C), told, documents = input_ids.shape, options.positions, options.documents
         positions = torch.arange(place.start, place.stop, device=input_ids.device) if told is None else told[..., place]
-        recompute, cap, linear = options.recompute and torch.is_grad_enabled(), self.lm_head.cap, self.lm_head.linear
-        run = Run(memory, chunks, recompute)
-        again = partial(
-            checkpoint, use_reentrant=False, preserve_rng_state=bool(drops),
-            context_fn=lambda: (nullcontext(), self.attending(run)),
-        )  # fmt: skip
-        with (
-            self.attending(run),
-            changed([linear], "forward", lambda _: lambda x: x),
-            # So high a cap changes nothing; some insist on a number.
-            changed([] if cap is None else [self.config], "final_logit_softcapping", lambda _: 2.0**60),
-            changed(self.layers if recompute else [], "forward", lambda layer: partial(again, layer.forward)),
-            torch.random.fork_rng([self.like.device] if self.like.is_cuda else [], enabled=seed is not None),
-        ):
+        lengths = [min(end, place.stop) - begin for begin, end in documents.between(place.start, place.stop)]
+        if documents.trunk + max(lengths) > self.longest:
+            raise InputError(f"past {self.longest} tokens it has no positions, or a RoPE that depends on the length")
+        run, head = Run(memory, chunks, recompute), self.lm_head
+        ours = [(self.config, "_attn_implementation", NAME), (Run, "now", run)]  # the model attends as we do
+        more: list[Any] = [(head.linear, "forward", head.inputs)]
+        if head.cap is not None:  # so high a cap changes nothing; some insist on a number
+            more.append((self.config, "final_logit_softcapping", 2.0**60))
+        if recompute:
+            again = partial(
+                checkpoint, nn.Module.__call__, use_reentrant=False, preserve_rng_state=seed is not None,
+                context_fn=lambda: (nullcontext(), changed(*ours)),
+            )  # fmt: skip
+            more.append((GradientCheckpointingLayer, "__call__", lambda *given, **named: again(*given, **named)))
+        devices = [input_ids.device] if input_ids.is_cuda else []
+        with changed(*ours, *more), torch.random.fork_rng(devices, enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed + place.start)  # fill, rebuild and recompute draw the same
-            given = {"position_ids": positions.view(-1, input_ids.shape[1]).expand(input_ids.shape), self.cache_is: run}
-            hidden = self.model(input_ids=input_ids, use_cache=True, **given).logits.to(self.like.dtype)
-        return hidden if linear.bias is None else nn.functional.pad(hidden, (0, 1), value=1.0), run.close()
+            given = {"position_ids": positions.view(-1, C).expand(B, -1), self.cache_is: run, "use_cache": True}
+            hidden = self.model(input_ids=input_ids, **given).logits.to(self.like.dtype)
+        self.states = any(isinstance(layer, LayerState) for layer in memory.layers)
+        return hidden, run.close()
 
     @torch.no_grad()
     def fill(self, input_ids: Tensor, memory: WrappedMemory, chunks: Sequence[Chunk], options: Options) -> Written:
         """See protocol.Model."""
-        if len(chunks) > 1 and (options.dropout_seed is not None or self.states):  # masks and states are one chunk's
-            for chunk, ids in zip(chunks, input_ids.split([c.stop - c.start for c in chunks], 1), strict=True):
-                memory.write([chunk], self.fill(ids, memory, [chunk], options))
-            return []
         return self.run(input_ids, memory, chunks, options)[1]
-
-    @contextmanager
-    def attending(self, run: Run) -> Iterator[None]:
-        """Within the block, the model attends as we do."""
-        with changed([self.config], "_attn_implementation", lambda _: NAME), changed([Run], "now", lambda _: run):
-            yield
-
-
-@contextmanager
-def changed(things: Iterable[Any], name: str, make: Callable[[Any], Any]) -> Iterator[None]:
-    """Within the block, each thing's attribute of this name is what `make` makes of the thing."""
-    before = [(thing, getattr(thing, name), name in vars(thing)) for thing in things]
-    for thing, *_ in before:
-        setattr(thing, name, make(thing))
-    try:
-        yield
-    finally:
-        for thing, value, own in before:
-            if own or not callable(value):
-                setattr(thing, name, value)
-            else:  # its class's
-                delattr(thing, name)
 
 
 def wrap(model: Any) -> Wrapped:
@@ -180,9 +163,7 @@ def wrap(model: Any) -> Wrapped:
     """
     try:
         wrapped = Wrapped(model)
-        devices = [wrapped.like.device] if wrapped.like.is_cuda else []
-        with torch.random.fork_rng(devices), changed(model.parameters(), "requires_grad", lambda _: False):
-            check(wrapped)
+        check(wrapped)
     except Exception as error:
         what = str(error)
         if not isinstance(error, InputError):
@@ -194,41 +175,43 @@ def wrap(model: Any) -> Wrapped:
 
 
 def check(wrapped: Wrapped) -> None:
-    """Find out what the model draws and remembers. Raises InputError unless chunks compute what it does as a whole."""
-    model, head, device = wrapped.model, wrapped.lm_head, wrapped.like.device
-    options, leaves, forward = Options(recompute=bool(wrapped.layers)), list[Any](), head.linear.forward
-    ids = torch.randint(head.weight.shape[0], (2, 13), generator=torch.Generator().manual_seed(0)).to(device)
-    with changed(model.modules(), "training", lambda _: True), torch.no_grad():
-        torch.manual_seed(0)
-        drawn = model(input_ids=ids, use_cache=False), torch.rand(9, device=device)
-        torch.manual_seed(0)
-        wrapped.draws = not torch.equal(drawn[1], torch.rand(9, device=device))
+    """Find out what the model draws. Raises InputError unless chunks compute what it does as a whole."""
+    model, head, embedding = wrapped.model, wrapped.lm_head, wrapped.model.get_input_embeddings()
+    ids = torch.randint(len(head.weight), (2, 10), generator=torch.Generator().manual_seed(0)).to(wrapped.like.device)
+    random, forward, pairs = torch.cuda if ids.is_cuda else torch, head.linear.forward, list[Any]()
+    probe = torch.zeros_like(embedding(ids), requires_grad=True)  # its gradient will have passed through all layers
 
-    def keep(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-        leaves.append(output.detach().requires_grad_())  # its gradient will have passed through all layers
-        return 1 * leaves[-1]  # which may be changed in place
+    def probed(module: nn.Module, inputs: Any, x: Tensor) -> Tensor:
+        return x + probe[:, span(Run.now.chunks) if Run.now is not None else slice(None)]
 
-    with (
-        # bitsandbytes packs the weights of a layer in evaluation, for good
-        changed(model.modules(), "training", lambda module: "bitsandbytes" in type(module).__module__),
-        model.get_input_embeddings().register_forward_hook(keep),
-    ):
+    training = [(module, "training", True) for module in model.modules()]
+    # bitsandbytes packs the weights of a layer in evaluation, for good
+    evaluating = [(module, "training", "bitsandbytes" in type(module).__module__) for module in model.modules()]
+    frozen = [(parameter, "requires_grad", False) for parameter in model.parameters()]
+    with changed(*training, *frozen), torch.no_grad():
+        before = random.get_rng_state()
+        model(input_ids=ids, use_cache=False)
+        wrapped.draws = not torch.equal(before, random.get_rng_state())
+        random.set_rng_state(before)
+    only = (wrapped, "parameters", lambda: iter([probe]))  # is in training
+    with changed(*evaluating, *frozen, only), embedding.register_forward_hook(probed):
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-        (gradient,) = torch.autograd.grad(loss, leaves)
-        memory: Any = new_memory(wrapped, ids, TRIED, options)
-        fill(wrapped, ids, TRIED[:-1], memory, options)
-        leaves.clear()
-        total = torch.zeros_like(loss)
-        for chunk in reversed(TRIED):
-            part, written, received = rebuild(wrapped, make_batch(ids, ids, None), chunk, memory, options)
-            torch.autograd.backward([part, *written], [None, *received])
-            total += part.detach()
-        got = torch.cat([leaf.grad for leaf in reversed(leaves)], 1)
-        with torch.no_grad(), changed([head.linear], "forward", lambda _: lambda x: 1000 * forward(x)):
+        (gradient,) = torch.autograd.grad(loss, probe)
+        for size in (4, 1):  # for a single token some models have other code
+            pairs.append((seco(wrapped, ids, ids, size, recompute=bool(wrapped.layers)), loss))
+            pairs.append((probe.grad, gradient))
+            probe.grad = None
+        with torch.no_grad(), changed((head.linear, "forward", lambda x: 1000 * forward(x))):
             large = model(input_ids=ids, use_cache=False).logits  # where a cap is felt
-            expected = head(1000 * wrapped.run(ids)[0])
-    pairs = (total, loss), (got, gradient), (expected, large)
+            pairs.append((head(1000 * wrapped.run(ids)[0]), large))
+    if not wrapped.states:
+        with torch.no_grad(), changed(*evaluating):
+            far = min(wrapped.longest, 2**20) - 10  # where a second document begins, which knows nothing of the first
+            told = Options(positions=torch.arange(-far, 10).to(ids), documents=Documents((0, far), 0, far))
+            memory, alone = wrapped.new_memory(2, far, (), told), wrapped.run(ids)[0]
+            pairs.append((wrapped.run(ids, memory, [Chunk(far, far + 10)], told)[0], alone))
     off = [float((x.detach() - y.detach()).norm() / y.detach().norm()) for x, y in pairs]
-    if not max(off) < (1e-3 if got.dtype.itemsize > 2 else 2**-4):
-        raise InputError("its loss, gradient and large logits would be off by " + ", ".join(f"{x:.0e}" for x in off))
-    wrapped.states = any(isinstance(layer, LayerState) for layer in memory.layers)
+    right = [x < (1e-3 if gradient.dtype.itemsize > 2 else 0.25) for x in off]  # one that is, in bfloat16: 0.1
+    wrapped.takes_documents = all(right[5:]) and not wrapped.states
+    if not all(right[:5]):
+        raise InputError("its loss, gradient or large logits would be off by " + ", ".join(f"{x:.0e}" for x in off))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batch import Batch, ChunkLoss, Objective, check_loss, check_positions, check_tokens, make_batch, widen_gradients
+from ..batch import Batch, ChunkLoss, Objective, check_loss, lay_out, widen_gradients
 from ..chunks import Chunk, check_fill_size, cut, span
 from ..errors import InputError
 from ..loss import loss_of_chunk
@@ -35,7 +35,7 @@ def pipeline_seco(stage: PipelineStage, input_ids: Tensor, labels: Tensor, chunk
 
     Called on all ranks with the same arguments; returns the loss on all of them. A tied weight gets its whole gradient
     on the first and on the last rank.
-    options: the keywords of `seco`, but for `layers_at_once`, `offload`, `graphs` and `share`.
+    options: the keywords of `seco`, but for `layers_at_once`, `offload` and `graphs`.
     Raises InputError also if ranks do not agree on the batch, and RankLost if one of them ends or does not answer.
     """
     return pipeline_spaco(
@@ -48,7 +48,7 @@ def pipeline_spaco(
     chunk_loss: ChunkLoss | None = None, sampler: Sampler = QUARTER, generator: torch.Generator | None = None,
     fill_size: int | None = None, num_targets: float | None = None, recompute: bool = False,
     cache_grad_dtype: torch.dtype | None = None, layers_at_once: int | None = None, offload: bool = False,
-    positions: Tensor | None = None, share: bool = False,
+    positions: Tensor | None = None, starts: Sequence[int] = (), share: bool = False,
 ) -> Tensor:  # fmt: skip
     """`spaco` of a model whose layers are on several ranks; see pipeline_seco.
 
@@ -56,16 +56,13 @@ def pipeline_spaco(
     """
     if layers_at_once is not None or offload:  # a rank's next block could only begin when the ranks above are all done
         raise InputError("layers_at_once and offload are for one process: ranks that cut their layers would take turns")
-    if share:
-        raise InputError("share is for one process: ranks do not hand on one row in the place of several yet")
     check_fill_size(fill_size, chunk_size)
-    check_tokens(input_ids, labels, num_targets, stage.vocab_size)
-    check_loss(num_targets, objective, chunk_loss)
+    check_loss(num_targets, objective, chunk_loss, share)
+    batch = lay_out(stage, stage.vocab_size, input_ids, labels, num_targets, positions, starts, share, chunk_size)
     widen_gradients(stage)
-    positions = check_positions(stage, positions, input_ids)
-    batch = make_batch(input_ids, labels, num_targets)._replace(chunk_loss=chunk_loss)
-    chunks, links = cut(input_ids.shape[1], chunk_size), stage.links
-    options = Options(fill_size, recompute, cache_grad_dtype, positions=positions)
+    batch, input_ids, documents = batch._replace(chunk_loss=chunk_loss), batch.input_ids, batch.documents
+    chunks, links = cut(input_ids.shape[1], chunk_size, documents), stage.links
+    options = Options(fill_size, recompute, cache_grad_dtype, positions=batch.positions, documents=documents)
     drawn = check_weights(sampler(len(chunks), generator), len(chunks)) if links.is_first else []
     weights, options, below_learns = agree(stage, input_ids, chunks, options, drawn, objective is not None)
     kept = [(chunk, weight) for chunk, weight in zip(chunks, weights, strict=True) if weight is not None]
@@ -103,6 +100,7 @@ def weigh_on_the_last(
     for group, hidden in outputs(run, batch, chunks, memory, options):
         if stage.links.is_last:
             scores.keep(group, hidden)
+        del hidden
     return weigh(objective, batch, scores.log_probs()) if stage.links.is_last else (batch, torch.zeros(()))
 
 

@@ -14,6 +14,7 @@ from ..errors import InputError
 from ..files.atomic import replacing
 from ..files.chat import load_chat_template
 from ..files.documents import MEASURED_ON, SHIPPED_MODEL, Document, collate, novel
+from ..models.lora import without_dropout
 from ..models.partial import describe
 from ..models.stack import Stack
 from .load import load_as_told, read_pieces
@@ -40,16 +41,15 @@ def loss_by_position(
     Runs chunk by chunk. model: or a `PipelineStage`, on all processes; the copies of a pipeline share the documents.
     title: of a progress bar; empty for none.
     """
-    ranks, was_training = Ranks(model), model.training
+    ranks = Ranks(model)
     sums = torch.zeros(2, max(map(len, documents), default=1), dtype=torch.float64)  # losses; targets
-    model.eval()
     hidden = not (title and ranks.is_first)
-    for _, document in tqdm(ranks.mine(documents), title, unit="document", leave=False, disable=hidden):
-        input_ids, labels = collate([document], model.like.device)
-        targets = shift(labels)
-        for rows, losses in model.chunk_losses(input_ids, targets, chunk_size):
-            sums[:, rows] += torch.stack([losses[0], targets[0, rows] != IGNORE]).double().cpu()
-    model.train(was_training)
+    with without_dropout(model):
+        for _, document in tqdm(ranks.mine(documents), title, unit="document", leave=False, disable=hidden):
+            input_ids, labels = collate([document], model.like.device)
+            targets = shift(labels)
+            for rows, losses in model.chunk_losses(input_ids, targets, chunk_size):
+                sums[:, rows] += torch.stack([losses[0], targets[0, rows] != IGNORE]).double().cpu()
     ranks.add(sums)
     totals = [(start, stop, *sums[:, start:stop].sum(1).tolist()) for start, stop in spans]
     return [Span(start, stop, total / count) for start, stop, total, count in totals if count]

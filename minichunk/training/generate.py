@@ -9,6 +9,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..files.documents import check_text, end_of_text
 from ..models.config import several
+from ..models.lora import without_dropout
 from ..models.stack import Stack
 from ..protocol import Options
 from .load import load_as_told
@@ -35,20 +36,17 @@ def generate(
         raise InputError(f"input_ids must lie between 0 and {model.config.vocab_size - 1}")
     ends = model.config.eos_token_id if model.ends is None else model.ends
     stop_ids = torch.tensor(several(ends), dtype=torch.int64, device=input_ids.device)
-    was_training, memory = model.training, model.new_memory(B, T + max_new_tokens)
-    model.eval()
+    memory, new = model.new_memory(B, T + max_new_tokens), input_ids
     options = Options(positions=torch.arange(T + max_new_tokens, device=input_ids.device))
-    for _, hidden in model.run_chunks(input_ids, memory, chunk_size, options=options):  # noqa: B007 (the last one is what counts)
-        pass
     done = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
-    for position in range(T, T + max_new_tokens):
-        new = choose(model.lm_head(hidden[:, -1]), temperature, top_p, generator)  # (B, 1)
-        input_ids = torch.cat([input_ids, new], dim=1)
-        done |= torch.isin(new[:, 0], stop_ids)
-        if done.all() or position == T + max_new_tokens - 1:
-            break
-        ((_, hidden),) = model.run_chunks(new, memory, 1, start=position, options=options)
-    model.train(was_training)
+    with without_dropout(model):
+        while input_ids.shape[1] < T + max_new_tokens and not done.all():
+            start = input_ids.shape[1] - new.shape[1]
+            for _, hidden in model.run_chunks(new, memory, chunk_size, start, options):  # noqa: B007 (the last one counts)
+                pass
+            new = choose(model.lm_head(hidden[:, -1]), temperature, top_p, generator)  # (B, 1)
+            input_ids = torch.cat([input_ids, new], dim=1)
+            done |= torch.isin(new[:, 0], stop_ids)
     return input_ids
 
 

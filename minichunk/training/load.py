@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from ..batch import make_batch
 from ..errors import InputError
 from ..files import documents
 from ..files.atomic import check_room
@@ -22,11 +23,9 @@ from ..models.lora import add_lora, default_targets
 from ..models.partial import partial_context
 from ..models.shapes import layer_memory_bytes, random_model
 from ..models.stack import Stack
-from ..pipeline.links import Links
+from ..pipeline.links import Links, local_device, started
 from ..pipeline.pipeline_seco import pipeline_seco, pipeline_spaco
-from ..pipeline.split_layers import split_layers
-from ..pipeline.stage import PipelineStage
-from ..pipeline.start import local_device, started
+from ..pipeline.stage import PipelineStage, split_layers
 from ..seco import seco
 from ..spaco import spaco
 from .loop import Gradient
@@ -50,8 +49,10 @@ def load_to_train(options: TrainOptions, links: Links | None = None) -> tuple[An
     stages: list[PipelineStage] = []
 
     def prepare(model: Stack) -> None:
-        if not isinstance(model, Stack) and (links is not None or options.offload):
-            raise InputError("--pipeline and --offload need a model of minichunk's own: leave them out")
+        if not isinstance(model, Stack) and (links is not None or options.offload or options.layers_at_once):
+            raise InputError(
+                "--pipeline, --layers-at-once and --offload need a model of minichunk's own: leave them out"
+            )
         if (pattern := options.pattern()) is not None:
             partial_context(model, pattern, options.full_layers)
         if rope := options.rope_parameters():
@@ -106,6 +107,9 @@ def load_data(options: TrainOptions, model: Stack, tokenizer: Tokenizer) -> tupl
         count = min(round(len(training) * options.val_fraction) or int(options.val_fraction > 0), len(training) - 1)
         training, validation = training[: len(training) - count], training[len(training) - count :]
         line += f"\n        held out: the last {count:,} of them"
+    if options.pack:
+        training, how = documents.pack_documents(training, options.seq_len, options.pack == "apart")
+        line += f"\n        {how}"
     longest_first = sorted(validation, key=len, reverse=True)  # stable: those that reach the far positions
     return training, longest_first[: options.eval_documents], line
 
@@ -118,7 +122,8 @@ def load_teacher(options: TrainOptions, tokenizer: Tokenizer, vocab_size: int) -
     same = documents.load_tokenizer(options.teacher).get_vocab() == tokenizer.get_vocab()
     if not same or teacher.lm_head.weight.shape[0] != vocab_size:
         raise InputError(f"--teacher is {options.teacher}, whose vocabulary is not the model's, as it has to be")
-    return teacher.requires_grad_(False)
+    teacher.requires_grad_(False)
+    return teacher
 
 
 def make_gradient(options: TrainOptions, reference: Mapping[str, Any] | None = None, teacher: Any = None) -> Gradient:
@@ -133,9 +138,10 @@ def make_gradient(options: TrainOptions, reference: Mapping[str, Any] | None = N
             told |= {"objective": lambda log_probs: compared(log_probs) / options.accumulate}
             told |= {"share": True} if shares_prompts(model, options) else {}
         elif teacher is not None:
-            told["chunk_loss"] = distillation(teacher, model, input_ids, labels, num_targets, options.chunk_size)
+            whole = make_batch(input_ids, labels, num_targets)
+            told["chunk_loss"] = distillation(teacher, model, whole, options.chunk_size)
         else:
-            told["num_targets"] = num_targets
+            told |= {"num_targets": num_targets, "starts": batch[0].starts}
         over_ranks, given = isinstance(model, PipelineStage), (model, input_ids, labels)
         if options.method == "full":
             loss = full(*given, **{name: x for name, x in told.items() if name not in keywords or name == "recompute"})

@@ -12,11 +12,11 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 
-from ..chunks import Chunk, cut
+from ..chunks import ONE, Chunk, Documents, cut
 from ..errors import InputError
 from ..files.documents import SHIPPED_MODEL
 from ..memory.window import Pattern, Strided, Window
-from ..pipeline.start import started
+from ..pipeline.links import started
 from ..protocol import Options
 from ..samplers import Bernoulli, FixedBudget, PaperBudget, most_kept
 from ..spaco import Sampler
@@ -35,14 +35,15 @@ def option(
     default: Any, help: str, *, group: str | None = None, metavar: str = "", absent: str = "",
     choices: Collection[str] = (), least: float | None = None, above: float | None = None, most: float | None = None,
     below: float | None = None, belongs: tuple[str, tuple[str, ...]] | None = None, positional: bool = False,
-    none: bool = False,
+    none: bool = False, bare: str = "",
 ) -> Any:  # fmt: skip
     """A field of a dataclass of options. Its annotation says what is read: int, float, str, bool, a tuple of them.
 
     default: `MISSING` if it has to be given; None, whatever the annotation says, if it is chosen for the case.
     absent: the default in words. group: its title in the help; None: that of the option before it; "": none.
     least, above, most, below: bounds of every number. belongs: another option, and which values it must have for this
-    one; (): any but None and false. positional: without `--`. none: a tuple may be empty.
+    one; (): any but None and false. positional: without `--`. none: a tuple may be empty. bare: the value of an option
+    that is given without one.
     """
     return field(default=default, metadata={name: value for name, value in locals().items() if name != "default"})
 
@@ -144,6 +145,8 @@ class StepOptions:
     objective: str | None = option(
         None, "another loss: preferences (rows of prompt, chosen, rejected; of kto prompt, completion, label), or what "
         "--teacher says of each token", choices=(*PREFERENCES, "distill"), absent="the mean")
+    teacher: str | None = option(None, "distill: a larger checkpoint of the same vocabulary", metavar="DIR",
+                                 belongs=("objective", ("distill",)))
     seq_len: int = option(2048, "tokens per document piece, or of each of two answers with its prompt", least=2)
     chunk_size: int = option(256, "tokens per chunk", least=1)
     fill_size: int | None = option(None, "tokens per forward pass of the fill", least=1, absent="the chunk size")
@@ -175,6 +178,8 @@ class StepOptions:
         check_options(self)
         if self.fill_size is not None and self.fill_size < self.chunk_size:
             raise InputError(f"--fill-size is {self.fill_size}, but must be at least {self.chunk_size}, a chunk")
+        if self.objective == "distill" and self.teacher is None:
+            raise InputError("--objective distill needs a --teacher")
         if self.load_in_4bit and self.rank == 0:
             raise InputError("--load-in-4bit freezes the base: it needs an adapter, --rank of at least 1")
         if (given := self.layers_at_once) not in (None, "auto") and not (given.isdecimal() and int(given)):
@@ -200,13 +205,14 @@ class StepOptions:
         how |= {"layers_at_once": self.layers_at_once and int(self.layers_at_once), "offload": self.offload}
         return how | ({"graphs": self.graphs} if self.graphs else {})
 
-    def trunk(self, tokens: int) -> int:
-        """How many first tokens of so many are taken to be the same in all rows."""
-        return 0
+    def row(self, tokens: int) -> tuple[int, Documents]:
+        """The positions of a row that is run for texts of so many tokens, and its documents."""
+        return tokens, ONE
 
     def chunks(self, tokens: int) -> tuple[list[Chunk], list[Chunk]]:
         """All chunks of a text, and the most of them that a step backpropagates: as many, at the end of it."""
-        chunks = cut(tokens, self.chunk_size, self.trunk(tokens))
+        length, documents = self.row(tokens)
+        chunks = cut(length, self.chunk_size, documents)
         kept = most_kept(self.sampler, self.budget or 1, len(chunks)) if self.method == "spaco" else len(chunks)
         return chunks, chunks[-kept:]
 
@@ -242,6 +248,9 @@ class TrainOptions(StepOptions, ModelOptions):
     val_fraction: float = option(0.1, "part of the data held out", least=0, below=1)
     eval_documents: int = option(8, "held-out documents to measure", least=0)
     chat_template: bool = option(True, "put prompt and completion into the model's template", absent="if it has one")
+    pack: str | None = option(
+        None, "many documents in a row of --seq-len tokens; each learns as if alone, or with open a row is "
+        "one text", choices=("apart", "open"), absent="each by itself", metavar="open", bare="apart")
     rope: str | None = option(
         None, "yarn:4 (2309.00071, the least training) or linear:4, for 4 times the length of the first training",
         absent="as the config says", metavar="TYPE:FACTOR", group="positions")
@@ -254,8 +263,6 @@ class TrainOptions(StepOptions, ModelOptions):
                                 above=0, absent="0.1; 2 for simpo", belongs=("objective", PREFERENCES))
     gamma: float = option(1.0, "simpo: the margin that is asked for", least=0, belongs=("objective", ("simpo",)))
     desirable_weight: float = option(1.0, "kto: of label true; else 1", above=0, belongs=("objective", ("kto",)))
-    teacher: str | None = option(None, "distill: a larger checkpoint of the same vocabulary", metavar="DIR",
-                                 belongs=("objective", ("distill",)))
     steps: int = option(60, "optimizer steps", least=1, group="training")
     batch_size: int = option(1, "pieces at a time", least=1)
     accumulate: int = option(None, "batches per step, of all copies together", least=1, absent="one for each copy")
@@ -299,10 +306,8 @@ class TrainOptions(StepOptions, ModelOptions):
             raise InputError(f"{names} belong to --method seco and spaco")
         if self.objective in PREFERENCES and not self.data:
             raise InputError(f"--objective {self.objective} needs --data with rows of answers")
-        if self.objective in PREFERENCES and self.graphs:
-            raise InputError(f"--graphs is not for --objective {self.objective}")
-        if self.objective == "distill" and self.teacher is None:
-            raise InputError("--objective distill needs a --teacher")
+        if self.pack and (self.objective or self.batch_size > 1):
+            raise InputError("--pack fills a row by itself: leave out --batch-size and --objective")
         world, ranks = started().world, self.pipeline or 1
         if self.objective and world > 1:
             raise InputError(f"--objective {self.objective} is for one process")

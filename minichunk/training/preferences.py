@@ -5,23 +5,22 @@ answers is all that a run keeps of it.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from ..batch import IGNORE, ChunkLoss, make_batch
-from ..chunks import Chunk, span
+from ..batch import IGNORE, Batch, ChunkLoss
+from ..chunks import Chunk, Documents, span
+from ..errors import InputError
 from ..files.documents import Pair, collate, step_documents
-from ..losses import dpo, ipo, kto, means, orpo, simpo
+from ..losses import divergence, dpo, ipo, kto, log_probs, means, orpo, simpo
 from ..losses import pairs as halves
-from ..memory.cache import LayerCache
-from ..memory.window import FULL
+from ..models.lora import without_dropout
 from ..models.stack import Stack
-from ..objective import log_probs
 from ..protocol import Options
 from .options import TrainOptions
 
@@ -78,10 +77,14 @@ def averages(measures: Sequence[Sequence[float]]) -> dict[str, float]:
 
 
 def shares_prompts(model: Any, options: TrainOptions) -> bool:
-    """Whether a pair's prompt runs once: in chunks, where all layers see all of the past; see memory/shared.py."""
-    if options.method == "full" or not getattr(model, "has_trunk", False):
+    """Whether a pair's prompt runs once: in chunks, unless layers or rope of the model refuse it; see tree.py."""
+    if options.method == "full" or not isinstance(model, Stack):
         return False
-    return all(isinstance(cache, LayerCache) and cache.pattern == FULL for cache in model.new_memory(1, 1).layers)
+    with suppress(InputError):
+        model.new_memory(1, 2, (), Options(documents=Documents((0, 1), 1)))
+        model.shared(model.like, torch.arange(2, device=model.like.device), None)
+        return True
+    return False
 
 
 @torch.no_grad()
@@ -90,15 +93,14 @@ def score_pairs(model: Stack, pairs: Sequence[Pair], options: TrainOptions, titl
 
     Pair by pair, in the chunks that a step has: of a step with one pair in a batch they are the same to the last bit.
     """
-    was_training, whole = model.training, options.method == "full"
-    found, share = dict[str, Tensor](), shares_prompts(model, options)
-    model.eval()
-    for pair in tqdm(pairs, title, unit="pair", leave=False):
-        input_ids, labels = collate([pair], next(model.parameters()).device)
-        size, fill_size = (options.seq_len, None) if whole else (options.chunk_size, options.fill_size)
-        scores = log_probs(model, input_ids, labels, size, fill_size=fill_size, share=share)
-        found |= {f"{pair.name}, row {i}": scores[i][labels[i] != IGNORE].cpu() for i in (0, 1)}
-    model.train(was_training)
+    size = options.seq_len if options.method == "full" else options.chunk_size
+    how: Any = {"fill_size": options.fill_size, "share": shares_prompts(model, options)}
+    found = dict[str, Tensor]()
+    with without_dropout(model):
+        for pair in tqdm(pairs, title, unit="pair", leave=False):
+            input_ids, labels = collate([pair], next(model.parameters()).device)
+            scores = log_probs(model, input_ids, labels, size, **how)
+            found |= {f"{pair.name}, row {i}": scores[i][labels[i] != IGNORE].cpu() for i in (0, 1)}
     return found
 
 
@@ -131,23 +133,16 @@ def measure_pairs(
     return {"loss": sum(losses) / len(losses), **averages(measures)} if losses else {}
 
 
-def distillation(
-    teacher: Stack, model: Any, input_ids: Tensor, labels: Tensor, num_targets: int, chunk_size: int
-) -> ChunkLoss:
-    """Σ_v t log(t / p), the forward KL of the model's p from the teacher's t, summed over targets / num_targets.
+def distillation(teacher: Stack, model: Any, batch: Batch, chunk_size: int) -> ChunkLoss:
+    """`losses.divergence` from the teacher, summed over the batch's targets.
 
-    The teacher runs here, chunk by chunk; its last hidden states are kept. The logits of one chunk exist at a time.
+    The teacher runs here, chunk by chunk; its last hidden states are kept, and nothing else of it.
     """
-    batch = make_batch(input_ids, labels, num_targets)
-    memory = teacher.new_memory(*input_ids.shape)
-    options = Options(positions=torch.arange(input_ids.shape[1], device=input_ids.device))
-    hidden = torch.cat([h for _, h in teacher.run_chunks(input_ids, memory, chunk_size, options=options)], 1)
+    hidden = torch.cat([x for _, x in teacher.run_chunks(batch.input_ids, None, chunk_size)], 1)
 
     def chunk_loss(of_model: Tensor, chunk: Chunk) -> Tensor:
-        here = batch.part([chunk]).labelled.to(of_model.device)
-        says, learns = teacher.lm_head(hidden[:, span([chunk])][here]), model.lm_head(of_model[here])  # (N, V)
-        wide = torch.promote_types(learns.dtype, torch.float32)
-        t, p = (logits.log_softmax(-1, dtype=wide) for logits in (says, learns))
-        return F.kl_div(p, t, reduction="sum", log_target=True) / num_targets
+        of_teacher, part = hidden[:, span([chunk])], batch.part([chunk])
+        summed = divergence(of_model, model.lm_head.weight, of_teacher, teacher.lm_head.weight, part.labelled)
+        return summed / batch.num_targets
 
     return chunk_loss

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import exp, sqrt
 from random import Random
 from statistics import fmean
@@ -16,8 +17,8 @@ from ..batch import IGNORE, shift
 from ..errors import InputError
 from ..files.chat import ChatTemplate
 from ..files.documents import Document, Row, collate, encode
+from ..models.lora import without_dropout
 from ..models.stack import Stack
-from ..protocol import Options
 
 # As in arXiv 2305.16300. The answer is begun for the model: so a chat model, too, says the passkey and nothing before.
 NEEDLE = "\n\nThe pass key is {key}. Remember it. {key} is the pass key.\n\n"
@@ -45,19 +46,14 @@ def recall(
     """
     for length in lengths:
         hide(text_ids, tokenizer, chat, length, 0.0, Random(seed))  # refuses before anything is measured
-    was_training = model.training
-    model.eval()
     cells = [Cell(length, depth, [], []) for length in lengths for depth in depths]
-    with tqdm(total=trials * len(cells), desc="recall", unit="text", leave=False) as bar:
-        for cell in cells:
-            for trial in range(trials):
-                random = Random(f"{seed} {cell.length} {cell.depth} {trial}")
-                document = hide(text_ids, tokenizer, chat, cell.length, cell.depth, random)
-                found, log_prob = score(model, document, chunk_size)
-                cell.found.append(found)
-                cell.log_probs.append(log_prob)
-                bar.update()
-    model.train(was_training)
+    with without_dropout(model):
+        for cell, trial in tqdm([*product(cells, range(trials))], "recall", unit="text", leave=False):
+            random = Random(f"{seed} {cell.length} {cell.depth} {trial}")
+            document = hide(text_ids, tokenizer, chat, cell.length, cell.depth, random)
+            found, log_prob = score(model, document, chunk_size)
+            cell.found.append(found)
+            cell.log_probs.append(log_prob)
     return cells
 
 
@@ -92,15 +88,10 @@ def score(model: Stack, document: Document, chunk_size: int) -> tuple[bool, floa
     """Whether each label is the likeliest token, so that greedy decoding writes them, and their log-probability."""
     input_ids, labels = collate([document], model.like.device)
     targets = shift(labels)[0]
-    options = Options(positions=torch.arange(len(document), device=input_ids.device))
-    found, log_prob, memory = True, 0.0, model.new_memory(*input_ids.shape)
-    for rows, hidden in model.run_chunks(input_ids, memory, chunk_size, options=options):
-        is_asked = targets[rows] != IGNORE
-        expected = targets[rows][is_asked]  # (n,)
-        log_probs = model.lm_head(hidden[0, is_asked]).double().log_softmax(-1)  # (n, V)
-        found = found and bool((log_probs.argmax(-1) == expected).all())
-        log_prob += float(log_probs.gather(1, expected[:, None]).sum())
-    return found, log_prob
+    chunks = model.run_chunks(input_ids, None, chunk_size)
+    asked = torch.cat([hidden[0, targets[rows] != IGNORE] for rows, hidden in chunks])
+    expected, log_probs = targets[targets != IGNORE], model.lm_head(asked).double().log_softmax(-1)  # (n), (n, V)
+    return bool((log_probs.argmax(-1) == expected).all()), float(log_probs.gather(1, expected[:, None]).sum())
 
 
 def wilson(found: int, trials: int) -> tuple[float, float]:

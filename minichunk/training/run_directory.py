@@ -5,7 +5,7 @@ import resource
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from ..files.atomic import make_directory, open_tensors, read_json, write_json, 
 from ..files.checkpoint import BESIDE, digest
 from ..files.documents import SHIPPED_MODEL
 from ..models.adapter_files import save_adapter
+from ..models.stack import Stack
 from .evaluate import Span, draw_losses, new_figure, save_figure
 from .loop import Ranks, Trainer
 from .options import TrainOptions, check_options, options_of
@@ -157,10 +158,10 @@ def write_results(ranks: Ranks, run: Run, options: TrainOptions, before: Measure
     else:
         config, longest = model.config, max(context, options.seq_len)
         rule = getattr(config, "rope_scaling", None)
-        if not is_dataclass(config):  # transformers'
+        if not isinstance(model, Stack):  # transformers'
             config.max_position_embeddings = longest
         elif rule is None or rule.rope_type != "dynamic":  # which stretches by the old length
-            model.config = replace(config, max_position_embeddings=longest)  # type: ignore[type-var]
+            model.config = replace(config, max_position_embeddings=longest)
         model.save_pretrained(run.model, ranks.whole)
     if not ranks.is_first:
         return

@@ -16,8 +16,7 @@ from ..chunks import cut
 from ..errors import InputError
 from ..files.atomic import human_bytes, write_tensors
 from ..models.partial import describe
-from ..pipeline.links import RankLost
-from ..pipeline.start import linked, local_device, started
+from ..pipeline.links import RankLost, linked, local_device, started
 from .evaluate import loss_by_position, spans_for
 from .load import check_host_room, load_data, load_teacher, load_to_train, make_gradient
 from .loop import NonFiniteLoss, Ranks, Schedule, Trainer

@@ -29,8 +29,7 @@ from ..seco import seco
 from ..spaco import spaco
 from ..training.load import load_as_told, read_pieces
 from ..training.options import ModelOptions, StepOptions, changed, check_options, option
-from .events import Event, read_events, write_events
-from .trace import trace
+from .trace import Event, read_events, trace, write_events
 
 FILES = Path(__file__).parent / "page"
 SCRIPTS = ("state.js", "words.js", "drawing.js", "controls.js")

@@ -12,6 +12,7 @@ from .attention import check_attention
 from .lora import check_lora
 from .loss import check_loss
 from .merge import check_merge
+from .objective import check_objective
 from .relay import check_relay
 from .samplers import check_samplers
 from .seco import check_seco
@@ -20,6 +21,6 @@ from .window import check_window
 
 CHECKS = (
     check_attention, check_merge, check_loss, check_relay, check_seco, check_samplers, check_lora, check_state,
-    check_window,
+    check_window, check_objective,
 )  # fmt: skip
 EXERCISES = [Exercise(n, check.__name__.removeprefix("check_"), check) for n, check in enumerate(CHECKS, start=1)]
