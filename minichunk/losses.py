@@ -68,9 +68,8 @@ def orpo(labels: Tensor, beta: float = 0.1, answers: Tensor | None = None) -> Ob
     within = labels if answers is None else labels.where(answers, IGNORE)
 
     def objective(log_probs: Tensor) -> Tensor:
-        chosen, rejected = pairs(means(log_probs * (within != IGNORE), within))
-        odds = (chosen - rejected) - (log_of_rest(chosen) - log_of_rest(rejected))
-        likely, _ = pairs(log_probs)
+        log_p = means(log_probs * (within != IGNORE), within)
+        odds, (likely, _) = margins(log_p - log_of_rest(log_p)), pairs(log_probs)
         return -likely.sum() / counted(pairs(labels)[0]).sum() - beta * F.logsigmoid(odds).mean()
 
     return objective
