@@ -108,12 +108,6 @@ def test_mistakes_leave_the_model_as_it_was(arguments: Any, words: str) -> None:
     assert torch.equal(model(IDS), before)
 
 
-@pytest.mark.parametrize("bias", ["attention_bias", "attention_out_bias", "mlp_bias"])
-def test_a_bias_that_stock_transformers_would_leave_out(bias: str) -> None:
-    assert partial_config(tiny(3), mc.Window(5)).model_type == "ministral"
-    assert partial_config(tiny(3, **{bias: True}), mc.Window(5)).to_dict()["model_type"] == "partial_context"
-
-
 def test_models_of_another_kind_are_refused() -> None:
     with pytest.raises(mc.InputError, match="a model of the Llama family, not a state_space"):
         mc.partial_context(mc.StateSpace(mc.StateSpaceConfig(23, 8, 4, 2)), mc.Window(4))
