@@ -143,19 +143,6 @@ def test_peft_refuses_the_adapter_of_a_changed_base(kind: str, tmp_path: Path) -
             load(str(tmp_path / "adapter"))
 
 
-def test_the_adapter_of_a_stored_hybrid_is_an_ordinary_one(tmp_path: Path) -> None:
-    hybrid(mc.Window(5, 2)).save_pretrained(tmp_path / "base")
-    model = with_adapter(mc.Llama.from_pretrained(tmp_path / "base"), targets=None)
-    mc.save_adapter(model, tmp_path / "adapter", tmp_path / "base")
-    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["peft_type"] == "LORA"
-    again = mc.Llama.from_pretrained(tmp_path / "base")
-    mc.load_adapter(again, tmp_path / "adapter")
-    assert torch.equal(again(IDS).detach(), model(IDS).detach())
-    mc.merge_lora(again)
-    again.save_pretrained(tmp_path / "merged")
-    assert torch.equal(mc.load_model(tmp_path / "merged")(IDS), again(IDS))
-
-
 def test_an_adapter_of_another_hybrid_is_refused(tmp_path: Path) -> None:
     mc.save_adapter(hybrid(mc.Window(5), adapter=True), tmp_path)
     elsewhere = build(tiny(3), seed=1)
