@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import InputError
 from .full import full
-from .objective import log_probs
+from .losses import log_probs
 from .samplers import Bernoulli, FixedBudget, PaperBudget, Weight
 from .seco import seco
 from .spaco import spaco

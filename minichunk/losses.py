@@ -8,14 +8,40 @@ reference and of the policy that wrote the answers, with the same labels, chunk 
 log-probability, r its reference, σ the logistic function, and Σ and mean go over the tokens of an answer.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .batch import IGNORE, Objective
+from .batch import IGNORE, Objective, lay_out
+from .chunks import check_fill_size, cut
 from .errors import InputError
 from .loss import TILE_ELEMENTS, logits_of, rows_of
+from .objective import score
+from .protocol import Model, Options
+
+
+def log_probs(
+    model: Model, input_ids: Tensor, labels: Tensor, chunk_size: int, *, fill_size: int | None = None,
+    positions: Tensor | None = None, starts: Sequence[int] = (), share: bool = False,
+) -> Tensor:  # fmt: skip
+    """The log-probability of each label at the label's own position, 0 where there is none and at the first one.
+
+    input_ids, labels, positions: int64 (B, T); starts; share: see `seco`.
+    Returns (B, T), in float32 or in the model's dtype where that is wider, without a graph: what an objective of `seco`
+    is given, to the last bit if chunk_size, fill_size and share are the same, as they are to be for a reference.
+    Raises InputError for a batch or a size that does not fit.
+    """
+    check_fill_size(fill_size, chunk_size)
+    vocab_size = model.lm_head.weight.shape[0]
+    batch = lay_out(model, vocab_size, input_ids, labels, 1, positions, starts, share, chunk_size)
+    (B, T), documents = batch.input_ids.shape, batch.documents
+    chunks, seed = cut(T, chunk_size, documents), model.dropout_seed()
+    options = Options(fill_size, dropout_seed=seed, positions=batch.positions, documents=documents)
+    memory = model.new_memory(B, chunks[-1].start, (), options)
+    return score(model, batch, chunks, memory, options)
 
 
 def dpo(reference: Tensor, beta: float = 0.1) -> Objective:
@@ -42,9 +68,8 @@ def orpo(labels: Tensor, beta: float = 0.1, answers: Tensor | None = None) -> Ob
     within = labels if answers is None else labels.where(answers, IGNORE)
 
     def objective(log_probs: Tensor) -> Tensor:
-        chosen, rejected = pairs(means(log_probs * (within != IGNORE), within))
-        odds = (chosen - rejected) - (log_of_rest(chosen) - log_of_rest(rejected))
-        likely, _ = pairs(log_probs)
+        log_p = means(log_probs * (within != IGNORE), within)
+        odds, (likely, _) = margins(log_p - log_of_rest(log_p)), pairs(log_probs)
         return -likely.sum() / counted(pairs(labels)[0]).sum() - beta * F.logsigmoid(odds).mean()
 
     return objective

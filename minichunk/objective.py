@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .batch import Batch, Objective, lay_out
-from .chunks import Chunk, check_fill_size, cut, groups
+from .batch import Batch, Objective
+from .chunks import Chunk, groups
 from .errors import InputError
 from .loss import token_losses
 from .protocol import Memory, Model, Options
@@ -75,24 +75,3 @@ def score(model: Model, batch: Batch, chunks: Sequence[Chunk], memory: Memory, o
         scores.keep(group, hidden)
         del hidden
     return scores.log_probs()
-
-
-def log_probs(
-    model: Model, input_ids: Tensor, labels: Tensor, chunk_size: int, *, fill_size: int | None = None,
-    positions: Tensor | None = None, starts: Sequence[int] = (), share: bool = False,
-) -> Tensor:  # fmt: skip
-    """The log-probability of each label at the label's own position, 0 where there is none and at the first one.
-
-    input_ids, labels, positions: int64 (B, T); starts; share: see `seco`.
-    Returns (B, T), in float32 or in the model's dtype where that is wider, without a graph: what an objective of `seco`
-    is given, to the last bit if chunk_size, fill_size and share are the same, as they are to be for a reference.
-    Raises InputError for a batch or a size that does not fit.
-    """
-    check_fill_size(fill_size, chunk_size)
-    vocab_size = model.lm_head.weight.shape[0]
-    batch = lay_out(model, vocab_size, input_ids, labels, 1, positions, starts, share, chunk_size)
-    (B, T), documents = batch.input_ids.shape, batch.documents
-    chunks, seed = cut(T, chunk_size, documents), model.dropout_seed()
-    options = Options(fill_size, dropout_seed=seed, positions=batch.positions, documents=documents)
-    memory = model.new_memory(B, chunks[-1].start, (), options)
-    return score(model, batch, chunks, memory, options)

@@ -5,12 +5,10 @@ Without a type, it writes tutorials/wrapped_models.md. Each runs in a process of
 
 from __future__ import annotations
 
-import json
-import os
 import resource
-import signal
 import sys
 from functools import partial
+from multiprocessing import TimeoutError, get_context
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -119,22 +117,13 @@ def verdict(model_type: str) -> dict[str, Any]:
 
 
 def in_a_process(model_type: str) -> dict[str, Any]:
-    read, write = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
-        signal.alarm(150)
+    with get_context("fork").Pool(1, resource.setrlimit, (resource.RLIMIT_AS, (8 << 30, 8 << 30))) as pool:
         try:
-            said = verdict(model_type)
-        except BaseException as error:
-            said = {"kind": "WRONG", "why": f"{type(error).__name__}: {error}"}
-        os.write(write, json.dumps(said).encode())
-        os._exit(0)
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        text = pipe.read()
-    os.waitpid(pid, 0)
-    return json.loads(text) if text else {"kind": "not tried", "why": "its tiny model takes minutes"}
+            return pool.apply_async(verdict, [model_type]).get(150)
+        except TimeoutError:  # it may have died, too
+            return {"kind": "not tried", "why": "its tiny model takes minutes"}
+        except Exception as error:
+            return {"kind": "WRONG", "why": f"{type(error).__name__}: {error}"}
 
 
 def page(found: dict[str, dict[str, Any]]) -> str:

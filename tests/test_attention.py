@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from minichunk.chunks import Chunk
+from minichunk.chunks import ONE, Chunk
 from minichunk.costs.count import CountBytes
 from minichunk.memory import kernels
 from minichunk.memory.cache import LayerCache
@@ -144,7 +144,7 @@ def test_runs_are_the_rule(start: int, length: int, most: int, pattern: Pattern)
     stop = start + length
     seen = torch.zeros(length, stop, dtype=torch.int64)
     at = start
-    for run, _ in runs(pattern, start, stop, most):
+    for run, _ in runs(pattern, ONE, start, stop, most):
         assert run.start == at and run.stop <= at + most
         pinned = {j for span in pattern.pinned(0, run.start) for j in range(*span)}
         assert pinned >= {*range(run.low, run.start - pattern.reach)}

@@ -19,7 +19,7 @@ from minichunk.porting.compare import GIVEN, read_mistakes
 from minichunk.samplers import Bernoulli, FixedBudget, PaperBudget
 
 from . import numpy_llama, numpy_state
-from .golden.write import CASES, golden, metadata
+from .golden.write import CASES, TREES, golden, metadata
 from .mutants import MUTANTS
 from .rounding import Exact, measure
 
@@ -35,7 +35,7 @@ def read(path: Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
 @cache
 def measured(name: str) -> Exact:
     """Every tensor of one file, with its noise."""
-    return measure(lambda: golden(CASES[name]))
+    return measure(lambda: golden((CASES | TREES)[name]))
 
 
 def check(name: str, got: dict[str, Any], expected: dict[str, np.ndarray]) -> None:
@@ -44,22 +44,22 @@ def check(name: str, got: dict[str, Any], expected: dict[str, np.ndarray]) -> No
     Exact(values, measured(name).noise).check({key: torch.as_tensor(value) for key, value in got.items()})
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES | TREES)
 def test_rounding_is_what_the_file_says(name: str) -> None:
     """By three random runs, of which the worst of 24 moved a hybrid 7 times as far as the best: a factor of four."""
     exact = measured(name)
     sizes = {key: float(value.norm()) for key, value in exact.values.items() if value.is_floating_point()}
     worst = max(exact.noise[key] / size for key, size in sizes.items() if size > 0)
-    assert worst / 4 <= CASES[name].rounding <= 4 * worst
+    assert worst / 4 <= (CASES | TREES)[name].rounding <= 4 * worst
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES | TREES)
 def test_the_committed_files_are_what_is_written(name: str) -> None:
     """What is given to the last bit, and what is computed up to rounding: processors add up in other orders."""
-    assert {path.stem for path in COMMITTED.glob("*.safetensors")} == CASES.keys()
+    assert {path.stem for path in COMMITTED.glob("*.safetensors")} == (CASES | TREES).keys()
     committed, expected = read(COMMITTED / f"{name}.safetensors")
     got = measured(name).values
-    assert metadata(name, CASES[name]) == committed and expected.keys() == got.keys()
+    assert metadata(name, (CASES | TREES)[name]) == committed and expected.keys() == got.keys()
     assert all(np.array_equal(got[key], value) for key, value in expected.items() if GIVEN.search(key))
     check(name, got, expected)
 
@@ -119,6 +119,28 @@ def test_numpy_in_one_piece_is_full(name: str) -> None:
     check(name, {"full.loss": sum(losses), **grads}, expected)
     last = {key: port.tensors[key.replace("full.grad", f"{of[-1]}seco.chunk.0.grad")] for key in grads}
     check(name, {"full.loss": sum(port.tensors[f"{n}seco.loss"] for n in of), **last}, expected)
+
+
+def test_a_tree_has_the_numbers_of_its_rows() -> None:
+    """Of SeCO: all of the forward pass, what both answers send back to chunk 0, and the gradient."""
+    (metadata, tree), (_, rows) = (read(COMMITTED / f"{name}.safetensors") for name in ("tree", "dpo"))
+    starts, trunk, chunks = (json.loads(metadata[key]) for key in ("starts", "trunk", "chunks"))
+    ends = [*starts[2:], chunks[-1][1]]
+    places = [(0, t) for t in range(trunk)]
+    places += [(n, trunk + t) for n in (0, 1) for t in range(ends[n] - starts[n + 1])]
+    row, position = np.array(places).T
+    assert np.array_equal(rows["input_ids"][row, position], tree["row.input_ids"][0])
+    expected = {f"seco.{key}": rows[f"seco.{key}"] for key in ("log_probs", "token_weights", "loss")}
+    for name in tree:
+        if match := re.fullmatch(r"seco\.chunk\.(\d)\.(.*(hidden|attention|residual|keys|values|logits))", name):
+            axis, here = 2 if match[3] in ("keys", "values") else 1, slice(*chunks[int(match[1])])
+            whole = np.concatenate([rows[f"seco.chunk.{i}.{match[2]}"] for i in range(4)], axis).swapaxes(1, axis)
+            expected[name] = whole[row[here], position[here]][None].swapaxes(1, axis)
+        elif re.fullmatch(r"seco\.chunk\.0\.layer\.\d\.(key|value)_grads", name):
+            expected[name] = rows[name].sum(0, keepdims=True)
+        elif name.startswith("seco.chunk.0.grad."):
+            expected[name] = rows[name]
+    check("tree", {name: tree[name] for name in expected}, expected)
 
 
 def bias(sampler: Any, modules: tuple[Any, Any] | tuple[()] = ()) -> float:

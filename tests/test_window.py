@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import minichunk as mc
-from minichunk.chunks import Chunk, cut
+from minichunk.chunks import ONE, Chunk, cut
 from minichunk.memory import attention, kernels
 from minichunk.memory.attention import Past
 from minichunk.memory.cache import LayerCache
@@ -52,7 +52,7 @@ def positions(length: int, start: int = 0) -> torch.Tensor:
 
 def seen_spans(pattern: Pattern, start: int, stop: int) -> list[tuple[int, int]]:
     """What the queries of a chunk ask of the past: the band before it, and the pinned positions before that."""
-    *_, last = found = [run for run, _ in runs(pattern, start, stop, attention.TILE)]
+    *_, last = found = [run for run, _ in runs(pattern, ONE, start, stop, attention.TILE)]
     bands = [(run.low, start) for run in found[:1] if run.low < start]
     return bands + pattern.pinned(0, min(start, last.low))
 
@@ -168,7 +168,7 @@ def sinks_forgotten(patch: pytest.MonkeyPatch) -> None:
 def sinks_seen_by_all_queries(patch: pytest.MonkeyPatch) -> None:
     """Also by those at the chunk's start that have them in their band."""
     original = Past.seen
-    patch.setattr(Past, "seen", lambda *a: (*original(*a)[:3], [(0, spans) for _, spans in original(*a)[3]]))
+    patch.setattr(Past, "seen", lambda *a: (*original(*a)[:3], [(slice(None), spans) for _, spans in original(*a)[3]]))
 
 
 MISTAKES = [a_window_too_wide, a_mask_off_by_one, sinks_forgotten, sinks_seen_by_all_queries]

@@ -21,15 +21,13 @@ from minichunk.chunks import cut
 from minichunk.command.main import main
 
 from .gradients import combine
-from .rounding import Exact, exactly, outcome, weighted
+from .rounding import Exact, exactly, outcome
 from .tiny_transformers import batch, exact, own, tiny_transformer
 
 import transformers  # isort: skip (if it is there)
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache  # isort: skip (if it is there)
 
-TYPES = [
-    "gemma2", "gemma3n_text", "phi", "gpt_oss", "llama4_text", "qwen3_next", "bamba", "lfm2",
-]  # fmt: skip
+TYPES = ["gemma2", "gemma3n_text", "phi", "gpt_oss", "llama4_text", "qwen3_next", "bamba", "lfm2"]
 WAYS: list[dict[str, Any]] = [{"chunk_size": 5}, {"chunk_size": 4, "recompute": True, "fill_size": 12}]
 MEAN = {"chunk_size": 5, "fill_size": 10, "objective": lambda log_probs: -log_probs.sum() / (log_probs != 0).sum()}
 NAME = "minichunk"
@@ -39,10 +37,12 @@ NAME = "minichunk"
 def test_seco_is_its_own_full_backpropagation(model_type: str) -> None:
     (ids, labels), model = batch(), tiny_transformer(model_type)
     with exact():
+        ids[1, :9], labels[1, :9] = ids[0, :9], labels[0, :9]
         expected = exactly(model, lambda: own(model, ids, labels))
         wrapped = mc.wrap(model)
         expected.check(outcome(model, lambda: mc.full(wrapped, ids, labels)))
-        for way in [*WAYS, MEAN, *([{"chunk_size": 1}] if wrapped.states else [])]:
+        more = [{"chunk_size": 1}] * wrapped.states + [{"chunk_size": 4, "share": True}] * (model_type == "phi")
+        for way in [*WAYS, MEAN, *more]:
             expected.check(outcome(model, partial(mc.seco, wrapped, ids, labels, **way)))
 
 
@@ -72,16 +72,14 @@ def test_a_state_s_adjoint_passes_a_chunk_that_is_skipped() -> None:
 @pytest.mark.parametrize("model_type", ["gemma3n_text", "gpt2"])
 def test_documents_in_a_row_are_as_if_alone(model_type: str) -> None:
     (ids, labels), model, starts = batch(rows=1), tiny_transformer(model_type), [0, 3, 14, 16]
-    count = int((labels[:, [i for i in range(23) if i not in starts]] != IGNORE).sum())
     parts = [slice(*edges) for edges in pairwise([*starts, 23])]
+    count = sum(int((labels[:, part][:, 1:] != IGNORE).sum()) for part in parts)
     with exact():
         wrapped = mc.wrap(model)
-
-        def alone(i: int) -> Tensor:
-            return mc.full(wrapped, ids[:, parts[i]], labels[:, parts[i]], num_targets=count)
-
-        expected = weighted([(1.0, exactly(model, partial(alone, i))) for i in range(4)])
-        expected.check(outcome(model, partial(mc.full, wrapped, ids, labels, starts=starts)))
+        expected = exactly(
+            model,
+            lambda: sum(mc.full(wrapped, ids[:, part], labels[:, part], num_targets=count) for part in parts),
+        )
         for way in WAYS:
             expected.check(outcome(model, partial(mc.seco, wrapped, ids, labels, starts=starts, **way)))
         for other in ("llama4_text", "bamba"):  # one counts by itself, and one has states
@@ -149,12 +147,6 @@ def test_dropout_draws_the_same_masks_whenever_a_chunk_is_run(dropping: Callable
             expected.check(outcome(model, partial(mc.seco, wrapped, ids, labels, 5, **options)))
 
 
-def ignoring(name: str) -> Callable[..., Any]:
-    """Our attention function without a part of what it is asked for."""
-    attend = AttentionInterface()[NAME]
-    return lambda *args, **asked: attend(*args, **{key: x for key, x in asked.items() if key != name})
-
-
 @pytest.mark.parametrize(
     ("model_type", "ignored", "more"),
     [
@@ -171,9 +163,10 @@ def test_who_ignores_a_part_of_a_model_is_found_out(
 ) -> None:
     from minichunk.models import transformers_cache, wrap
 
-    model = tiny_transformer(model_type, **more)
+    model, attend = tiny_transformer(model_type, **more), transformers_cache.attend
     mc.wrap(model)
-    monkeypatch.setitem(AttentionInterface._global_mapping, NAME, ignoring(ignored))
+    less = lambda *args, **asked: attend(*args, **{key: x for key, x in asked.items() if key != ignored})  # noqa: E731
+    monkeypatch.setitem(AttentionInterface._global_mapping, NAME, less)
     if ignored == "mask":
         rule = transformers_cache.Rule(mc.Window())
         monkeypatch.setitem(AttentionMaskInterface._global_mapping, NAME, lambda **_: rule)

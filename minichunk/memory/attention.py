@@ -105,7 +105,8 @@ class Past:
         """Returns (queries, keys, window) of each run, slices of the chunk and of the band; the band's keys and values;
         and what is pinned, with the queries that see it: (queries, spans)."""
         pattern, start, C = self.memory.pattern, self.start, k.shape[2]
-        found = list(runs(pattern, start, start + C, C if pattern.reach == 0 or kernel.takes_many else TILE))
+        most = C if pattern.reach == 0 or kernel.takes_many else TILE
+        found = list(runs(pattern, self.memory.documents, start, start + C, most))
         low = found[0][0].low
         band = [(slice(r.start - start, r.stop - start), slice(r.low - low, r.stop - low), r.window) for r, _ in found]
         pinned = [(slice(a - start, b - start), spans) for _, seen in found for a, b, spans in seen if spans]

@@ -10,11 +10,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..chunks import Chunk
+from ..chunks import ONE, Chunk, Documents
+from ..errors import InputError
 from .attention import Past
 from .kernels import Kernel
 from .layer_memory import MemoryUse
-from .window import FULL, Pattern, Span, Within
+from .window import FULL, Pattern, Span, pinned
 
 Shape = tuple[int, int, int, int]  # (B, G, positions, D) of keys, and of values
 Piece = tuple[int, int, list[Tensor]]  # start, stop, and keys and values of these positions, (B, G, stop - start, D)
@@ -71,17 +72,20 @@ class LayerCache:
 
     def __init__(
         self, shape: Shape, receiving: Sequence[Chunk], like: Tensor, grad_dtype: torch.dtype,
-        pattern: Pattern | Within = FULL,
+        pattern: Pattern = FULL, documents: Documents = ONE,
     ) -> None:  # fmt: skip
+        if documents.trunk and pattern != FULL:
+            raise InputError("share is for full attention, but a layer sees a part of the past")
+        self.documents, self.pinned_in = documents, partial(pinned, pattern, documents)
         self.pattern, self.dtype, self.grad_dtype = pattern, like.dtype, grad_dtype
         self.new_rows = partial(Rows, shape, like)
         capacity, reach = shape[2], pattern.reach
         starts = [*(chunk.start for chunk in receiving), capacity]
-        spans, turns = [*pattern.pinned(0, capacity), *((max(0, start - reach), start) for start in starts)], 0
+        spans, turns = [*self.pinned_in(0, capacity), *((max(0, start - reach), start) for start in starts)], 0
         if joined(spans) != [(0, capacity)]:  # the last chunk that is rebuilt finds what it reaches among the last ones
             spans, turns = spans[:-1], min(reach, capacity)
         self.rows, self.last = self.new_rows(like.dtype, spans), self.new_rows(like.dtype, [(0, turns)])
-        self.pinned = self.new_rows(grad_dtype, [span for chunk in receiving for span in pattern.pinned(*chunk)])
+        self.pinned = self.new_rows(grad_dtype, [span for chunk in receiving for span in self.pinned_in(*chunk)])
         reached = zip(receiving, starts[1:], strict=True)  # by the next chunk that is rebuilt
         self.reached = {chunk: (max(chunk.start, start - reach), chunk.stop) for chunk, start in reached}
         self.sums: dict[Chunk, Rows] = {}  # of what is reached, as soon as something has been sent there
@@ -114,7 +118,7 @@ class LayerCache:
         """Add the gradients (B, G, n, D) that a later chunk sends back to the n positions from that one."""
         stop = position + key_grads.shape[2]
         self.pinned.add(position, key_grads, value_grads)
-        if self.pattern.pinned(position, stop) != [(position, stop)]:  # a band
+        if self.pinned_in(position, stop) != [(position, stop)]:  # a band
             for chunk, (low, high) in self.reached.items():
                 if position < high and low < stop:
                     self.sums[chunk] = self.sums.get(chunk) or self.new_rows(self.grad_dtype, [(low, high)])

@@ -6,7 +6,7 @@ many blocks; with full attention, all), and lets a query *reach* back over those
 In a row of several documents it is about the positions of each, counted from where the document begins.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ..chunks import Documents
-from ..errors import InputError
 
 Span = tuple[int, int]  # positions: (start, stop)
 
@@ -103,60 +102,37 @@ FULL = Window()
 Pattern = Window | Strided
 
 
-@dataclass(frozen=True)
-class Within:
-    """A pattern in each of a row's documents. They see their trunk whole, if there is one."""
-
-    pattern: Pattern
-    documents: Documents
-
-    @property
-    def reach(self) -> int:
-        return self.pattern.reach
-
-    def pinned(self, start: int, stop: int) -> list[Span]:
-        """As far as a later chunk sees them: of a document that no chunk cuts there are none."""
-        spans, (_, trunk, chunk_size) = [], self.documents
-        for begin, end in self.documents.between(start, stop):
-            if end - begin > chunk_size or begin < trunk:
-                inside = self.pattern.pinned(max(start, begin) - begin, min(stop, end) - begin)
-                spans += [(low + begin, high + begin) for low, high in inside]
-        return spans
+def pinned(pattern: Pattern, documents: Documents, start: int, stop: int) -> list[Span]:
+    """What is pinned in between, as far as a later chunk sees it: nothing of a document that no chunk cuts."""
+    spans = []
+    for begin, end in documents.between(start, stop):
+        if end - begin > documents.chunk_size or begin < documents.trunk:
+            spans += shifted(pattern.pinned(max(start, begin) - begin, min(stop, end) - begin), begin)
+    return spans
 
 
-def within(pattern: Pattern, documents: Documents) -> Pattern | Within:
-    """The pattern, or the same in each document. Raises InputError for a trunk that it does not see whole."""
-    if documents.trunk and pattern != FULL:
-        raise InputError("share is for full attention, but a layer sees a part of the past")
-    return Within(pattern, documents) if documents.starts else pattern
+def shifted(spans: Sequence[Span], by: int) -> list[Span]:
+    return [(start + by, stop + by) for start, stop in spans]
 
 
 Seen = tuple[int, int, list[Span]]  # what all queries from one position up to another see of what is pinned
 
 
-def runs(pattern: Pattern | Within, start: int, stop: int, most: int) -> Iterator[tuple[QueryRun, list[Seen]]]:
+def runs(
+    pattern: Pattern, documents: Documents, start: int, stop: int, most: int
+) -> Iterator[tuple[QueryRun, list[Seen]]]:
     """What the queries of a chunk see, first to last, at most so many at a time; and with each run the positions of the
-    past and of the chunk that are pinned before its `low` and were not before another run's."""
-    if isinstance(pattern, Within):
-        yield from _runs_within(pattern, start, stop, most)
-        return
-    at = until = 0
-    while start + at < stop:
-        run = pattern.run(start + at, min(stop, start + at + most))
-        spans = [*pattern.pinned(until, min(start, run.low)), *pattern.pinned(max(until, start), run.low)]
-        yield run, [(run.start, stop, spans)]
-        at, until = run.stop - start, max(until, run.low)
-
-
-def _runs_within(pattern: Within, start: int, stop: int, most: int) -> Iterator[tuple[QueryRun, list[Seen]]]:
-    trunk = pattern.documents.trunk
-    for begin, end in pattern.documents.between(start, stop):
+    past and of the chunk that are pinned before its `low` and were not before another run's of the document."""
+    trunk = documents.trunk
+    for begin, end in documents.between(start, stop):
+        first, last = max(start, begin), min(stop, end)
         seen: list[Seen] = []
-        if trunk and max(start, begin) == max(start, trunk):  # the first one that is not the trunk itself
-            before, inside = Window().pinned(0, min(start, trunk)), Window().pinned(start, trunk)
-            seen.append((max(start, trunk), stop, before + inside))
-        for run, more in runs(pattern.pattern, max(start, begin) - begin, min(stop, end) - begin, most):
-            for first, last, spans in more:
-                seen.append((first + begin, last + begin, [(low + begin, high + begin) for low, high in spans]))
+        if trunk and first == max(start, trunk):  # from here on, all see the trunk
+            seen.append((first, stop, FULL.pinned(0, min(start, trunk)) + FULL.pinned(start, trunk)))
+        at, until, inside = first - begin, 0, first - begin
+        while at < last - begin:
+            run = pattern.run(at, min(last - begin, at + most))
+            spans = pattern.pinned(until, min(inside, run.low)) + pattern.pinned(max(until, inside), run.low)
+            seen.append((run.start + begin, last, shifted(spans, begin)))
             yield QueryRun(run.start + begin, run.stop + begin, run.low + begin, run.window), seen
-            seen = []
+            at, until, seen = run.stop, max(until, run.low), []

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..memory.attention import Past
 from ..memory.cache import LayerCache
 from ..memory.layer_memory import LayerMemory, MemorySpec, wide
-from ..memory.window import FULL, Pattern, within
+from ..memory.window import FULL, Pattern
 from .config import LlamaConfig
 from .stack import Stack
 
@@ -111,8 +111,8 @@ class Layer(nn.Module):
         """For keys and values, as far as the pattern needs them, and the gradients that are sent back to them."""
         attention, grad_dtype = self.self_attn, spec.options.cache_grad_dtype or wide(spec.like)
         shape = (spec.batch, attention.groups, spec.capacity, attention.head_dim)
-        pattern = within(attention.pattern, spec.options.documents)
-        return LayerCache(shape, spec.receiving, spec.like, grad_dtype, pattern)
+        what = attention.pattern, spec.options.documents
+        return LayerCache(shape, spec.receiving, spec.like, grad_dtype, *what)
 
 
 class Llama(Stack):

@@ -26,7 +26,7 @@ from ..memory.cache import LayerCache
 from ..memory.kernels import Plain
 from ..memory.layer_memory import LayerMemories, LayerMemory, MemorySpec, wide
 from ..memory.state import Handed, LayerState
-from ..memory.window import Pattern, Strided, Window, within
+from ..memory.window import Pattern, Strided, Window
 from ..protocol import Written
 
 NAME = "minichunk"  # of our attention, among transformers'
@@ -171,7 +171,7 @@ def attend(
     if dropout:
         raise InputError("dropout of attention's probabilities is not done here: load it with attention_dropout=0")
     run, width, D = Run.now, value.shape[-1], max(query.shape[-1], value.shape[-1])
-    pattern = within(attention_mask.pattern, run.memory.spec.options.documents)
+    pattern, documents = attention_mask.pattern, run.memory.spec.options.documents
     scale = (query.shape[-1] ** -0.5 if scaling is None else scaling) * sqrt(D)  # minichunk's own is 1 / sqrt(D)
     query = query if isclose(scale, 1) else query * scale
     q, k, v = (x if x.shape[-1] == D else F.pad(x, (0, D - x.shape[-1])) for x in (query, key, value))
@@ -179,7 +179,7 @@ def attend(
 
     def make(spec: MemorySpec) -> LayerCache:
         shape, grad_dtype = (*k.shape[:2], spec.capacity, D), spec.options.cache_grad_dtype or wide(k)
-        return LayerCache(shape, spec.receiving, k.new_empty(0), grad_dtype, pattern)
+        return LayerCache(shape, spec.receiving, k.new_empty(0), grad_dtype, pattern, documents)
 
     if not run.closed:
         key.owner = getattr(key, "owner", module)  # who is given the keys of another has its memory (Gemma 3n)

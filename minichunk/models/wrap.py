@@ -120,9 +120,10 @@ class Wrapped:
                 memory.write([chunk], written)
                 parts.append(hidden)
             return torch.cat(parts, 1), []
-        (B, C), told = input_ids.shape, options.positions
+        (B, C), told, documents = input_ids.shape, options.positions, options.documents
         positions = torch.arange(place.start, place.stop, device=input_ids.device) if told is None else told[..., place]
-        if self.longest < 2**62 and int(positions.max()) >= self.longest:
+        lengths = [min(end, place.stop) - begin for begin, end in documents.between(place.start, place.stop)]
+        if documents.trunk + max(lengths) > self.longest:
             raise InputError(f"past {self.longest} tokens it has no positions, or a RoPE that depends on the length")
         run, head = Run(memory, chunks, recompute), self.lm_head
         ours = [(self.config, "_attn_implementation", NAME), (Run, "now", run)]  # the model attends as we do

@@ -17,11 +17,10 @@ from ..batch import IGNORE, Batch, ChunkLoss
 from ..chunks import Chunk, Documents, span
 from ..errors import InputError
 from ..files.documents import Pair, collate, step_documents
-from ..losses import divergence, dpo, ipo, kto, means, orpo, simpo
+from ..losses import divergence, dpo, ipo, kto, log_probs, means, orpo, simpo
 from ..losses import pairs as halves
 from ..models.lora import without_dropout
 from ..models.stack import Stack
-from ..objective import log_probs
 from ..protocol import Options
 from .options import TrainOptions
 
@@ -79,7 +78,7 @@ def averages(measures: Sequence[Sequence[float]]) -> dict[str, float]:
 
 def shares_prompts(model: Any, options: TrainOptions) -> bool:
     """Whether a pair's prompt runs once: in chunks, unless layers or rope of the model refuse it; see tree.py."""
-    if options.method == "full" or not getattr(model, "takes_documents", False):
+    if options.method == "full" or not isinstance(model, Stack):
         return False
     with suppress(InputError):
         model.new_memory(1, 2, (), Options(documents=Documents((0, 1), 1)))

@@ -20,19 +20,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import minichunk.models.load  # noqa: F401 - configs are written by it
-from minichunk.batch import IGNORE, Objective, prepare, shift
+from minichunk.batch import IGNORE, Batch, Objective, prepare, shift
 from minichunk.blocks import Hidden
-from minichunk.chunks import Chunk, cut, span
+from minichunk.chunks import Chunk, cut
 from minichunk.files.atomic import write_tensors
 from minichunk.full import full
-from minichunk.losses import dpo
+from minichunk.losses import dpo, log_probs
 from minichunk.memory.window import FULL, Window
 from minichunk.models.config import LlamaConfig
 from minichunk.models.llama import Attention, Layer, Llama, rope_tables
 from minichunk.models.lora import adapters, add_lora
 from minichunk.models.rope import RopeRule
 from minichunk.models.ssm import StateSpace, StateSpaceConfig
-from minichunk.objective import log_probs, weigh
+from minichunk.objective import weigh
 from minichunk.porting.compare import FORMAT
 from minichunk.protocol import Options, flat
 from minichunk.samplers import Weight
@@ -55,6 +55,7 @@ class Case(NamedTuple):
     in each step: the worst tensor, measured (tests/test_golden.py). spread: of the weights. sinks: which all queries of
     layers with a window see. batches: of one step. layers_at_once: as `seco` has it.
     dpo: beta, and what every label's log-probability is in the reference; the rows are the chosen answer and the other.
+    draw: of SpaCO. share: run their prompt once.
     """
 
     config: LlamaConfig | StateSpaceConfig
@@ -66,6 +67,8 @@ class Case(NamedTuple):
     batches: int = 1
     layers_at_once: int | None = None
     dpo: dict[str, float] | None = None
+    draw: tuple[Weight | None, ...] = DRAW
+    share: bool = False
 
 
 def llama(**changes: Any) -> LlamaConfig:
@@ -103,6 +106,8 @@ CASES = {  # one for each thing that a port can get wrong by itself
     "blocks": Case(llama(num_key_value_heads=2), seed=2, rounding=100, layers_at_once=1),
     "dpo": Case(llama(num_key_value_heads=2), seed=1, rounding=150, dpo={"beta": 0.5, "reference": -2.5}),
 }
+
+TREES = {"tree": CASES["dpo"]._replace(share=True, draw=(*DRAW, None, Weight(2.0, 1.5)))}  # in a row of documents
 
 
 class Step(NamedTuple):
@@ -188,24 +193,32 @@ def objective(case: Case, labels: Tensor) -> Objective | None:
     return dpo(case.dpo["reference"] * (labels != IGNORE), case.dpo["beta"]) if case.dpo else None
 
 
+def laid_out(case: Case, step: Step, n: int) -> tuple[Batch, list[Chunk]]:
+    """Batch n as it is run, and its chunks."""
+    told = {"share": case.share, "chunk_size": CHUNK_SIZE}
+    batch = prepare(step.model, *step.batches[n], step.num_targets, **told)
+    return batch, cut(batch.input_ids.shape[1], CHUNK_SIZE, batch.documents)
+
+
 def record(case: Case, step: Step, n: int, weights: Sequence[Weight | None], prefix: str) -> dict[str, Tensor]:
     """Algorithms 1 and 2 as in seco.py and spaco.py on batch n, keeping every intermediate; adds to `.grad`."""
     model, (input_ids, labels) = step.model, step.batches[n]
-    batch, chunks = prepare(model, input_ids, labels, step.num_targets), cut(LENGTH, CHUNK_SIZE)
-    options = Options()
+    batch, chunks = laid_out(case, step, n)
+    options = Options(positions=batch.positions if case.share else None, documents=batch.documents)
     kept = [(i, chunks[i], weight) for i, weight in enumerate(weights) if weight is not None]
-    memory = new_memory(model, input_ids, [chunk for _, chunk, _ in kept], options)
-    fill(model, input_ids, chunks[: kept[-1][0]], memory, options)
+    memory = new_memory(model, batch.input_ids, [chunk for _, chunk, _ in kept], options)
+    fill(model, batch.input_ids, chunks[: kept[-1][0]], memory, options)
     out: dict[str, Tensor] = {}
     total = torch.zeros((), dtype=torch.float64)
     if (function := objective(case, labels)) is not None:
-        out[f"{prefix}.log_probs"] = log_probs(model, input_ids, labels, CHUNK_SIZE)
+        out[f"{prefix}.log_probs"] = log_probs(model, input_ids, labels, CHUNK_SIZE, share=case.share)
         batch, total = weigh(function, batch, out[f"{prefix}.log_probs"])
-        out[f"{prefix}.token_weights"] = F.pad(-batch.factors[:, :-1], (1, 0)) * (labels != IGNORE)
+        factors = batch.factors if batch.tree is None else batch.tree.rows(batch.factors)
+        out[f"{prefix}.token_weights"] = F.pad(-factors[:, :-1], (1, 0)) * (labels != IGNORE)
     for i, chunk, weight in reversed(kept):
         where = f"{prefix}.chunk.{i}"
         with torch.no_grad(), looking_inside(model) as seen:
-            hidden, all_written = model.run(input_ids[:, span([chunk])], memory, [chunk])
+            hidden, all_written = model.run(batch.part([chunk]).input_ids, memory, [chunk], options)
             out[f"{where}.logits"] = model.lm_head(hidden)
         out |= {f"{where}.{name}": tensor for name, tensor in seen.items()}
         made = flat(all_written)  # the last chunk's too, which `rebuild` leaves out, because nothing is relayed to it
@@ -264,7 +277,10 @@ def golden(case: Case, step: Step | None = None) -> dict[str, Tensor]:
     losses = [full(model, *b, num_targets=divisor, objective=objective(case, b[1])) for b in step.batches]
     out["full.loss"] = torch.stack(losses).sum()
     out |= {f"full.grad.{name}": grad for name, grad in gradients(model).items()}
-    for method, weights in (("seco", [Weight(1.0, 1.0)] * len(DRAW)), ("spaco", DRAW)):
+    if case.share:
+        row, _ = laid_out(case, step, 0)
+        out |= {"row.input_ids": row.input_ids, "row.labels": F.pad(row.targets[:, :-1], (1, 0), value=IGNORE)}
+    for method, weights in (("seco", [Weight(1.0, 1.0)] * len(case.draw)), ("spaco", case.draw)):
         model.zero_grad(set_to_none=True)
         for n, of in enumerate(prefixes):
             out |= record(case, step, n, weights, f"{of}{method}")
@@ -275,18 +291,21 @@ def golden(case: Case, step: Step | None = None) -> dict[str, Tensor]:
 def metadata(name: str, case: Case) -> dict[str, str]:
     """What a port must know beside the tensors; numbers and lists as JSON."""
     out = {"format": FORMAT, "case": name, "config": case.config.to_dict(), "chunk_size": CHUNK_SIZE}
-    out |= {"spaco": [weight and list(weight) for weight in DRAW], "rounding": case.rounding}
+    out |= {"spaco": [weight and list(weight) for weight in case.draw], "rounding": case.rounding}
     out |= {"num_targets": 1 if case.dpo else build(case).num_targets}
     out |= {"sinks": case.sinks} if case.sinks else {}
     out |= {"layers_at_once": case.layers_at_once} if case.layers_at_once else {}
     out |= {"dpo": case.dpo} if case.dpo else {}
+    if case.share:
+        row, chunks = laid_out(case, build(case), 0)
+        out |= {"starts": row.documents.starts, "trunk": row.documents.trunk, "chunks": chunks}
     out |= {"lora": case.lora} if case.lora is not None else {}
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in out.items()}
 
 
 def write(directory: Path) -> None:
     """Write one safetensors file for each case."""
-    for name, case in CASES.items():
+    for name, case in (CASES | TREES).items():
         write_tensors(directory / f"{name}.safetensors", golden(case), metadata(name, case))
 
 
