@@ -249,12 +249,11 @@ def test_a_run_measures_and_continues_bit_for_bit(
 
 
 def test_a_teacher_leaves_its_last_hidden_states_alone() -> None:
+    """64 bytes a token, where its cache has 1,024."""
     teacher, ids = build(tiny(8), seed=1), torch.randint(23, (1, 1000))
     with CountBytes() as count:
         chunk_loss = distillation(teacher, teacher, make_batch(ids, ids, 1), 100)
-    assert (
-        callable(chunk_loss) and 64 < count.live / 1000 < 200 < count.peak / 1000
-    )  # the cache has 1,024 bytes a token
+    assert callable(chunk_loss) and 64 < count.live / 1000 < 200 < count.peak / 1000
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(options: TrainOptions) -> None:
