@@ -74,12 +74,13 @@ def real_peak(setting: Setting, tokens: int) -> tuple[int, int]:
     kernel = mock.patch.object(attention, "pick_kernel", lambda q: kernel_for(setting.device, q.dtype, 16))
     with kernel, CountBytes() as count, mock.patch.object(blocks, "host_like", count.room):
         model = random_model(setting.config(), setting.torch_dtype, setting.rank, setting.targets)
+        teacher = random_model(setting.teacher, setting.torch_dtype) if setting.teacher else None
+        count.peak = count.live  # a model of transformers has been tried
         states = optimizer_states(model)
         if setting.in_blocks:  # as from an earlier batch of the same step
             mc.seco(model, *[torch.zeros(1, 2, dtype=torch.int64)] * 2, 2)
         ids = torch.zeros(setting.rows, tokens, dtype=torch.int64)
-        if setting.teacher:
-            teacher = random_model(setting.teacher, setting.torch_dtype)
+        if teacher is not None:
             teacher.requires_grad_(False)
             keywords["chunk_loss"] = distillation(teacher, model, make_batch(ids, ids, tokens), setting.chunk_size)
         elif setting.objective:  # the chosen answer and the rejected one
@@ -349,7 +350,7 @@ def test_the_command_for_several_gpus(tmp_path: Path, capsys: pytest.CaptureFixt
         ("plan --targets q", "LoRA targets are ['q']"),
         ("plan --fill-size 256", "--fill-size is 256, but must be at least 512"),
         ("plan --gpus 33", "has 32 layers, and each GPU needs one at least"),
-        ("plan --gpus 2 --method full", "--method is 'full', but on several GPUs must be one of seco, spaco"),
+        ("plan --gpus 2 --method full", "--method is 'full', but with --gpus or --objective must be seco or spaco"),
         ("bench --fill-size 256", "256"),
     ],
 )

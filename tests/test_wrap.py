@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -265,25 +268,34 @@ def test_the_commands_train_and_evaluate(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_five_steps_of_a_trainer(tmp_path: Path) -> None:
-    """In two batches each, the weights become those of transformers' own Trainer."""
+@pytest.mark.parametrize("library", ["transformers", "trl"])
+def test_five_steps_of_a_trainer(library: str, tmp_path: Path) -> None:
+    """In two batches each, the weights become those of the library's own: of rows of two lengths, from the tokens."""
     pytest.importorskip("accelerate")
-    from tutorials.transformers_trainer import Trainer
+    from tutorials.transformers_trainer import Chunkwise
 
-    ids, labels = batch(rows=20)
-    rows = [
-        {"input_ids": i, "labels": x, "attention_mask": torch.ones_like(i)} for i, x in zip(ids, labels, strict=True)
-    ]
+    whole, _ = batch(rows=20)
+    rows: Any = [{"input_ids": ids[: 23 - i % 2 * 4].tolist()} for i, ids in enumerate(whole)]
+    named: dict[str, Any] = {"max_steps": 5, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    named |= {"learning_rate": 1e-2, "report_to": [], "use_cpu": True, "disable_tqdm": True, "optim": "sgd"}
+    words = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({str(i): i for i in range(97)})), pad_token="0", eos_token="2"
+    )
+    if library == "trl":
+        trl, rows = pytest.importorskip("trl"), pytest.importorskip("datasets").Dataset.from_list(rows)
+        base, told = trl.SFTTrainer, trl.SFTConfig(tmp_path, gradient_checkpointing=False, bf16=False, **named)
+        more = {"processing_class": words}
+    else:
+        base, told = transformers.Trainer, transformers.TrainingArguments(tmp_path, **named)
+        more = {"data_collator": transformers.DataCollatorForLanguageModeling(words, mlm=False)}
     weights = []
-    for kind, more in ((transformers.Trainer, {}), (Trainer, {"chunk_size": 5})):
+    for kind, size in ((base, {}), (type("Ours", (Chunkwise, base), {}), {"chunk_size": 5})):
         model = tiny_transformer("llama")
-        told = transformers.TrainingArguments(
-            output_dir=str(tmp_path), max_steps=5, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-            learning_rate=1e-2, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True, optim="sgd",
-        )  # fmt: skip
         with exact():
-            kind(model=model, args=told, train_dataset=rows, **more).train()
+            kind(model=model, args=told, train_dataset=rows, **more, **size).train()
         weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
     before = dict(tiny_transformer("llama").named_parameters())
     for name, expected in weights[0].items():
         assert (weights[1][name] - expected).norm() < 1e-9 * (expected - before[name]).norm(), name
+    with pytest.raises(mc.InputError, match="leave out what changes it"):
+        kind(model=model, args=replace(told, label_smoothing_factor=0.1), chunk_size=5, train_dataset=rows, **more)

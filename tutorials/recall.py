@@ -37,6 +37,7 @@ KINDS = (
     "full attention", "windows, one layer full", "states of 8, one layer full", "states of 8",
     "states of 2, one layer full", "states of 2",
 )  # fmt: skip
+FOUR = KINDS[0], KINDS[1], KINDS[3], KINDS[5]
 
 
 def make_model(kind: str) -> Any:
@@ -120,27 +121,35 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def shares(runs: Sequence[dict[str, Any]], kind: str, hops: int) -> Tensor:
+    """Of right answers of one kind, all seeds together: (depths, lengths)."""
+    counts = [[run["found"][f"{n} facts, hops {hops}"] for n in LENGTHS] for run in runs if run["kind"] == kind]
+    found, asked = torch.tensor(counts).sum(0).unbind(-1)
+    return (found / asked).T
+
+
 def draw(runs: Sequence[dict[str, Any]]) -> None:
-    """A column for each kind, a row for each number of hops; all seeds together."""
-    if (figure := new_figure(12, 4.2)) is None:
-        return
-    axes = figure.subplots(2, len(KINDS), sharex=True, sharey=True)
-    for column, kind in enumerate(KINDS):
-        for row, hops in enumerate((1, 2)):
-            counts = [[run["found"][f"{n} facts, hops {hops}"] for n in LENGTHS] for run in runs if run["kind"] == kind]
-            found, asked = torch.tensor(counts).sum(0).unbind(-1)  # (lengths, depths)
-            share, here = (found / asked).T, axes[row, column]
-            image = here.imshow(share, cmap="viridis", vmin=0, vmax=1, aspect="auto")
-            for i, j in product(range(BINS), range(len(LENGTHS))):
-                dark = share[i, j] < 0.6
+    """A column for each kind, a row for each number of hops; all seeds together. And a small one, of four kinds."""
+    for name, kinds, size in (("recall", KINDS, (12, 4.2)), ("recall-small", FOUR, (5, 2.9))):
+        if (figure := new_figure(*size)) is None:
+            return
+        axes = figure.subplots(2, len(kinds), sharex=True, sharey=True)
+        for (column, kind), (row, hops) in product(enumerate(kinds), enumerate((1, 2))):
+            share, here = shares(runs, kind, hops), axes[row, column]
+            image = here.imshow(share, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+            for i, j in product(range(BINS), range(len(LENGTHS))) if name == "recall" else ():
+                dark = share[i, j] > 0.6
                 here.text(j, i, f"{share[i, j]:.0%}", ha="center", va="center", fontsize=7, color="w" if dark else "k")
-            here.set_xticks(range(len(LENGTHS)), map(str, LENGTHS))
-            here.set_yticks(range(BINS), [f"{(i + 0.5) / BINS:.0%}" for i in range(BINS)])
-            here.set(title=kind.replace(", ", ",\n") if row == 0 else "", xlabel="facts" if row else "")
-        axes[0, 0].set_ylabel("one hop:\ndepth of the fact", fontsize=9)
-        axes[1, 0].set_ylabel("two hops:\nof the first fact", fontsize=9)
-    figure.colorbar(image, ax=axes, label="answered rightly")
-    save_figure(figure, HERE / "figures" / "recall.png")
+            here.set_xticks(range(len(LENGTHS)), map(str, LENGTHS), fontsize=8)
+            here.set_yticks(range(BINS), [f"{(i + 0.5) / BINS:.0%}" for i in range(BINS)], fontsize=8)
+            here.set_title(kind.replace(", ", ",\n") if row == 0 else "", fontsize=12 if name == "recall" else 8)
+            here.set_xlabel("facts" if row else "", fontsize=8)
+        axes[0, 0].set_ylabel("one hop:\ndepth of the fact", fontsize=8)
+        axes[1, 0].set_ylabel("two hops:\nof the first fact", fontsize=8)
+        bar = figure.colorbar(image, ax=axes, format=lambda x, _: f"{x:.0%}")
+        bar.set_label("answered rightly", fontsize=8)
+        bar.ax.tick_params(labelsize=8)
+        save_figure(figure, HERE / "figures" / f"{name}.png")
 
 
 def main(*seeds: str) -> None:

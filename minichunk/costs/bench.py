@@ -94,21 +94,19 @@ def measure(options: BenchOptions, method: str, seq_len: int, seed: int = 0) -> 
 
 def run_step(model: Any, options: BenchOptions, method: str, ids: Tensor, seed: int) -> float:
     """Add to the gradients by this method, of token ids (1, T). Returns the loss, when the device has done it all."""
-    name, _, suffix = method.partition("-")
-    recompute, tiled, offload = (word in suffix for word in ("recompute", "tiled", "offload"))
-    size = options.chunk_size
-    keywords: dict[str, Any] = {"fill_size": options.fill_size, "recompute": recompute, "offload": offload}
-    keywords["layers_at_once"] = options.layers_at_once if "blocks" in suffix else None
-    if name == "seco":
-        loss = seco(model, ids, ids, size, **keywords)
-    elif name == "spaco":
-        sampler = FixedBudget(options.budget or max(1, len(cut(ids.shape[1], size)) // 4))
-        generator = torch.Generator().manual_seed(seed)
-        loss = spaco(model, ids, ids, size, sampler=sampler, generator=generator, **keywords)
-    elif tiled or offload:
-        loss = tiled_full(model, prepare(model, ids, ids, None), offload=offload)
+    name, *words = method.split("-")
+    told: dict[str, Any] = {"recompute": "recompute" in words}
+    if name == "spaco":
+        budget = options.budget or max(1, len(cut(ids.shape[1], options.chunk_size)) // 4)
+        told |= {"sampler": FixedBudget(budget), "generator": torch.Generator().manual_seed(seed)}
+    if name != "full":
+        blocks = options.layers_at_once if "blocks" in words else None
+        told |= {"fill_size": options.fill_size, "offload": "offload" in words, "layers_at_once": blocks}
+        loss = (seco if name == "seco" else spaco)(model, ids, ids, options.chunk_size, **told)
+    elif {*words} & {"tiled", "offload"}:
+        loss = tiled_full(model, prepare(model, ids, ids, None), offload="offload" in words)
     else:
-        loss = full(model, ids, ids, recompute=recompute)
+        loss = full(model, ids, ids, **told)
     if ids.is_cuda:
         torch.cuda.synchronize(ids.device)
     return float(loss)

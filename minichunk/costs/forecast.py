@@ -91,13 +91,10 @@ def forecast(setting: Setting, gpus: int = 1) -> Forecast:
         raise InputError("--gpus, --layers-at-once, --offload and --answer are for models of minichunk's own")
     if gpus > 1 and gpus > (layers := config.num_hidden_layers):
         raise InputError(f"--gpus is {gpus}, but {setting.model} has {layers} layers, and each GPU needs one at least")
-    if gpus > 1 and setting.method not in CHUNKED:
-        raise InputError(f"--method is {setting.method!r}, but on several GPUs must be one of {', '.join(CHUNKED)}")
-    if setting.objective and (gpus > 1 or setting.graphs or setting.method not in CHUNKED):
-        where = "seco and spaco, on one GPU and without --graphs"
-        raise InputError(f"--objective {setting.objective} is forecast for {where}")
-    if gpus > 1 and (setting.in_blocks or setting.graphs):
-        raise InputError("--layers-at-once, --offload and --graphs are for one GPU")
+    if (gpus > 1 or setting.objective) and setting.method not in CHUNKED:
+        raise InputError(f"--method is {setting.method!r}, but with --gpus or --objective must be seco or spaco")
+    if gpus > 1 and (setting.in_blocks or setting.graphs or setting.objective):
+        raise InputError("--layers-at-once, --offload, --graphs and --objective are for one GPU")
     return Forecast(setting, gpus)
 
 
@@ -112,22 +109,20 @@ def bytes_of_share(setting: Setting, tokens: int, share: Share | None, way: Way 
     graphs = min(setting.graphs, -(-tokens // setting.chunk_size) - 1)
     if graphs > 3:  # each takes as much
         two, three = (bytes_of_share(replace(setting, graphs=number), tokens, share) for number in (2, 3))
-        more = (graphs - 3) * (three.peak - two.peak)
-        return replace(three, peak=three.peak + more, chunk=three.chunk + more)
+        return replace(three, chunk=three.chunk + (graphs - 3) * (three.peak - two.peak))
     base = setting.even_from(share)
     if tokens <= base:
         return step_memory(setting, tokens, share, way)
     first, more = step_memory(setting, base, share, way), tokens - base
     if setting.method not in CHUNKED:
         second = step_memory(setting, 2 * base)
-        device, host = (round(more * (getattr(second, n) - getattr(first, n)) / base) for n in ("peak", "host"))
-        return replace(first, peak=first.peak + device, chunk=first.chunk + device, host=first.host + host)
+        device, host = (round(more * (getattr(second, n) - getattr(first, n)) / base) for n in ("chunk", "host"))
+        return replace(first, chunk=first.chunk + device, host=first.host + host)
     cache, grads = setting.memory_bytes(tokens, way)[share.layers if share else slice(None)].sum(0).tolist()
     chunk = first.chunk + (setting.rows * BATCH + TREE * (setting.answer is not None)) * more
     (length, _), (counted, _) = setting.row(tokens), setting.row(base)
     hidden, host = (n * length // counted for n in (first.hidden_states, first.host))
-    peak = first.weights + first.adapter_and_optimizer + cache + grads + hidden + chunk
-    return StepBytes(peak, first.weights, first.adapter_and_optimizer, cache, grads, hidden, chunk, host)
+    return StepBytes(first.weights, first.adapter_and_optimizer, cache, grads, hidden, chunk, host)
 
 
 def fewest_blocks(setting: Setting, tokens: int | None, available: int, host: int) -> int:

@@ -20,7 +20,6 @@ from ..memory import attention
 from ..memory.kernels import kernel_for
 from ..memory.window import FULL
 from ..models.llama import Attention
-from ..models.quantize import Linear4bit, check_bitsandbytes
 from ..models.shapes import alike, memory_of
 from ..models.stack import Stack
 from ..objective import Scores, score
@@ -41,17 +40,20 @@ from .setting import CHUNKED, TEACHER, Setting, Share, Way
 
 @dataclass(frozen=True)
 class StepBytes:
-    """Bytes on the device at the peak of one training step, what they consist of, and bytes in host memory.
+    """What the bytes on the device consist of at the peak of one training step, and bytes in host memory.
     hidden_states: what goes from one block of layers to the next, and a teacher's."""
 
-    peak: int
     weights: int
     adapter_and_optimizer: int
     cache: int
     cache_gradients: int
     hidden_states: int
     chunk: int
-    host: int = 0
+    host: int
+
+    @property
+    def peak(self) -> int:
+        return sum(vars(self).values()) - self.host
 
 
 @lru_cache(None)
@@ -59,9 +61,6 @@ def step_memory(setting: Setting, tokens: int, share: Share | None = None, way: 
     """What a step of `tokens` tokens takes. Raises InputError.
     share: on one rank of a pipeline. way: on this part of the step."""
     setting.check()
-    if setting.load_in_4bit:  # the library makes the table of its levels once: or the first step would have taken more
-        check_bitsandbytes()
-        Linear4bit(torch.empty(64, 64, device="meta"), None).weight_as(setting.torch_dtype)
     # Not a function mode: recompute runs layers within the backward pass, where such modes are off.
     with (
         patch.object(F, "scaled_dot_product_attention", _flash),
@@ -75,7 +74,7 @@ def step_memory(setting: Setting, tokens: int, share: Share | None = None, way: 
             step = partial(_block_step, way=way)
         if share is not None:
             learns_before = any(p.requires_grad for p in model.layers[: share.layers.start].parameters())
-            step = partial(_rank_step, learns_before=learns_before)
+            step = partial(_chunked_step, learns_before=learns_before)
             model = PipelineStage(model, share.counts)
         states = optimizer_states(model)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -110,7 +109,7 @@ def step_memory(setting: Setting, tokens: int, share: Share | None = None, way: 
             count.peak = count.live
             cache, grads, hidden, host = step(model, batch, setting, count)
     chunk = count.peak - weights - adapter - cache - grads - hidden - said
-    return StepBytes(count.peak, weights, adapter, cache, grads, hidden + said, chunk, host)
+    return StepBytes(weights, adapter, cache, grads, hidden + said, chunk, host)
 
 
 # Each step returns bytes: of the memory, of the gradients that have room in it from the start, of the hidden states
@@ -118,15 +117,30 @@ def step_memory(setting: Setting, tokens: int, share: Share | None = None, way: 
 Parts = tuple[int, int, int, int]
 
 
-def _chunked_step(model: Any, batch: Batch, setting: Setting, count: CountBytes) -> Parts:
-    """SeCO or SpaCO: what seco.py and spaco.py call."""
-    kept, memory, options, (cache, grads) = _filled(model, batch, setting)
+def _chunked_step(model: Any, batch: Batch, setting: Setting, count: CountBytes, learns_before: bool = False) -> Parts:
+    """SeCO or SpaCO: what seco.py and spaco.py call, or of a rank pipeline_seco.py, until the pipeline is full.
+    What of the memory comes later and goes counts as a chunk's."""
+    (chunks, kept), options = _chunks(batch, setting)
+    memory, on_a_rank = memory_of(model, len(batch.input_ids), kept, options), isinstance(model, PipelineStage)
+    (cache, grads), scale = memory.tensors().bytes(), 2.0 if setting.method == "spaco" else 1.0
+    last = setting.pass_chunks() * (MOST_ON_THE_WAY + 1 if on_a_rank else 1)  # what a rank has handed on lives on
+    if setting.objective in PREFERENCES:
+        score(model, batch, chunks[max(0, (len(chunks) - 1) // last - 2) * last :], memory, options)  # whole passes
+    else:
+        fill(model, batch.input_ids, chunks[:-1][-last:], memory, options)
+    if on_a_rank:
+        above = max(model.links.ranks - model.links.rank, MOST_ON_THE_WAY)
+        with tied_weight_summed(model):
+            walk = [(chunk, Weight(1.0, scale)) for chunk in kept[-1 - above :]]
+            walk_back(model, batch, memory, walk, options, learns_before)
+            model.links.flush()
+            del memory
+        return cache, grads, 0, 0
     if setting.graphs:
         model = fill_with_graphs(model, batch.input_ids, kept[:-1][-setting.graphs :], memory, options)
     for chunk in kept[: -3 - setting.rows // 2 : -1]:  # a third one of pairs, where a prompt's end may be short
         loss, written, received = rebuild(model, batch, chunk, memory, options)
-        if setting.method == "spaco":
-            received = [1.0 * g for g in received]
+        received = received if scale == 1.0 else [scale * g for g in received]
         torch.autograd.backward([loss, *written], [None, *received])
         del loss, written, received
     return cache, grads, 0, 0
@@ -179,19 +193,6 @@ def ways(setting: Setting) -> list[Way]:
     return found + [Way(i, True) for i in range(max(start, first), last + 1)]
 
 
-def _rank_step(stage: PipelineStage, batch: Batch, setting: Setting, count: CountBytes, learns_before: bool) -> Parts:
-    """One rank of a pipeline: what pipeline_seco.py calls, until the pipeline is full."""
-    passes, above = MOST_ON_THE_WAY + 1, stage.links.ranks - stage.links.rank
-    kept, memory, options, (cache, grads) = _filled(stage, batch, setting, passes)  # what they have handed on lives on
-    weight = Weight(1.0, 2.0 if setting.method == "spaco" else 1.0)
-    walk = [(chunk, weight) for chunk in kept[-1 - max(above, MOST_ON_THE_WAY) :]]
-    with tied_weight_summed(stage):
-        walk_back(stage, batch, memory, walk, options, learns_before)
-        stage.links.flush()
-        del memory
-    return cache, grads, 0, 0
-
-
 def _whole_step(model: Stack, batch: Batch, setting: Setting, count: CountBytes) -> Parts:
     """A step without chunks."""
     for layer in model.modules():
@@ -209,20 +210,6 @@ def _chunks(batch: Batch, setting: Setting) -> tuple[tuple[list[Chunk], list[Chu
     tokens = (batch.input_ids if batch.tree is None else batch.tree.place).shape[1]
     options = replace(setting.options(), positions=batch.positions, documents=batch.documents)
     return setting.chunks(tokens), options
-
-
-def _filled(model: Any, batch: Batch, setting: Setting, passes: int = 1) -> tuple[Any, Any, Options, tuple[int, int]]:
-    """The chunks that a step keeps, its memory after the last passes of the fill, its options, and the memory's bytes
-    but for what comes later and goes: that is a chunk's."""
-    (chunks, kept), options = _chunks(batch, setting)
-    memory = memory_of(model, len(batch.input_ids), kept, options)
-    found = memory.tensors().bytes()
-    last = passes * setting.pass_chunks()
-    if setting.objective in PREFERENCES:
-        score(model, batch, chunks[max(0, (len(chunks) - 1) // last - 2) * last :], memory, options)  # whole passes
-    else:
-        fill(model, batch.input_ids, chunks[:-1][-last:], memory, options)
-    return kept, memory, options, found
 
 
 class _Nobody:

@@ -1,7 +1,7 @@
 """`minichunk plan`: will it fit? The forecast, against the memory that there is."""
 
 import re
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from json import dumps
 from typing import Any
 
@@ -81,7 +81,7 @@ def plan(options: PlanOptions) -> dict[str, Any]:
         "memory_bytes": memory, "reserve_bytes": reserve,
         "seq_len": length, "peak_bytes": at.peak, "host_bytes": at.host,
         "fits": at.peak <= memory - reserve and at.host <= host, "max_tokens": longest,
-        "breakdown": {name: value for name, value in asdict(at).items() if name not in ("peak", "host")},
+        "breakdown": {name: value for name, value in vars(at).items() if name != "host"},
         "methods": methods, "chunks": len(chunks), "most_kept": len(kept), "sampler": options.sampler,
         "left_out": f"{LEFT_OUT}; {MASKS}" if makes_masks else LEFT_OUT,
     }  # fmt: skip

@@ -306,8 +306,6 @@ class TrainOptions(StepOptions, ModelOptions):
             raise InputError(f"{names} belong to --method seco and spaco")
         if self.objective in PREFERENCES and not self.data:
             raise InputError(f"--objective {self.objective} needs --data with rows of answers")
-        if self.objective in PREFERENCES and self.graphs:
-            raise InputError(f"--graphs is not for --objective {self.objective}")
         if self.pack and (self.objective or self.batch_size > 1):
             raise InputError("--pack fills a row by itself: leave out --batch-size and --objective")
         world, ranks = started().world, self.pipeline or 1
