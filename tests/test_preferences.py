@@ -133,10 +133,8 @@ def test_scores_are_without_dropout() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first) and model.training
 
 
-NOT_SHARED: dict[str, Any] = {  # prompts of models that refuse it
-    "spaco": {"sliding_window": 3, "layer_types": ("full_attention", "sliding_attention")},
-    "blocks": {"rope_scaling": RopeRule("dynamic", factor=2.0)},
-}
+WINDOW = {"sliding_window": 3, "layer_types": ("full_attention", "sliding_attention")}
+NOT_SHARED: Any = {"spaco": WINDOW, "blocks": {"rope_scaling": RopeRule("dynamic", factor=2.0)}}  # prompts
 
 
 @pytest.mark.parametrize("kind", ["dpo", "simpo", "kto", "distill"])

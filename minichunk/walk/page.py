@@ -29,7 +29,7 @@ from ..seco import seco
 from ..spaco import spaco
 from ..training.load import load_as_told, read_pieces
 from ..training.options import ModelOptions, StepOptions, changed, check_options, option
-from .trace import Event, trace, write_events
+from .trace import Event, trace
 
 FILES = Path(__file__).parent / "page"
 SCRIPTS = ("state.js", "words.js", "drawing.js", "controls.js")
@@ -123,7 +123,7 @@ def run_walk(options: WalkOptions) -> None:
     if options.log is not None:
         folder = make_directory(options.log)
         for log in logs:
-            write_events(folder / f"{title(log)}.jsonl", log)
+            write_text(folder / f"{title(log)}.jsonl", "".join(json.dumps(event) + "\n" for event in log))
     write_text(options.output, make_page(logs))
     print(f"written  {options.output}  (open it in a browser)")
 

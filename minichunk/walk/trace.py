@@ -5,14 +5,12 @@ spaco.py and full.py themselves that run, and they compute what they compute alo
 says where it listens."""
 
 import inspect
-import json
 import math
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -27,7 +25,6 @@ from ..blocks import Hidden, through_blocks
 from ..chunks import Chunk, cut
 from ..costs.count import CountBytes
 from ..errors import InputError
-from ..files.atomic import write_text
 from ..full import full
 from ..memory.layer_memory import LayerMemories, MemoryUse, wide
 from ..memory.state import LayerState
@@ -271,7 +268,3 @@ def add_up(sums: Sums, key: tuple[int, int], tensors: Sequence[Tensor]) -> None:
 def norms(tensors: Sequence[Tensor]) -> list[float]:
     with unseen():
         return [float(torch.linalg.vector_norm(x.detach(), dtype=torch.float64)) for x in tensors]
-
-
-def write_events(path: str | Path, events: Iterable[Event]) -> None:
-    write_text(path, "".join(json.dumps(event) + "\n" for event in events))
