@@ -18,6 +18,7 @@ from minichunk.training import generate as generate_module
 from .strategies import build, tiny
 from .test_chat import KINDS
 from .test_model import ARCHITECTURES, BASE
+from .tiny_transformers import tiny_transformer
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -81,19 +82,25 @@ def test_a_head_that_differs_from_the_tied_embedding_is_refused(tmp_path: Path) 
         mc.load_model(tmp_path)
 
 
-@pytest.mark.parametrize("name", [*ARCHITECTURES, "mamba2"])
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "mamba2", "gemma3n_text", "qwen3_next"])
 def test_peft_loads_the_default_adapter_of_every_family(name: str, tmp_path: Path) -> None:
+    """PEFT takes an adapter of gemma3n's routers for one of whole layers, and of an MLP for one of its experts."""
     mamba2 = mc.Mamba2Config(23, 8, 4, 3, num_heads=4, head_dim=4, n_groups=2)
-    config = mamba2 if name == "mamba2" else read_model_config({**BASE, **ARCHITECTURES[name]})
-    build(config, seed=0).save_pretrained(tmp_path / "base")
+    if name in ("gemma3n_text", "qwen3_next"):
+        tiny_transformer(name).float().save_pretrained(tmp_path / "base")
+    else:
+        config = mamba2 if name == "mamba2" else read_model_config({**BASE, **ARCHITECTURES[name]})
+        build(config, seed=0).save_pretrained(tmp_path / "base")
     ours = mc.load_model(tmp_path / "base")
     mc.add_lora(ours, 2, 4, default_targets(ours), dropout=0.5)
     for parameter in (p for n, p in ours.named_parameters() if "lora_B" in n):
         torch.nn.init.normal_(parameter)
     mc.save_adapter(ours, tmp_path / "adapter")
-    theirs = peft.PeftModel.from_pretrained(theirs_of(tmp_path / "base"), tmp_path / "adapter")
+    base = theirs_of(tmp_path / "base").to(ours.like.dtype)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
     found = theirs(IDS).logits.double()  # whose norms and adapters work in float32
-    torch.testing.assert_close(ours.eval()(IDS), found, rtol=1e-4, atol=1e-4)
+    ours.eval()
+    torch.testing.assert_close(ours.lm_head(ours.run(IDS)[0]), found, rtol=1e-4, atol=1e-4, check_dtype=False)
 
 
 @pytest.mark.parametrize(

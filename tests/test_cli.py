@@ -93,7 +93,7 @@ MISTAKES = {
     "TRAIN --layers-at-once 0": "--layers-at-once is '0', but must be a whole number of at least 1, or auto",
     "TRAIN --graphs 2 --layers-at-once 2": "--graphs is for seco with all layers at once",
     "TRAIN --layers-at-once some": "--layers-at-once is 'some', but must be",
-    "plan --gpus 2 --offload": "--layers-at-once, --offload and --graphs are for one GPU",
+    "plan --gpus 2 --offload": "--layers-at-once, --offload, --graphs and --objective are for one GPU",
     "TRAIN --fill-size 7": "--fill-size is 7, but must be at least 8",
     "TRAIN --load-in-4bit --rank 0": "--load-in-4bit freezes the base",
     "plan --load-in-4bit --rank 0": "--load-in-4bit freezes the base",
@@ -104,7 +104,6 @@ MISTAKES = {
         for rope in ("yarn", "yarn:1", "yarn:x", "yarn:-4", "su:4", "yarn:4:4")
     },
     "walk --seq-len 40 --chunk-size 1": "--chunk-size 1 makes 40 chunks, but the page has room for 32",
-    "walk --events nowhere.jsonl": "No such file or directory: 'nowhere.jsonl'",
     "walk --seq-len 40 --method full --output {text}/x.html": "cannot make the directory",
     "TRAIN --targets q": "LoRA targets are ['q']",
     "TRAIN --device cuda:99": "--device is 'cuda:99', but PyTorch sees only cpu",

@@ -31,36 +31,21 @@ OURS = {
 }
 
 
-def by_hand(kind: str, log_probs: Tensor) -> Tensor:
-    """Sequence by sequence and token by token, in the words of the papers."""
-    now, before, then = ([x[row][MASK[row]] for row in range(B)] for x in (log_probs, REFERENCE, OLD))
-    log_ratio = [(x - r).sum() for x, r in zip(now, before, strict=True)]
-    mean = [x.mean() for x in now]
-    found = []
-    for i in range(B if kind in ("kto", "grpo") else B // 2):
-        j = i + B // 2  # of the rejected answer
-        if kind == "dpo":
-            found.append(-(0.3 * (log_ratio[i] - log_ratio[j])).sigmoid().log())
-        elif kind == "ipo":
-            found.append((log_ratio[i] / len(now[i]) - log_ratio[j] / len(now[j]) - 1 / 0.6) ** 2)
-        elif kind == "simpo":
-            found.append(-(2 * mean[i] - 2 * mean[j] - 0.7).sigmoid().log())
-        elif kind == "orpo":
-            p, q = mean[i].exp(), mean[j].exp()
-            found.append(-0.4 * (torch.log(p / (1 - p)) - torch.log(q / (1 - q))).sigmoid().log())
-        elif kind == "kto":
-            reward = 0.3 * (log_ratio[i] - 0.2)
-            found.append(1.5 * (1 - reward.sigmoid()) if GOOD[i] else 0.5 * (1 - (-reward).sigmoid()))
-        else:
-            each = []
-            for x, r, o in zip(now[i], before[i], then[i], strict=True):
-                ratio, A = torch.exp(x - o), ADVANTAGES[i]
-                clipped = min(max(float(ratio.detach()), 0.8), 1.3) * A
-                gain = ratio * A if float((ratio * A).detach()) <= clipped else clipped
-                each.append(0.1 * (torch.exp(r - x) - (r - x) - 1) - gain)
-            found.append(sum(each) / len(each))
-    total = sum(found) / len(found)
-    return total - log_probs[: B // 2].sum() / MASK[: B // 2].sum() if kind == "orpo" else total
+def by_hand(kind: str, x: Tensor) -> Tensor:
+    """In the words of the papers."""
+    n, chosen, rejected = MASK.sum(1), slice(0, B // 2), slice(B // 2, B)
+    away, mean, A = (x - REFERENCE).sum(1), x.sum(1) / n, ADVANTAGES[:, None]
+    odds, reward, ratio = (mean.exp() / (1 - mean.exp())).log(), 0.3 * (away - 0.2), (x - OLD).exp()
+    gain = torch.where(A > 0, ratio.where(ratio < 1.3, 1.3), ratio.where(ratio > 0.8, 0.8)) * A
+    gain = gain - 0.1 * ((REFERENCE - x).exp() - (REFERENCE - x) - 1)
+    return {
+        "dpo": -(0.3 * (away[chosen] - away[rejected])).sigmoid().log().mean(),
+        "ipo": ((away / n)[chosen] - (away / n)[rejected] - 1 / 0.6).square().mean(),
+        "simpo": -(2 * mean[chosen] - 2 * mean[rejected] - 0.7).sigmoid().log().mean(),
+        "orpo": -x[chosen].sum() / n[chosen].sum() - 0.4 * (odds[chosen] - odds[rejected]).sigmoid().log().mean(),
+        "kto": torch.where(GOOD, 1.5 * (1 - reward.sigmoid()), 0.5 * (1 - (-reward).sigmoid())).mean(),
+        "grpo": -((gain * MASK).sum(1) / n).mean(),
+    }[kind]
 
 
 def with_gradient(f: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:

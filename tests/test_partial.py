@@ -108,12 +108,6 @@ def test_mistakes_leave_the_model_as_it_was(arguments: Any, words: str) -> None:
     assert torch.equal(model(IDS), before)
 
 
-@pytest.mark.parametrize("bias", ["attention_bias", "attention_out_bias", "mlp_bias"])
-def test_a_bias_that_stock_transformers_would_leave_out(bias: str) -> None:
-    assert partial_config(tiny(3), mc.Window(5)).model_type == "ministral"
-    assert partial_config(tiny(3, **{bias: True}), mc.Window(5)).to_dict()["model_type"] == "partial_context"
-
-
 def test_models_of_another_kind_are_refused() -> None:
     with pytest.raises(mc.InputError, match="a model of the Llama family, not a state_space"):
         mc.partial_context(mc.StateSpace(mc.StateSpaceConfig(23, 8, 4, 2)), mc.Window(4))
@@ -147,19 +141,6 @@ def test_peft_refuses_the_adapter_of_a_changed_base(kind: str, tmp_path: Path) -
     for load in (lambda path: peft.PeftModel.from_pretrained(base, path), base.load_adapter):
         with pytest.raises(KeyError, match=kind):
             load(str(tmp_path / "adapter"))
-
-
-def test_the_adapter_of_a_stored_hybrid_is_an_ordinary_one(tmp_path: Path) -> None:
-    hybrid(mc.Window(5, 2)).save_pretrained(tmp_path / "base")
-    model = with_adapter(mc.Llama.from_pretrained(tmp_path / "base"), targets=None)
-    mc.save_adapter(model, tmp_path / "adapter", tmp_path / "base")
-    assert json.loads((tmp_path / "adapter/adapter_config.json").read_text())["peft_type"] == "LORA"
-    again = mc.Llama.from_pretrained(tmp_path / "base")
-    mc.load_adapter(again, tmp_path / "adapter")
-    assert torch.equal(again(IDS).detach(), model(IDS).detach())
-    mc.merge_lora(again)
-    again.save_pretrained(tmp_path / "merged")
-    assert torch.equal(mc.load_model(tmp_path / "merged")(IDS), again(IDS))
 
 
 def test_an_adapter_of_another_hybrid_is_refused(tmp_path: Path) -> None:

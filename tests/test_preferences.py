@@ -133,10 +133,8 @@ def test_scores_are_without_dropout() -> None:
     assert all(torch.equal(first[name], second[name]) for name in first) and model.training
 
 
-NOT_SHARED: dict[str, Any] = {  # prompts of models that refuse it
-    "spaco": {"sliding_window": 3, "layer_types": ("full_attention", "sliding_attention")},
-    "blocks": {"rope_scaling": RopeRule("dynamic", factor=2.0)},
-}
+WINDOW = {"sliding_window": 3, "layer_types": ("full_attention", "sliding_attention")}
+NOT_SHARED: Any = {"spaco": WINDOW, "blocks": {"rope_scaling": RopeRule("dynamic", factor=2.0)}}  # prompts
 
 
 @pytest.mark.parametrize("kind", ["dpo", "simpo", "kto", "distill"])
@@ -249,12 +247,11 @@ def test_a_run_measures_and_continues_bit_for_bit(
 
 
 def test_a_teacher_leaves_its_last_hidden_states_alone() -> None:
+    """64 bytes a token, where its cache has 1,024."""
     teacher, ids = build(tiny(8), seed=1), torch.randint(23, (1, 1000))
     with CountBytes() as count:
         chunk_loss = distillation(teacher, teacher, make_batch(ids, ids, 1), 100)
-    assert (
-        callable(chunk_loss) and 64 < count.live / 1000 < 200 < count.peak / 1000
-    )  # the cache has 1,024 bytes a token
+    assert callable(chunk_loss) and 64 < count.live / 1000 < 200 < count.peak / 1000
 
 
 def test_a_teacher_of_another_vocabulary_is_refused(options: TrainOptions) -> None:

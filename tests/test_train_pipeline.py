@@ -135,7 +135,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(
         (2, {"pipeline": None}, "torchrun has started 2 processes: say with --pipeline"),
         (3, {"pipeline": 2}, "--pipeline is 2, but must divide the number of processes, 3"),
         (1, {"pipeline": 4}, "--pipeline is 4, but must divide the number of processes, 1: start torchrun --nproc-pe"),
-        (2, {"pipeline": 2, "method": "full"}, "--method full has no pipeline"),
+        (2, {"pipeline": 2, "method": "full"}, "--method full, --layers-at-once, --offload and --graphs are for"),
         (2, {"pipeline": 1, "accumulate": 1}, "--accumulate is 1, but 2 copies of the model need a batch each"),
         (3, {"pipeline": 3, "model": "shallow"}, "the model has 2 layers, too few for 3 ranks"),
         (2, {"pipeline": 2, "lr": 1e30, "steps": 20}, "try a lower --lr"),

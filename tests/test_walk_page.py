@@ -45,14 +45,15 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, dict
     draw, logs = {"sampler": lambda *_: DRAW}, {}
     for name, function, keywords in (
         ("SeCO", mc.seco, {"chunk_size": 6}), ("SpaCO", mc.spaco, {"chunk_size": 6} | draw), ("full", mc.full, {}),
-        ("full, recomputed", mc.full, {"recompute": True}), ("states", mc.spaco, {"chunk_size": 6} | draw),
-        ("blocks", mc.seco, {"chunk_size": 6, "layers_at_once": 1}),
+        ("full, recomputed", mc.full, {"recompute": True}),
+        ("SpaCO, recomputed", mc.spaco, {"chunk_size": 6, "recompute": True} | draw),
+        ("SeCO, in blocks", mc.seco, {"chunk_size": 6, "layers_at_once": 1}),
     ):  # fmt: skip
-        model = build(tiny_state(2) if name == "states" else tiny(3), seed=1)
+        model = build(tiny_state(2) if name == "SpaCO, recomputed" else tiny(3), seed=1)
         logs[name] = mc.trace(function, model, ids, ids, **keywords)
     larger = mc.trace(mc.seco, build(tiny(3), seed=1), ids, ids, 11)
     file = tmp_path_factory.mktemp("walk") / "walk.html"
-    file.write_text(make_page([*logs.values(), larger], [*logs, "SeCO"]))
+    file.write_text(make_page([*logs.values(), larger]))
     with sync_api.sync_playwright() as driver:
         page = driver.chromium.launch(executable_path=path, args=["--no-sandbox"]).new_page()
         page.on("console", lambda message: heard.append(message.text))
@@ -106,7 +107,9 @@ def test_controls_and_address_lead_to_steps(opened: Any) -> None:
     page, logs = opened
     page.evaluate("location.hash = '#method=seco&chunk=6&step=6'")
     page.locator("#phase", has_text="Loss · chunk 3").wait_for()
-    page.get_by_role("button", name="SpaCO").click()  # the same place in another run, where the keys lead on
+    page.get_by_role(
+        "button", name="SpaCO", exact=True
+    ).click()  # the same place in another run, where the keys lead on
     assert page.locator("#phase").inner_text() == "Loss · chunk 3"
     for key, step in (("PageDown", 8), ("PageDown", 9), ("PageDown", 12), ("PageUp", 9), ("ArrowLeft", 8)):
         page.keyboard.press(key)
@@ -118,7 +121,7 @@ def test_controls_and_address_lead_to_steps(opened: Any) -> None:
     assert page.locator("#grid [data-sent='1']").get_attribute("class") == "send dead"
     page.locator("#memory .peak").click()
     assert "Here is the peak: " in sentence.inner_text()
-    page.get_by_role("button", name="SeCO").click()
+    page.get_by_role("button", name="SeCO", exact=True).click()
     page.get_by_label("Chunks of").select_option("11")
     page.get_by_label("Speed").select_option("fast")
     page.keyboard.press("Home")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -55,8 +58,6 @@ def test_spaco_is_unbiased(model_type: str) -> None:
             (chance, outcome(model, partial(mc.spaco, wrapped, ids, labels, 5, sampler=lambda *_, draw=draw: draw)))
             for chance, draw in sampler.outcomes(3)
         ]
-        everything = [mc.Weight(1.0, 1.0)] * 3
-        expected.check(outcome(model, partial(mc.spaco, wrapped, ids, labels, 5, sampler=lambda *_: everything)))
     noise = {name: 8 * x for name, x in expected.noise.items()}  # a draw's weights make fewer terms cancel
     expected.check(combine(got), beside=Exact(expected.values, noise))
 
@@ -76,10 +77,8 @@ def test_documents_in_a_row_are_as_if_alone(model_type: str) -> None:
     count = sum(int((labels[:, part][:, 1:] != IGNORE).sum()) for part in parts)
     with exact():
         wrapped = mc.wrap(model)
-        expected = exactly(
-            model,
-            lambda: sum(mc.full(wrapped, ids[:, part], labels[:, part], num_targets=count) for part in parts),
-        )
+        alone = partial(mc.full, wrapped, num_targets=count)
+        expected = exactly(model, lambda: sum(alone(ids[:, part], labels[:, part]) for part in parts))
         for way in WAYS:
             expected.check(outcome(model, partial(mc.seco, wrapped, ids, labels, starts=starts, **way)))
         for other in ("llama4_text", "bamba"):  # one counts by itself, and one has states
@@ -148,32 +147,24 @@ def test_dropout_draws_the_same_masks_whenever_a_chunk_is_run(dropping: Callable
 
 
 @pytest.mark.parametrize(
-    ("model_type", "ignored", "more"),
-    [
-        ("gemma3_text", "mask", {}),
-        ("gemma3_text", "scaling", {}),
-        ("gpt_oss", "s_aux", {}),
-        ("gemma2", "softcap", {"attn_logit_softcapping": 1.0}),
-        ("gemma2", "final cap", {}),
-        ("qwen3_next", "states", {}),
-    ],
+    "ignored",
+    ["gemma3_text mask", "gemma3_text scaling", "gpt_oss s_aux", "gemma2 softcap", "gemma2 cap", "bamba state"],
 )
-def test_who_ignores_a_part_of_a_model_is_found_out(
-    model_type: str, ignored: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_who_ignores_a_part_of_a_model_is_found_out(ignored: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from minichunk.models import transformers_cache, wrap
 
-    model, attend = tiny_transformer(model_type, **more), transformers_cache.attend
+    model_type, ignored = ignored.split()
+    model, attend = tiny_transformer(model_type, attn_logit_softcapping=1.0), transformers_cache.attend
     mc.wrap(model)
     less = lambda *args, **asked: attend(*args, **{key: x for key, x in asked.items() if key != ignored})  # noqa: E731
     monkeypatch.setitem(AttentionInterface._global_mapping, NAME, less)
     if ignored == "mask":
         rule = transformers_cache.Rule(mc.Window())
         monkeypatch.setitem(AttentionMaskInterface._global_mapping, NAME, lambda **_: rule)
-    if ignored == "final cap":
+    if ignored == "cap":
         capless = lambda x, name, *other: None if "softcap" in name else getattr(x, name, *other)  # noqa: E731
         monkeypatch.setattr(wrap, "getattr", capless, raising=False)
-    if ignored == "states":
+    if ignored == "state":
         monkeypatch.setattr(transformers_cache.Run, "get_recurrent_state", lambda *_, **__: None)
     with pytest.raises(mc.InputError, match="would be off by"):
         mc.wrap(model)
@@ -277,25 +268,34 @@ def test_the_commands_train_and_evaluate(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_five_steps_of_a_trainer(tmp_path: Path) -> None:
-    """In two batches each, the weights become those of transformers' own Trainer."""
+@pytest.mark.parametrize("library", ["transformers", "trl"])
+def test_five_steps_of_a_trainer(library: str, tmp_path: Path) -> None:
+    """In two batches each, the weights become those of the library's own: of rows of two lengths, from the tokens."""
     pytest.importorskip("accelerate")
-    from tutorials.transformers_trainer import Trainer
+    from tutorials.transformers_trainer import Chunkwise
 
-    ids, labels = batch(rows=20)
-    rows = [
-        {"input_ids": i, "labels": x, "attention_mask": torch.ones_like(i)} for i, x in zip(ids, labels, strict=True)
-    ]
+    whole, _ = batch(rows=20)
+    rows: Any = [{"input_ids": ids[: 23 - i % 2 * 4].tolist()} for i, ids in enumerate(whole)]
+    named: dict[str, Any] = {"max_steps": 5, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    named |= {"learning_rate": 1e-2, "report_to": [], "use_cpu": True, "disable_tqdm": True, "optim": "sgd"}
+    words = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel({str(i): i for i in range(97)})), pad_token="0", eos_token="2"
+    )
+    if library == "trl":
+        trl, rows = pytest.importorskip("trl"), pytest.importorskip("datasets").Dataset.from_list(rows)
+        base, told = trl.SFTTrainer, trl.SFTConfig(tmp_path, gradient_checkpointing=False, bf16=False, **named)
+        more = {"processing_class": words}
+    else:
+        base, told = transformers.Trainer, transformers.TrainingArguments(tmp_path, **named)
+        more = {"data_collator": transformers.DataCollatorForLanguageModeling(words, mlm=False)}
     weights = []
-    for kind, more in ((transformers.Trainer, {}), (Trainer, {"chunk_size": 5})):
+    for kind, size in ((base, {}), (type("Ours", (Chunkwise, base), {}), {"chunk_size": 5})):
         model = tiny_transformer("llama")
-        told = transformers.TrainingArguments(
-            output_dir=str(tmp_path), max_steps=5, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-            learning_rate=1e-2, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True, optim="sgd",
-        )  # fmt: skip
         with exact():
-            kind(model=model, args=told, train_dataset=rows, **more).train()
+            kind(model=model, args=told, train_dataset=rows, **more, **size).train()
         weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
     before = dict(tiny_transformer("llama").named_parameters())
     for name, expected in weights[0].items():
         assert (weights[1][name] - expected).norm() < 1e-9 * (expected - before[name]).norm(), name
+    with pytest.raises(mc.InputError, match="leave out what changes it"):
+        kind(model=model, args=replace(told, label_smoothing_factor=0.1), chunk_size=5, train_dataset=rows, **more)

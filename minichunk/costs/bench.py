@@ -34,8 +34,7 @@ from ..training.run_directory import peak_memory
 from .baselines import tiled_full
 from .setting import Setting
 
-KINDS = ("", "-recompute", "-offload", "-recompute-offload")
-CHUNKED = tuple(map("".join, product(("seco", "spaco"), ("", "-blocks"), KINDS)))
+CHUNKED = tuple(map("".join, product(("seco", "spaco"), ("", "-blocks"), ("", "-recompute"), ("", "-offload"))))
 METHODS = ("full", "full-recompute", "full-recompute-tiled", "full-recompute-offload", *CHUNKED)
 SHOWN = ("full", "full-recompute", "full-recompute-offload", "seco", "spaco")
 
@@ -179,9 +178,8 @@ def describe_machine() -> dict[str, Any]:
     """What the figures are measured on."""
     info = Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    name, threads = cpu[1] if cpu else platform.machine(), torch.get_num_threads()
-    return {"cpu": name, "threads": threads, "gpu": gpu, "torch": torch.__version__}
+    gpu, threads = torch.cuda.get_device_name() if torch.cuda.is_available() else None, torch.get_num_threads()
+    return {"cpu": cpu[1] if cpu else platform.machine(), "threads": threads, "gpu": gpu, "torch": torch.__version__}
 
 
 def run_bench(options: BenchOptions) -> None:

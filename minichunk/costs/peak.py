@@ -20,7 +20,7 @@ from ..memory import attention
 from ..memory.kernels import kernel_for
 from ..memory.window import FULL
 from ..models.llama import Attention
-from ..models.shapes import alike, memory_of
+from ..models.shapes import alike, memory_of, random_model
 from ..models.stack import Stack
 from ..objective import Scores, score
 from ..pipeline import links
@@ -79,8 +79,7 @@ def step_memory(setting: Setting, tokens: int, share: Share | None = None, way: 
         states = optimizer_states(model)
         trained = [p for p in model.parameters() if p.requires_grad]
         weights = sum(x.nbytes for x in (*model.parameters(), *model.buffers()) if not x.requires_grad)
-        adapter = sum(x.nbytes for x in (*trained, *states))
-        adapter += sum(p.numel() * max(4, p.itemsize) for p in trained)  # their gradients
+        adapter = sum(x.nbytes for x in (*trained, *states)) + sum(p.numel() * max(4, p.itemsize) for p in trained)
         widen_gradients(model)
         if way is not None:  # earlier batches of the step, or blocks above, have left gradients
             for p in trained:
@@ -97,7 +96,8 @@ def step_memory(setting: Setting, tokens: int, share: Share | None = None, way: 
                 torch.zeros_like(row)[:, None], torch.zeros(1, length, device="meta"), documents=documents, tree=tree,
             )  # fmt: skip
         if setting.teacher:
-            teacher = setting.meta_teacher()
+            teacher = random_model(setting.teacher, setting.torch_dtype, device="meta")
+            teacher.requires_grad_(False)
             weights += sum(x.nbytes for x in (*teacher.parameters(), *teacher.buffers()))
         count.peak = said = count.live  # making the model took more, for 4 bits much more; loading it does not
         if setting.teacher:

@@ -89,11 +89,10 @@ def plan(options: PlanOptions) -> dict[str, Any]:
 
 def describe(found: dict[str, Any]) -> str:
     """The forecast in words."""
-    fits = "fits" if found["fits"] else "does NOT fit"
-    who, split, of = "", "", ""
+    fits, who, split, of = "fits" if found["fits"] else "does NOT fit", "", "", ""
     if found["gpus"] > 1:
-        counts, rank = tuple(found["layers_per_rank"]), found["largest_rank"]
-        layers, of = Share(counts, rank).layers, " of all GPUs"
+        counts, rank, of = tuple(found["layers_per_rank"]), found["largest_rank"], " of all GPUs"
+        layers = Share(counts, rank).layers
         which = f"rank {rank}, layers {layers.start} to {layers.stop - 1}"
         who = f", on that of {found['gpus']} GPUs which needs most ({which})"
         split = f"\nlayers of each rank: {', '.join(map(str, counts))}"

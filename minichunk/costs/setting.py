@@ -58,9 +58,7 @@ class Setting(StepOptions):
     chunk_size: int = changed(StepOptions, "chunk_size", default=512)
     budget: int = changed(StepOptions, "budget", default=8, absent="")
     recompute: bool = changed(StepOptions, "recompute", default=True, absent="on")
-    targets: tuple[str, ...] | None = changed(
-        StepOptions, "targets", absent="q_proj v_proj; without attention, all layers"
-    )
+    targets: tuple[str, ...] | None = changed(StepOptions, "targets", absent="q_proj v_proj, or all without these")
     dtype: str = option("bfloat16", "of the model", choices=tuple(DTYPES))
     device: str = option("cuda", "whose kernels", choices=("cpu", "cuda"))
 
@@ -77,12 +75,6 @@ class Setting(StepOptions):
         """What is trained, without numbers."""
         shaped = self.config(), self.torch_dtype, self.rank, self.targets
         return random_model(*shaped, "meta", self.load_in_4bit)
-
-    def meta_teacher(self) -> Any:
-        """What the model learns from, without numbers."""
-        teacher = random_model(self.teacher or self.model, self.torch_dtype, device="meta")
-        teacher.requires_grad_(False)
-        return teacher
 
     def patterns(self) -> list[Pattern]:
         """What each layer of attention sees, the teacher's too."""

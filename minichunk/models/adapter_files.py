@@ -48,10 +48,12 @@ def save_adapter(
     if tensors is None:
         return
     changes = {"partial_context": model.partial, "rope_parameters": model.rope}
+    # Whole names for a wrapped model: PEFT takes some ends for what else is called so, an MLP's for those of experts.
+    targets = model.lora.targets if isinstance(model, Stack) else {name.partition(".lora_")[0] for name in tensors}
     config: dict[str, Any] = {
         "peft_type": _peft_type(changes), "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base_model),
         "r": model.lora.rank, "lora_alpha": model.lora.alpha, "lora_dropout": model.lora.dropout,
-        "target_modules": sorted(model.lora.targets), "inference_mode": True, "bias": "none",
+        "target_modules": sorted(targets), "inference_mode": True, "bias": "none",
     }  # fmt: skip
     config |= {name: change for name, change in changes.items() if change is not None}
     directory = make_directory(directory)

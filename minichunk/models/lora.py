@@ -89,7 +89,8 @@ def linear_layers(model: Stack) -> dict[str, Any]:
             found[name] = module
         elif isinstance(module, Placeholder):
             found |= {f"{name}.{inside}": layer for inside, layer in module.linear.items()}
-    return {name: layer for name, layer in found.items() if not name.endswith(("lm_head", "lora_A", "lora_B"))}
+    others = "lm_head", "lora_A", "lora_B", *getattr(model, "fused", ())
+    return {name: layer for name, layer in found.items() if not name.endswith(others)}
 
 
 def default_targets(model: Stack) -> list[str]:

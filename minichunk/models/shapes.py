@@ -60,7 +60,10 @@ def random_model(
     config = shape(shaped) if isinstance(shaped, str) else shaped
     if isinstance(config, Path):
         model: Any = load_wrapped(config, dtype, device, load_in_4bit, weights=False)
-        model.states = any(isinstance(layer, LayerState) for layer in memory_of(model, 1, [Chunk(0, 0)]).layers)
+        try:
+            model.states = any(isinstance(layer, LayerState) for layer in memory_of(model, 1, [Chunk(0, 0)]).layers)
+        except Exception as error:  # some look at numbers, of which "meta" has none
+            raise InputError(f"{config}: this model_type cannot be forecast: {error}".partition("\n")[0]) from None
     else:
         previous = torch.get_default_dtype()
         torch.set_default_dtype(dtype)  # so that no wider copy of the weights is ever made

@@ -75,6 +75,10 @@ class Wrapped:
         self.model, self.config = model, base.config.get_text_config()
         self.lm_head: Any = Head(model.get_output_embeddings(), getattr(self.config, "final_logit_softcapping", None))
         self.cache_is = "cache" if "cache" in signature(base.forward).parameters else "past_key_values"
+        experts = any(name.endswith("experts.gate_up_proj") for name, _ in base.named_parameters())
+        self.fused = (
+            ("gate_proj", "up_proj", "down_proj") if experts else ()
+        )  # names that PEFT takes for those of experts
         self.layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
         most, tokens = getattr(self.config, "max_position_embeddings", None), base.get_input_embeddings()
         tables = [m.num_embeddings for m in base.modules() if isinstance(m, nn.Embedding) and m is not tokens]

@@ -316,10 +316,8 @@ class TrainOptions(StepOptions, ModelOptions):
         if world % ranks:
             told = f"--pipeline is {ranks}, but must divide the number of processes, {world}"
             raise InputError(f"{told}: start torchrun --nproc-per-node {ranks}")
-        if self.method == "full" and ranks > 1:
-            raise InputError("--method full has no pipeline: take seco or spaco, or --pipeline 1")
-        if (in_blocks or self.graphs) and ranks > 1:
-            raise InputError("--layers-at-once, --offload and --graphs are for --pipeline 1")
+        if ranks > 1 and (self.method == "full" or in_blocks or self.graphs):
+            raise InputError("--method full, --layers-at-once, --offload and --graphs are for --pipeline 1")
         if self.accumulate is not None and self.accumulate < (copies := world // ranks):
             raise InputError(f"--accumulate is {self.accumulate}, but {copies} copies of the model need a batch each")
 

@@ -29,7 +29,7 @@ from ..seco import seco
 from ..spaco import spaco
 from ..training.load import load_as_told, read_pieces
 from ..training.options import ModelOptions, StepOptions, changed, check_options, option
-from .trace import Event, read_events, trace, write_events
+from .trace import Event, trace
 
 FILES = Path(__file__).parent / "page"
 SCRIPTS = ("state.js", "words.js", "drawing.js", "controls.js")
@@ -39,10 +39,10 @@ MOST_CHUNKS = 32  # narrower columns cannot be read
 ALGORITHMS: dict[str, Callable[..., Any]] = {"seco": seco, "spaco": spaco, "full": full}
 
 
-def make_page(logs: Sequence[Sequence[Event]], names: Sequence[str | None] | None = None) -> str:
-    """A page that shows these logs: as one run each, by `names` (None: the method's). The first is shown first.
-    Logs of `full` are also drawn behind the others, where bytes are counted."""
-    runs = [{"name": name, "events": log} for name, log in zip(names or [None] * len(logs), logs, strict=True)]
+def make_page(logs: Sequence[Sequence[Event]]) -> str:
+    """A page that shows these logs, as one run each. The first is shown first. Logs of `full` are also drawn behind the
+    others, where bytes are counted."""
+    runs = [{"events": log} for log in logs]
     known = {"seco", *(log[0]["method"] + ("-blocks" if "blocks" in log[0] else "") for log in logs)} & {*METHODS}
     code = {method: listing(method) for method in sorted(known)}
     data = json.dumps({"runs": runs, "code": code}, separators=(",", ":"))
@@ -101,7 +101,6 @@ class WalkOptions(ModelOptions):
       minichunk walk --model DIR --data notes.txt --seq-len 1024 --chunk-size 256
       minichunk walk --method seco seco-blocks --layers-at-once 3
       minichunk walk --log logs                     # also write the logs, one JSON object a line
-      minichunk walk --events mine.jsonl            # look at the log of another implementation
 
     tutorials/walk.md describes the log."""
 
@@ -116,19 +115,16 @@ class WalkOptions(ModelOptions):
     seed: int = option(17, "of SpaCO's coins", metavar="N", least=0)
     output: str = option("walk.html", "where to write the page", group="", metavar="FILE")
     log: str | None = option(None, "write the log of each method and chunk size there too", group="logs", metavar="DIR")
-    events: tuple[str, ...] | None = option(None, "take no step: make the page of these logs", metavar="FILE")
 
 
 def run_walk(options: WalkOptions) -> None:
-    """Write the page of a step, or of the logs `--events`. Raises InputError."""
-    paths = options.events
-    logs = [read_events(path) for path in paths] if paths else record(options)
+    """Write the page of a step by each method. Raises InputError."""
+    logs = record(options)
     if options.log is not None:
         folder = make_directory(options.log)
         for log in logs:
-            write_events(folder / f"{title(log)}.jsonl", log)
-    page = make_page(logs, [Path(path).stem for path in paths] if paths else None)
-    write_text(options.output, page)
+            write_text(folder / f"{title(log)}.jsonl", "".join(json.dumps(event) + "\n" for event in log))
+    write_text(options.output, make_page(logs))
     print(f"written  {options.output}  (open it in a browser)")
 
 

@@ -1,18 +1,16 @@
 """`trace`: take one real step and write down what happens in it, as a log of events. tutorials/walk.md describes every
-kind of event and every field. An event is a JSON object; a file has one to a line, and a port may write one, too.
+kind of event and every field. An event is a JSON object; a file has one to a line.
 A recorder listens to an algorithm's functions and to what they ask of the model. So it is the functions of seco.py,
 spaco.py and full.py themselves that run, and they compute what they compute alone, bit for bit. `Recorder.listening`
 says where it listens."""
 
 import inspect
-import json
 import math
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -27,7 +25,6 @@ from ..blocks import Hidden, through_blocks
 from ..chunks import Chunk, cut
 from ..costs.count import CountBytes
 from ..errors import InputError
-from ..files.atomic import json_lines, write_text
 from ..full import full
 from ..memory.layer_memory import LayerMemories, MemoryUse, wide
 from ..memory.state import LayerState
@@ -38,12 +35,6 @@ from ..spaco import spaco
 
 Event = dict[str, Any]
 FORMAT = "minichunk trace 1"
-NEEDS = {
-    "begin": ("format", "method", "chunks", "layers"), "draw": ("entries",), "memory": (),
-    "fill": ("chunks", "written"), "rebuild": ("chunk", "written"), "forward": ("chunk",), "loss": ("chunk", "loss"),
-    "relay": ("chunk", "received"), "backward": ("chunk", "layer", "sent"), "done": ("chunk",),
-    "keep": ("chunks", "layer", "norms"), "end": ("loss",),
-}  # fmt: skip
 BYTES = ("weights", "gradients", "memory", "memory_gradients", "activations")
 FILES = [sys.modules[function.__module__] for function in (seco, through_blocks)]  # `minichunk.seco` is the function
 Sums = dict[tuple[int, int], list[Tensor]]  # by layer and chunk
@@ -277,45 +268,3 @@ def add_up(sums: Sums, key: tuple[int, int], tensors: Sequence[Tensor]) -> None:
 def norms(tensors: Sequence[Tensor]) -> list[float]:
     with unseen():
         return [float(torch.linalg.vector_norm(x.detach(), dtype=torch.float64)) for x in tensors]
-
-
-def write_events(path: str | Path, events: Iterable[Event]) -> None:
-    write_text(path, "".join(json.dumps(event) + "\n" for event in events))
-
-
-def read_events(path: str | Path) -> list[Event]:
-    """Read a log. Raises InputError, naming file and line, for an event without what the page needs of it."""
-    events: list[Event] = []
-    for where, event in json_lines(path, Path(path).read_text(encoding="utf-8", errors="replace")):
-        try:
-            check_event(event, events[0] if events else event)
-        except (TypeError, ValueError, LookupError, AttributeError) as error:  # of another type than the page says
-            raise InputError(f"{where}: {error}") from None
-        events.append(event)
-    if not events:
-        raise InputError(f"{path} holds no event")
-    return events
-
-
-def check_event(event: Event, begin: Event) -> None:
-    """Raise InputError unless it has the fields of its kind; its chunks and layers must be among those of `begin`."""
-    kind = event.get("kind")
-    if kind not in NEEDS or (event is begin) != (kind == "begin"):
-        raise InputError(f"the kind {kind!r} is none of {', '.join(NEEDS)}, of which 'begin' comes first, and once")
-    if missing := [name for name in NEEDS[kind] if name not in event]:
-        raise InputError(f"{kind!r} needs the field {missing[0]!r}")
-    if begin["format"] != FORMAT:
-        raise InputError(f"the format is {begin['format']!r}, but must be {FORMAT!r}")
-    num_chunks, num_layers = len(begin["chunks"]), begin["layers"]
-    chunks = [event.get("chunk", 0), *(row[0] for row in [*event.get("sent", []), *event.get("held", [])])]
-    if wrong := {*chunks, *(event.get("chunks", []) if event is not begin else [])} - {*range(num_chunks)}:
-        raise InputError(f"it names the chunk {min(wrong)}, but they go from 0 to {num_chunks - 1}")
-    if event.get("layer", 0) not in range(num_layers):
-        raise InputError(f"'layer' is {event['layer']}, but layers go from 0 to {num_layers - 1}")
-    blocks, at = begin.get("blocks", [[0, num_layers]]), event.get("block", 0)
-    if at not in range(len(blocks)):
-        raise InputError(f"'block' is {at}, but blocks go from 0 to {len(blocks) - 1}")
-    first, stop = blocks[at]
-    for name, allowed in ("entries", [num_chunks]), ("written", [stop - first]), ("received", [0, stop - first]):
-        if name in event and len(event[name]) not in allowed:
-            raise InputError(f"{name!r} has {len(event[name])} entries, but must have {allowed[-1]}")

@@ -195,8 +195,7 @@ def objective(case: Case, labels: Tensor) -> Objective | None:
 
 def laid_out(case: Case, step: Step, n: int) -> tuple[Batch, list[Chunk]]:
     """Batch n as it is run, and its chunks."""
-    told = {"share": case.share, "chunk_size": CHUNK_SIZE}
-    batch = prepare(step.model, *step.batches[n], step.num_targets, **told)
+    batch = prepare(step.model, *step.batches[n], step.num_targets, share=case.share, chunk_size=CHUNK_SIZE)
     return batch, cut(batch.input_ids.shape[1], CHUNK_SIZE, batch.documents)
 
 

@@ -18,13 +18,13 @@ const PARTS = [
   ["memory_gradients", "gradients sent to it"], ["activations", "activations, and all else"],
 ];
 
-function runOf({ name, events }) {
+function runOf({ events }) {
   const [begin] = events;
   const entries = events.find((e) => e.kind === "draw")?.entries ?? null, blocks = begin.blocks ?? [[0, begin.layers]];
   const parts = begin.blocks ? "-blocks" : "", remembered = (b) => events.find((e) => e.kind === "memory" && (e.block ?? 0) === b);
   const run = {
     begin, entries, events, blocks, layers: begin.layers, chunks: begin.chunks, method: begin.method,
-    label: name ?? (LABELS[begin.method] ?? begin.method) + (begin.recompute ? ", recomputed" : "") + (parts && ", in blocks"),
+    label: LABELS[begin.method] + (begin.recompute ? ", recomputed" : "") + (parts && ", in blocks"),
     address: begin.method === "full" && begin.recompute ? "full-recompute" : begin.method + parts,
     kept: begin.chunks.map((_, i) => !entries || entries[i] !== null),
     recompute: Boolean(begin.recompute), whole: begin.method === "full",
