@@ -1,8 +1,9 @@
 """SmolLM2-135M from 8,192 tokens to 16,384: its rope unchanged, YaRN, and a larger theta; a hundred steps of each.
 
-python tutorials/extending_smollm2.py MODEL gaps    what each rope says of a gap in a short text, without training
-python tutorials/extending_smollm2.py MODEL ARM     train one arm and measure it before and after, on one CPU core
-python tutorials/extending_smollm2.py draw          the picture, of what was measured
+python tutorials/extending_smollm2.py MODEL context    where its own context ends: the loss of every 2,048 positions
+python tutorials/extending_smollm2.py MODEL gaps       what each rope says of a gap in a short text, without training
+python tutorials/extending_smollm2.py MODEL ARM        train one arm and measure it before and after, on one CPU core
+python tutorials/extending_smollm2.py draw             the picture, of what was measured
 
 MODEL is the directory that get_smollm2.py writes. Results are kept in results/extending_smollm2.json.
 """
@@ -23,7 +24,7 @@ from minichunk.files.documents import EXTENDED_ON, MEASURED_ON, Document, collat
 from minichunk.loss import token_losses
 from minichunk.models.load import change_rope
 from minichunk.protocol import Options
-from minichunk.training.evaluate import new_figure, save_figure
+from minichunk.training.evaluate import loss_by_position, new_figure, save_figure
 from minichunk.training.loop import Schedule, Trainer
 
 HERE = Path(__file__).parent
@@ -103,6 +104,15 @@ def measure(model: Any, tokenizer: Any) -> dict[str, Any]:
                 recall.append([stop, place, right, round(float(log_probs.gather(1, answer[:, None]).sum()), 3)])
         print(stop, losses[-1], recall[-(stop // PIECE) :], file=sys.stderr, flush=True)
     return {"losses": losses, "recall": recall, "cpu_seconds": round(time.process_time() - began)}
+
+
+def context(directory: str) -> None:
+    """Print the mean loss of every 2,048 positions of one text, which is not trained on."""
+    ids = torch.tensor(load_tokenizer(directory).encode(novel(MEASURED_ON).read_text()).ids)[:LONG]
+    model = mc.Llama.from_pretrained(directory, dtype=torch.bfloat16)
+    spans = [(start, start + PIECE) for start in range(0, LONG, PIECE)]
+    for span in loss_by_position(model, [Document("", ids, ids)], PIECE, spans):
+        print(f"{span.start:6,} to {span.stop:6,} {span.loss:7.3f}")
 
 
 @torch.no_grad()
@@ -189,7 +199,7 @@ def main(directory: str, arm: str, *what: str) -> None:
 if __name__ == "__main__":
     if sys.argv[1:] == ["draw"]:
         draw()
-    elif sys.argv[2:] == ["gaps"]:
-        gaps(sys.argv[1])
+    elif sys.argv[2:] in (["context"], ["gaps"]):
+        (context if sys.argv[2] == "context" else gaps)(sys.argv[1])
     else:
         main(*sys.argv[1:])

@@ -24,7 +24,7 @@ from minichunk.files.documents import (
     step_documents,
 )
 
-ROW, CHUNK = 2048, 256
+ROW, CHUNK = 2048, 512
 WAYS = ("each by itself", "packed, apart", "packed, open")
 
 
