@@ -190,7 +190,9 @@ def test_auto_is_the_fewest_blocks_that_fit(tmp_path: Path) -> None:
     assert fewest_blocks(setting, BEYOND, steps[2].peak, steps[2].host) == 2
 
 
-def test_auto_of_a_training_asks_what_is_free(directory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_of_a_training_asks_what_is_free(
+    directory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     told = TrainOptions(model=directory, layers_at_once="auto", recompute=True, dtype="bfloat16", seq_len=8192)
     assert fitted(replace(told, layers_at_once="3")).layers_at_once == "3"
     assert fitted(told).layers_at_once is None  # on a CPU
@@ -206,6 +208,7 @@ def test_auto_of_a_training_asks_what_is_free(directory: str, monkeypatch: pytes
         assert fitted(told).graphs == min(graphs, 31)
     assert fitted(replace(told, offload=True)).layers_at_once == "4"  # said, or offload would take one at a time
     assert fitted(replace(told, graphs=2)).graphs == 31
+    assert fitted(replace(told, model=write(tmp_path, "gemma3_text"))).graphs == 31
     monkeypatch.setattr(module, "free_memory", lambda device: 0)
     with pytest.raises(mc.InputError, match=r"--layers-at-once auto: 8,192 tokens need .* take a shorter --seq-len"):
         fitted(told)

@@ -83,7 +83,7 @@ def measure(options: BenchOptions, method: str, seq_len: int, seed: int = 0) -> 
     """Run a step after a short warm-up; returns its seconds, `peak_memory`, and the loss. seed: of SpaCO's draw."""
     torch.manual_seed(0)
     model = random_model(options.model, DTYPES[options.dtype or "float32"], options.rank, device=options.device)
-    ids = torch.randint(shape(options.model).vocab_size, (1, seq_len)).to(options.device)
+    ids = torch.randint(model.lm_head.weight.shape[0], (1, seq_len)).to(options.device)
     run_step(model, options, method, ids[:, : 2 * min(options.chunk_size, 64)], seed)
     model.zero_grad(set_to_none=True)
     began = time.perf_counter()

@@ -154,7 +154,7 @@ def fastest(setting: Setting, tokens: int | None, available: int, host: int) -> 
         size = fewest_blocks(setting, tokens, available, host)
         if tokens is None or setting.offload or size < len(model.layers):
             return {"layers_at_once": str(size), "graphs": graphs}
-    if tokens is not None and setting.method == "seco" and not setting.objective:
+    if tokens is not None and setting.method == "seco" and not setting.objective and not setting.offload:
         two, three = (forecast(replace(setting, graphs=number)).at(tokens).peak for number in (2, 3))
         graphs = max(0, min(2 + (available - two) // (three - two), -(-tokens // setting.chunk_size) - 1))
     return {"layers_at_once": None, "graphs": graphs}
