@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -48,7 +49,8 @@ def each_by_itself(
     factors: Sequence[Tensor | None] = [None] * len(texts)
     total = torch.zeros(())
     if objective is not None:
-        leaf = torch.cat([log_probs(model, *text)[0] for text in texts]).requires_grad_()
+        losses = [F.cross_entropy(model(ids)[0, :-1], labels[0, 1:], reduction="none") for ids, labels in texts]
+        leaf = torch.cat([F.pad(-x.detach(), (1, 0)) for x in losses]).requires_grad_()
         total = objective(leaf.view(shape))
         factors = torch.autograd.grad(total, leaf)[0].split([ids.shape[1] for ids, _ in texts])
     for (ids, labels), at, factor in zip(texts, places, factors, strict=True):
@@ -61,13 +63,6 @@ def each_by_itself(
         found = oracle(model, ids, labels, [Chunk(*e) for e in pairwise(edges)], [entries[j] for j, _ in parts], **told)
         total = total.detach() + (found if factor is None else 0)
     return total.detach()
-
-
-@torch.no_grad()
-def log_probs(model: Any, ids: Tensor, labels: Tensor) -> Tensor:
-    """Of a text's labels, int64 (1, T), each at its own position; 0 where there is none."""
-    found = model(ids)[:, :-1].log_softmax(-1).gather(2, labels[:, 1:, None].clamp(min=0))[..., 0]
-    return torch.nn.functional.pad(found.where(labels[:, 1:] != IGNORE, 0), (1, 0))
 
 
 def run(model: Any, ids: Tensor, labels: Tensor, size: int, weights: Weights, **told: Any) -> Tensor:
