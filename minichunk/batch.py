@@ -68,8 +68,9 @@ def lay_out(
     model: object, vocab_size: int, input_ids: Tensor, labels: Tensor, num_targets: float | None,
     positions: Tensor | None, starts: Sequence[int], share: bool, chunk_size: int,
 ) -> Batch:  # fmt: skip
-    """The same of the batch alone, in the rows and documents that are run."""
-    if starts:
+    """What `prepare` does with the batch alone: the rows and documents that are run."""
+    starts = tuple(map(int, starts))
+    if starts and labels.shape == input_ids.shape:
         labels = apart(input_ids, labels, starts)
     check_tokens(input_ids, labels, num_targets, vocab_size)
     positions = check_positions(model, positions, input_ids, starts)
@@ -77,13 +78,15 @@ def lay_out(
     share = share and len(input_ids) > 1  # else there is nothing to share
     if not starts and not share:
         return batch
-    if not getattr(model, "takes_documents", False):
+    if chunk_size and not getattr(model, "takes_documents", False):  # without chunks, each is run by itself
         raise InputError(f"starts and share are not for a {type(model).__name__}: leave them out")
     if not share:
-        return batch._replace(documents=Documents(tuple(starts), 0, chunk_size))
+        return batch._replace(documents=Documents(starts, 0, chunk_size))
     each = positions.view(-1, input_ids.shape[1]).expand(input_ids.shape)
     tree, documents, ids, targets, places = grow(input_ids, batch.targets, each, IGNORE)
     factors = tree.row(torch.ones(labels.shape, device=labels.device))  # of what is shared, one for each row
+    if not tree.length:  # nothing is shared, and nothing is to be learnt
+        return batch
     return batch._replace(
         input_ids=ids, targets=targets, labelled=(targets != IGNORE).cpu(), positions=places[:, None], factors=factors,
         documents=documents._replace(chunk_size=chunk_size), tree=tree,
@@ -92,7 +95,8 @@ def lay_out(
 
 def apart(input_ids: Tensor, labels: Tensor, starts: Sequence[int]) -> Tensor:
     """Labels by which no document has to predict the next one's first token. Raises InputError."""
-    if len(input_ids) != 1 or starts[0] != 0 or not all(a < b for a, b in pairwise([*starts, input_ids.shape[1]])):
+    edges = [*starts, input_ids.shape[-1]]
+    if len(input_ids) != 1 or input_ids.ndim != 2 or starts[0] != 0 or not all(a < b for a, b in pairwise(edges)):
         raise InputError(f"starts is {list(starts)}, but must go up from 0, within a single row")
     return labels.index_fill(1, torch.tensor(starts, device=labels.device), IGNORE)
 

@@ -19,8 +19,8 @@ class Chunk(NamedTuple):
 class Documents(NamedTuple):
     """Where the documents of a row begin, the first one at 0, that see nothing of each other; (): it is one text.
 
-    trunk: the first document has so many positions, if it is seen by all others, as a prompt is by its answers.
-    chunk_size: a document that is no longer is not cut, so that nothing of it has to be remembered.
+    trunk: how long the first document is, if all others see it, as answers see their prompt; else 0.
+    chunk_size: documents of at most so many positions are not cut, so that nothing of them has to be remembered.
     """
 
     starts: tuple[int, ...] = ()
@@ -28,7 +28,7 @@ class Documents(NamedTuple):
     chunk_size: int = 0
 
     def between(self, start: int, stop: int) -> list[Chunk]:
-        """Those that have positions in between, each whole: where the last one of a row ends is not known here."""
+        """Where each document begins and ends that has positions in between; the last one of a row has no end."""
         starts = self.starts or (0,)
         begins = starts[bisect_right(starts, start) - 1 : bisect_left(starts, stop) + 1]
         return [Chunk(*edges) for edges in pairwise((*begins, maxsize) if begins[-1] < stop else begins)]
@@ -44,8 +44,7 @@ ONE = Documents()
 def cut(length: int, chunk_size: int, documents: Documents = ONE) -> list[Chunk]:
     """Cut `length` positions into chunks; the last one may be short. Raises InputError.
 
-    A chunk ends where the trunk does, and before a document that does not fit into what is left of it, but into the
-    next one.
+    A chunk ends where the trunk does; and early, if the document that would be cut fits into a chunk of its own.
     """
     if chunk_size < 1:
         raise InputError(f"chunk_size is {chunk_size}, but must be at least 1")

@@ -26,7 +26,7 @@ def full(
     input_ids, labels: int64 (B, T); labels as Hugging Face has them (same positions, -100 ignored).
     objective, chunk_loss: see `seco`; the whole text is one chunk.
     num_targets: divides the summed loss instead of the count of valid targets, for gradient accumulation.
-    positions: int64 (B, T), for rope alone; None: 0, 1, 2, …
+    positions: int64 (B, T), for rope alone; None: 0, 1, 2, … in each document.
     starts: where documents begin in a single row; each is run by itself.
     Raises InputError for a batch that does not fit the model.
     """

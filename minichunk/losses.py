@@ -3,9 +3,9 @@
 Each function here but `divergence` returns an objective. Rows of pairs are as in TRL: the first half of the batch has
 the chosen answers, the second half, in the same order, the rejected ones. What is given beside them:
 
-labels: int64 (B, T), those of the step: -100 at prompts and padding. reference, old: (B, T), `log_probs` of the
-reference and of the policy that wrote the answers, with the same labels, chunk size and fill size. Below l is a
-log-probability, r its reference, σ the logistic function, and Σ and mean go over the tokens of an answer.
+labels: int64 (B, T), those of the step: -100 at prompts, at padding and where documents begin. reference, old: (B, T),
+`log_probs` of the reference and of the policy that wrote the answers, with the same labels, chunk size and fill size.
+Below l is a log-probability, r its reference, σ the logistic function, and Σ and mean go over the tokens of an answer.
 """
 
 from collections.abc import Sequence

@@ -37,7 +37,7 @@ class Options:
     """How a step is computed, at what cost, with the same result: keywords of `seco`, which describes them.
 
     positions: of the whole text, for rope: int64 (T), or (B, 1, T) if they differ from row to row.
-    documents: of the row, if it has several.
+    documents: of the row, see `seco`, starts and share.
     """
 
     fill_size: int | None = None

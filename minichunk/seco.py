@@ -47,11 +47,11 @@ def seco(
         is then the memory of one block, and a hidden state of each token for every block; see blocks.py. None: all
         layers are one block.
     graphs: where memory is left, of the last so many chunks of the fill the graphs are kept, and not built again.
-    positions: int64 (B, T), for rope alone: what a chunk sees stays the text before it; None: 0, 1, 2, …
+    positions: int64 (B, T), for rope alone: what a chunk sees stays the text before it; None: 0, 1, 2, … in a document.
     starts: where documents begin in a single row, the first one at 0, each of which is as if alone: it sees itself,
         counts from 0, hands no state on, and does not predict the next one's first token; (): one document.
-    share: run the first tokens that all rows have in common, a prompt, once; see tree.py. Dropout draws one mask for
-        them.
+    share: run once what all rows begin with, a prompt, up to where they predict different tokens; see tree.py. Dropout
+        draws one mask for it. Of a single row there is nothing to share.
     Raises InputError for a batch or a size that does not fit.
     """
     check_fill_size(fill_size, chunk_size)
@@ -85,7 +85,8 @@ def new_memory(model: Model, input_ids: Tensor, kept: Sequence[Chunk], options: 
 
 
 def fill(model: Model, input_ids: Tensor, chunks: Sequence[Chunk], memory: Memory, options: Options) -> None:
-    """Lines 1-3: run the chunks without gradients and write what they leave behind into the memory.
+    """Lines 1-3: run the chunks without gradients and write what they leave behind into the memory; but those of which
+    no later chunk sees anything, where a document ends with them.
 
     With a fill size as many whole chunks as fit into it run at a time; what ends up in the memory is the same.
     """

@@ -14,8 +14,8 @@ from .chunks import Documents
 
 
 class Tree(NamedTuple):
-    """place: int64 (B, T), of each position in the one row of `length` positions. labelled: bool (B, T), on the same
-    device: where there is a target; behind a row's last one, nothing has a place."""
+    """place: int64 (B, T), of each position in the one row of `length` positions; what stands behind a row's last
+    target is left out, and its place means nothing. labelled: bool (B, T), on the same device: where there is one."""
 
     place: Tensor
     labelled: Tensor
@@ -35,8 +35,8 @@ def grow(
 ) -> tuple[Tree, Documents, Tensor, Tensor, Tensor]:
     """The tree of some rows, its documents, and of the one row, (1, length), what is given of the rows, int64 (B, T).
 
-    nothing: the target where there is none; elsewhere rows that share a position have the same one, so that the trunk
-    ends before the last token that they have in common.
+    nothing: the target where there is none. Rows share a position if they have the same token there, at the same
+    position, and no two different targets: so the trunk mostly ends before the last token that they have in common.
     """
     T, labelled = input_ids.shape[1], targets != nothing
     common = targets.where(labelled, -1).amax(0)

@@ -6,7 +6,8 @@ kernel that is given the *merged* output and log-sum-exp returns the exact gradi
 probabilities again as exp(scores - lse), and the merged lse makes them those of the whole softmax.
 
 Where a layer sees part of the past (window.py), the first one is to the *band*, which begins before the chunk, and the
-second one to what is *pinned* before it. With full attention the band is the chunk, and the whole past is pinned.
+second one to what is *pinned* before it. With full attention the band is the chunk, and the whole past is pinned. Of
+several documents in a row each has a band, and a past of its own.
 
 Shapes: B batch, H query heads, G key-value heads, C tokens of the chunk, D head size, n positions of the past.
 q (B, H, C, D); k, v of the chunk (B, G, C, D), of the past (B, G, n, D); out (B, H, C, D); lse (B, H, C).

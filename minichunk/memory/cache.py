@@ -60,8 +60,9 @@ def joined(spans: Iterable[Span]) -> list[Span]:
 class LayerCache:
     """One layer's keys and values of as many positions as `shape` has, (B, G, positions, D); see LayerMemory.
 
-    It has rows for the pinned positions, with full attention all of them; for those that a rebuilt chunk reaches, the
-    last of which begins where the positions end; and, in turn, for the last ones that were written.
+    It has rows for the pinned positions, with full attention all (but of documents that no chunk cuts); for those that
+    a rebuilt chunk reaches, the last of which begins where the positions end; and, in turn, for the last ones that were
+    written.
 
     receiving, like: see MemorySpec. The gradients sent back are summed in `grad_dtype`: pinned positions have room for
     them from the start, the others from the next chunk that is rebuilt on.

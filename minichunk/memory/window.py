@@ -121,8 +121,8 @@ Seen = tuple[int, int, list[Span]]  # what all queries from one position up to a
 def runs(
     pattern: Pattern, documents: Documents, start: int, stop: int, most: int
 ) -> Iterator[tuple[QueryRun, list[Seen]]]:
-    """What the queries of a chunk see, first to last, at most so many at a time; and with each run the positions of the
-    past and of the chunk that are pinned before its `low` and were not before another run's of the document."""
+    """What the queries of a chunk see, first to last, at most so many at a time. With each run comes what is pinned
+    before its `low` and did not come with an earlier run of its document: positions of the past and of the chunk."""
     trunk = documents.trunk
     for begin, end in documents.between(start, stop):
         first, last = max(start, begin), min(stop, end)

@@ -126,8 +126,9 @@ class Wrapped:
             return torch.cat(parts, 1), []
         (B, C), told, documents = input_ids.shape, options.positions, options.documents
         positions = torch.arange(place.start, place.stop, device=input_ids.device) if told is None else told[..., place]
-        lengths = [min(end, place.stop) - begin for begin, end in documents.between(place.start, place.stop)]
-        if documents.trunk + max(lengths) > self.longest:
+        here = documents.between(place.start, place.stop)
+        lengths = [min(end, place.stop) - begin + documents.trunk * (begin > 0) for begin, end in here]
+        if max(lengths) > self.longest:
             raise InputError(f"past {self.longest} tokens it has no positions, or a RoPE that depends on the length")
         run, head = Run(memory, chunks, recompute), self.lm_head
         ours = [(self.config, "_attn_implementation", NAME), (Run, "now", run)]  # the model attends as we do

@@ -112,7 +112,7 @@ def agree(
 
     Raises InputError unless all ranks are about to do the same, and some parameter learns.
     """
-    step = f"a batch of shape {list(input_ids.shape)}, chunks of {chunks[0].stop} and {options}"
+    step = f"a batch of shape {list(input_ids.shape)}, a first chunk of {chunks[0].stop} and {options}"
     step += ", with an objective" if has_objective else ""
     learns = any(parameter.requires_grad for parameter in stage.parameters())
     said = stage.links.everyones((step, drawn, stage.dropout_seed(), learns))

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ..batch import make_batch
+from ..chunks import Documents
 from ..errors import InputError
 from ..files import documents
 from ..files.atomic import check_room
@@ -30,7 +31,7 @@ from ..seco import seco
 from ..spaco import spaco
 from .loop import Gradient
 from .options import DTYPES, PREFERENCES, ModelOptions, TrainOptions, check_device, default_dtype
-from .preferences import Compared, distillation, shares_prompts
+from .preferences import Compared, distillation, shares_prompts, takes
 
 
 def load_as_told(options: ModelOptions, prepare: Callable[[Stack], object] = lambda _: None) -> tuple[Stack, Tokenizer]:
@@ -67,7 +68,10 @@ def load_to_train(options: TrainOptions, links: Links | None = None) -> tuple[An
     model, tokenizer = load_as_told(replace(options, device=local_device(options.device)), prepare)
     if options.rank:
         add_lora(model, options.rank, options.alpha, options.targets or default_targets(model), options.dropout)
-    return (stages[0] if stages else model), tokenizer
+    trained = stages[0] if stages else model
+    if options.pack == "apart" and options.method != "full" and not takes(trained, Documents((0, 1))):
+        raise InputError("--pack: the model's layers or its rope do not take several documents; take --pack open")
+    return trained, tokenizer
 
 
 def check_host_room(model: Stack, options: TrainOptions) -> None:

@@ -80,9 +80,17 @@ def shares_prompts(model: Any, options: TrainOptions) -> bool:
     """Whether a pair's prompt runs once: in chunks, unless layers or rope of the model refuse it; see tree.py."""
     if options.method == "full" or not isinstance(model, Stack):
         return False
+    return takes(model, Documents((0, 1), 1))
+
+
+def takes(model: Any, documents: Documents) -> bool:
+    """Whether layers and rope of the model take such a row."""
+    if not getattr(model, "takes_documents", False):
+        return False
     with suppress(InputError):
-        model.new_memory(1, 2, (), Options(documents=Documents((0, 1), 1)))
-        model.shared(model.like, torch.arange(2, device=model.like.device), None)
+        model.new_memory(1, 2, (), Options(documents=documents))
+        if isinstance(model, Stack):  # of other models' ropes nothing is known before they run
+            model.shared(model.like, torch.arange(2, device=model.like.device), None)
         return True
     return False
 
