@@ -262,12 +262,12 @@ for method in ("full-recompute-tiled", "seco"):
 
 # %% [markdown]
 # A fair word on the others: minichunk's `full` is the oracle and makes the logits of all tokens, in float32. Of
-# `full-recompute`'s slope (2.4 MiB per token), 1.7 MiB are logits. `full-recompute-tiled` has a tiled loss and grows by
-# 628 KiB: 256 KiB are the layers' inputs, the rest one layer's activations. At 4:1 the layers' inputs are as many bytes
+# `full-recompute`'s slope (2.2 MiB per token), 1.7 MiB are logits. `full-recompute-tiled` has a tiled loss and grows by
+# 500 KiB: 256 KiB are the layers' inputs, the rest one layer's activations. At 4:1 the layers' inputs are as many bytes
 # as SeCO's keys, values and their gradients; what SeCO saves against it is that layer. And `full-recompute-offload` lets
-# the layers' inputs wait in host memory: 372 KiB. Tile the loss first, whatever else you do, and take SeCO where the
-# length is still too much. SpaCO needs gradients only for the chunks that it keeps, so its slope is one cache instead of
-# two. (It draws coins, and is counted with as many chunks as 99.9 % of the steps do not exceed.)
+# the layers' inputs wait in host memory: 244 KiB. Tile the loss first, whatever else you do, and take SeCO, in blocks of
+# layers, where the length is still too much. SpaCO needs gradients only for the chunks that it keeps, so its slope is
+# one cache instead of two. (It draws coins, and is counted with as many chunks as 99.9 % of the steps do not exceed.)
 #
 # ## More room
 #

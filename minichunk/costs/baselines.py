@@ -32,7 +32,7 @@ def tiled_full(
         return x if device is None else x.to(device, non_blocking=True, copy=True)
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack) if offload else nullcontext():
-        hidden, _ = model.run(batch.input_ids, options=Options(recompute=True))
+        hidden = model.run(batch.input_ids, options=Options(recompute=True))[0]
     loss = loss_of_chunk(hidden, model.lm_head.weight, batch, Chunk(0, batch.input_ids.shape[1]))
     loss.backward()
     return loss.detach()
