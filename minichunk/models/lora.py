@@ -119,9 +119,7 @@ def add_lora(
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
     if not targets or not all(any(is_target(name, [target]) for name in known) for target in targets):
         ends = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in known))
-        raise InputError(
-            f"LoRA targets are {list(targets)}, but must be some of its linear layers, {ends or 'of none'}"
-        )
+        raise InputError(f"LoRA targets are {list(targets)}, but must be some of {ends or 'its linear layers: none'}")
     lora = Lora(rank, alpha, dropout, targets)
     if adapters(model):
         raise InputError("the model has an adapter already: call merge_lora(model) first")
