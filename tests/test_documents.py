@@ -103,7 +103,7 @@ def test_a_packed_row_equals_its_documents(
     with blocks_of(block):
         exact.check(outcome(model, lambda: run(model, ids, labels, size, weights, **told)))
     if weights is None and objective is None:
-        exact.check(outcome(model, lambda: mc.full(model, ids, labels, starts=starts)))
+        exact.check(outcome(model, lambda: mc.full(model, ids, labels, starts=torch.tensor(starts))))
 
 
 def rows(alike: int, own: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -169,6 +169,8 @@ def test_what_fits_is_not_cut_and_what_nobody_sees_is_neither_filled_nor_remembe
         made = getattr(mc.Llama, name)
         monkeypatch.setattr(mc.Llama, name, lambda *a, f=made, seen=seen: seen.append((a, f(*a))) or seen[-1][1])
     ids = torch.randint(23, (1, 20))
+    assert mc.seco(build(tiny(), 1), ids.view(2, 10), ids.view(2, 10) * 0 - 100, 6, num_targets=1, share=True) == 0
+    filled.clear(), room.clear()
     mc.seco(build(tiny(), 1), ids, ids, 6, starts=(0, 4, 9, 10))
     assert [arguments[3] for arguments, _ in filled] == [[Chunk(10, 16)]]
     assert [x.shape[2] for x in room[0][1].layers[0].tensors().remembered[:2]] == [6, 6]  # of the long one
