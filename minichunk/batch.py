@@ -84,9 +84,9 @@ def lay_out(
         return batch._replace(documents=Documents(starts, 0, chunk_size))
     each = positions.view(-1, input_ids.shape[1]).expand(input_ids.shape)
     tree, documents, ids, targets, places = grow(input_ids, batch.targets, each, IGNORE)
-    factors = tree.row(torch.ones(labels.shape, device=labels.device))  # of what is shared, one for each row
     if not tree.length:  # nothing is shared, and nothing is to be learnt
         return batch
+    factors = tree.row(torch.ones(labels.shape, device=labels.device))  # of what is shared, one for each row
     return batch._replace(
         input_ids=ids, targets=targets, labelled=(targets != IGNORE).cpu(), positions=places[:, None], factors=factors,
         documents=documents._replace(chunk_size=chunk_size), tree=tree,
@@ -109,9 +109,7 @@ def make_batch(input_ids: Tensor, labels: Tensor, num_targets: float | None, pos
     return Batch(input_ids, targets, divisor, labelled.cpu(), positions)
 
 
-def check_positions(
-    model: object, positions: Tensor | None, input_ids: Tensor, starts: Sequence[int] = ()
-) -> Tensor:  # fmt: skip
+def check_positions(model: object, positions: Tensor | None, input_ids: Tensor, starts: Sequence[int] = ()) -> Tensor:
     """What `Options.positions` is for these tokens. Raises InputError for positions that cannot be."""
     if positions is None:
         places = torch.arange(input_ids.shape[1], device=input_ids.device)

@@ -367,8 +367,10 @@ def pack_documents(documents: Sequence[Document], seq_len: int, apart: bool) -> 
     rows, rooms = list[list[Document]](), list[tuple[int, int]]()  # by room: how much there is, and of which row
     for document in sorted(documents, key=len, reverse=True):
         i = bisect_left(rooms, (len(document), 0))
-        room, number = rooms.pop(i) if i < len(rooms) else (seq_len, len(rows))
-        rows += [[]] if number == len(rows) else []
+        if i == len(rooms):
+            rooms.append((seq_len, len(rows)))
+            rows.append([])
+        room, number = rooms.pop(i)
         rows[number].append(document)
         insort(rooms, (room - len(document), number))
     packed = []

@@ -28,12 +28,12 @@ BLOCK = 32  # tokens of a scan: T · BLOCK · N products of gates in memory, T /
 class Before(NamedTuple):
     """What a recurrent layer sees of its memory: what was handed on to these chunks, and how long each of them is.
 
-    begins: bool (T, 1), where documents begin, to which nothing is handed on; None: nowhere after the first position.
+    begins: which of their tokens are the first ones of documents, to which nothing is handed on; (): it is one text.
     """
 
     states: tuple[Tensor, ...]
     lengths: Sequence[int]
-    begins: Tensor | None = None
+    begins: Sequence[int] = ()
 
 
 class Handed:
@@ -111,13 +111,10 @@ class LayerState:
         self.handed, self.documents = handed, documents
 
     def past(self, chunks: Sequence[Chunk], save: bool) -> Before:
-        states, lengths = tuple(part.before(chunks[0].start) for part in self.handed), [b - a for a, b in chunks]
-        if not self.documents.starts:
-            return Before(states, lengths)
-        begins = torch.zeros(sum(lengths), 1, dtype=torch.bool)
-        rows = [begin - chunks[0].start for begin, _ in self.documents.between(chunks[0].start, chunks[-1].stop)]
-        begins[[row for row in rows if row >= 0]] = True
-        return Before(states, lengths, begins.to(states[0].device))
+        (start, _), (_, stop), lengths = chunks[0], chunks[-1], [stop - start for start, stop in chunks]
+        here = self.documents.between(start, stop) if self.documents.starts else []
+        begins = [begin - start for begin, _ in here if begin >= start]
+        return Before(tuple(part.before(start) for part in self.handed), lengths, begins)
 
     def write(self, chunks: Sequence[Chunk], written: tuple[Tensor, ...]) -> None:
         pairs = zip(written[::2], written[1::2], strict=True)
@@ -137,7 +134,8 @@ def scan_chunks(
     """`scan` over adjacent chunks: y, and for each chunk the state after it and what is left in it of the one before,
     by which no gradient passes: the memory carries it. Where a document begins, the gate is closed."""
     outputs, written = [], []
-    log_a = log_a if past.begins is None else log_a.masked_fill(past.begins, -torch.inf)
+    if past.begins:
+        log_a = log_a.index_fill(-2, torch.tensor(past.begins, device=log_a.device), -torch.inf)
     parts = (z.split(list(past.lengths), dim=-2) for z in (x, log_a, b, c))
     for x, log_a, b, c in zip(*parts, strict=True):
         y, end = scan(x, log_a, b, c, h)

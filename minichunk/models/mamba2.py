@@ -4,6 +4,7 @@ Shapes: B batch, T tokens of this call, K kernel of the convolution, E hidden si
 G groups that share the N numbers of b and of c. Parameter names are Hugging Face's."""
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, ClassVar
@@ -98,9 +99,11 @@ class Mixer(nn.Module):
         if past is None:  # the whole sequence at once
             past = Before(self.nothing(u), [u.shape[1]])
         ends, places = list(accumulate(past.lengths)), None
-        if past.begins is not None:  # before each document there are K-1 zeros
-            places = torch.arange(u.shape[1], device=u.device) + (self.kernel - 1) * past.begins[:, 0].cumsum(0)
-            ends = [int(places[end - 1]) + 1 for end in ends]
+        if past.begins:  # before each document there are K-1 zeros
+            places = torch.ones(u.shape[1], dtype=torch.int64)
+            places[past.begins] += self.kernel - 1
+            places = (places.cumsum(0) - 1).to(u.device)
+            ends = [end + (self.kernel - 1) * bisect_left(past.begins, end) for end in ends]
             room = convolved.new_zeros(len(u), ends[-1], convolved.shape[2])
             convolved = room.index_copy(1, places, convolved)
         convolved = torch.cat([past.states[1], convolved], dim=1)  # (B, K-1+T, C), or more

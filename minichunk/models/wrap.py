@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..chunks import Chunk, Documents, span
 from ..errors import InputError
 from ..files.checkpoint import copy_beside
+from ..loss import logits_of
 from ..memory.layer_memory import MemorySpec
 from ..memory.state import LayerState
 from ..protocol import DEFAULTS, Options, Written
@@ -53,9 +54,8 @@ class Head:
         return x if self.linear.bias is None else F.pad(x, (0, 1), value=1.0)
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Logits (…, V) of such inputs."""
-        logits = hidden @ self.weight.T
-        return logits if self.cap is None else self.cap * (logits / self.cap).tanh()
+        """Logits (…, V) of such inputs, in float32 or wider."""
+        return logits_of(hidden, self.weight, self.cap)
 
 
 class Wrapped:
@@ -76,9 +76,7 @@ class Wrapped:
         self.lm_head: Any = Head(model.get_output_embeddings(), getattr(self.config, "final_logit_softcapping", None))
         self.cache_is = "cache" if "cache" in signature(base.forward).parameters else "past_key_values"
         experts = any(name.endswith("experts.gate_up_proj") for name, _ in base.named_parameters())
-        self.fused = (
-            ("gate_proj", "up_proj", "down_proj") if experts else ()
-        )  # names that PEFT takes for those of experts
+        self.fused = ("gate_proj", "up_proj", "down_proj") if experts else ()  # PEFT takes these for experts' own
         self.layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
         most, tokens = getattr(self.config, "max_position_embeddings", None), base.get_input_embeddings()
         tables = [m.num_embeddings for m in base.modules() if isinstance(m, nn.Embedding) and m is not tokens]
