@@ -65,7 +65,7 @@ def test_imports_go_one_way_between_wings() -> None:
 def test_the_package_is_small() -> None:
     paths = list(PACKAGE.rglob("*.py"))
     assert len(paths) <= 75
-    assert sum(lines(path) for path in paths) <= 9440
+    assert sum(lines(path) for path in paths) <= 9436
     assert sum(lines(path) for path in PACKAGE.rglob("*.js")) <= 500
 
 
@@ -79,7 +79,7 @@ def test_the_algorithm_and_what_it_stands_on() -> None:
     assert size(Path("seco.py"))[0] <= 9
     counted, code = size(Path("seco.py"), Path("models/llama.py"))
     assert counted <= 18
-    assert code <= 1344
+    assert code <= 1342
 
 
 def size(*start: Path) -> tuple[int, int]:
